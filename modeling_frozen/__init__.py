@@ -1,0 +1,67 @@
+"""frozen-prefix: eyes for any frozen language model.
+
+Importing this package registers the model type `frozen-prefix` with the Auto classes of transformers; all else is
+imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._registration import register_with_auto_classes
+
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_EXPORTS = {
+    "CONNECTORS": "connectors",
+    "DataCollatorForFrozenPrefix": "data_collator",
+    "FrozenPrefixCausalLMOutputWithPast": "modeling_frozen_prefix",
+    "FrozenPrefixConfig": "configuration_frozen_prefix",
+    "FrozenPrefixForConditionalGeneration": "modeling_frozen_prefix",
+    "FrozenPrefixModel": "modeling_frozen_prefix",
+    "FrozenPrefixModelOutputWithPast": "modeling_frozen_prefix",
+    "FrozenPrefixPreTrainedModel": "modeling_frozen_prefix_pretrained",
+    "FrozenPrefixProcessor": "processors",
+}
+
+if TYPE_CHECKING:
+    from .configuration_frozen_prefix import FrozenPrefixConfig
+    from .connectors import CONNECTORS
+    from .data_collator import DataCollatorForFrozenPrefix
+    from .modeling_frozen_prefix import (
+        FrozenPrefixCausalLMOutputWithPast,
+        FrozenPrefixForConditionalGeneration,
+        FrozenPrefixModel,
+        FrozenPrefixModelOutputWithPast,
+    )
+    from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+    from .processors import FrozenPrefixProcessor
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
+
+register_with_auto_classes()
+
+__all__ = [
+    "CONNECTORS",
+    "DataCollatorForFrozenPrefix",
+    "FrozenPrefixCausalLMOutputWithPast",
+    "FrozenPrefixConfig",
+    "FrozenPrefixForConditionalGeneration",
+    "FrozenPrefixModel",
+    "FrozenPrefixModelOutputWithPast",
+    "FrozenPrefixPreTrainedModel",
+    "FrozenPrefixProcessor",
+    "__version__",
+]

@@ -1,0 +1,269 @@
+"""The two frozen parents: where each came from, whether it is still the same one, and how it is loaded.
+
+A checkpoint holds only what was trained. Everything else is refilled from the parents' own repositories, so this file
+decides what is written down about a parent (its record) and refuses one that is not what the connector was trained with.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import resolve_revision
+
+from .vision_towers import load_vision_tower
+
+
+logger = logging.get_logger(__name__)
+
+# Options about reaching a repository. They go on to the parents; `revision` and `subfolder` name a place in *our*
+# repository and don't.
+HUB_OPTIONS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
+
+_WINDOWS, _WINDOW_BYTES = 16, 64
+
+
+@dataclass(frozen=True)
+class LanguageModelGeometry:
+    """What a connector must know of a language model: `embedding_dim`, the width of its word embeddings, and
+    `num_embeddings`, how many ids its embedding module takes."""
+
+    embedding_dim: int
+    num_embeddings: int
+
+
+def language_model_class(text_config: PreTrainedConfig) -> type:
+    """The Auto class that gives the whole language model, head included."""
+    return AutoModelForSeq2SeqLM if text_config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def build_language_model(text_config: PreTrainedConfig) -> PreTrainedModel:
+    """A language model with random weights, its config object kept as it is (no copy)."""
+    return language_model_class(text_config).from_config(text_config)
+
+
+def language_model_geometry(language_model: PreTrainedModel) -> LanguageModelGeometry:
+    """
+    Asks the embedding module itself: `hidden_size` is another number where embeddings are projected (OPT-350m).
+
+    Raises:
+        ValueError: if the model has no embedding module that can be asked.
+    """
+    embeddings = language_model.get_input_embeddings()
+    weight = getattr(embeddings, "weight", None)
+    dim = getattr(embeddings, "embedding_dim", None) or (weight.shape[-1] if weight is not None else None)
+    rows = getattr(embeddings, "num_embeddings", None) or (weight.shape[0] if weight is not None else None)
+    if dim is None or rows is None:
+        raise ValueError(
+            f"The input embeddings of {type(language_model).__name__} are a {type(embeddings).__name__} that tells "
+            "neither its width nor its rows, so no prefix can be written for it."
+        )
+    return LanguageModelGeometry(embedding_dim=int(dim), num_embeddings=int(rows))
+
+
+def probe_language_model(text_config: PreTrainedConfig) -> LanguageModelGeometry:
+    """Geometry of the language model that `text_config` describes, on the meta device: no weight is allocated."""
+    with torch.device("meta"):
+        return language_model_geometry(build_language_model(text_config))
+
+
+def word_embedding_norm(language_model: PreTrainedModel, max_rows: int = 4096) -> float:
+    """Median L2 norm of what the embedding module gives for a word (scaling inside the module included); a prefix far
+    from it is ignored or makes training diverge. The median, because unused rows may be zero."""
+    embeddings = language_model.get_input_embeddings()
+    rows = language_model_geometry(language_model).num_embeddings
+    ids = torch.linspace(0, rows - 1, min(rows, max_rows), device=embeddings.weight.device).long()
+    with torch.no_grad():
+        return embeddings(ids[None]).float().norm(dim=-1).median().item()
+
+
+def find_image_token_id(text_name_or_path: str, text_config: PreTrainedConfig, image_token: str, **kwargs: Any) -> int:
+    """
+    The id that the tokenizer of the language model gives, or would give next, to `image_token`.
+
+    Large vocabularies are padded with rows that no token uses, and the next id falls into them. Where there is none it
+    falls past the last row; the model then swaps it for a valid id before the lookup.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(text_name_or_path, **kwargs)
+    except (OSError, ValueError):  # a model without a tokenizer beside it
+        return text_config.get_text_config().vocab_size
+    tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    return tokenizer.convert_tokens_to_ids(image_token)
+
+
+def _weight_files(name_or_path: str, revision: str | None, **hub_options: Any) -> list[str]:
+    """Paths of the safetensors that hold a parent's weights; empty if it keeps them in another format."""
+    optional = {"_raise_exceptions_for_missing_entries": False, "revision": revision, **hub_options}
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **optional)
+    single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **optional)
+    if single is not None:
+        return [single]
+    if index is None:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [cached_file(name_or_path, shard, revision=revision, **hub_options) for shard in shards]
+
+
+def fingerprint(name_or_path: str, revision: str | None = None, **hub_options: Any) -> str | None:
+    """
+    SHA-256 over the names, dtypes and shapes of all tensors of a parent's safetensors and over bytes of each of them:
+    the whole of small tensors, evenly spread windows of large ones, so that checking a parent costs milliseconds per
+    gigabyte. Fine-tuning moves nearly every weight, so no tuned copy passes; shard boundaries don't matter.
+
+    Returns:
+        `str`, or `None` for a parent that has no safetensors.
+    """
+    tensors: dict[str, bytes] = {}
+    for path in _weight_files(name_or_path, revision, **hub_options):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            header_size = int.from_bytes(data[:8], "little")
+            header = json.loads(data[8 : 8 + header_size])
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = (8 + header_size + offset for offset in entry["data_offsets"])
+                digest = hashlib.sha256(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+                if end - start <= _WINDOWS * _WINDOW_BYTES:
+                    digest.update(data[start:end])
+                else:
+                    for window in range(_WINDOWS):
+                        at = start + window * (end - start - _WINDOW_BYTES) // (_WINDOWS - 1)
+                        digest.update(data[at : at + _WINDOW_BYTES])
+                tensors[name] = digest.digest()
+    if not tensors:
+        return None
+    return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
+
+
+def _context(part: str, name_or_path: str) -> str:
+    what = "vision tower" if part == "vision" else "language model"
+    return (
+        f"The {what} `{name_or_path}` could not be loaded. If it lives elsewhere now, say where: "
+        f'from_pretrained(..., {part}_base_model="id or folder").'
+    )
+
+
+def _load_language_model(name_or_path: str, *, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    model, info = language_model_class(config).from_pretrained(
+        name_or_path, config=config, output_loading_info=True, **kwargs
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"`{name_or_path}` lacks {len(missing)} of the weights that {type(model).__name__} needs ({missing[:3]}…): "
+            "they would be random. Give a repository that holds the whole model, head included."
+        )
+    return model
+
+
+def load_base_model(
+    part: str,
+    name_or_path: str,
+    *,
+    config: PreTrainedConfig | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """
+    Loads one parent by its own `from_pretrained` and writes its record.
+
+    Args:
+        part (`str`): `"vision"` or `"text"`.
+        name_or_path (`str`): id on the Hub or local folder.
+        config (`PreTrainedConfig`, *optional*): used instead of the repository's own.
+        revision (`str`, *optional*): branch, tag or commit; the commit it stands for goes into the record.
+        kwargs: options of `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `quantization_config`,
+            `token`, …).
+
+    Returns:
+        The model, in eval mode, and `{"name_or_path", "revision", "dtype", "fingerprint"}`.
+
+    Raises:
+        OSError: the library's own, when the repository or folder can't be reached, with our sentence of context.
+        ValueError: when weights are missing there that the model needs.
+    """
+    hub_options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+    # `proxies` and `force_download` mean nothing for resolving a branch to a commit.
+    resolvable = {k: v for k, v in hub_options.items() if k in ("token", "cache_dir", "local_files_only")}
+    try:
+        revision = resolve_revision(name_or_path, revision, **resolvable)
+        if config is None:
+            code = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+            config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_options, **code)
+        if part == "vision":
+            model = load_vision_tower(name_or_path, config=config, revision=revision, **kwargs)
+        else:
+            model = _load_language_model(name_or_path, config=config, revision=revision, **kwargs)
+    except OSError as error:
+        # The library's own error classes (gated, not found, offline …) pass through; only the sentence is ours.
+        error.args = (f"{_context(part, name_or_path)} {error.args[0] if error.args else ''}", *error.args[1:])
+        raise
+    commit = getattr(revision, "resolved", revision)
+    is_folder = os.path.isdir(name_or_path)
+    hub_options.pop("force_download", None)  # the files were fetched a moment ago
+    record = {
+        "name_or_path": os.path.abspath(name_or_path) if is_folder else str(name_or_path),
+        "revision": None if is_folder or commit is None else str(commit),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "fingerprint": fingerprint(name_or_path, revision, **hub_options),
+    }
+    return model.eval(), record
+
+
+def verify_fingerprint(part: str, recorded: dict[str, Any], found: dict[str, Any]) -> None:
+    """
+    Refuses a parent that is not the one the connector was trained with.
+
+    Raises:
+        ValueError: naming both fingerprints and the override.
+    """
+    if recorded.get("fingerprint") is None or recorded["fingerprint"] == found["fingerprint"]:
+        return
+    raise ValueError(
+        f"The {'vision tower' if part == 'vision' else 'language model'} at `{found['name_or_path']}` has fingerprint "
+        f"{found['fingerprint']}, but the connector was trained with {recorded['fingerprint']} (from "
+        f"`{recorded['name_or_path']}`, revision {recorded['revision']}): its weights have changed, and the connector "
+        f"would write for another model. Restore that parent, or pass {part}_base_model=\"id or folder\" to "
+        "from_pretrained to use, and record, another one knowingly."
+    )
+
+
+def max_learned_positions(language_model: PreTrainedModel) -> int | None:
+    """How many positions a table of learned position embeddings holds; `None` where positions are computed (rotary,
+    ALiBi, relative) and a longer input is no error. Found by asking for an embedding table of that length."""
+    config = language_model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    words = language_model.get_input_embeddings()
+    for module in language_model.modules():
+        if isinstance(module, nn.Embedding) and module is not words:
+            # Some tables keep a few rows more for padding offsets.
+            if positions <= module.num_embeddings <= positions + 2 and module.num_embeddings != words.weight.shape[0]:
+                return positions
+    return None
+
+
+def skips_padding(language_model: PreTrainedModel) -> bool:
+    """Asks a recurrent language model whether a masked word in front leaves no trace: whatever stands there, the logits of
+    the next word must be the same."""
+    ids = torch.tensor([[0, 1], [2, 1]], device=language_model.device)
+    mask = torch.tensor([[0, 1], [0, 1]], device=language_model.device)
+    with torch.no_grad():
+        logits = language_model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].float()
+    return torch.allclose(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+
+
+__all__ = [
+    "build_language_model", "find_image_token_id", "fingerprint", "language_model_geometry",
+    "load_base_model", "max_learned_positions", "probe_language_model", "skips_padding", "verify_fingerprint", "word_embedding_norm",
+]  # fmt: skip

@@ -1,0 +1,200 @@
+"""The configuration: two full sub-configs, the record of where each parent came from, and the connector between them.
+
+Nothing here loads a weight. Geometry (how many positions the tower gives, how wide the word embeddings are) is probed
+once, on the meta device, by `from_vision_text_configs`, and stored, so that building a model never has to guess it.
+"""
+
+import difflib
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+PARTS = ("connector", "vision", "text")
+
+# What the library itself hands to a config's constructor beside the fields of the class.
+_LIBRARY_KEYS = {
+    "model_type", "name_or_path", "_name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
+    "torch_dtype", "num_labels", "auto_map", "custom_pipelines", "_commit_hash", "per_layer_config", "fusion_config",
+    "quantization_config", "_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions",
+    "distributed_config", "custom_generate",
+}  # fmt: skip
+
+
+@strict
+class FrozenPrefixConfig(PreTrainedConfig):
+    r"""
+    Configuration of a frozen vision tower, a frozen language model and the connector that joins them.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`):
+            Full config of the vision tower (of dual models such as CLIP: of its vision half).
+        text_config (`PreTrainedConfig` or `dict`):
+            Full config of the language model, causal or encoder-decoder.
+        vision_base_model, text_base_model (`dict`, *optional*):
+            Record of each parent: `name_or_path`, `revision` (commit), `dtype` and `fingerprint` of its safetensors.
+            `None` for a part that has no home of its own: it is saved whole.
+        connector_type (`str`, defaults to `"mlp"`):
+            Exact name in `modeling_frozen.connectors.CONNECTORS`.
+        connector_config (`dict`):
+            Keyword arguments of that connector, for example `{"num_layers": 4, "dropout": 0.1}`.
+        prefix_length (`int`, *optional*):
+            Number of prefix vectors per image. Left out, per-position connectors take the tower's positions.
+        vision_feature_layer (`int` or `list[int]`, defaults to -1):
+            Which hidden states of the tower are read; several are concatenated along the width.
+        vision_feature_select_strategy (`"default"`, `"full"` or `"pooled"`, defaults to `"default"`):
+            `"default"` drops leading class, register and distillation tokens, `"full"` keeps them, `"pooled"` takes
+            one vector per image.
+        num_leading_tokens, num_positions, vision_width, embedding_dim (`int`, *optional*):
+            Geometry of the two parents, probed by [`from_vision_text_configs`].
+        image_token_id (`int`, *optional*):
+            Id of the placeholder in `input_ids`; `prefix_length` of them stand for one image. Defaults to one past
+            the vocabulary. The language model is never resized for it.
+        trainable (`tuple[str]`, defaults to `("connector",)`):
+            Which of `"connector"`, `"vision"`, `"text"` train. All else is frozen, bit for bit.
+        saved_parts (`tuple[str]`, *optional*):
+            Which parts' weights lie in the checkpoint itself. Written by `save_pretrained`; not set by hand.
+
+    Raises:
+        ValueError: for an unknown key (naming the nearest valid one) or values that do not fit each other.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig, GPT2Config
+    >>> from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
+
+    >>> config = FrozenPrefixConfig.from_vision_text_configs(
+    ...     CLIPVisionConfig(), GPT2Config(), connector_type="resampler", prefix_length=32
+    ... )
+    >>> model = FrozenPrefixForConditionalGeneration(config)  # random parents; see from_vision_text_pretrained
+    ```"""
+
+    model_type = "frozen-prefix"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    vision_base_model: dict | None = None
+    text_base_model: dict | None = None
+    connector_type: str = "mlp"
+    connector_config: dict | None = None
+    prefix_length: int | None = None
+    vision_feature_layer: int | list[int] = -1
+    vision_feature_select_strategy: Literal["default", "full", "pooled"] = "default"
+    num_leading_tokens: int | None = None
+    num_positions: int | None = None
+    vision_width: int | None = None
+    embedding_dim: int | None = None
+    image_token_id: int | None = None
+    trainable: list[str] | tuple[str, ...] = ("connector",)
+    saved_parts: list[str] | tuple[str, ...] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        self._refuse_unknown_keys(kwargs)
+        # The library writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own.
+        chosen = {
+            name: sub_config._attn_implementation
+            for name in self.sub_configs_defaults
+            if isinstance(sub_config := getattr(self, name), PreTrainedConfig)
+        }
+        outer = kwargs.get("attn_implementation")
+        super().__post_init__(**kwargs)
+        if outer is None:
+            for name, attn_implementation in chosen.items():
+                getattr(self, name)._attn_implementation = attn_implementation
+        self.connector_config = dict(self.connector_config or {})
+        self.trainable = tuple(self.trainable)
+        self.saved_parts = None if self.saved_parts is None else tuple(self.saved_parts)
+        # Both are facts of the language model, mirrored where the library looks for them.
+        self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.get_text_config().vocab_size
+        self.validate_architecture()
+
+    @classmethod
+    def _refuse_unknown_keys(cls, kwargs: dict[str, Any]) -> None:
+        fields = set(cls.__dataclass_fields__)
+        for key in kwargs:
+            if key in _LIBRARY_KEYS:
+                continue
+            nearest = difflib.get_close_matches(key, fields, n=1)
+            hint = f"Did you mean `{nearest[0]}`?" if nearest else f"Valid keys are {sorted(fields)}."
+            raise ValueError(
+                f"`{key}` is not a key of {cls.__name__}. {hint} Options of the connector itself go into `connector_config`."
+            )
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The language model's config (of an encoder-decoder, by the flags, as its own config gives it)."""
+        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    def validate_architecture(self) -> None:
+        """Checks the values together; part of the library's own validation, so it runs before each save as well."""
+        unknown = [part for part in self.trainable if part not in PARTS]
+        if unknown:
+            raise ValueError(f"`trainable` holds {unknown}, but only {list(PARTS)} can train: remove or correct them.")
+        if isinstance(self.vision_feature_layer, list) and not self.vision_feature_layer:
+            raise ValueError("`vision_feature_layer=[]` reads no layer: give one index, such as -1, or a list of them.")
+        if self.image_token_id is not None and self.image_token_id < 0:
+            raise ValueError(f"`image_token_id={self.image_token_id}` is negative; token ids start at 0.")
+        if self.prefix_length is not None and self.prefix_length < 1:
+            raise ValueError(f"`prefix_length={self.prefix_length}` leaves no prefix vector; it must be at least 1.")
+        if self.vision_width is None or self.embedding_dim is None:
+            return  # geometry unknown yet: from_vision_text_configs fills it, and checks then
+        from .connectors import check_connector
+
+        self.prefix_length = check_connector(
+            self.connector_type,
+            num_positions=self.num_positions,
+            vision_width=self.vision_width,
+            embedding_dim=self.embedding_dim,
+            prefix_length=self.prefix_length,
+            connector_config=self.connector_config,
+        )
+        max_positions = getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
+        if max_positions is not None and self.prefix_length is not None and self.prefix_length >= max_positions:
+            raise ValueError(
+                f"A prefix of {self.prefix_length} vectors leaves no room for words: the language model has "
+                f"{max_positions} positions. Choose a smaller `prefix_length`, with a connector that can shorten "
+                "(`resampler`, `transformer`, `qformer`, `lstm`), or a language model with more positions."
+            )
+
+    @classmethod
+    def from_vision_text_configs(
+        cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs: Any
+    ) -> "FrozenPrefixConfig":
+        """
+        Joins two configs: takes the vision half of dual models and probes the geometry of both on the meta device.
+
+        Args:
+            vision_config, text_config (`PreTrainedConfig`): configs of the two parents.
+            kwargs: any other key of this class.
+
+        Raises:
+            ValueError: where the two can't be joined (see the class).
+        """
+        from .base_models import probe_language_model
+        from .vision_towers import probe_vision_tower, vision_half
+
+        vision_config = vision_half(vision_config)
+        geometry = probe_vision_tower(
+            vision_config,
+            layer=kwargs.get("vision_feature_layer", cls.vision_feature_layer),
+            select_strategy=kwargs.get("vision_feature_select_strategy", cls.vision_feature_select_strategy),
+        )
+        kwargs.setdefault("num_leading_tokens", geometry.num_leading_tokens)
+        kwargs.setdefault("num_positions", geometry.num_positions)
+        kwargs.setdefault("vision_width", geometry.vision_width)
+        if kwargs.get("embedding_dim") is None:
+            kwargs["embedding_dim"] = probe_language_model(text_config).embedding_dim
+        return cls(vision_config=vision_config, text_config=text_config, **kwargs)
+
+
+__all__ = ["FrozenPrefixConfig"]

@@ -1,0 +1,461 @@
+"""What all frozen-prefix models share: the one place that freezes, saves what was trained, and refills the parents."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .base_models import (
+    HUB_OPTIONS,
+    find_image_token_id,
+    language_model_geometry,
+    load_base_model,
+    verify_fingerprint,
+    word_embedding_norm,
+)
+from .configuration_frozen_prefix import FrozenPrefixConfig
+from .connectors import Connector
+
+
+# Attribute of the base model that holds each parent.
+PARENTS = {"vision": "vision_tower", "text": "language_model"}
+
+# Set while `from_pretrained` builds a model whose parents it is about to attach; holds those that the user replaces.
+_replaced_parts: ContextVar[frozenset[str] | None] = ContextVar("replaced_parts", default=None)
+
+
+@contextmanager
+def _leave_out(replaced: frozenset[str]) -> Iterator[None]:
+    token = _replaced_parts.set(replaced)
+    try:
+        yield
+    finally:
+        _replaced_parts.reset(token)
+
+
+def parts_to_build(config: FrozenPrefixConfig) -> set[str]:
+    """The parents that a constructor makes itself: all, but for those that are attached in a moment."""
+    replaced = _replaced_parts.get()
+    if replaced is None:
+        return set(PARENTS)
+    saved = PARENTS if config.saved_parts is None else config.saved_parts
+    return set(PARENTS).intersection(saved) - replaced
+
+
+class FrozenPrefixPreTrainedModel(PreTrainedModel):
+    """
+    What all frozen-prefix models share: freezing, small checkpoints, parents that are refilled and checked on loading.
+
+    Subclasses hold a [`FrozenPrefixModel`] as `model` (or are one).
+    """
+
+    config: FrozenPrefixConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = []
+    # The connector trains: in half precision its updates are lost, whatever the parents' dtype is.
+    _keep_in_fp32_modules_strict = ["connector"]
+
+    # ---------------------------------------------------------------------------------------------- the parents
+
+    def _parents(self) -> dict[str, nn.Module]:
+        found = {part: getattr(self.base_model, name, None) for part, name in PARENTS.items()}
+        return {part: module for part, module in found.items() if module is not None}
+
+    def _mark(self, part: str) -> None:
+        # Marks travel with the modules through PEFT's wrapping, `.to()` and copies; names and tensors don't.
+        for module in self._parents()[part].modules():
+            module._frozen_prefix_part = part
+
+    def _settle(self) -> None:
+        """Everything that depends on the parents being there: freezing, and what the outer model must know of them."""
+        for part in self._parents():
+            self._mark(part)
+        language_model = self._parents().get("text")
+        if language_model is not None:
+            self._is_stateful = getattr(language_model, "_is_stateful", False)
+            self._can_compile_fullgraph = all(
+                getattr(parent, "_can_compile_fullgraph", False) for parent in self._parents().values()
+            )
+        self.freeze_base_models()
+
+    def freeze_base_models(self) -> None:
+        """
+        Sets `requires_grad` of every tensor of the parents and the connector by `config.trainable`; the one place that
+        does. Tensors that others added (LoRA) are left alone. Frozen parents stay in eval mode under `train()`.
+        """
+        for module in self.modules():
+            if isinstance(module, Connector):
+                module.requires_grad_("connector" in self.config.trainable)
+            elif (part := getattr(module, "_frozen_prefix_part", None)) is not None:
+                for parameter in module.parameters(recurse=False):
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(part in self.config.trainable)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "FrozenPrefixPreTrainedModel":
+        """Sets the mode of what trains; frozen parents keep dropout off and batch statistics still."""
+        super().train(mode)
+        for module in self.modules():
+            part = getattr(module, "_frozen_prefix_part", None)
+            if part is not None and part not in self.config.trainable:
+                module.training = False
+        return self
+
+    def enable_input_require_grads(self) -> None:
+        """As the library's, on the word embeddings alone: hooked at its input too, a frozen tower would keep its whole
+        graph."""
+        if getattr(self, "_require_grads_hooks", None):
+            return
+        hook = self.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+        self._require_grads_hooks, self._require_grads_hook = [hook], hook
+
+    def _attach(self, part: str, module: PreTrainedModel, record: dict[str, Any] | None) -> None:
+        setattr(self.base_model, PARENTS[part], module)
+        # The parent reads its own config object, so ours must hold that very one.
+        setattr(self.config, f"{part}_config", module.config)
+        setattr(self.config, f"{part}_base_model", record)
+        if record is not None:
+            self.base_model._parts_with_home = self.base_model._parts_with_home | {part}
+
+    def _finish_attaching(self) -> None:
+        # Tied keys, no-split and fp32 modules of the parents are gathered by post_init; weights are there already.
+        with no_init_weights():
+            if self.base_model is not self:
+                self.base_model.post_init()
+            self.post_init()
+        self._settle()
+        self._keys_to_ignore_on_save = self._keys_with_home()
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        # The library skips containers without tensors of their own in custom code, so connectors are filled here.
+        for module in self.modules():
+            if isinstance(module, Connector) and not getattr(module, "_frozen_prefix_initialized", False):
+                tensors = list(module.parameters())
+                if any(tensor.is_meta or getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+                    continue  # being loaded
+                self._reset_connector(module)
+
+    def _reset_connector(self, connector: Connector) -> None:
+        connector.reset_parameters()
+        language_model = self._parents().get("text")
+        if language_model is not None and language_model.device.type != "meta":
+            connector.set_output_norm(word_embedding_norm(language_model) * self.base_model.embed_scale)
+        connector._frozen_prefix_initialized = True
+
+    # ------------------------------------------------------------------------------------------------- saving
+
+    def _keys_with_home(self) -> set[str]:
+        """Exactly the names in the state dict that need not be saved: of parents that can be refilled and never
+        trained."""
+        trained = set(self.config.trainable)
+        for module in self.modules():
+            part = getattr(module, "_frozen_prefix_part", None)
+            if part is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
+                trained.add(part)
+        skipped = self.base_model._parts_with_home - trained
+        keys = set()
+        for name, module in self.named_modules(remove_duplicate=False):
+            if getattr(module, "_frozen_prefix_part", None) in skipped:
+                prefix = f"{name}." if name else ""
+                keys |= {f"{prefix}{key}" for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
+                keys |= {
+                    f"{prefix}{key}"
+                    for key, _ in module.named_buffers(recurse=False, remove_duplicate=False)
+                    if key not in module._non_persistent_buffers_set
+                }
+        return keys
+
+    def save_pretrained(self, save_directory: str, *args: Any, include_base_models: bool = False, **kwargs: Any) -> None:
+        """
+        Writes what was trained, and nothing else: by default the connector, the config and the generation config.
+
+        Args:
+            save_directory (`str`): folder; made if absent.
+            include_base_models (`bool`, defaults to `False`):
+                Write both parents too, for a self-contained copy. Parents that were trained, or have no repository or
+                folder of their own, are always written whole.
+            args, kwargs: as `PreTrainedModel.save_pretrained`.
+        """
+        with_home = set() if include_base_models else self._keys_with_home()
+        left_out = {part for part in PARENTS if any(key.startswith(self._key_prefix(part)) for key in with_home)}
+        self.config.saved_parts = ("connector", *(part for part in self._parents() if part not in left_out))
+        self._keys_to_ignore_on_save = with_home
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self._keys_to_ignore_on_save = self._keys_with_home()
+
+    def _key_prefix(self, part: str) -> str:
+        outer = "" if self.base_model is self else f"{self.base_model_prefix}."
+        return f"{outer}{PARENTS[part]}."
+
+    # ------------------------------------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | None,
+        *model_args: Any,
+        vision_base_model: str | None = None,
+        text_base_model: str | None = None,
+        **kwargs: Any,
+    ) -> "FrozenPrefixPreTrainedModel":
+        """
+        Loads a connector and refills its two parents from their own repositories, at the recorded commits, checked.
+
+        Args:
+            pretrained_model_name_or_path (`str`): id on the Hub or folder of the checkpoint.
+            vision_base_model, text_base_model (`str`, *optional*):
+                Another place, or another model, for that parent. It is taken as the user says and recorded.
+            kwargs: as `PreTrainedModel.from_pretrained`. `dtype`, `device_map` and the options about reaching the Hub
+                go on to the parents; `quantization_config` to the language model; options prefixed with `vision_` or
+                `text_` to that parent alone, for example `text_device_map="auto"`.
+
+        Raises:
+            ValueError: if a parent can't be filled, or is not the one the connector was trained with, or the checkpoint
+                lacks weights of the connector.
+            OSError: the library's own, if a repository can't be reached.
+        """
+        overrides = {"vision": vision_base_model, "text": text_base_model}
+        overrides = {part: name for part, name in overrides.items() if name is not None}
+        options = cls._split_part_options(kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        if pretrained_model_name_or_path is None:  # weights come as a state dict: everything is in it
+            result = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
+            model, info = result
+        else:
+            with _leave_out(frozenset(overrides)):
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                )
+            model._refuse_missing(pretrained_model_name_or_path, info)
+            model._refill(pretrained_model_name_or_path, overrides, options)
+        model._finish_attaching()
+        model.eval()
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _split_part_options(cls, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Takes out of `kwargs` what is meant for the parents, and leaves what the checkpoint itself is loaded with."""
+        options: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
+        for shared in (*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation"):
+            if kwargs.get(shared) is not None:
+                for part in options:
+                    value = kwargs[shared]
+                    if shared == "attn_implementation" and isinstance(value, dict):
+                        value = value.get(f"{part}_config", value.get(""))
+                    elif shared == "device_map" and isinstance(value, dict):
+                        value = cls._device_map_of(part, value)
+                    if value is not None:
+                        options[part]["dtype" if shared == "torch_dtype" else shared] = value
+        if isinstance(kwargs.get("device_map"), dict):
+            kwargs["device_map"] = {"": cls._device_of_connector(kwargs["device_map"])}
+        elif isinstance(kwargs.get("device_map"), str) and kwargs["device_map"] not in ("cpu", "cuda", "mps", "xpu"):
+            kwargs.pop("device_map")  # "auto" and its kin spread the parents; the connector follows the words
+        kwargs.pop("max_memory", None)
+        if kwargs.get("quantization_config") is not None:
+            options["text"]["quantization_config"] = kwargs.pop("quantization_config")
+        fields = set(FrozenPrefixConfig.__dataclass_fields__)
+        for key in [key for key in kwargs if key.startswith(("vision_", "text_")) and key not in fields]:
+            part, option = key.split("_", 1)
+            options[part][option] = kwargs.pop(key)
+        return options
+
+    @classmethod
+    def _device_map_of(cls, part: str, device_map: dict[str, Any]) -> Any:
+        name = PARENTS[part]
+        inner = {}
+        for key, device in device_map.items():
+            bare = key.removeprefix("model.")
+            if bare == "" or bare == name:
+                inner.setdefault("", device)
+            elif bare.startswith(f"{name}."):
+                inner[bare.removeprefix(f"{name}.")] = device
+        return inner or None
+
+    @staticmethod
+    def _device_of_connector(device_map: dict[str, Any]) -> Any:
+        for key in ("model.connector", "connector", "model", ""):
+            if key in device_map:
+                return device_map[key]
+        return next(iter(device_map.values()))
+
+    def _refuse_missing(self, name: str, info: dict[str, Any]) -> None:
+        missing = sorted(key for key in info["missing_keys"] if key not in self.all_tied_weights_keys)
+        if missing:
+            raise ValueError(
+                f"The checkpoint `{name}` lacks {len(missing)} tensors of the model ({missing[:3]}…); they would be random. "
+                "It was saved by another class or connector, or not saved whole: check `connector_type` in its config, "
+                "or save it again."
+            )
+
+    def _refill(self, name: str, overrides: dict[str, str], options: dict[str, dict[str, Any]]) -> None:
+        for part, attribute in PARENTS.items():
+            if getattr(self.base_model, attribute, None) is not None:
+                continue
+            record = getattr(self.config, f"{part}_base_model")
+            if record is None and part not in overrides:
+                raise ValueError(
+                    f"The checkpoint `{name}` neither holds the weights of its {attribute} nor says where they are: pass "
+                    f'{part}_base_model="id or folder" to from_pretrained.'
+                )
+            load_options = dict(options[part])
+            if part in overrides:
+                module, found = load_base_model(part, overrides[part], **load_options)
+                self._check_same_geometry(part, module, overrides[part])
+            else:
+                load_options.setdefault("dtype", record["dtype"])
+                module, found = load_base_model(
+                    part,
+                    record["name_or_path"],
+                    config=getattr(self.config, f"{part}_config"),
+                    revision=record["revision"],
+                    **load_options,
+                )
+                verify_fingerprint(part, record, found)
+            self._attach(part, module, found)
+        connector = getattr(self.base_model, "connector", None)
+        language_model = self._parents().get("text")
+        if connector is not None and language_model is not None:
+            device = language_model.get_input_embeddings().weight.device
+            if device.type != "meta":
+                connector.to(device)
+
+    def _check_same_geometry(self, part: str, module: PreTrainedModel, name: str) -> None:
+        if part == "text":
+            found = language_model_geometry(module).embedding_dim
+            if found != self.config.embedding_dim:
+                raise ValueError(
+                    f"The connector writes vectors of width {self.config.embedding_dim}, but the word embeddings of `{name}` "
+                    f"have width {found}: give a language model of that width, or train a connector for this one."
+                )
+            return
+        probed = FrozenPrefixConfig.from_vision_text_configs(
+            module.config,
+            self.config.text_config,
+            embedding_dim=self.config.embedding_dim,
+            connector_type=self.config.connector_type,
+            connector_config=self.config.connector_config,
+            prefix_length=self.config.prefix_length,
+            vision_feature_layer=self.config.vision_feature_layer,
+            vision_feature_select_strategy=self.config.vision_feature_select_strategy,
+        )
+        if probed.vision_width != self.config.vision_width:
+            raise ValueError(
+                f"The connector reads features of width {self.config.vision_width}, but `{name}` gives {probed.vision_width}: "
+                "give a tower of that width, or train a connector for this one."
+            )
+        self.config.num_leading_tokens, self.config.num_positions = probed.num_leading_tokens, probed.num_positions
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str | PreTrainedModel,
+        text_model_name_or_path: str | PreTrainedModel,
+        *,
+        image_token: str = "<image>",
+        **kwargs: Any,
+    ) -> "FrozenPrefixPreTrainedModel":
+        """
+        Joins two pretrained models, both frozen, by a new connector.
+
+        Args:
+            vision_model_name_or_path (`str` or `PreTrainedModel`):
+                Any vision model of the library: an id, a folder, or a loaded model (saved whole later, as it has no home).
+            text_model_name_or_path (`str` or `PreTrainedModel`):
+                Any causal or encoder-decoder language model, likewise.
+            image_token (`str`, defaults to `"<image>"`):
+                Word that stands for an image in texts; its id is looked up in, or would be added to, the tokenizer.
+            kwargs:
+                Keys of [`FrozenPrefixConfig`] (`connector_type`, `prefix_length`, `connector_config`, `trainable`, …) and
+                options of `from_pretrained` as described there (`dtype`, `device_map`, `text_attn_implementation`, …).
+
+        Returns:
+            The model in eval mode, its connector's output at the norm of the word embeddings.
+
+        Raises:
+            ValueError: if the two can't be joined, naming both widths or lengths and the way out.
+        """
+        given = {"vision": vision_model_name_or_path, "text": text_model_name_or_path}
+        options = cls._split_part_options(kwargs)
+        fields = set(FrozenPrefixConfig.__dataclass_fields__)
+        config_options = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
+        for key in (*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "attn_implementation"):
+            kwargs.pop(key, None)
+        if kwargs:
+            FrozenPrefixConfig._refuse_unknown_keys(kwargs)
+        loaded: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]] = {}
+        for part, parent in given.items():
+            if isinstance(parent, PreTrainedModel):
+                loaded[part] = (parent, None)
+            else:
+                loaded[part] = load_base_model(part, str(parent), **options[part])
+        (vision_tower, vision_record), (language_model, text_record) = loaded["vision"], loaded["text"]
+        if config_options.get("image_token_id") is None and isinstance(given["text"], str):
+            hub_options = {key: options["text"][key] for key in HUB_OPTIONS if key in options["text"]}
+            config_options["image_token_id"] = find_image_token_id(
+                given["text"], language_model.config, image_token, revision=text_record["revision"], **hub_options
+            )
+        config = FrozenPrefixConfig.from_vision_text_configs(
+            vision_tower.config,
+            language_model.config,
+            embedding_dim=language_model_geometry(language_model).embedding_dim,
+            **config_options,
+        )
+        return cls._from_parts(config, vision_tower, vision_record, language_model, text_record)
+
+    @classmethod
+    def _from_parts(
+        cls,
+        config: FrozenPrefixConfig,
+        vision_tower: PreTrainedModel,
+        vision_record: dict[str, Any] | None,
+        language_model: PreTrainedModel,
+        text_record: dict[str, Any] | None,
+    ) -> "FrozenPrefixPreTrainedModel":
+        with _leave_out(frozenset(PARENTS)):
+            model = cls(config)
+        model._attach("vision", vision_tower, vision_record)
+        model._attach("text", language_model, text_record)
+        for module in model.modules():
+            if isinstance(module, Connector):
+                model._reset_connector(module)
+                device = language_model.get_input_embeddings().weight.device
+                module.to(device=device if device.type != "meta" else "cpu", dtype=torch.float32)
+        model._finish_attaching()
+        return model.eval()
+
+    # --------------------------------------------------------------------------------------- library's accessors
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.base_model.language_model.get_decoder()
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        if modality is None and self.config.is_encoder_decoder:
+            return self.base_model.language_model.get_encoder()
+        return super().get_encoder(modality)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError(
+            "The language model is frozen bit for bit, so its vocabulary is never resized. `<image>` needs no row of its "
+            "own; for more words, resize the language model itself before joining it to a tower."
+        )

@@ -1,0 +1,72 @@
+"""Small pieces of putting a prefix among words: counting placeholders, positions under padding, and logits processors that
+meet a placeholder's id past the vocabulary."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation import LogitsProcessorList
+
+
+def counts_fit(counts: list[int], lengths: list[int]) -> bool:
+    remaining = iter(lengths)
+    for count in counts:
+        while count > 0:
+            count -= next(remaining, count + 1)
+        if count != 0:
+            return False
+    return next(remaining, None) is None
+
+
+def describe_mismatch(counts: list[int], lengths: list[int]) -> str:
+    what = f"{len(lengths)} image(s) were given, of {lengths[0] if len(set(lengths)) == 1 else lengths} prefix vectors each"
+    way_out = "Let the processor place them (it repeats `<image>` itself), and do not cut `input_ids` afterwards."
+    if len(set(lengths)) == 1:
+        for index, count in enumerate(counts):
+            if count % lengths[0]:
+                return (
+                    f"Sample {index} holds {count} image placeholders, which is no multiple of the prefix length "
+                    f"{lengths[0]}: some were cut off or added. {what}. {way_out}"
+                )
+    return (
+        f"The batch holds {sum(counts)} image placeholders ({counts} per sample), but the images fill {sum(lengths)}: "
+        f"{what}. {way_out}"
+    )
+
+
+def position_ids_from_mask(attention_mask: torch.Tensor, length: int) -> torch.LongTensor:
+    """Positions counted from each sample's first real token: what the language model itself assumes without padding on
+    the left, and right with it."""
+    padding = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)[None] - padding
+    return positions.clamp(min=0)[:, -length:]
+
+
+def pad_right(
+    input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, attention_mask: Any
+) -> tuple[torch.LongTensor | None, torch.Tensor | None, Any]:
+    """Moves padding of an encoder's input to the right. Many encoders count positions from the row's start and take no
+    `position_ids`; what attends to them doesn't count at all, so the order of rows is free."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return input_ids, inputs_embeds, attention_mask
+    order = (attention_mask == 0).int().argsort(dim=-1, stable=True)
+    if input_ids is not None:
+        input_ids = input_ids.gather(1, order)
+    if inputs_embeds is not None:
+        inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+    return input_ids, inputs_embeds, attention_mask.gather(1, order)
+
+
+class PaddedLogitsProcessorList(LogitsProcessorList):
+    """Runs the processors on scores widened so that the placeholder's id, which lies past the head, is a column of its
+    own: processors that gather at prompt ids read it there and nowhere else."""
+
+    image_token_id: int
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
+        width = scores.shape[-1]
+        missing = self.image_token_id + 1 - width
+        if missing <= 0 or len(self) == 0:
+            return super().__call__(input_ids, scores, **kwargs)
+        scores = nn.functional.pad(scores, (0, missing), value=-float("inf"))
+        return super().__call__(input_ids, scores, **kwargs)[..., :width]

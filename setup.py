@@ -1,0 +1,48 @@
+"""Packaging. `processors/` stands at the top of the repository and is installed as `modeling_frozen.processors`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "modeling_frozen/__init__.py").read_text(encoding="utf-8")).group(1)
+
+extras = {
+    "metrics": ["pycocoevalcap>=1.2"],
+    "demo": ["datasets>=3.0", "matplotlib>=3.7", "pycocoevalcap>=1.2"],
+    "peft": ["peft>=0.17"],
+}
+extras["test"] = sorted(
+    {*extras["metrics"], *extras["demo"], *extras["peft"], "evaluate>=0.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"}
+)
+
+setup(
+    name="frozen-prefix",
+    version=version,
+    description="Eyes for any frozen language model: visual prefixes for every decoder and encoder-decoder of transformers",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["modeling_frozen", "modeling_frozen.processors"],
+    package_dir={"modeling_frozen": "modeling_frozen", "modeling_frozen.processors": "processors"},
+    package_data={"modeling_frozen": ["py.typed", "model_card.md"]},
+    install_requires=[
+        "accelerate>=1.1",
+        "huggingface_hub>=1.5",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "safetensors>=0.4.3",
+        "torch>=2.6",
+        "transformers>=5.20",
+    ],
+    extras_require=extras,
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
