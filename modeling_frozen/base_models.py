@@ -162,7 +162,21 @@ def _load_language_model(name_or_path: str, *, config: PreTrainedConfig, **kwarg
             f"`{name_or_path}` lacks {len(missing)} of the weights that {type(model).__name__} needs ({missing[:3]}…): "
             "they would be random. Give a repository that holds the whole model, head included."
         )
+    # Only families that can be either say whether they are decoders, and some decoders say no: so ask what it does.
+    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder and _reads_ahead(model):
+        raise ValueError(
+            f"`{name_or_path}` ({type(model).__name__}) reads ahead: its prediction of a word depends on the words after it. "
+            "Give a causal or encoder-decoder language model, or, if this one was trained as a decoder, set "
+            "`is_decoder=True` in its config."
+        )
     return model
+
+
+def _reads_ahead(language_model: PreTrainedModel) -> bool:
+    ids = torch.tensor([[0, 1], [0, 2]], device=language_model.device)
+    with torch.no_grad():
+        first = language_model.eval()(input_ids=ids).logits[:, 0].float()
+    return not torch.allclose(first[0], first[1], atol=1e-4, rtol=1e-3)
 
 
 def load_base_model(

@@ -1,0 +1,79 @@
+"""Tiny random parents as ordinary folders, and pictures with words for them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "picture", "square", "that", "is", "what", "colour", "?", ".", *COLOURS]
+
+
+def tokenizer(words: list[str] = WORDS, bos: bool = True, **options: Any) -> PreTrainedTokenizerFast:
+    """One id per word."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", words.index("<s>"))]
+        )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{**names, **options})
+
+
+def vision_config(**options: Any) -> CLIPVisionConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return CLIPVisionConfig(**{**sizes, "image_size": 16, "patch_size": 8, **options})
+
+
+def text_config(**options: Any) -> LlamaConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    # More rows than words, as large vocabularies have: the placeholder's id falls among them.
+    sizes |= {"vocab_size": len(WORDS) + 7, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return LlamaConfig(**{**sizes, **ids, "initializer_range": 0.2, **options})
+
+
+def save_parents(folder: Path, vision: dict | None = None, text: dict | None = None) -> tuple[str, str]:
+    """Writes both parents as their own tools would; returns their folders."""
+    tower, words = folder / "tower", folder / "words"
+    torch.manual_seed(0)
+    CLIPVisionModel(vision_config(**(vision or {}))).save_pretrained(tower)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_convert_rgb=True
+    ).save_pretrained(tower)
+    LlamaForCausalLM(text_config(**(text or {}))).save_pretrained(words)
+    tokenizer().save_pretrained(words)
+    return str(tower), str(words)
+
+
+def join(folder: Path, **options: Any) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
+    """A model with tiny parents in `folder`, and its processor."""
+    tower, words = folder / "tower", folder / "words"
+    if not tower.exists():
+        save_parents(folder)
+    options = {"connector_type": "mlp", **options}
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(str(tower), str(words), **options)
+    return model, FrozenPrefixProcessor.from_model(model)
+
+
+def rows(count: int = 8) -> list[dict[str, Any]]:
+    """Plain squares of one colour, and the sentence that names it."""
+    names = list(COLOURS)
+    return [
+        {"image": Image.new("RGB", (20, 18), COLOURS[names[i % 4]]), "text": f"a {names[i % 4]} square ."}
+        for i in range(count)
+    ]
