@@ -1,0 +1,642 @@
+"""Connectors: the small networks that write the visual prefix, and the one registry that names them.
+
+A connector maps tower features (images, positions, vision_width) to a prefix (images, prefix_length, embedding_dim) in
+the space of the language model's word embeddings. It is all that trains by default, and all that a checkpoint holds.
+
+All but `identity` are one frame with another middle: features are masked, cast, normalised (so that any tower's
+scale works), *mixed* by the subclass, and written out by one linear map, which `set_output_norm` scales. Two
+kinds of middle: those that keep the positions (identity, linear, mlp) and those that read them all and answer at
+`prefix_length` learned queries (transformer, resampler, qformer, lstm).
+"""
+
+import difflib
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+class Connector(nn.Module):
+    """What every connector shares. Build one with `build_connector`, which checks the values first.
+
+    Args:
+        num_positions: positions per image that the tower gives, 1 for a pooled vector, None where it varies.
+        vision_width: width of the tower's features.
+        embedding_dim: width of the language model's word embeddings.
+        prefix_length: prefix vectors per image; None means one per position, for connectors that keep positions.
+        input_norm: LayerNorm on the features; without it the tower's own scale comes through.
+        position_embedding: learned embeddings added to the features, for towers whose features do not say where they
+            stand (convolutional maps) before connectors that read positions as a set; needs `num_positions`.
+        input_dropout: dropout on the (normalised) features.
+        output_dropout: dropout on the prefix.
+    """
+
+    #: whether the prefix has its own length (learned queries) or one vector per position
+    reads_positions = False
+
+    def __init__(
+        self,
+        *,
+        num_positions: int | None,
+        vision_width: int,
+        embedding_dim: int,
+        prefix_length: int | None,
+        input_norm: bool = True,
+        position_embedding: bool = False,
+        input_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.num_positions, self.vision_width, self.embedding_dim = num_positions, vision_width, embedding_dim
+        self.prefix_length = self.resolve_prefix_length(num_positions, prefix_length)
+        self.input_norm = nn.LayerNorm(vision_width, eps=1e-6) if input_norm else nn.Identity()
+        self.positions = nn.Parameter(torch.empty(num_positions, vision_width)) if position_embedding else None
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.output_dropout = nn.Dropout(output_dropout)
+
+    def _add_output(self, hidden_size: int) -> None:
+        """Last line but one of a subclass's constructor: the linear map from its middle to the embedding space."""
+        # A pooled vector becomes all prefix vectors at once: Frozen's and ClipCap's form.
+        vectors = 1 if self.reads_positions or self.num_positions != 1 else self.prefix_length
+        self.output = nn.Linear(hidden_size, vectors * self.embedding_dim)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Names and defaults of the options that this connector takes in `connector_config`."""
+        found: dict[str, Any] = {}
+        for klass in reversed(cls.__mro__):
+            if "__init__" in vars(klass) and issubclass(klass, Connector):
+                for name, parameter in inspect.signature(klass.__init__).parameters.items():
+                    if parameter.default is not inspect.Parameter.empty:
+                        found[name] = parameter.default
+        return found
+
+    @classmethod
+    def resolve_prefix_length(cls, num_positions: int | None, prefix_length: int | None) -> int | None:
+        """Prefix vectors per image; None only where the tower's positions vary and the connector keeps them.
+
+        Raises:
+            ValueError: the length can't be had with this connector; says the rule and the way out.
+        """
+        if cls.reads_positions:
+            if prefix_length is None:
+                raise ValueError(
+                    f"prefix_length=None: the connector {cls._name()!r} writes a prefix of its own length, so it "
+                    "needs one; pass prefix_length=32, for example."
+                )
+            return prefix_length
+        if prefix_length is None or num_positions is None:
+            return prefix_length or num_positions
+        if prefix_length != num_positions and (num_positions > 1 or cls is IdentityConnector):
+            raise ValueError(
+                f"prefix_length={prefix_length}: the connector {cls._name()!r} writes one prefix vector per position, "
+                f"and the tower gives num_positions={num_positions}; leave prefix_length out, pool the tower's output "
+                "(vision_feature_select_strategy='pooled') before 'linear' or 'mlp', or choose a connector with a "
+                "length of its own: 'transformer', 'resampler', 'qformer', 'lstm'."
+            )
+        return prefix_length
+
+    @classmethod
+    def _name(cls) -> str:
+        return next((name for name, klass in CONNECTORS.items() if klass is cls), cls.__name__)
+
+    @classmethod
+    def check(
+        cls,
+        *,
+        num_positions: int | None,
+        vision_width: int,
+        embedding_dim: int,
+        prefix_length: int | None,
+        **options: Any,
+    ) -> int | None:
+        """Checks all values together, without building anything, and returns the resolved prefix length.
+
+        Raises:
+            ValueError: lists every value that breaks a rule.
+        """
+        values = {**cls.options(), **options}
+        problems = []
+        sizes = {"num_positions": num_positions, "prefix_length": prefix_length}
+        widths = {"vision_width": vision_width, "embedding_dim": embedding_dim}
+        kinds = {**dict.fromkeys(sizes), **dict.fromkeys(widths, 1), **cls.options()}
+        for name, default in kinds.items():  # the kind of a default is the kind of the value
+            value = {**sizes, **widths, **values}[name]
+            if isinstance(default, bool):
+                if not isinstance(value, bool):
+                    problems.append(f"{name}={value!r} must be True or False")
+            elif isinstance(default, float):
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                    problems.append(f"{name}={value!r} must be a number from 0 up to, not including, 1")
+            elif not (_is_positive_int(value) or (value is None and default is None)):
+                problems.append(f"{name}={value!r} must be a positive whole number{' or None' * (default is None)}")
+        if not problems:
+            width, heads = values.get("hidden_size"), values.get("num_heads")
+            if heads is not None and width % heads:
+                problems.append(f"num_heads={heads} must divide hidden_size={width}; change one of the two")
+            if values.get("position_embedding") and num_positions is None:
+                problems.append(
+                    "position_embedding=True needs a tower with a fixed number of positions, and this one's varies "
+                    "(num_positions=None); leave the option out"
+                )
+            if cls is IdentityConnector and vision_width != embedding_dim:
+                problems.append(
+                    f"vision_width={vision_width} and embedding_dim={embedding_dim} must be equal, for nothing is "
+                    "mapped; use 'linear' where they differ"
+                )
+        if problems:
+            raise ValueError(f"The connector {cls._name()!r} can't be built: {'; '.join(problems)}.")
+        return cls.resolve_prefix_length(num_positions, prefix_length)
+
+    def _prepare(
+        self, features: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if features.ndim != 3 or features.shape[-1] != self.vision_width:
+            raise ValueError(
+                f"Features of shape {tuple(features.shape)}: this connector takes (images, positions, "
+                f"{self.vision_width}); give a pooled vector one position by `features.unsqueeze(1)`."
+            )
+        if attention_mask is not None:
+            if attention_mask.shape != features.shape[:2]:
+                raise ValueError(
+                    f"attention_mask of shape {tuple(attention_mask.shape)} must be (images, positions) of the "
+                    f"features: {tuple(features.shape[:2])}."
+                )
+            attention_mask = attention_mask.bool()
+            # Filled even where attention skips them: 0 * inf of a padded patch would be NaN.
+            features = features.masked_fill(~attention_mask[..., None], 0)
+        positions, one_size = features.shape[1], "give images of the size that the model was built for"
+        if self.positions is not None and positions != self.num_positions:
+            raise ValueError(
+                f"The tower gave {positions} positions where this connector has position embeddings for "
+                f"{self.num_positions}; {one_size}."
+            )
+        expected = 1 if self.num_positions == 1 else self.prefix_length or positions
+        if not self.reads_positions and positions != expected:
+            raise ValueError(
+                f"The tower gave {positions} positions where this connector keeps {expected}; {one_size}, or use a "
+                "connector that reads any number of positions, such as 'resampler'."
+            )
+        return features, attention_mask
+
+    def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Writes the prefix.
+
+        Args:
+            features: (images, positions, vision_width), of any floating dtype.
+            attention_mask: (images, positions), true at valid positions, for towers that pad (NaFlex). What stands at
+                the others has no influence; connectors that keep positions answer there with a learned constant.
+
+        Returns:
+            (images, prefix_length, embedding_dim), in the connector's dtype.
+        """
+        features, attention_mask = self._prepare(features, attention_mask)
+        if features.shape[0] == 0:  # attention can't reshape nothing
+            return self.output.weight.new_zeros(0, self.prefix_length or features.shape[1], self.embedding_dim)
+        hidden = self.input_norm(features.to(self.output.weight.dtype))
+        if self.positions is not None:
+            hidden = hidden + self.positions
+        prefix = self.output(self._mix(self.input_dropout(hidden), attention_mask))
+        return self.output_dropout(prefix.reshape(len(features), -1, self.embedding_dim))
+
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The middle: (images, positions, vision_width) to (images, positions or prefix_length, any width)."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """(Re)initialises every parameter, also after `to_empty()`; tensors marked as loaded are left as they are."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.lecun_normal_(module.weight)  # keeps the variance, whatever the widths
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
+            elif isinstance(module, nn.MultiheadAttention):
+                init.lecun_normal_(module.in_proj_weight)
+                init.zeros_(module.in_proj_bias)
+        if self.positions is not None:
+            init.normal_(self.positions, std=0.02)
+        if self.reads_positions:
+            init.normal_(self.queries, std=1.0)  # smaller ones start as nearly the same vector, and part more slowly
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            # The library's own pass (`post_init`) would overwrite this with its N(0, 0.02), and it never calls a
+            # custom model's `_init_weights` for a module that holds no tensor of its own.
+            for module in self.modules():
+                module._is_hf_initialized = True
+
+    @torch.no_grad()
+    def set_output_norm(self, norm: float) -> None:
+        """Scales the output map so that prefix vectors have this mean L2 norm for features of unit variance.
+
+        A prefix far from the norm of word embeddings is ignored or diverges. Deterministic; the global random state is
+        not touched. Call it once, after initialisation. `identity` has nothing to scale: there it does nothing.
+
+        Raises:
+            ValueError: the norm is not a positive number, or the connector has no weights yet (meta device).
+        """
+        if not (math.isfinite(norm) and norm > 0):
+            raise ValueError(f"norm={norm!r} must be a positive number: the mean L2 norm of the word embeddings.")
+        weight = self.output.weight
+        if weight.is_meta:
+            raise ValueError("This connector has no weights yet (meta device): materialise and initialise it first.")
+        positions = self.num_positions or (None if self.reads_positions else self.prefix_length) or 64
+        modes = {module: module.training for module in self.modules()}
+        generator = torch.Generator().manual_seed(0)
+        shape = (max(16, 512 // positions), positions, self.vision_width)
+        features = torch.randn(shape, generator=generator, device="cpu").to(weight.device)
+        prefix = self.eval()(features)
+        for module, training in modes.items():
+            module.training = training
+        scale = norm / prefix.float().norm(dim=-1).mean()
+        for parameter in self.output.parameters():
+            parameter.mul_(scale)
+
+
+class IdentityConnector(Connector):
+    """f(F) = F: for a tower whose features already live in the embedding space. No parameters, nothing to scale.
+
+    Keeps the features' dtype; masked positions become zeros. Needs vision_width == embedding_dim.
+    """
+
+    def __init__(self, **geometry: Any):
+        super().__init__(**geometry, input_norm=False)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        return {}
+
+    def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self._prepare(features, attention_mask)[0]
+
+    def set_output_norm(self, norm: float) -> None:
+        """Does nothing: there is no parameter to scale."""
+
+
+class LinearConnector(Connector):
+    """One linear map per position: LiMBeR (arXiv 2209.15162).
+
+    From a pooled vector it writes `prefix_length` vectors at once: Frozen (arXiv 2106.13884, section 3).
+    """
+
+    def __init__(self, **common: Any):
+        super().__init__(**common)
+        self._add_output(self.vision_width)
+        self.reset_parameters()
+
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return hidden
+
+
+class MLPConnector(Connector):
+    """Two layers with GELU per position: LLaVA-1.5 (arXiv 2310.03744).
+
+    From a pooled vector it writes `prefix_length` vectors at once: ClipCap's MLP (arXiv 2111.09734).
+
+    Args:
+        hidden_size: width of the hidden layer; None for `embedding_dim`, as in LLaVA.
+        dropout: after the GELU.
+    """
+
+    def __init__(self, *, hidden_size: int | None = None, dropout: float = 0.0, **common: Any):
+        super().__init__(**common)
+        width = hidden_size or self.embedding_dim
+        self.hidden = nn.Sequential(nn.Linear(self.vision_width, width), nn.GELU(), nn.Dropout(dropout))
+        self._add_output(width)
+        self.reset_parameters()
+
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.hidden(hidden)
+
+
+class _Reader(Connector):
+    """Connectors that read all positions and answer at `prefix_length` learned queries."""
+
+    reads_positions = True
+
+    def _add_queries(self, hidden_size: int) -> None:
+        self.queries = nn.Parameter(torch.empty(self.prefix_length, hidden_size))
+        self._add_output(hidden_size)
+        self.reset_parameters()
+
+
+class TransformerConnector(_Reader):
+    """ClipCap's mapper (arXiv 2111.09734): learned constants beside the projected positions in a transformer encoder.
+
+    The prefix is read off at the constants.
+
+    Args:
+        hidden_size: width of the encoder.
+        num_layers: its layers (pre-norm).
+        num_heads: attention heads; must divide `hidden_size`.
+        feedforward_size: width of the feed-forward layers; None for twice `hidden_size`, as in ClipCap.
+        dropout: in attention and feed-forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 512,
+        num_layers: int = 4,
+        num_heads: int = 8,
+        feedforward_size: int | None = None,
+        dropout: float = 0.0,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        self.project = nn.Linear(self.vision_width, hidden_size)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                hidden_size,
+                num_heads,
+                feedforward_size or 2 * hidden_size,
+                dropout,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+        self._add_queries(hidden_size)
+
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        hidden = torch.cat([self.queries.expand(len(hidden), -1, -1), self.project(hidden)], dim=1)
+        padding = None if attention_mask is None else nn.functional.pad(~attention_mask, (self.prefix_length, 0))
+        for layer in self.layers:
+            hidden = layer(hidden, src_key_padding_mask=padding)
+        return self.norm(hidden[:, : self.prefix_length])
+
+
+class ResamplerLayer(nn.Module):
+    """Queries attend to positions and to each other in one step, then a feed-forward (Flamingo, arXiv 2204.14198)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float):
+        super().__init__()
+        self.query_norm = nn.LayerNorm(hidden_size)
+        self.context_norm = nn.LayerNorm(hidden_size)
+        self.attention = nn.MultiheadAttention(hidden_size, num_heads, dropout, batch_first=True)
+        self.feedforward = nn.Sequential(
+            nn.LayerNorm(hidden_size),
+            nn.Linear(hidden_size, feedforward_size),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(feedforward_size, hidden_size),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, queries: torch.Tensor, context: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        normed = self.query_norm(queries)
+        # With the queries among the keys an image that is all padding has something to attend to.
+        keys = torch.cat([normed, self.context_norm(context)], dim=1)
+        queries = queries + self.attention(normed, keys, keys, key_padding_mask=padding, need_weights=False)[0]
+        return queries + self.feedforward(queries)
+
+
+class ResamplerConnector(_Reader):
+    """Perceiver resampler (Flamingo, arXiv 2204.14198; as the mapper of MAPL, arXiv 2210.07179).
+
+    Learned queries read the projected positions by cross-attention, layer by layer.
+
+    Args:
+        hidden_size: width of queries and keys.
+        num_layers: rounds of cross-attention and feed-forward.
+        num_heads: attention heads; must divide `hidden_size`.
+        feedforward_size: width of the feed-forward layers; None for four times `hidden_size`.
+        dropout: in attention and feed-forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 256,
+        num_layers: int = 4,
+        num_heads: int = 8,
+        feedforward_size: int | None = None,
+        dropout: float = 0.0,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        self.project = nn.Linear(self.vision_width, hidden_size)
+        self.layers = nn.ModuleList(
+            ResamplerLayer(hidden_size, num_heads, feedforward_size or 4 * hidden_size, dropout)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+        self._add_queries(hidden_size)
+
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        context, queries = self.project(hidden), self.queries.expand(len(hidden), -1, -1)
+        padding = None if attention_mask is None else nn.functional.pad(~attention_mask, (self.prefix_length, 0))
+        for layer in self.layers:
+            queries = layer(queries, context, padding)
+        return self.norm(queries)
+
+
+class QFormerConnector(_Reader):
+    """The Q-Former of BLIP-2 (arXiv 2301.12597), the library's own module, without its text half.
+
+    Args:
+        hidden_size: width of the Q-Former.
+        num_layers: its layers (post-norm).
+        num_heads: attention heads; must divide `hidden_size`.
+        feedforward_size: width of the feed-forward layers; None for four times `hidden_size`.
+        cross_attention_frequency: every how many layers the queries look at the image, the first among them.
+        dropout: in attention and hidden states.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 512,
+        num_layers: int = 4,
+        num_heads: int = 8,
+        feedforward_size: int | None = None,
+        cross_attention_frequency: int = 2,
+        dropout: float = 0.0,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel  # here, for it is slow to import
+
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=hidden_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                intermediate_size=feedforward_size or 4 * hidden_size,
+                hidden_dropout_prob=dropout,
+                attention_probs_dropout_prob=dropout,
+                cross_attention_frequency=cross_attention_frequency,
+                encoder_hidden_size=self.vision_width,
+            )
+        )
+        self._add_queries(hidden_size)
+
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.qformer(
+            query_embeds=self.queries.expand(len(hidden), -1, -1),
+            encoder_hidden_states=hidden,
+            encoder_attention_mask=attention_mask,
+        ).last_hidden_state
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, module in self.qformer.named_modules():
+            # The library's N(0, 0.02) at width 768, carried over to any width: with more, post-norm layers start by
+            # making all queries the same. Where the image comes in, less than that would start by making it small.
+            if isinstance(module, nn.Linear) and "crossattention" not in name:
+                init.normal_(module.weight, std=0.55 * module.in_features**-0.5)
+
+
+class LSTMLayer(nn.Module):
+    """One LSTM whose gates' biases stand as the weights of one more input, 1 at valid positions and 0 at masked ones.
+
+    So the state stays exactly zero over leading positions that are all zero. `torch.lstm` in place of `nn.LSTM`, which
+    breaks the graph of torch.compile.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.input_gates = nn.Linear(hidden_size + 1, 4 * hidden_size, bias=False)
+        self.state_gates = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        state = hidden.new_zeros(1, len(hidden), self.hidden_size)
+        # input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
+        weights = (self.input_gates.weight, self.state_gates.weight)
+        inputs = torch.cat([hidden, valid], dim=-1)
+        return torch.lstm(inputs, (state, state), weights, False, 1, 0.0, self.training, False, True)[0]
+
+
+class LSTMConnector(_Reader):
+    """A recurrent reader: an LSTM goes over the projected positions, then over the queries, where the prefix is read.
+
+    Masked positions are moved to the front, where they leave the state at zero. Forget and input gates start at many
+    time scales (chrono initialisation, arXiv 1804.11188), so that the first of hundreds of positions is still heard at
+    the end.
+
+    Args:
+        hidden_size: width of the LSTM.
+        num_layers: LSTMs on top of each other.
+        dropout: after each of them.
+    """
+
+    def __init__(self, *, hidden_size: int = 512, num_layers: int = 1, dropout: float = 0.0, **common: Any):
+        super().__init__(**common)
+        self.project = nn.Linear(self.vision_width, hidden_size)
+        self.layers = nn.ModuleList(LSTMLayer(hidden_size) for _ in range(num_layers))
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(hidden_size)
+        self._add_queries(hidden_size)
+
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        hidden = self.project(hidden)
+        valid = hidden.new_ones(*hidden.shape[:2], 1)
+        if attention_mask is not None:
+            order = attention_mask.int().argsort(dim=1, stable=True)[..., None]
+            valid = attention_mask[..., None].gather(1, order).to(hidden.dtype)
+            hidden = hidden.gather(1, order.expand_as(hidden)) * valid
+        hidden = torch.cat([hidden, self.queries.to(hidden.dtype).expand(len(hidden), -1, -1)], dim=1)
+        valid = nn.functional.pad(valid, (0, 0, 0, self.prefix_length), value=1.0)
+        for layer in self.layers:
+            hidden = self.dropout(layer(hidden, valid))
+        return self.norm(hidden[:, -self.prefix_length :])
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        steps = (self.num_positions or 256) + self.prefix_length
+        for layer in self.layers:
+            weight, size = layer.input_gates.weight, layer.hidden_size
+            if not getattr(weight, "_is_hf_initialized", False):
+                spread = torch.linspace(1.0, steps, size, device=weight.device).log()
+                with torch.no_grad():  # torch's order of gates: input, forget, cell, output
+                    weight[:, -1] = torch.cat([-spread, spread, torch.zeros(2 * size, device=weight.device)])
+
+
+CONNECTORS: dict[str, type[Connector]] = {
+    "identity": IdentityConnector,
+    "linear": LinearConnector,
+    "mlp": MLPConnector,
+    "transformer": TransformerConnector,
+    "resampler": ResamplerConnector,
+    "qformer": QFormerConnector,
+    "lstm": LSTMConnector,
+}
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _closest(name: Any, names: Any) -> str:
+    found = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"did you mean {found[0]!r}? " if found else ""
+
+
+def check_connector(
+    connector_type: str,
+    *,
+    num_positions: int | None,
+    vision_width: int,
+    embedding_dim: int,
+    prefix_length: int | None,
+    connector_config: dict[str, Any] | None = None,
+) -> int | None:
+    """Checks a connector's whole specification without building it.
+
+    Returns:
+        The resolved prefix length; None only where the tower's positions vary and the connector keeps them.
+
+    Raises:
+        ValueError: unknown type (lists the choices), unknown option (names the nearest and lists the options), or
+            values that do not go together.
+    """
+    if connector_type not in CONNECTORS:
+        raise ValueError(
+            f"connector_type={connector_type!r} is unknown; {_closest(connector_type, CONNECTORS)}"
+            f"The choices are {', '.join(map(repr, CONNECTORS))}."
+        )
+    connector, options = CONNECTORS[connector_type], connector_config or {}
+    geometry = ("num_positions", "vision_width", "embedding_dim", "prefix_length")
+    for name in options:
+        if name in geometry:
+            raise ValueError(f"connector_config holds {name!r}, which stands beside connector_config, not in it.")
+        if name not in connector.options():
+            choices = ", ".join(f"{option}={default!r}" for option, default in connector.options().items())
+            raise ValueError(
+                f"connector_config holds {name!r}, which the connector {connector_type!r} does not know; "
+                f"{_closest(name, connector.options())}Its options are: {choices or 'none'}."
+            )
+    return connector.check(
+        num_positions=num_positions,
+        vision_width=vision_width,
+        embedding_dim=embedding_dim,
+        prefix_length=prefix_length,
+        **options,
+    )
+
+
+def build_connector(
+    connector_type: str,
+    *,
+    num_positions: int | None,
+    vision_width: int,
+    embedding_dim: int,
+    prefix_length: int | None,
+    connector_config: dict[str, Any] | None = None,
+) -> Connector:
+    """Checks the specification (see `check_connector`) and builds the connector, initialised."""
+    spec: dict[str, Any] = {
+        "num_positions": num_positions,
+        "vision_width": vision_width,
+        "embedding_dim": embedding_dim,
+        "prefix_length": prefix_length,
+    }
+    check_connector(connector_type, **spec, connector_config=connector_config)
+    return CONNECTORS[connector_type](**spec, **(connector_config or {}))
