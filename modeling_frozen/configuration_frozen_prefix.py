@@ -22,6 +22,8 @@ _LIBRARY_KEYS = {
     "distributed_config", "custom_generate",
 }  # fmt: skip
 
+_SERIALIZED_LIBRARY_KEYS = {"model_type", "auto_map", "_name_or_path", "output_attentions", "quantization_config"}
+
 
 @strict
 class FrozenPrefixConfig(PreTrainedConfig):
@@ -121,15 +123,26 @@ class FrozenPrefixConfig(PreTrainedConfig):
 
     @classmethod
     def _refuse_unknown_keys(cls, kwargs: dict[str, Any]) -> None:
-        fields = set(cls.__dataclass_fields__)
         for key in kwargs:
             if key in _LIBRARY_KEYS:
                 continue
-            nearest = difflib.get_close_matches(key, fields, n=1)
-            hint = f"Did you mean `{nearest[0]}`?" if nearest else f"Valid keys are {sorted(fields)}."
+            own = sorted(FrozenPrefixConfig.__annotations__)
+            nearest = difflib.get_close_matches(key, own, n=1)
+            hint = f"Did you mean `{nearest[0]}`?" if nearest else f"Valid keys are {own}."
             raise ValueError(
                 f"`{key}` is not a key of {cls.__name__}. {hint} Options of the connector itself go into `connector_config`."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._known_keys(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self._known_keys(super().to_diff_dict())
+
+    def _known_keys(self, serialized: dict[str, Any]) -> dict[str, Any]:
+        # Tools hang attributes on configs (Trainer sets `use_cache`); written down, they would be unknown keys.
+        known = _SERIALIZED_LIBRARY_KEYS.union(self.__dataclass_fields__)
+        return {key: value for key, value in serialized.items() if key in known}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The language model's config (of an encoder-decoder, by the flags, as its own config gives it)."""

@@ -294,8 +294,9 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         """Zero, through the connector: a batch without images then has a loss with a (zero) gradient for it, as
         distributed training and `backward()` itself require."""
         parameter = next(self.connector.parameters())
+        positions = self.config.num_positions or self.config.prefix_length or 1
         features = torch.zeros(
-            1, self.config.num_positions or 1, self.config.vision_width, dtype=parameter.dtype, device=parameter.device
+            1, positions, self.config.vision_width, dtype=parameter.dtype, device=parameter.device
         )
         return self.connector(features).sum() * 0.0
 

@@ -233,9 +233,10 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         overrides = {part: name for part, name in overrides.items() if name is not None}
         options = cls._split_part_options(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("`use_safetensors=False` would read a pickle, which can run code: connectors are safetensors only.")
         if pretrained_model_name_or_path is None:  # weights come as a state dict: everything is in it
-            result = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
-            model, info = result
+            model, info = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
         else:
             with _leave_out(frozenset(overrides)):
                 model, info = super().from_pretrained(

@@ -1,0 +1,306 @@
+"""The model: what is frozen, how prefix and words meet, and what is refused by name."""
+
+import copy
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, BatchFeature
+
+from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
+from modeling_frozen.connectors import CONNECTORS
+from tests.tiny import join, rows, save_parents, text_config, vision_config
+
+
+Eyes = FrozenPrefixForConditionalGeneration
+
+
+def constructed(cls: type = Eyes, **options: object) -> FrozenPrefixForConditionalGeneration:
+    options = {"vision": {}, "text": {}, "connector_type": "mlp", **options}
+    vision, text = vision_config(**options.pop("vision")), text_config(**options.pop("text"))
+    return cls(FrozenPrefixConfig.from_vision_text_configs(vision, text, **options))
+
+
+def trainable(model: nn.Module) -> set[str]:
+    """Parts that train, by the name before the first tensor."""
+    return {name.removeprefix("model.").split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def inputs(processor, texts: list[str], images: list) -> BatchFeature:
+    return processor(images=images or None, text=texts, return_tensors="pt", padding=True)
+
+
+@pytest.fixture
+def eyes(tmp_path: Path):
+    return join(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ frozen
+
+
+@pytest.mark.parametrize("cls", [Eyes, FrozenPrefixModel])
+def test_a_constructed_model_trains_its_connector_alone(cls: type) -> None:
+    model = constructed(cls)
+    assert trainable(model) == {"connector"}
+    assert trainable(model.train()) == {"connector"}
+
+
+@pytest.mark.parametrize("auto_class", [Eyes, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModel])
+def test_a_reloaded_model_trains_its_connector_alone(eyes, tmp_path: Path, auto_class: type) -> None:
+    model, _ = eyes
+    assert trainable(model) == {"connector"}
+    model.save_pretrained(tmp_path / "eyes")
+    again = auto_class.from_pretrained(tmp_path / "eyes")
+    assert trainable(again) == {"connector"}
+    again, info = auto_class.from_pretrained(tmp_path / "eyes", output_loading_info=True)
+    assert trainable(again) == {"connector"} and not info["missing_keys"]
+
+
+@pytest.mark.parametrize("trains", [("connector",), ("connector", "vision"), ("text",), ("connector", "vision", "text")])
+def test_one_word_says_what_trains(tmp_path: Path, trains: tuple[str, ...]) -> None:
+    names = {"connector": "connector", "vision": "vision_tower", "text": "language_model"}
+    model, _ = join(tmp_path, trainable=trains)
+    assert trainable(model) == {names[part] for part in trains}
+    model.train()
+    for part in ("vision", "text"):
+        modes = {module.training for module in getattr(model.model, names[part]).modules()}
+        assert modes == {part in trains}
+    model.save_pretrained(tmp_path / "eyes")
+    assert trainable(Eyes.from_pretrained(tmp_path / "eyes")) == {names[part] for part in trains}
+
+
+def test_frozen_parents_stay_in_eval_mode(tmp_path: Path) -> None:
+    """Dropout on in a frozen parent would teach the connector noise."""
+    save_parents(tmp_path, vision={"attention_dropout": 0.5}, text={"attention_dropout": 0.5})
+    model, processor = join(tmp_path)
+    assert model.train() is model
+    assert model.training and model.model.connector.training
+    assert not any(m.training for m in model.model.vision_tower.modules())
+    assert not any(m.training for m in model.model.language_model.modules())
+    batch = inputs(processor, ["a"], [rows(1)[0]["image"]])
+    assert torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+def test_batch_statistics_of_a_frozen_tower_stand_still() -> None:
+    from tests.families_text import text_config as tiny_text
+    from transformers import MobileNetV2Config
+
+    tower = MobileNetV2Config(image_size=32, depth_multiplier=0.1)
+    config = FrozenPrefixConfig.from_vision_text_configs(tower, tiny_text("llama"), connector_type="linear")
+    model = Eyes(config).train()
+    before = copy.deepcopy(model.model.vision_tower.state_dict())
+    ids = torch.full((1, config.prefix_length + 2), config.image_token_id)
+    ids[:, -2:] = 5
+    model(ids, torch.randn(1, 3, 32, 32), labels=ids.masked_fill(ids == config.image_token_id, -100)).loss.backward()
+    assert all(torch.equal(before[k], v) for k, v in model.model.vision_tower.state_dict().items())
+
+
+def test_the_frozen_tower_keeps_no_graph(eyes) -> None:
+    model, processor = eyes
+    pixel_values = inputs(processor, ["a"], [rows(1)[0]["image"]])["pixel_values"]
+    encoded = model.get_image_features(pixel_values)
+    assert not encoded.last_hidden_state.requires_grad and encoded.pooler_output[0].requires_grad
+    # … unless somebody asks where in the picture a word comes from
+    assert model.get_image_features(pixel_values.requires_grad_(True)).last_hidden_state.requires_grad
+
+
+def test_input_gradients_are_asked_of_the_words_alone(eyes) -> None:
+    """PEFT and activation checkpointing hook the inputs of every sub-model; at the tower's that keeps its whole graph."""
+    model, processor = eyes
+    model.enable_input_require_grads()
+    batch = inputs(processor, ["a"], [rows(1)[0]["image"]])
+    assert not model.get_image_features(batch["pixel_values"]).last_hidden_state.requires_grad
+    assert model.get_input_embeddings()(batch["input_ids"].clamp(max=3)).requires_grad
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()(batch["input_ids"].clamp(max=3)).requires_grad
+
+
+def test_a_text_only_batch_trains_with_zero_gradients(eyes) -> None:
+    model, processor = eyes
+    batch = inputs(processor, ["a red square ."], [])
+    loss = model.train()(**batch, labels=batch["input_ids"]).loss
+    assert torch.equal(loss, model.eval()(**batch, labels=batch["input_ids"]).loss)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.model.connector.parameters())
+
+
+def test_resizing_the_vocabulary_is_refused(eyes) -> None:
+    with pytest.raises(ValueError, match="never resized"):
+        eyes[0].resize_token_embeddings(100)
+
+
+# ------------------------------------------------------------------------------------------------------ prefix and words
+
+
+@pytest.mark.parametrize("connector_type", CONNECTORS)
+def test_every_connector_starts_at_the_norm_of_words(tmp_path: Path, connector_type: str) -> None:
+    length = {} if connector_type in ("identity", "linear", "mlp") else {"prefix_length": 3}
+    model, processor = join(tmp_path, connector_type=connector_type, **length)
+    words = model.get_input_embeddings().weight.norm(dim=-1).median()
+    batch = inputs(processor, ["a", "a"], [[row["image"]] for row in rows(2)])
+    prefix = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)
+    assert model(**batch).image_hidden_states.shape == prefix.shape
+    if connector_type != "identity":
+        assert 0.4 * words < prefix.norm(dim=-1).mean() < 2.5 * words
+
+
+def test_texts_with_none_one_and_two_images_share_a_batch(eyes) -> None:
+    """Each sample reads its own pictures: as if it were alone."""
+    model, processor = eyes
+    images = [row["image"] for row in rows(3)]
+    texts = ["a square .", "<image> a picture", "a <image> that is <image> ?"]
+    nested = [[], images[:1], images[1:]]
+    batch = inputs(processor, texts, nested)
+    together = model(**batch).logits
+    for i, (text, own) in enumerate(zip(texts, nested, strict=True)):
+        alone = inputs(processor, [text], [own] if own else [])
+        mask = batch["attention_mask"][i].bool()
+        torch.testing.assert_close(together[i][mask], model(**alone).logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_encoded_once_it_serves_many_texts(eyes) -> None:
+    model, processor = eyes
+    image = rows(1)[0]["image"]
+    encoded = model.get_image_features(inputs(processor, ["a"], [image])["pixel_values"])
+    for text in ("a picture", "what colour ?"):
+        batch = inputs(processor, [text], [image])
+        pixel_values = batch.pop("pixel_values")
+        torch.testing.assert_close(
+            model(**batch, mm_encoder_outputs={"image": encoded}).logits, model(**batch, pixel_values=pixel_values).logits
+        )
+        told = [
+            model.generate(**batch, **image_input, max_new_tokens=4, do_sample=False)
+            for image_input in ({"mm_encoder_outputs": {"image": encoded}}, {"pixel_values": pixel_values})
+        ]
+        assert torch.equal(*told)
+
+
+def test_embeddings_in_place_of_ids(eyes) -> None:
+    model, processor = eyes
+    batch = inputs(processor, ["a picture"], [rows(1)[0]["image"]])
+    expected = model(**batch).logits
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    torch.testing.assert_close(model(inputs_embeds=embeds, **batch).logits, expected)
+
+
+def test_labels_are_learnt_where_they_stand(eyes) -> None:
+    """The loss over chosen places is that over all logits, and of the library's own function."""
+    model, processor = eyes
+    batch = inputs(processor, ["a red square .", "a blue square ."], [[row["image"]] for row in rows(2)])
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
+    labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    labels[0, :6] = -100
+    full = model(**batch).logits[:, :-1]
+    expected = nn.functional.cross_entropy(full.reshape(-1, full.shape[-1]), labels[:, 1:].reshape(-1))
+    for mode in (True, False):
+        output = model.train(mode)(**batch, labels=labels)
+        torch.testing.assert_close(output.loss, expected)
+        assert (output.logits is None) == mode
+    summed = model.train()(**batch, labels=labels, num_items_in_batch=torch.tensor(7)).loss
+    torch.testing.assert_close(summed, expected * (labels[:, 1:] != -100).sum() / 7)
+
+
+def test_both_dtypes_meet_at_the_borders(tmp_path: Path) -> None:
+    tower, words = save_parents(tmp_path)
+    model = Eyes.from_vision_text_pretrained(tower, words, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.model.connector.parameters()} == {torch.float32}
+    assert {model.model.vision_tower.dtype, model.model.language_model.dtype} == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "eyes")
+    again = Eyes.from_pretrained(tmp_path / "eyes")
+    assert {p.dtype for p in again.model.connector.parameters()} == {torch.float32}
+    assert {again.model.vision_tower.dtype, again.model.language_model.dtype} == {torch.bfloat16}
+    ids = torch.full((1, 6), model.config.image_token_id)
+    ids[:, 4:] = 5
+    images = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(ids, images).logits, again(ids, images).logits)
+    other = Eyes.from_pretrained(tmp_path / "eyes", dtype=torch.float32)
+    assert other.model.language_model.dtype == torch.float32
+
+
+def test_each_part_takes_its_own_options(tmp_path: Path) -> None:
+    tower, words = save_parents(tmp_path)
+    model = Eyes.from_vision_text_pretrained(tower, words, text_attn_implementation="eager", vision_dtype="float16")
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+    assert model.model.vision_tower.dtype == torch.float16
+    model.save_pretrained(tmp_path / "eyes")
+    again = Eyes.from_pretrained(
+        tmp_path / "eyes", attn_implementation={"vision_config": "eager", "text_config": "sdpa"}, vision_dtype="float32"
+    )
+    assert again.model.language_model.config._attn_implementation == "sdpa"
+    assert again.model.vision_tower.config._attn_implementation == "eager"
+    assert (again.model.vision_tower.dtype, again.model.language_model.dtype) == (torch.float32, torch.float32)
+
+
+def test_threads_generate_as_one_after_the_other(eyes) -> None:
+    model, processor = eyes
+    batches = [inputs(processor, ["a picture"], [row["image"]]) for row in rows(8)]
+    expected = [model.generate(**batch, max_new_tokens=6, do_sample=False) for batch in batches]
+    found: list = [None] * len(batches)
+
+    def run(i: int) -> None:
+        found[i] = model.generate(**batches[i], max_new_tokens=6, do_sample=False)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+def test_placeholders_are_counted_per_sample(eyes) -> None:
+    model, processor = eyes
+    batch = inputs(processor, ["a picture", "a picture"], [[row["image"]] for row in rows(2)])
+    length = model.config.prefix_length
+    ids = batch["input_ids"].clone()
+    row = (ids[1] == model.config.image_token_id).nonzero()[0]
+    ids[1, row] = 5  # one placeholder cut
+    with pytest.raises(ValueError, match=rf"Sample 1 holds {length - 1} .* {length}"):
+        model(input_ids=ids, pixel_values=batch["pixel_values"], attention_mask=batch["attention_mask"])
+    # the right total in the wrong rows would put one sample's picture into the other
+    other = (ids[0] != model.config.image_token_id).nonzero()[0]
+    ids[0, other] = model.config.image_token_id
+    with pytest.raises(ValueError, match=rf"Sample 0 holds {length + 1} "):
+        model(input_ids=ids, pixel_values=batch["pixel_values"], attention_mask=batch["attention_mask"])
+    with pytest.raises(ValueError, match=rf"{2 * length} image placeholders.*fill {3 * length}"):
+        model(**{**batch, "pixel_values": torch.cat([batch["pixel_values"], batch["pixel_values"][:1]])})
+
+
+def test_an_input_longer_than_the_positions_is_refused() -> None:
+    from tests.families_text import text_config as tiny_text
+
+    config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), tiny_text("gpt2"), connector_type="linear")
+    model = Eyes(config).eval()
+    ids = torch.full((1, 260), 5)
+    ids[:, :4] = config.image_token_id
+    with pytest.raises(ValueError, match="260 long.*256"):
+        model(ids, torch.randn(1, 3, 16, 16))
+
+
+def test_unknown_options_are_refused(tmp_path: Path) -> None:
+    tower, words = save_parents(tmp_path)
+    with pytest.raises(ValueError, match="Did you mean `connector_type`"):
+        Eyes.from_vision_text_pretrained(tower, words, conector_type="mlp")
+
+
+def test_a_config_without_geometry_cannot_build() -> None:
+    with pytest.raises(ValueError, match="from_vision_text_configs"):
+        Eyes(FrozenPrefixConfig())
+
+
+def test_ids_or_embeddings_not_both(eyes) -> None:
+    model, _ = eyes
+    with pytest.raises(ValueError, match="exactly one"):
+        model(input_ids=torch.ones(1, 2, dtype=torch.long), inputs_embeds=torch.zeros(1, 2, 32))
+    encoded = model.get_image_features(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+        model(
+            torch.ones(1, 2, dtype=torch.long), pixel_values=torch.zeros(1, 3, 16, 16), mm_encoder_outputs={"image": encoded}
+        )
