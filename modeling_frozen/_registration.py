@@ -1,22 +1,92 @@
-"""Makes the model type `frozen-prefix` known to the Auto classes of transformers."""
+"""Makes the model type `frozen-prefix` known to the Auto classes of transformers, without importing them.
+
+The Auto classes bring torch with them, which takes seconds. So each mapping is extended when, and only when, somebody
+imports it: at once if that has happened already, else right after.
+"""
+
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+MODEL_TYPE = "frozen-prefix"
+CONFIG = "FrozenPrefixConfig"
+
+
+def _add(mapping: Any, class_name: str) -> None:
+    """Adds a class by name, as the library adds its own: it is imported when somebody asks for it. (`register` wants the
+    class itself, whose module may be importing the Auto classes at this very moment.)"""
+    mapping._config_mapping[MODEL_TYPE] = CONFIG
+    mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE
+    mapping._model_mapping[MODEL_TYPE] = class_name
+    mapping._modules[MODEL_TYPE.replace("-", "_")] = sys.modules[__package__]
+
+
+def _register_config(module: ModuleType) -> None:
+    module.CONFIG_MAPPING._mapping[MODEL_TYPE] = CONFIG
+    module.CONFIG_MAPPING._modules[MODEL_TYPE.replace("-", "_")] = sys.modules[__package__]
+
+
+def _register_models(module: ModuleType) -> None:
+    _add(module.AutoModel._model_mapping, "FrozenPrefixModel")
+    for auto_class in (module.AutoModelForImageTextToText, module.AutoModelForMultimodalLM):
+        _add(auto_class._model_mapping, "FrozenPrefixForConditionalGeneration")
+
+
+def _register_processor(module: ModuleType) -> None:
+    # Processors are looked up by class name, in the library's own folders first: this one is registered itself.
+    from .configuration_frozen_prefix import FrozenPrefixConfig
+    from .processors import FrozenPrefixProcessor
+
+    module.AutoProcessor.register(FrozenPrefixConfig, FrozenPrefixProcessor, exist_ok=True)
+
+
+_ACTIONS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.models.auto.configuration_auto": _register_config,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.processing_auto": _register_processor,
+}
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs an action right after a module was first executed."""
+
+    def __init__(self, actions: dict[str, Callable[[ModuleType], None]]):
+        self.actions = actions
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        action = self.actions.pop(fullname, None)
+        if action is None:
+            return None
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        @functools.wraps(execute)
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            action(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
 
 
 def register_with_auto_classes() -> None:
-    """Registers config, models and processor; doing it twice changes nothing."""
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForImageTextToText,
-        AutoModelForMultimodalLM,
-        AutoProcessor,
-    )
-
-    from .configuration_frozen_prefix import FrozenPrefixConfig
-    from .modeling_frozen_prefix import FrozenPrefixForConditionalGeneration, FrozenPrefixModel
-    from .processors import FrozenPrefixProcessor
-
-    AutoConfig.register(FrozenPrefixConfig.model_type, FrozenPrefixConfig, exist_ok=True)
-    AutoModel.register(FrozenPrefixConfig, FrozenPrefixModel, exist_ok=True)
-    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        auto_class.register(FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(FrozenPrefixConfig, FrozenPrefixProcessor, exist_ok=True)
+    """Registers config, models and processor, each with its mapping; doing it twice changes nothing."""
+    waiting = {}
+    for name, action in _ACTIONS.items():
+        if name in sys.modules:
+            action(sys.modules[name])
+        else:
+            waiting[name] = action
+    if waiting:
+        sys.meta_path.insert(0, _AfterImport(waiting))

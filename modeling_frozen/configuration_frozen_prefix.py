@@ -49,10 +49,17 @@ class FrozenPrefixConfig(PreTrainedConfig):
         vision_feature_select_strategy (`"default"`, `"full"` or `"pooled"`, defaults to `"default"`):
             `"default"` drops leading class, register and distillation tokens, `"full"` keeps them, `"pooled"` takes
             one vector per image.
-        num_leading_tokens, num_positions, vision_width, embedding_dim (`int`, *optional*):
-            Geometry of the two parents, probed by [`from_vision_text_configs`].
+        fusion (`"prefix"` or `"cross_attention"`, defaults to `"prefix"`):
+            How the language model gets at the image. `"prefix"`: the connector's vectors stand among the words.
+            `"cross_attention"`: words look at them through gated blocks between the frozen layers (Flamingo); one
+            placeholder marks an image's place, and reads as the beginning-of-text word.
+        cross_attention_config (`dict`):
+            Options of those blocks: `every_n_layers`, `num_heads`, `head_dim`, `feedforward_multiple`, `dropout`
+            (see `modeling_frozen.cross_attention.check_cross_attention`).
+        num_leading_tokens, num_positions, vision_width, embedding_dim, text_hidden_size, text_num_layers (`int`, *optional*):
+            Geometry of the two parents, probed by [`from_vision_text_configs`]; the last two for cross-attention alone.
         image_token_id (`int`, *optional*):
-            Id of the placeholder in `input_ids`; `prefix_length` of them stand for one image. Defaults to one past
+            Id of the placeholder in `input_ids`; `num_image_tokens` of them stand for one image. Defaults to one past
             the vocabulary. The language model is never resized for it.
         trainable (`tuple[str]`, defaults to `("connector",)`):
             Which of `"connector"`, `"vision"`, `"text"` train. All else is frozen, bit for bit.
@@ -87,12 +94,16 @@ class FrozenPrefixConfig(PreTrainedConfig):
     connector_type: str = "mlp"
     connector_config: dict | None = None
     prefix_length: int | None = None
+    fusion: Literal["prefix", "cross_attention"] = "prefix"
+    cross_attention_config: dict | None = None
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: Literal["default", "full", "pooled"] = "default"
     num_leading_tokens: int | None = None
     num_positions: int | None = None
     vision_width: int | None = None
     embedding_dim: int | None = None
+    text_hidden_size: int | None = None
+    text_num_layers: int | None = None
     image_token_id: int | None = None
     trainable: list[str] | tuple[str, ...] = ("connector",)
     saved_parts: list[str] | tuple[str, ...] | None = None
@@ -112,6 +123,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
             for name, attn_implementation in chosen.items():
                 getattr(self, name)._attn_implementation = attn_implementation
         self.connector_config = dict(self.connector_config or {})
+        self.cross_attention_config = dict(self.cross_attention_config or {})
         self.trainable = tuple(self.trainable)
         self.saved_parts = None if self.saved_parts is None else tuple(self.saved_parts)
         # Both are facts of the language model, mirrored where the library looks for them.
@@ -132,6 +144,20 @@ class FrozenPrefixConfig(PreTrainedConfig):
             raise ValueError(
                 f"`{key}` is not a key of {cls.__name__}. {hint} Options of the connector itself go into `connector_config`."
             )
+
+    @property
+    def num_image_tokens(self) -> int | None:
+        """Placeholders in `input_ids` for one image."""
+        return 1 if self.fusion == "cross_attention" else self.prefix_length
+
+    @property
+    def image_word_id(self) -> int:
+        """With `fusion="cross_attention"`, the word as which a placeholder is read: beginning of text, or its end where
+        the language model has no beginning."""
+        text_config = self.text_config.get_text_config()
+        ids = (getattr(text_config, name, None) for name in ("bos_token_id", "eos_token_id"))
+        first = next((index for index in ids if index is not None), 0)
+        return first[0] if isinstance(first, list) else first
 
     def to_dict(self) -> dict[str, Any]:
         return self._known_keys(super().to_dict())
@@ -159,6 +185,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
             raise ValueError(f"`image_token_id={self.image_token_id}` is negative; token ids start at 0.")
         if self.prefix_length is not None and self.prefix_length < 1:
             raise ValueError(f"`prefix_length={self.prefix_length}` leaves no prefix vector; it must be at least 1.")
+        self._validate_fusion()
         if self.vision_width is None or self.embedding_dim is None:
             return  # geometry unknown yet: from_vision_text_configs fills it, and checks then
         from .connectors import check_connector
@@ -172,12 +199,26 @@ class FrozenPrefixConfig(PreTrainedConfig):
             connector_config=self.connector_config,
         )
         max_positions = getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
-        if max_positions is not None and self.prefix_length is not None and self.prefix_length >= max_positions:
+        if max_positions is not None and (self.num_image_tokens or 0) >= max_positions:
             raise ValueError(
                 f"A prefix of {self.prefix_length} vectors leaves no room for words: the language model has "
                 f"{max_positions} positions. Choose a smaller `prefix_length`, with a connector that can shorten "
                 "(`resampler`, `transformer`, `qformer`, `lstm`), or a language model with more positions."
             )
+
+    def _validate_fusion(self) -> None:
+        if self.fusion == "prefix":
+            if self.cross_attention_config:
+                raise ValueError(
+                    f"`cross_attention_config={self.cross_attention_config}` is for gated blocks, and `fusion='prefix'` has "
+                    "none: set `fusion='cross_attention'`, or leave the options out."
+                )
+            return
+        from .cross_attention import check_cross_attention, probe_decoder
+
+        check_cross_attention(self.cross_attention_config, self.text_num_layers)
+        if self.text_config.is_encoder_decoder:
+            probe_decoder(self.text_config)  # says why not
 
     @classmethod
     def from_vision_text_configs(
@@ -207,6 +248,11 @@ class FrozenPrefixConfig(PreTrainedConfig):
         kwargs.setdefault("vision_width", geometry.vision_width)
         if kwargs.get("embedding_dim") is None:
             kwargs["embedding_dim"] = probe_language_model(text_config).embedding_dim
+        if kwargs.get("fusion") == "cross_attention" and kwargs.get("text_hidden_size") is None:
+            from .cross_attention import probe_decoder
+
+            decoder = probe_decoder(text_config)
+            kwargs["text_hidden_size"], kwargs["text_num_layers"] = decoder.hidden_size, decoder.num_layers
         return cls(vision_config=vision_config, text_config=text_config, **kwargs)
 
 

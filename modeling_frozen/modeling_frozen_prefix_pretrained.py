@@ -20,10 +20,15 @@ from .base_models import (
 )
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import Connector
+from .cross_attention import GatedCrossAttention, check_decoder, decoder_layers
+from .hub import AUTO_MAP, complete_repository
 
 
 # Attribute of the base model that holds each parent.
 PARENTS = {"vision": "vision_tower", "text": "language_model"}
+
+# What `trainable` calls "connector": all that is neither parent.
+CONNECTING = (Connector, GatedCrossAttention)
 
 # Set while `from_pretrained` builds a model whose parents it is about to attach; holds those that the user replaces.
 _replaced_parts: ContextVar[frozenset[str] | None] = ContextVar("replaced_parts", default=None)
@@ -65,7 +70,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = []
     # The connector trains: in half precision its updates are lost, whatever the parents' dtype is.
-    _keep_in_fp32_modules_strict = ["connector"]
+    _keep_in_fp32_modules_strict = ["connector", "cross_attention"]
 
     # ---------------------------------------------------------------------------------------------- the parents
 
@@ -88,6 +93,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             self._can_compile_fullgraph = all(
                 getattr(parent, "_can_compile_fullgraph", False) for parent in self._parents().values()
             )
+            if self.base_model.cross_attention is not None:
+                self.base_model.cross_attention.stand_between(decoder_layers(language_model))
+                self._can_compile_fullgraph = False  # who looks where is counted on the host
         self.freeze_base_models()
 
     def freeze_base_models(self) -> None:
@@ -96,7 +104,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         does. Tensors that others added (LoRA) are left alone. Frozen parents stay in eval mode under `train()`.
         """
         for module in self.modules():
-            if isinstance(module, Connector):
+            if isinstance(module, CONNECTING):
                 module.requires_grad_("connector" in self.config.trainable)
             elif (part := getattr(module, "_frozen_prefix_part", None)) is not None:
                 for parameter in module.parameters(recurse=False):
@@ -142,13 +150,13 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
         # The library skips containers without tensors of their own in custom code, so connectors are filled here.
         for module in self.modules():
-            if isinstance(module, Connector) and not getattr(module, "_frozen_prefix_initialized", False):
+            if isinstance(module, CONNECTING) and not getattr(module, "_frozen_prefix_initialized", False):
                 tensors = list(module.parameters())
                 if any(tensor.is_meta or getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
                     continue  # being loaded
                 self._reset_connector(module)
 
-    def _reset_connector(self, connector: Connector) -> None:
+    def _reset_connector(self, connector: Connector | GatedCrossAttention) -> None:
         connector.reset_parameters()
         language_model = self._parents().get("text")
         if language_model is not None and language_model.device.type != "meta":
@@ -192,11 +200,17 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         with_home = set() if include_base_models else self._keys_with_home()
         left_out = {part for part in PARENTS if any(key.startswith(self._key_prefix(part)) for key in with_home)}
         self.config.saved_parts = ("connector", *(part for part in self._parents() if part not in left_out))
+        self.config.auto_map = dict(AUTO_MAP)
         self._keys_to_ignore_on_save = with_home
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self._keys_to_ignore_on_save = self._keys_with_home()
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Every way of pushing a model ends here.
+        complete_repository(working_dir, self, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _key_prefix(self, part: str) -> str:
         outer = "" if self.base_model is self else f"{self.base_model_prefix}."
@@ -328,12 +342,12 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
                 )
                 verify_fingerprint(part, record, found)
             self._attach(part, module, found)
-        connector = getattr(self.base_model, "connector", None)
         language_model = self._parents().get("text")
-        if connector is not None and language_model is not None:
+        if language_model is not None:
             device = language_model.get_input_embeddings().weight.device
-            if device.type != "meta":
-                connector.to(device)
+            for connector in (module for module in self.modules() if isinstance(module, CONNECTING)):
+                if device.type != "meta":
+                    connector.to(device)
 
     def _check_same_geometry(self, part: str, module: PreTrainedModel, name: str) -> None:
         if part == "text":
@@ -343,6 +357,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
                     f"The connector writes vectors of width {self.config.embedding_dim}, but the word embeddings of `{name}` "
                     f"have width {found}: give a language model of that width, or train a connector for this one."
                 )
+            if self.config.fusion == "cross_attention":
+                sizes = {"hidden_size": self.config.text_hidden_size, "num_layers": self.config.text_num_layers}
+                check_decoder(module, **sizes, name=name)
             return
         probed = FrozenPrefixConfig.from_vision_text_configs(
             module.config,
@@ -432,7 +449,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         model._attach("vision", vision_tower, vision_record)
         model._attach("text", language_model, text_record)
         for module in model.modules():
-            if isinstance(module, Connector):
+            if isinstance(module, CONNECTING):
                 model._reset_connector(module)
                 device = language_model.get_input_embeddings().weight.device
                 module.to(device=device if device.type != "meta" else "cpu", dtype=torch.float32)

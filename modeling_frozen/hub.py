@@ -1,0 +1,64 @@
+"""What a repository on the Hub needs beside weights and config: the code that loads them for people without this package.
+
+The library copies custom code on every save. Here it is written only where it is needed, into folders that leave this
+machine, so that checkpoints on disk stay as small as what they learnt.
+"""
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+# Auto class -> file and class that serve it; goes into config.json, so that the library finds the code beside it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_frozen_prefix.FrozenPrefixConfig",
+    "AutoModel": "modeling_frozen_prefix.FrozenPrefixModel",
+    "AutoModelForImageTextToText": "modeling_frozen_prefix.FrozenPrefixForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_frozen_prefix.FrozenPrefixForConditionalGeneration",
+    "AutoProcessor": "processing_frozen_prefix.FrozenPrefixProcessor",
+}
+
+_HERE = Path(__file__).parent
+
+
+def _source(module: str) -> Path | None:
+    # Flat on the Hub, the processor in a folder of its own here.
+    candidates = (_HERE / f"{module}.py", _HERE / "processors" / f"{module}.py")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def write_code(folder: str | Path) -> list[Path]:
+    """
+    Copies the files that `AUTO_MAP` names, and what they import, flat into `folder`.
+
+    Returns:
+        `list[Path]`: the files written.
+    """
+    folder = Path(folder)
+    sources: dict[str, Path] = {}
+    for module in {target.split(".")[0] for target in AUTO_MAP.values()}:
+        source = _source(module)
+        if source is not None:
+            for file in (source, *map(Path, get_relative_import_files(source))):
+                sources[file.name] = file
+    written = []
+    for name, source in sorted(sources.items()):
+        target = folder / name
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, target)
+        written.append(target)
+    return written
+
+
+def complete_repository(folder: str | Path, model: Any, repo_id: str | None = None) -> None:
+    """Adds to a folder with a saved model what makes it a repository: code, and a card."""
+    write_code(folder)
+    try:
+        # By name: the card's template is no code, and stays behind where this file runs from the Hub itself.
+        card = importlib.import_module(".model_card", __package__)
+    except ImportError:
+        return
+    card.write_model_card(folder, model, repo_id=repo_id)

@@ -1,0 +1,198 @@
+"""Push, pull, trust: through the wire, each step in a process of its own, against the Hub server of `hub_server`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.hub_fixtures import Hub, module_hub  # noqa: F401
+
+
+pytestmark = pytest.mark.hub
+
+ASK = """
+import json, torch
+from PIL import Image
+def ask(model, processor):
+    image = Image.new("RGB", (20, 18), (200, 30, 30))
+    inputs = processor(images=image, text="<image> what colour ?", return_tensors="pt")
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist()
+"""
+
+PUSH = (
+    ASK
+    + """
+import sys, tempfile
+from pathlib import Path
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, Trainer, TrainingArguments
+from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from tests.tiny import rows, save_parents
+
+folder = Path(tempfile.mkdtemp())
+tower, words = save_parents(folder)
+CLIPVisionModel.from_pretrained(tower).push_to_hub("me/tower")
+AutoImageProcessor.from_pretrained(tower).push_to_hub("me/tower")
+AutoModelForCausalLM.from_pretrained(words).push_to_hub("me/words")
+AutoTokenizer.from_pretrained(words).push_to_hub("me/words")
+
+model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained("me/tower", "me/words", connector_type="mlp")
+processor = FrozenPrefixProcessor.from_model(model)
+model.push_to_hub("me/eyes")
+processor.push_to_hub("me/eyes")
+told = {"eyes": ask(model, processor), "record": model.config.text_base_model}
+
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        str(folder / "trained"), hub_model_id="me/trained", push_to_hub=True, max_steps=2, save_steps=1,
+        save_strategy="steps", hub_always_push=True, per_device_train_batch_size=2, learning_rate=0.1,
+        remove_unused_columns=False, report_to="none", use_cpu=True, disable_tqdm=True,
+    ),
+    train_dataset=rows(8),
+    data_collator=DataCollatorForFrozenPrefix(processor),
+    processing_class=processor,
+)
+trainer.train()
+trainer.push_to_hub()
+model.eval()
+told["trained"] = ask(model, processor)
+print(json.dumps(told))
+"""
+)
+
+PULL = (
+    ASK
+    + """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+name, trust, revision = {name!r}, {trust!r}, {revision!r}
+if trust is None:
+    import modeling_frozen
+options = {{"trust_remote_code": trust, "revision": revision}}
+model = AutoModelForImageTextToText.from_pretrained(name, **options)
+processor = AutoProcessor.from_pretrained(name, **options)
+trainable = sorted({{n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad}})
+print(json.dumps({{"told": ask(model, processor), "trainable": trainable, "module": type(model).__module__}}))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def pushed(module_hub: Hub) -> dict:  # noqa: F811
+    """Both parents and two checkpoints on the Hub, and what the models said before they were pushed."""
+    return json.loads(module_hub.run(PUSH).splitlines()[-1])
+
+
+def pull(hub: Hub, name: str, *, trust: bool | None = None, revision: str = "main", **options: object) -> dict:  # noqa: F811
+    code = PULL.format(name=name, trust=trust, revision=revision)
+    return json.loads(hub.run(code, package=trust is None, **options).splitlines()[-1])
+
+
+@pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
+@pytest.mark.parametrize("name", ["eyes", "trained"])
+def test_pulled_elsewhere_it_says_the_same(module_hub: Hub, pushed: dict, name: str, trust: bool | None) -> None:  # noqa: F811
+    found = pull(module_hub, f"me/{name}", trust=trust)
+    assert found["told"] == pushed[name]
+    assert found["trainable"] == ["connector"]
+    assert found["module"].startswith("modeling_frozen" if trust is None else "transformers_modules")
+
+
+def test_without_package_and_without_trust_it_is_refused(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+    done = module_hub.attempt(PULL.format(name="me/eyes", trust=False, revision="main"), package=False)
+    assert done.returncode != 0 and "trust_remote_code" in done.stderr
+
+
+@pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
+def test_commits_pushed_in_mid_training_load(module_hub: Hub, pushed: dict, trust: bool | None) -> None:  # noqa: F811
+    steps = [commit["id"] for commit in module_hub.commits("me/trained") if "step" in commit["title"]]
+    assert steps
+    assert pull(module_hub, "me/trained", trust=trust, revision=steps[-1])["trainable"] == ["connector"]
+
+
+def test_only_safetensors_and_text_are_pushed(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+    for name in ("me/eyes", "me/trained"):
+        suffixes = {Path(file).suffix for file in module_hub.files(name)}
+        # Trainer itself pushes its arguments as a pickle; nothing loads it.
+        assert suffixes - {".safetensors", ".json", ".py", ".md", ".jinja", ".txt", ".gitattributes", ""} <= {".bin"}
+        assert {file for file in module_hub.files(name) if file.endswith(".bin")} <= {"training_args.bin"}
+    weights = module_hub.files("me/eyes")["model.safetensors"]
+    assert weights < module_hub.files("me/words")["model.safetensors"] / 4
+
+
+def test_offline_it_comes_from_the_cache_and_moved_parents_at_their_commit(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+    """The parent's repository moves on; the recorded commit still gives the model that the connector was trained with."""
+    record = pushed["record"]
+    assert record["name_or_path"] == "me/words"
+    assert record["revision"] in {commit["id"] for commit in module_hub.commits("me/words")}
+    module_hub.run(
+        """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/words")
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.mul_(1.5)
+model.push_to_hub("me/words")
+"""
+    )
+    assert module_hub.commits("me/words")[0]["id"] != record["revision"]
+    home = module_hub.new_home()
+    assert pull(module_hub, "me/eyes", home=home)["told"] == pushed["eyes"]
+    module_hub.stop()
+    try:
+        assert pull(module_hub, "me/eyes", home=home, offline=True)["told"] == pushed["eyes"]
+    finally:
+        module_hub.start()
+
+
+def test_a_revision_pins_the_connector(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+    first = module_hub.commits("me/trained")[-2]["id"]
+    assert first != module_hub.commits("me/trained")[0]["id"]
+    told = [pull(module_hub, "me/trained", revision=revision)["told"] for revision in (first, "main")]
+    assert told[1] == pushed["trained"]
+
+
+def test_a_private_parent_passes_the_librarys_error_on(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+    code = """
+from modeling_frozen import FrozenPrefixForConditionalGeneration
+try:
+    FrozenPrefixForConditionalGeneration.from_pretrained("me/eyes", text_base_model="me/nowhere")
+except OSError as error:
+    print(type(error).__name__, str(error).replace("\\n", " "))
+"""
+    said = module_hub.run(code).splitlines()[-1]
+    assert "me/nowhere" in said and "language model" in said and 'text_base_model=' in said
+
+
+CUT = """
+from modeling_frozen import FrozenPrefixForConditionalGeneration
+FrozenPrefixForConditionalGeneration.from_pretrained("me/eyes")
+print("loaded")
+"""
+
+
+@pytest.mark.parametrize("repository", ["eyes", "words"])
+def test_a_cut_download_leaves_nothing_half_loaded(module_hub: Hub, pushed: dict, repository: str) -> None:  # noqa: F811
+    home = module_hub.new_home()
+    module_hub.cut(rf"GET /me/{repository}/resolve/.*model\.safetensors", after_bytes=500, how="reset", times=None)
+    done = module_hub.attempt(CUT, home=home)
+    assert done.returncode != 0 and "loaded" not in done.stdout
+    module_hub.mend()
+    assert module_hub.run(CUT, home=home).splitlines()[-1] == "loaded"
+
+
+PUSH_AGAIN = """
+from modeling_frozen import FrozenPrefixForConditionalGeneration
+model = FrozenPrefixForConditionalGeneration.from_pretrained("me/eyes")
+model.push_to_hub("me/copy")
+"""
+
+
+def test_a_cut_push_shows_no_commit(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+    home = module_hub.new_home()
+    module_hub.cut(r"POST /api/models/me/copy/commit", after_bytes=100, how="reset", times=1)
+    assert module_hub.attempt(PUSH_AGAIN, home=home).returncode != 0
+    assert "config.json" not in module_hub.files("me/copy")
+    module_hub.mend()
+    module_hub.run(PUSH_AGAIN, home=home)
+    assert {"config.json", "model.safetensors", "modeling_frozen_prefix.py"} <= set(module_hub.files("me/copy"))

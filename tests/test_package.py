@@ -1,0 +1,121 @@
+"""The package as such: what importing it costs and does, and the rules that keep it loadable from the Hub."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import modeling_frozen
+
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*(ROOT / "modeling_frozen").glob("*.py"), *(ROOT / "processors").glob("*.py")])
+
+
+def fresh(code: str, cwd: Path | None = None) -> str:
+    """Output of a fresh Python."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd or ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_touches_neither_torch_nor_transformers() -> None:
+    code = "import sys, modeling_frozen; print([m for m in ('torch', 'transformers', 'PIL', 'numpy') if m in sys.modules])"
+    assert fresh(code) == "[]"
+
+
+@pytest.mark.parametrize("first", ["import modeling_frozen", "from transformers import AutoModel, AutoProcessor"])
+def test_the_auto_classes_know_the_type_whatever_is_imported_first(first: str) -> None:
+    code = f"""
+{first}
+import modeling_frozen
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, CONFIG_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+config = modeling_frozen.FrozenPrefixConfig
+assert CONFIG_MAPPING["frozen-prefix"] is config
+assert AutoModel._model_mapping[config] is modeling_frozen.FrozenPrefixModel
+for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    assert auto._model_mapping[config] is modeling_frozen.FrozenPrefixForConditionalGeneration
+assert PROCESSOR_MAPPING[config] is modeling_frozen.FrozenPrefixProcessor
+print("known")
+"""
+    assert fresh(code) == "known"
+
+
+def test_public_names_are_there() -> None:
+    for name in modeling_frozen.__all__:
+        assert getattr(modeling_frozen, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = modeling_frozen.Nonsense
+
+
+def test_nobody_imports_a_second_copy_of_the_processors() -> None:
+    """`import processors` would give other classes than `modeling_frozen.processors`, or a folder of the user's."""
+    for path in [*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not any(name.split(".")[0] == "processors" for name in names), path
+
+
+def test_a_folder_named_processors_beside_a_script_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "processors").mkdir()
+    (tmp_path / "processors" / "__init__.py").write_text("raise RuntimeError('the wrong folder')")
+    code = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}]
+import importlib.util
+if importlib.util.find_spec("modeling_frozen") is None:
+    sys.path.append({str(ROOT)!r})
+import modeling_frozen
+print(modeling_frozen.FrozenPrefixProcessor.__module__)
+"""
+    assert fresh(code, tmp_path) == "modeling_frozen.processors.processing_frozen_prefix"
+
+
+def test_the_link_points_where_it_should() -> None:
+    link = ROOT / "modeling_frozen" / "processors"
+    assert link.is_symlink() and link.readlink() == Path("../processors")
+
+
+def hub_files() -> list[Path]:
+    """Files that are copied beside a checkpoint."""
+    from modeling_frozen.hub import AUTO_MAP, _source
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    files: set[Path] = set()
+    for module in {target.split(".")[0] for target in AUTO_MAP.values()}:
+        source = _source(module)
+        assert source is not None, module
+        files |= {source, *map(Path, get_relative_import_files(source))}
+    return sorted(files)
+
+
+def test_code_for_the_hub_follows_its_rules() -> None:
+    """Only `from .module import name` of the same folder is copied; anything else fails for people without the package."""
+    files = hub_files()
+    names = [file.name for file in files]
+    assert len(names) == len(set(names)), "two files of one name would overwrite each other"
+    assert {"modeling_frozen_prefix.py", "configuration_frozen_prefix.py", "processing_frozen_prefix.py"} <= set(names)
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module and "." not in node.module, (file.name, ast.unparse(node))
+                assert f"{node.module}.py" in names, (file.name, node.module)
+        # The library finds imports by pattern, in docstrings too.
+        for module in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE):
+            assert f"{module}.py" in names, (file.name, module)
+
+
+def test_every_file_says_what_lives_in_it() -> None:
+    for path in SOURCES:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_no_module_grows_beyond_reading() -> None:
+    long = {path.name: lines for path in SOURCES if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 680}
+    assert not long
