@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import resolve_revision
@@ -98,6 +105,14 @@ def find_image_token_id(text_name_or_path: str, text_config: PreTrainedConfig, i
         return text_config.get_text_config().vocab_size
     tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     return tokenizer.convert_tokens_to_ids(image_token)
+
+
+def find_image_processor(vision_name_or_path: str, **kwargs: Any) -> Any:
+    """The image processor beside a tower, or `None` where there is none (or its backend is not installed)."""
+    try:
+        return AutoImageProcessor.from_pretrained(vision_name_or_path, **kwargs)
+    except (OSError, ValueError, ImportError):
+        return None
 
 
 def _weight_files(name_or_path: str, revision: str | None, **hub_options: Any) -> list[str]:
@@ -278,6 +293,7 @@ def skips_padding(language_model: PreTrainedModel) -> bool:
 
 
 __all__ = [
-    "build_language_model", "find_image_token_id", "fingerprint", "language_model_geometry",
+    "build_language_model", "find_image_processor", "find_image_token_id",
+    "fingerprint", "language_model_geometry",
     "load_base_model", "max_learned_positions", "probe_language_model", "skips_padding", "verify_fingerprint", "word_embedding_norm",
 ]  # fmt: skip

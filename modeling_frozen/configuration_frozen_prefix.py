@@ -222,13 +222,15 @@ class FrozenPrefixConfig(PreTrainedConfig):
 
     @classmethod
     def from_vision_text_configs(
-        cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, **kwargs: Any
+        cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, image_processor: Any = None, **kwargs: Any
     ) -> "FrozenPrefixConfig":
         """
         Joins two configs: takes the vision half of dual models and probes the geometry of both on the meta device.
 
         Args:
             vision_config, text_config (`PreTrainedConfig`): configs of the two parents.
+            image_processor (`BaseImageProcessor`, *optional*):
+                The tower's own. It says how large pictures come in, which many configs don't, or say otherwise.
             kwargs: any other key of this class.
 
         Raises:
@@ -242,6 +244,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
             vision_config,
             layer=kwargs.get("vision_feature_layer", cls.vision_feature_layer),
             select_strategy=kwargs.get("vision_feature_select_strategy", cls.vision_feature_select_strategy),
+            image_processor=image_processor,
         )
         kwargs.setdefault("num_leading_tokens", geometry.num_leading_tokens)
         kwargs.setdefault("num_positions", geometry.num_positions)

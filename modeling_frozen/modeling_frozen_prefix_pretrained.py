@@ -1,5 +1,6 @@
 """What all frozen-prefix models share: the one place that freezes, saves what was trained, and refills the parents."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .base_models import (
     HUB_OPTIONS,
+    find_image_processor,
     find_image_token_id,
     language_model_geometry,
     load_base_model,
@@ -19,6 +22,7 @@ from .base_models import (
     word_embedding_norm,
 )
 from .configuration_frozen_prefix import FrozenPrefixConfig
+from .connector_switching import ConnectorSwitchingMixin
 from .connectors import Connector
 from .cross_attention import GatedCrossAttention, check_decoder, decoder_layers
 from .hub import AUTO_MAP, complete_repository
@@ -52,7 +56,46 @@ def parts_to_build(config: FrozenPrefixConfig) -> set[str]:
     return set(PARENTS).intersection(saved) - replaced
 
 
-class FrozenPrefixPreTrainedModel(PreTrainedModel):
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def _samples(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A few values of each of the module's own plain tensors, by which a later change is noticed."""
+    samples = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
+            flat = parameter.detach().flatten()
+            samples[name] = flat[:: max(1, flat.numel() // 64)].clone()
+    return samples
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether somebody wrote into the module since it was attached (merged LoRA into it, say). Another dtype or device is no
+    change."""
+    before, now = getattr(module, "_frozen_prefix_samples", {}), _samples(module)
+    return any(
+        name in now
+        and now[name].dtype == sample.dtype
+        and now[name].shape == sample.shape
+        and not torch.equal(now[name].to(sample.device), sample)
+        for name, sample in before.items()
+    )
+
+
+class _Recomputed:
+    """The forward of a frozen layer that keeps its input alone and is run again in the backward pass."""
+
+    def __init__(self, layer: GradientCheckpointingLayer):
+        self.layer, self.plain = layer, layer.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.layer.training or not torch.is_grad_enabled():
+            return self.plain(*args, **kwargs)
+        return self.layer._gradient_checkpointing_func(functools.partial(self.plain, **kwargs), *args)
+
+
+class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
     """
     What all frozen-prefix models share: freezing, small checkpoints, parents that are refilled and checked on loading.
 
@@ -93,7 +136,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             self._can_compile_fullgraph = all(
                 getattr(parent, "_can_compile_fullgraph", False) for parent in self._parents().values()
             )
-            if self.base_model.cross_attention is not None:
+            if self.config.fusion == "cross_attention":
                 self.base_model.cross_attention.stand_between(decoder_layers(language_model))
                 self._can_compile_fullgraph = False  # who looks where is counted on the host
         self.freeze_base_models()
@@ -129,12 +172,25 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         hook = self.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
         self._require_grads_hooks, self._require_grads_hook = [hook], hook
 
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        # The library's layers recompute in train mode only, and frozen parents are never in it.
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer) and hasattr(module, "_frozen_prefix_part"):
+                recomputed = module.__dict__.get("forward")
+                if isinstance(recomputed, _Recomputed):
+                    module.forward = recomputed.plain
+                if enable and module.gradient_checkpointing:
+                    module.forward = _Recomputed(module)
+
     def _attach(self, part: str, module: PreTrainedModel, record: dict[str, Any] | None) -> None:
         setattr(self.base_model, PARENTS[part], module)
         # The parent reads its own config object, so ours must hold that very one.
         setattr(self.config, f"{part}_config", module.config)
         setattr(self.config, f"{part}_base_model", record)
         if record is not None:
+            for inner in module.modules():
+                inner._frozen_prefix_samples = _samples(inner)
             self.base_model._parts_with_home = self.base_model._parts_with_home | {part}
 
     def _finish_attaching(self) -> None:
@@ -167,14 +223,14 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
 
     def _keys_with_home(self) -> set[str]:
         """Exactly the names in the state dict that need not be saved: of parents that can be refilled and never
-        trained."""
+        trained, and of connectors that are loaded but not in use."""
         trained = set(self.config.trainable)
         for module in self.modules():
             part = getattr(module, "_frozen_prefix_part", None)
-            if part is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
+            if part is not None and (_trains(module) or _changed(module)):
                 trained.add(part)
         skipped = self.base_model._parts_with_home - trained
-        keys = set()
+        keys = self._keys_of_idle_connectors()
         for name, module in self.named_modules(remove_duplicate=False):
             if getattr(module, "_frozen_prefix_part", None) in skipped:
                 prefix = f"{name}." if name else ""
@@ -197,7 +253,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
                 folder of their own, are always written whole.
             args, kwargs: as `PreTrainedModel.save_pretrained`.
         """
-        with_home = set() if include_base_models else self._keys_with_home()
+        with_home = self._keys_of_idle_connectors() if include_base_models else self._keys_with_home()
         left_out = {part for part in PARENTS if any(key.startswith(self._key_prefix(part)) for key in with_home)}
         self.config.saved_parts = ("connector", *(part for part in self._parents() if part not in left_out))
         self.config.auto_map = dict(AUTO_MAP)
@@ -407,7 +463,10 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if the two can't be joined, naming both widths or lengths and the way out.
         """
-        given = {"vision": vision_model_name_or_path, "text": text_model_name_or_path}
+        given = {
+            part: parent if isinstance(parent, PreTrainedModel) else str(parent)
+            for part, parent in (("vision", vision_model_name_or_path), ("text", text_model_name_or_path))
+        }
         options = cls._split_part_options(kwargs)
         fields = set(FrozenPrefixConfig.__dataclass_fields__)
         config_options = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
@@ -420,16 +479,21 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             if isinstance(parent, PreTrainedModel):
                 loaded[part] = (parent, None)
             else:
-                loaded[part] = load_base_model(part, str(parent), **options[part])
+                loaded[part] = load_base_model(part, parent, **options[part])
         (vision_tower, vision_record), (language_model, text_record) = loaded["vision"], loaded["text"]
         if config_options.get("image_token_id") is None and isinstance(given["text"], str):
             hub_options = {key: options["text"][key] for key in HUB_OPTIONS if key in options["text"]}
             config_options["image_token_id"] = find_image_token_id(
                 given["text"], language_model.config, image_token, revision=text_record["revision"], **hub_options
             )
+        image_processor = None
+        if isinstance(given["vision"], str):
+            hub_options = {key: options["vision"][key] for key in HUB_OPTIONS if key in options["vision"]}
+            image_processor = find_image_processor(given["vision"], revision=vision_record["revision"], **hub_options)
         config = FrozenPrefixConfig.from_vision_text_configs(
             vision_tower.config,
             language_model.config,
+            image_processor=image_processor,
             embedding_dim=language_model_geometry(language_model).embedding_dim,
             **config_options,
         )

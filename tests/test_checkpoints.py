@@ -83,6 +83,20 @@ def test_a_parent_unfrozen_by_hand_is_saved_whole(tmp_path: Path) -> None:
     assert same_logits(model, Eyes.from_pretrained(tmp_path / "eyes"))
 
 
+def test_a_parent_that_somebody_wrote_into_is_saved_whole(tmp_path: Path) -> None:
+    model, _ = join(tmp_path)
+    with torch.no_grad():
+        model.model.language_model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "eyes")
+    assert same_logits(model, Eyes.from_pretrained(tmp_path / "eyes"))
+
+
+def test_another_dtype_is_no_change(tmp_path: Path) -> None:
+    model, _ = join(tmp_path)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "eyes")
+    assert all(".connector." in name for name in load_file(tmp_path / "eyes" / "model.safetensors"))
+
+
 def test_loaded_parents_without_a_home_are_saved_whole(tmp_path: Path) -> None:
     tower, words = save_parents(tmp_path)
     language_model = LlamaForCausalLM(text_config())
