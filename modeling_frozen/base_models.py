@@ -214,7 +214,8 @@ def load_base_model(
             `token`, …).
 
     Returns:
-        The model, in eval mode, and `{"name_or_path", "revision", "dtype", "fingerprint"}`.
+        The model, in eval mode, and `{"name_or_path", "revision", "dtype", "fingerprint"}`, with `"quantization"` where it
+        was quantised while loading.
 
     Raises:
         OSError: the library's own, when the repository or folder can't be reached, with our sentence of context.
@@ -245,6 +246,11 @@ def load_base_model(
         "dtype": str(model.dtype).removeprefix("torch."),
         "fingerprint": fingerprint(name_or_path, revision, **hub_options),
     }
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.pre_quantized:
+        # Quantised while loading: a choice of this session, and not what lies in the parent's repository.
+        method = quantizer.quantization_config.quant_method
+        record["quantization"] = str(getattr(method, "value", method))
     return model.eval(), record
 
 

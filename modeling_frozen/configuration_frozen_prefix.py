@@ -168,7 +168,14 @@ class FrozenPrefixConfig(PreTrainedConfig):
     def _known_keys(self, serialized: dict[str, Any]) -> dict[str, Any]:
         # Tools hang attributes on configs (Trainer sets `use_cache`); written down, they would be unknown keys.
         known = _SERIALIZED_LIBRARY_KEYS.union(self.__dataclass_fields__)
-        return {key: value for key, value in serialized.items() if key in known}
+        serialized = {key: value for key, value in serialized.items() if key in known}
+        for part in ("vision", "text"):
+            if "quantization" in (getattr(self, f"{part}_base_model") or {}):
+                # Kept, it would say that the parent's repository holds quantised weights.
+                sub_config = dict(serialized[f"{part}_config"])
+                sub_config.pop("quantization_config", None)
+                serialized[f"{part}_config"] = sub_config
+        return serialized
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The language model's config (of an encoder-decoder, by the flags, as its own config gives it)."""

@@ -7,9 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, BatchFeature
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    BatchFeature,
+    CLIPImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+)
 
-from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
+from modeling_frozen import (
+    FrozenPrefixConfig,
+    FrozenPrefixForConditionalGeneration,
+    FrozenPrefixModel,
+    FrozenPrefixProcessor,
+)
 from modeling_frozen.connectors import CONNECTORS
 from tests.tiny import join, rows, save_parents, text_config, vision_config
 
@@ -175,6 +188,20 @@ def test_encoded_once_it_serves_many_texts(eyes) -> None:
             for image_input in ({"mm_encoder_outputs": {"image": encoded}}, {"pixel_values": pixel_values})
         ]
         assert torch.equal(*told)
+
+
+def test_pictures_come_in_as_large_as_the_image_processor_makes_them(tmp_path: Path) -> None:
+    """DINOv2's config says 518 pixels, its image processor crops to 224: positions are those that will come."""
+    save_parents(tmp_path)
+    tower = Dinov2Model(
+        Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=70, patch_size=14)
+    )
+    tower.save_pretrained(tmp_path / "dino")
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path / "dino")
+    model = Eyes.from_vision_text_pretrained(tmp_path / "dino", tmp_path / "words", connector_type="linear")
+    assert model.config.num_positions == model.config.prefix_length == 4
+    processor = FrozenPrefixProcessor.from_model(model)
+    assert model(**inputs(processor, ["a"], [rows(1)[0]["image"]])).logits.shape[1] > 4
 
 
 def test_embeddings_in_place_of_ids(eyes) -> None:
