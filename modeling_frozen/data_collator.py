@@ -1,0 +1,425 @@
+"""DataCollatorForFrozenPrefix: rows of a dataset to a training batch, with labels only on what is to be learnt.
+
+The collator, not `dataset.map`, does the image work: pictures stay compressed in the dataset and are opened when their
+batch comes. Text is tokenised in one call per batch. Masks come from where a token stands (placeholder, prompt,
+padding by length), never from its id being the pad token's: where EOS pads too, the model would never learn to stop.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+IGNORE_INDEX = -100
+_UNKNOWN_LENGTH = int(1e20)  # transformers' own bound: above it, model_max_length means "not known"
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark assistant turns while a chat is rendered
+_IMAGE_KEYS = ("image", "url", "path", "base64")
+
+
+@dataclass
+class _Example:
+    """One row: pieces of text with whether they are learnt, images, and for encoder-decoders the decoder's text."""
+
+    pieces: list[tuple[str, bool]]
+    images: list[Any]
+    target: str | None = None
+    add_special_tokens: bool = True
+    add_eos: bool = True
+    prompt_first: bool = False  # what truncation takes first
+    after_images: bool = False  # learn nothing before the first placeholder
+    ids: list[int] = field(default_factory=list)
+    learn: list[bool] = field(default_factory=list)
+    fixed: list[bool] = field(default_factory=list)  # never cut
+
+
+@dataclass
+class DataCollatorForFrozenPrefix:
+    """Collates rows of one of three kinds, also mixed in one batch (found by their columns, in this order):
+
+    - `messages` (a chat; images inside the turns, or in an image column): assistant turns are learnt, their end token
+      with them. The template's `{% generation %}` markers are used where it has them.
+    - `prompt` and `answer` with an image column: answer and EOS are learnt. One space is put between the two where
+      neither brings any; at inference, give the processor the prompt alone.
+    - `text` with an image column: everything after the (first) placeholder and EOS are learnt.
+
+    An image column holds an image, a list of images, or None for a text-only row; every row of the last two kinds must
+    have it. Texts without `<image>` get one per image where the processor puts them. `text` or `answer` may be a list
+    (several captions of one image): one is drawn per call from torch's global generator, so that every epoch draws
+    anew and `set_seed` repeats it.
+
+    Use it with `TrainingArguments(remove_unused_columns=False)`, or Trainer drops the columns that it reads.
+
+    Args:
+        processor: a `FrozenPrefixProcessor`.
+        max_length: longest sequence with placeholders, and longest target of an encoder-decoder. Default: the
+            tokenizer's `model_max_length` where it is known. Text is cut on the tokenizer's `truncation_side`,
+            placeholders never; prompts are cut before answers; a text cut on the right ends without EOS.
+        image_column: name of the image column. Default: `image`, else `images`.
+        text_column, prompt_column, answer_column, messages_column: names of the others, such as
+            `prompt_column="question"`.
+        pad_to_multiple_of: pad sequences to a multiple of it.
+        is_encoder_decoder: whether the model is an encoder-decoder. Default: what the processor says.
+
+    Returns: a dict of `input_ids`, `attention_mask` (batch, sequence), padded on the right; `labels` of the same
+    shape, -100 where nothing is learnt (encoder-decoder: (batch, target), the decoder's ids); `pixel_values`
+    (images, C, H, W) in reading order, with whatever else the image processor makes; none in a batch without images.
+
+    Errors: ValueError that names the row, the numbers and the way out.
+    """
+
+    processor: Any
+    max_length: int | None = None
+    image_column: str | None = None
+    text_column: str = "text"
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    messages_column: str = "messages"
+    pad_to_multiple_of: int | None = None
+    is_encoder_decoder: bool | None = None
+
+    def __post_init__(self) -> None:
+        tokenizer = self.processor.tokenizer
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}.")
+        if self.max_length is None and tokenizer.model_max_length < _UNKNOWN_LENGTH:
+            self.max_length = tokenizer.model_max_length
+        if self.is_encoder_decoder is None:
+            self.is_encoder_decoder = bool(getattr(self.processor, "is_encoder_decoder", False))
+        # What the tokenizer puts around a text: BOS, EOS, a language code.
+        text = "a"
+        if not self._tokenize([text])[0]:  # byte-pair vocabularies without "a" drop it
+            ordinary = sorted(set(tokenizer.get_vocab()) - set(_special_tokens(self.processor)))
+            text = next((one for one in ordinary if self._tokenize([one])[0]), text)
+        bare, full = self._tokenize([text])[0], self._tokenize([text], add_special_tokens=True)[0]
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        self._before, self._after = full[:start], full[start + len(bare) :]
+        # SentencePiece-like tokenizers put a space before every text, but not in its middle.
+        bare, line, follows = self._tokenize(["a", "\n", "\na"])
+        self._adds_space = follows[: len(line)] == line and follows[len(line) :] != bare
+        self._special_tokens = _special_tokens(self.processor)
+
+    # ------------------------------------------------------------------------------------------------------- calls
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        examples = [self._read(index, row) for index, row in enumerate(rows)]
+        self._encode(examples)
+        for index, example in enumerate(examples):
+            self._truncate(index, example)
+        length = self._padded(max(len(example.ids) for example in examples))
+        pad = self.processor.tokenizer.pad_token_id or 0
+        batch = {
+            "input_ids": [example.ids + [pad] * (length - len(example.ids)) for example in examples],
+            "attention_mask": [[1] * len(one.ids) + [0] * (length - len(one.ids)) for one in examples],
+        }
+        labels = self._targets(examples) if self.is_encoder_decoder else [self._labels(one) for one in examples]
+        length = self._padded(max(map(len, labels))) if self.is_encoder_decoder else length
+        batch["labels"] = [one + [IGNORE_INDEX] * (length - len(one)) for one in labels]
+        images = [image for example in examples for image in example.images]
+        batch = {name: torch.tensor(value, dtype=torch.long) for name, value in batch.items()}
+        return {**batch, **(self.process_images(images) if images else {})}
+
+    def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
+        """Model inputs of all images of the batch, in reading order. Override it to take features from elsewhere."""
+        return dict(self.processor(images=images, return_tensors="pt"))
+
+    @staticmethod
+    def _labels(example: _Example) -> list[int]:
+        return [i if learn else IGNORE_INDEX for i, learn in zip(example.ids, example.learn, strict=True)]
+
+    def _padded(self, length: int) -> int:
+        multiple = self.pad_to_multiple_of or 1
+        return -(-length // multiple) * multiple
+
+    # -------------------------------------------------------------------------------------------------- reading rows
+    def _read(self, index: int, row: Mapping[str, Any]) -> _Example:
+        if row.get(self.messages_column) is not None:
+            return self._read_messages(index, row)
+        answer, text = row.get(self.answer_column), row.get(self.text_column)
+        if answer is None and text is None:
+            hint = f"a {self.prompt_column!r} alone has nothing to learn; " if row.get(self.prompt_column) else ""
+            raise ValueError(
+                f"Row {index} has no {self.messages_column!r}, {self.text_column!r} or {self.answer_column!r} "
+                f"({hint}its columns: {sorted(row)}). Set remove_unused_columns=False in TrainingArguments, or name "
+                "the columns: DataCollatorForFrozenPrefix(processor, text_column=…, prompt_column=…, answer_column=…)."
+            )
+        images = self._images(index, row, required=True)
+        if answer is None:
+            text = self.processor.place_images(self._draw(index, self.text_column, text), len(images))
+            if self.is_encoder_decoder:  # the images and all before them are read, the rest is written
+                head, token, tail = text.rpartition(self.processor.image_token)
+                return _Example([(head + token, False)], images, target=tail)
+            return _Example([(text, True)], images, after_images=True)
+        prompt, answer = row.get(self.prompt_column) or "", self._draw(index, self.answer_column, answer)
+        if not isinstance(prompt, str):
+            raise ValueError(f"Row {index}: column {self.prompt_column!r} must be a string, got {prompt!r:.80}.")
+        prompt = self.processor.place_images(prompt, len(images))
+        if self.is_encoder_decoder:
+            return _Example([(prompt, False)], images, target=answer)
+        joined = not prompt or prompt[-1].isspace() or prompt.endswith(self.processor.image_token)
+        space = "" if joined or answer[:1].isspace() else " "
+        return _Example([(prompt, False), (space + answer, True)], images, prompt_first=True)
+
+    @staticmethod
+    def _draw(index: int, column: str, value: Any) -> str:
+        """The text itself, or one of several."""
+        if isinstance(value, list | tuple) and value:
+            value = value[int(torch.randint(len(value), ()))] if len(value) > 1 else value[0]
+        if not isinstance(value, str):
+            raise ValueError(f"Row {index}: column {column!r} must be a string or a list of them, got {value!r:.80}.")
+        return value
+
+    def _images(self, index: int, row: Mapping[str, Any], required: bool) -> list[Any]:
+        names = (self.image_column,) if self.image_column else ("image", "images")
+        name = next((one for one in names if one in row), None)
+        if name is None:
+            if required:
+                raise ValueError(
+                    f"Row {index} has no image column {' or '.join(map(repr, names))} (its columns: {sorted(row)}). "
+                    "Trainer drops it unless TrainingArguments(remove_unused_columns=False). If it has another name, "
+                    "pass image_column=…; a text-only row has None in it."
+                )
+            return []
+        value = row[name]
+        value = list(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4 else [value]
+        return [image for image in value if image is not None]
+
+    def _read_messages(self, index: int, row: Mapping[str, Any]) -> _Example:
+        """A chat as pieces, cut at both ends of each assistant turn: so the prompt's tokens are those of inference."""
+        messages, images = _clean_messages(row[self.messages_column])
+        if not images:
+            images = self._images(index, row, required=False)
+            messages = self._place_in_turns(messages, len(images))
+        tokenizer = self.processor.tokenizer
+        if not any(message["role"] == "assistant" for message in messages):
+            raise ValueError(f"Row {index}: its messages have no assistant turn, so there is nothing to learn.")
+        target = None
+        if self.is_encoder_decoder:
+            if messages[-1]["role"] != "assistant":
+                raise ValueError(f"Row {index}: for an encoder-decoder the last message must be the assistant's.")
+            target = _plain_text(messages[-1]["content"])
+            text, spans = _render(self.processor, messages[:-1], add_generation_prompt=True), []
+        else:
+            text, spans = assistant_spans(self.processor, messages, index)
+        add_eos = False
+        if spans and not text[spans[-1][1] :].strip():
+            if not text[: spans[-1][1]].rstrip().endswith(tuple(_stop_tokens(self.processor))):
+                text, add_eos = text[: spans[-1][1]], True
+        pieces, last = [], 0
+        for start, end in spans:
+            pieces += [(text[last:start], False), (text[start:end], True)]
+            last = end
+        # The library's rule for rendered chats: a BOS that the template wrote is not added again.
+        bos = tokenizer.special_tokens_map.get("bos_token")
+        special = not (bos and text.startswith(bos))
+        return _Example([*pieces, (text[last:], False)], images, target, add_special_tokens=special, add_eos=add_eos)
+
+    def _place_in_turns(self, messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
+        """Images that came in a column, in the first user turn, unless the turns have placeholders already."""
+        turns = [message["content"] for message in messages]
+        if not num_images or any(
+            _has_image(one) or self.processor.count_image_tokens(_plain_text(one)) for one in turns
+        ):
+            return messages
+        first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+        content = self.processor.place_images(_plain_text(turns[first]), num_images)
+        return [{**one, "content": content} if i == first else one for i, one in enumerate(messages)]
+
+    # -------------------------------------------------------------------------------------------------- token ids
+    def _tokenize(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        return self.processor.tokenizer(
+            texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    def _context(self, before: str) -> str:
+        """What a piece is tokenised behind, in place of all the text before: its special token, else a line break."""
+        return next((token for token in self._special_tokens if before.endswith(token)), "\n")
+
+    def _encode(self, examples: list[_Example]) -> None:
+        """Fill ids, learn and fixed of every example; the texts of all of them in one tokenizer call."""
+        texts, heads = [], []
+        for example in examples:
+            example.pieces = [piece for piece in example.pieces if piece[0]]
+            texts += [text for text, _ in example.pieces]
+            heads += [""] * len(example.pieces)
+            for i in range(1, len(example.pieces) if self._adds_space else 0):
+                heads[len(heads) - len(example.pieces) + i] = self._context(example.pieces[i - 1][0])
+        encoded = self._tokenize([head + text for head, text in zip(heads, texts, strict=True)]) if texts else []
+        known = dict(zip(set(heads), self._tokenize(list(set(heads))), strict=True)) if any(heads) else {"": []}
+        for i, ids in enumerate(encoded):
+            head = known[heads[i]]
+            encoded[i] = ids[len(head) :] if ids[: len(head)] == head else self._tokenize([texts[i]])[0]
+        rest, image_id, number = iter(encoded), self.processor.image_token_id, 0
+        eos = self.processor.tokenizer.eos_token_id
+        for index, example in enumerate(examples):
+            ids = list(self._before) if example.add_special_tokens else []
+            learn, fixed, seen = [False] * len(ids), [True] * len(ids), 0
+            for _, learnt in example.pieces:
+                for token in next(rest):
+                    is_image = token == image_id
+                    count = self.processor.num_image_tokens(image_idx=number + seen) if is_image else 1
+                    seen += is_image
+                    ids += [token] * count
+                    learn += [learnt and not is_image] * count
+                    fixed += [is_image] * count
+            if seen != len(example.images):
+                token = self.processor.image_token
+                raise ValueError(
+                    f"Row {index} holds {seen} {token} but has {len(example.images)} images. Write one {token} per "
+                    "image, or none: then they are put in."
+                )
+            number += seen
+            if example.after_images and seen:
+                first = fixed.index(True, len(self._before))
+                learn = [flag and i > first for i, flag in enumerate(learn)]
+            if example.target is not None:
+                ids += self._after if example.add_special_tokens else []
+            elif example.add_eos and ids[-1:] != [eos]:
+                ids += [eos] if eos is not None else self._after
+            learn += [example.target is None] * (len(ids) - len(learn))
+            fixed += [example.target is not None] * (len(ids) - len(fixed))
+            example.ids, example.learn, example.fixed = ids, learn, fixed
+
+    def _truncate(self, index: int, example: _Example) -> None:
+        excess = len(example.ids) - self.max_length if self.max_length is not None else 0
+        if excess <= 0:
+            return
+        order = [i for i, fixed in enumerate(example.fixed) if not fixed]
+        order = order if self.processor.tokenizer.truncation_side == "left" else order[::-1]
+        if example.prompt_first:
+            order.sort(key=lambda i: example.learn[i])  # stable: the side's order within each part
+        gone = set(order[:excess])
+        kept = [i for i in range(len(example.ids)) if i not in gone]
+        learnt = any(example.learn[i] for i in kept) or example.target is not None
+        if len(order) < excess or not learnt:
+            fixed = len(example.ids) - len(order)
+            raise ValueError(
+                f"Row {index}: {len(example.images)} images and special tokens take {fixed} positions that are never "
+                f"cut, its text {len(order)}; max_length={self.max_length} leaves nothing to learn. Use a larger "
+                "max_length, fewer images per row, a smaller prefix_length, or leave such rows out."
+            )
+        for name in ("ids", "learn", "fixed"):
+            values = getattr(example, name)
+            setattr(example, name, [values[i] for i in kept])
+
+    def _targets(self, examples: list[_Example]) -> list[list[int]]:
+        """The decoder's ids: the target as the tokenizer writes targets (language codes), with EOS at the end."""
+        tokenizer = self.processor.tokenizer
+        texts = [example.target for example in examples]
+        encoded = tokenizer(text_target=texts, return_attention_mask=False, verbose=False)["input_ids"]
+        targets = []
+        for ids in encoded:
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids = [*ids, tokenizer.eos_token_id]
+            targets.append(list(ids[: self.max_length]))
+        return targets
+
+
+# -------------------------------------------------------------------------------------------------------------- chats
+def _clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages without the None that Arrow fills in, and the images that stand in their turns."""
+    cleaned, images = [], []
+    for message in messages:
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content", "")
+        if not isinstance(content, str):
+            items = []
+            for item in content:
+                item = {"type": "text", "text": item} if isinstance(item, str) else item
+                item = {key: value for key, value in item.items() if value is not None}
+                if item.get("type") == "image_url":  # OpenAI's form
+                    url = item["image_url"]
+                    item = {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
+                if item.get("type") == "image":
+                    images += [item[key] for key in _IMAGE_KEYS if key in item]
+                    item = {"type": "image"}
+                items.append(item)
+            content = items
+        cleaned.append({**message, "content": content})
+    return cleaned, images
+
+
+def _has_image(content: Any) -> bool:
+    return not isinstance(content, str) and any(item.get("type") == "image" for item in content)
+
+
+def _plain_text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(item.get("text", "") for item in content)
+
+
+def _render(processor: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    return processor.apply_chat_template(messages, tokenize=False, **options)
+
+
+def _special_tokens(processor: Any) -> list[str]:
+    """Special and added tokens, long ones first."""
+    tokenizer = processor.tokenizer
+    return sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+
+
+def _stop_tokens(processor: Any) -> list[str]:
+    """Those of them that may end a turn."""
+    special = processor.tokenizer.special_tokens_map
+    bos = special.get("bos_token") if special.get("bos_token") != special.get("eos_token") else None
+    return [token for token in _special_tokens(processor) if token not in (processor.image_token, bos)]
+
+
+def assistant_spans(
+    processor: Any, messages: list[dict[str, Any]], index: int = 0
+) -> tuple[str, list[tuple[int, int]]]:
+    """A rendered chat and the (start, end) characters of what the assistant is to say in it.
+
+    Templates with `{% generation %}` mark it themselves. With others a turn runs from the end of the generation prompt
+    (found by rendering the turns before it) through the end token that follows the content. The content is found by
+    rendering once more with private-use characters around it, not as the difference of growing prefixes: templates
+    that rewrite earlier turns (reasoning models) have no such prefixes.
+
+    Errors: ValueError where the template changes what the assistant said.
+    """
+    template = processor._resolve_chat_template(None)
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        rendered, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **processor.tokenizer.special_tokens_map,
+        )
+        return rendered[0], [tuple(span) for span in spans[0] if span[1] > span[0]]
+
+    text = _render(processor, messages)
+    turn_of = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for strip in (False, True):  # many templates trim content; inside the marks they can't
+        marked = _render(processor, [_mark(message, strip) for message in messages])
+        found = list(re.finditer(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}", marked))
+        whole = marked.replace(_OPEN, "").replace(_CLOSE, "") == text
+        if whole and len(found) == marked.count(_OPEN) == marked.count(_CLOSE) == len(turn_of):
+            break
+    else:
+        raise ValueError(
+            f"Row {index}: the chat template changes what the assistant says, so it can't be found in the rendered "
+            "chat. Give the processor a template with {% generation %} … {% endgeneration %} around its turns."
+        )
+    stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, _stop_tokens(processor))) + ")")
+    spans, position = [], 0
+    for number, match in enumerate(found):
+        start = match.start() - 2 * number
+        end = start + len(match.group(1))
+        try:
+            prompt = _render(processor, messages[: turn_of[number]], add_generation_prompt=True)
+        except Exception:  # templates refuse empty or unusual chats
+            prompt = text[:start]
+        if text.startswith(prompt) and position <= len(prompt) <= start:
+            start = len(prompt)
+        ending = stop.match(text, end)
+        position = ending.end() if ending else end
+        spans.append((start, position))
+    return text, spans
+
+
+def _mark(message: dict[str, Any], strip: bool) -> dict[str, Any]:
+    if message["role"] != "assistant":
+        return message
+    text = _plain_text(message["content"])
+    return {**message, "content": f"{_OPEN}{text.strip() if strip else text}{_CLOSE}"}

@@ -1,0 +1,670 @@
+"""FrozenPrefixProcessor: the vision parent's image processor and the language parent's tokenizer behind one call.
+
+Three things live here: opening any picture as the right RGB, making a parent's chat template render images, and the
+processor itself. It has no `__call__` of its own: everything is done in the hooks of `ProcessorMixin`, so that what
+the library adds to that call reaches us too. Only public packages are imported: a checkpoint carries this file as
+custom code.
+"""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoTokenizer, image_utils
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.tokenization_utils_base import AddedToken
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+try:  # marks control tokens that a user wrote into a chat: such an <image> is text, not a placeholder
+    from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
+except ImportError:
+    _CONTROL_TOKEN_START, _CONTROL_TOKEN_END = "\ue100", "\ue101"
+
+logger = logging.get_logger(__name__)
+
+# Above this, a tokenizer's model_max_length means "not known" (transformers uses the same bound).
+_UNKNOWN_LENGTH = int(1e20)
+_EXIF_ORIENTATION = 0x0112
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    """Scale grey or colour values of any dtype to 0..255; nothing is clipped.
+
+    uint16 is always 0..65535. Wider integers and floats do not say their range, so it is read off the maximum: the
+    smallest of 1 (floats only), 255 and 65535 that holds it.
+    """
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype == np.uint16:
+        return np.rint(array / 257).astype(np.uint8)
+    low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+    floating = np.issubdtype(array.dtype, np.floating)
+    if not (np.isfinite(low) and np.isfinite(high)) or low < -1e-6 or high > 65535:
+        raise ValueError(
+            f"its {array.dtype} values run from {low:g} to {high:g}, but a picture's are in 0..1, 0..255 or 0..65535. "
+            "Scale them first; values that are normalised already go to the model as `pixel_values`, or through the "
+            "processor with do_rescale=False"
+        )
+    scale = 255.0 if floating and high <= 1 + 1e-6 else 1.0 if high <= 255 else 1 / 257
+    return np.clip(np.rint(array * scale), 0, 255).astype(np.uint8)
+
+
+def _array_to_pil(image: Any, channels_first: bool | None = None) -> Image.Image:
+    """(H, W), (H, W, C) or (C, H, W) numpy array or torch tensor, C in 1..4, to PIL.
+
+    Where both ends could be the channels, a tensor is read as channels first, an array as channels last.
+    """
+    is_tensor = not isinstance(image, np.ndarray)
+    if is_tensor:
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if image.ndim == 3:
+        first, last = image.shape[0] in (1, 2, 3, 4), image.shape[-1] in (1, 2, 3, 4)
+        if not (first or last):
+            raise ValueError(f"its shape {tuple(image.shape)} has no axis of 1 to 4 channels first or last")
+        if channels_first is None:
+            channels_first = first and (is_tensor or not last)
+        image = np.moveaxis(image, 0, -1) if channels_first else image
+        image = image[..., 0] if image.shape[-1] == 1 else image
+    elif image.ndim != 2:
+        raise ValueError(f"its shape is {tuple(image.shape)}; expected (H, W), (H, W, C) or (C, H, W)")
+    return Image.fromarray(np.ascontiguousarray(_to_uint8(image)))  # 2 channels: LA, 4: RGBA
+
+
+def _pil_to_rgb(image: Image.Image) -> Image.Image:
+    """The RGB that a viewer would show: upright, transparency over white, deep greys scaled and not clipped."""
+    image.load()
+    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _read_source(source: str) -> bytes:
+    """Bytes behind a URL, a data URL or a base64 string."""
+    if source.startswith(("http://", "https://")):
+        response = image_utils.httpx.get(source, follow_redirects=True, timeout=60)  # the library's own client
+        response.raise_for_status()
+        return response.content
+    try:
+        return base64.b64decode(re.sub(r"\s", "", source.split(",", 1)[-1]), validate=True)
+    except ValueError as error:
+        raise ValueError("there is no such file, and it is neither a URL nor base64") from error
+
+
+def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | None = None) -> Image.Image:
+    """Open one picture of any kind as 8-bit RGB.
+
+    Args:
+        image: PIL image (its current frame), path, URL, data URL, base64 string, bytes, open binary file, the
+            `{"bytes", "path"}` dict of `datasets`, numpy array or tensor of shape (H, W), (H, W, C) or (C, H, W).
+        name: what to call it in an error, such as "image 3".
+        channels_first: layout of a 3-dimensional array, where its shape leaves it open.
+
+    Errors: ValueError that names the picture where it can't be opened.
+    """
+    if isinstance(image, str | os.PathLike):
+        text = os.fspath(image)
+        shown = repr(text if len(text) <= 120 else text[:60] + "…" + text[-40:])
+    elif isinstance(image, Mapping):
+        shown = repr(image.get("path")) if image.get("path") else "given as bytes"
+    else:
+        shown = f"of type {type(image).__name__}"
+    try:
+        if isinstance(image, Image.Image):
+            return _pil_to_rgb(image)
+        if isinstance(image, np.ndarray) or hasattr(image, "is_floating_point"):
+            return _pil_to_rgb(_array_to_pil(image, channels_first))
+        if isinstance(image, Mapping):
+            data = image.get("bytes")
+            image = data if data is not None else image.get("path")
+        if isinstance(image, str | os.PathLike):
+            path = os.fspath(image)
+            image = path if len(path) < 4096 and os.path.isfile(path) else _read_source(str(path))
+        if isinstance(image, bytes | bytearray | memoryview):
+            image = BytesIO(image)
+        if not (isinstance(image, str) or hasattr(image, "read")):
+            raise ValueError(
+                "expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor"
+            )
+        with Image.open(image) as opened:
+            return _pil_to_rgb(opened).copy()  # animated: PIL opens at the first frame
+    except Exception as error:  # PIL, the network and the file system raise some twenty kinds
+        reason = "it is not a picture that PIL can read" if "cannot identify image file" in str(error) else str(error)
+        raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat templates
+# ---------------------------------------------------------------------------------------------------------------------
+# Put before a template, it turns every list of content items into the string that text-only templates expect.
+_FLATTEN_CONTENT = """\
+{%- set fp_c = namespace(messages=[]) -%}
+{%- for fp_m in messages -%}
+{%- if fp_m['content'] is iterable and fp_m['content'] is not string -%}
+{%- set fp_t = namespace(text='') -%}
+{%- for fp_i in fp_m['content'] -%}
+{%- if fp_i is string -%}
+{%- set fp_t.text = fp_t.text + fp_i -%}
+{%- elif fp_i['type'] == 'image' -%}
+{%- set fp_t.text = fp_t.text + IMAGE_TOKEN -%}
+{%- elif fp_i['text'] is string -%}
+{%- set fp_t.text = fp_t.text + fp_i['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set fp_c.messages = fp_c.messages + [dict(fp_m, content=fp_t.text)] -%}
+{%- else -%}
+{%- set fp_c.messages = fp_c.messages + [fp_m] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = fp_c.messages -%}
+"""
+
+# For language models without a template of their own: roles in plain words, EOS after each answer.
+DEFAULT_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- 'Assistant:' -}}
+{%- generation -%}{{- ' ' + message['content'] + (eos_token | default('', true)) -}}{%- endgeneration -%}
+{{- '\\n' -}}
+{%- elif message['role'] == 'system' -%}
+{{- message['content'] + '\\n' -}}
+{%- else -%}
+{{- message['role'] | capitalize + ': ' + message['content'] + '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
+"""
+
+# Frozen's own form for in-context learning (arXiv 2106.13884, section 3): pictures and words in a row, no roles.
+INTERLEAVED_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] -}}{%- endgeneration -%}{{- '\\n' -}}
+{%- else -%}
+{{- message['content'] -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+@lru_cache(maxsize=64)
+def _with_images(template: str, image_token: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
+    """The template itself where it renders one image and one text rightly, else the template after `_FLATTEN_CONTENT`.
+
+    Asked by rendering it: text-only templates drop content lists silently, print them as Python lists, or raise.
+    Wrapping the template, instead of changing messages on the way in, keeps what is saved complete: every tool that
+    reads `chat_template.jinja` renders the same.
+    """
+    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "fp-probe"}]}]
+    for candidate in (template, _FLATTEN_CONTENT.replace("IMAGE_TOKEN", json.dumps(image_token)) + template):
+        try:
+            text = render_jinja_template(conversations=[probe], chat_template=candidate, **dict(special_tokens))[0][0]
+        except Exception:  # a template may raise whatever it likes
+            continue
+        if text.count(image_token) == 1 and text.count("fp-probe") == 1 and "'type'" not in text:
+            return candidate
+    return template  # made for something else: no images, or the first content item alone
+
+
+def few_shot_messages(
+    support: Sequence[Sequence[Any] | Mapping[str, Any]], query: Any, *, instruction: str | None = None
+) -> list[dict[str, Any]]:
+    """Frozen's interleaved in-context learning as a conversation (arXiv 2106.13884, section 4.2).
+
+    Per support example a user turn with image (and question) and an assistant turn with the answer; then the query.
+
+    Args:
+        support: any number of `(image, answer)`, `(image, question, answer)` or mappings with these names. An image
+            may be a list of images.
+        query: an image, `(image, question)` or a mapping.
+        instruction: task induction, put before the first image.
+
+    Returns: messages for `processor.apply_chat_template(messages, tokenize=True, return_dict=True, …)`. With
+    `chat_template=INTERLEAVED_CHAT_TEMPLATE` they are rendered as in the paper, without roles.
+    """
+
+    def user(image: Any, question: str | None) -> dict[str, Any]:
+        images = image if isinstance(image, list) else [image]
+        content = [{"type": "image", "image": one} for one in images]
+        content += [{"type": "text", "text": question}] if question else []
+        return {"role": "user", "content": content}
+
+    messages = []
+    for index, shot in enumerate(support):
+        if isinstance(shot, Mapping):
+            image, question, answer = shot.get("image"), shot.get("question"), shot.get("answer")
+        elif isinstance(shot, Sequence) and not isinstance(shot, str) and len(shot) in (2, 3):
+            image, question, answer = shot[0], shot[1] if len(shot) == 3 else None, shot[-1]
+        else:
+            raise ValueError(f"support[{index}] must be (image, answer), (image, question, answer) or a mapping.")
+        if image is None or not isinstance(answer, str):
+            raise ValueError(f"support[{index}] needs an image and an answer (a string); got answer={answer!r}.")
+        messages += [user(image, question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    if isinstance(query, Mapping):
+        messages.append(user(query.get("image"), query.get("question")))
+    else:
+        messages.append(user(*query) if isinstance(query, tuple) else user(query, None))
+    if instruction:
+        messages[0]["content"].insert(0, {"type": "text", "text": instruction})
+    return messages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processor
+# ---------------------------------------------------------------------------------------------------------------------
+class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
+    """Keywords of a call: the library's own, for text, images and `return_mm_token_type_ids`."""
+
+
+class FrozenPrefixProcessor(ProcessorMixin):
+    """Images and text to `pixel_values` (images, C, H, W), `input_ids` and `attention_mask` (batch, sequence).
+
+    Each image of a text is written as `prefix_length` placeholders, which the model overwrites with the connector's
+    output. Images are a single one, a flat list in reading order, or nested, one list per text. A text without any
+    `<image>` gets one per image at `image_position`. The tokenizer's BOS, where it has one, stays first: BOS, image,
+    text. `text=None` gives `pixel_values` alone; `text=""` gives a bare prompt with the image.
+
+    Truncation cuts text and never a placeholder. Batches are padded on the left, as generation needs it (on the right
+    for encoder-decoder models), with EOS where the tokenizer has no pad token.
+
+    Args:
+        image_processor: the vision parent's image processor.
+        tokenizer: the language parent's tokenizer. `image_token` is added to it as a special token where it is not in
+            the vocabulary; the language model is never resized.
+        prefix_length: placeholders per image, `model.config.num_image_tokens`.
+        image_token: the placeholder.
+        image_position: "start" or "end".
+        is_encoder_decoder: whether the language model is one: then prompts are padded on the right, and
+            `DataCollatorForFrozenPrefix` gives the answers to the decoder.
+        chat_template: a Jinja template, or several by name. Default: the tokenizer's own, made to render images, else
+            a plain one with "User:" and "Assistant:".
+    """
+
+    _auto_class = "AutoProcessor"  # its code is saved with it, for people without this package
+    valid_processor_kwargs = FrozenPrefixProcessorKwargs
+    text_kwargs = {"padding_side": "left"}
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        prefix_length: int | None = None,
+        image_token: str = "<image>",
+        image_position: str = "start",
+        is_encoder_decoder: bool = False,
+        chat_template: str | dict[str, str] | None = None,
+        **kwargs,
+    ):
+        if prefix_length is not None and (not isinstance(prefix_length, int) or prefix_length < 1):
+            raise ValueError(f"prefix_length must be an integer of at least 1, got {prefix_length!r}.")
+        if image_position not in ("start", "end"):
+            raise ValueError(f"image_position must be 'start' or 'end', got {image_position!r}.")
+        if not isinstance(image_token, str) or not image_token.strip():
+            raise ValueError(f"image_token must be a non-empty string, got {image_token!r}.")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.prefix_length = prefix_length
+        self.image_token = image_token
+        self.image_position = image_position
+        self.is_encoder_decoder = is_encoder_decoder
+        if is_encoder_decoder:  # encoders with learned positions count them from the left
+            self.text_kwargs = {**type(self).text_kwargs, "padding_side": "right"}
+        self._prepare_tokenizer()
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
+        template = self.chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE
+        if isinstance(template, dict):
+            self.chat_template = {name: self._with_images(one) for name, one in template.items()}
+        else:
+            self.chat_template = self._with_images(template)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As the library's. Where a model's config lies beside it already, the model's code is put there too.
+
+        `Trainer` pushes its output folder in mid-training; each such commit is to load without this package too.
+        """
+        if (Path(save_directory) / "config.json").is_file():
+            try:
+                from modeling_frozen.hub import write_code
+            except ImportError:  # this file runs from the Hub itself
+                pass
+            else:
+                write_code(save_directory)
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.__dict__.pop("auto_map", None)  # for the file alone: a reloaded processor has none
+        return files
+
+    def _prepare_tokenizer(self) -> None:
+        """Give the tokenizer the placeholder, by which its vocabulary grows at most, and a token to pad with."""
+        tokenizer, token = self.tokenizer, self.image_token
+        tokenizer.add_tokens([AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)], True)
+        if tokenizer.special_tokens_map.get("image_token") != token:
+            tokenizer._set_model_specific_special_tokens({"image_token": token})  # saved with it; pipelines read it
+        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
+            raise ValueError(
+                f"The tokenizer splits {token!r} into several tokens although it was added as a special token. "
+                "Choose another image_token."
+            )
+        special = tokenizer.special_tokens_map
+        if "pad_token" not in special and (stand_in := special.get("eos_token") or special.get("unk_token")):
+            tokenizer.pad_token = stand_in
+
+    # ------------------------------------------------------------------------------------------------- construction
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        *,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_token: str = "<image>",
+        image_position: str = "start",
+        chat_template: str | dict[str, str] | None = None,
+        **kwargs,
+    ) -> "FrozenPrefixProcessor":
+        """The processor for a model (or its config), from the parents that it records.
+
+        Args:
+            model: a frozen-prefix model or its config.
+            image_processor, tokenizer: taken instead of the recorded parent's.
+            kwargs: passed on to both parents' `from_pretrained`: `token`, `cache_dir`, `local_files_only`, …
+
+        Errors: ValueError where a parent is not recorded or has no processor files, or where the tokenizer's
+        placeholder has another id than `config.image_token_id`.
+        """
+        config = getattr(model, "config", model)
+        side = "right" if config.is_encoder_decoder else "left"
+        if image_processor is None:
+            image_processor = cls._load_part(config.vision_base_model, AutoImageProcessor, "image_processor", kwargs)
+        if tokenizer is None:
+            options = {"padding_side": side, **kwargs}
+            tokenizer = cls._load_part(config.text_base_model, AutoTokenizer, "tokenizer", options)
+        known = tokenizer.get_added_vocab()  # before the placeholder is added to it
+        processor = cls(
+            image_processor,
+            tokenizer,
+            prefix_length=config.num_image_tokens,
+            image_token=image_token,
+            image_position=image_position,
+            is_encoder_decoder=bool(config.is_encoder_decoder),
+            chat_template=chat_template,
+        )
+        if processor.image_token_id != config.image_token_id:
+            name = next((token for token, index in known.items() if index == config.image_token_id), None)
+            way_out = f"image_token={name!r}, which has that id" if name else "the tokenizer it was built with"
+            raise ValueError(
+                f"The tokenizer's {image_token!r} has id {processor.image_token_id}, but the model was built with "
+                f"image_token_id={config.image_token_id}: images would go to other tokens. To mend it, pass {way_out}."
+            )
+        processor._check_image_size(config.vision_config)
+        return processor
+
+    @staticmethod
+    def _load_part(record: Mapping[str, Any] | None, auto_class: Any, part: str, options: dict[str, Any]) -> Any:
+        """The image processor or tokenizer of one recorded parent."""
+        parent = "vision" if part == "image_processor" else "language"
+        way_out = "FrozenPrefixProcessor(image_processor=…, tokenizer=…, prefix_length=model.config.num_image_tokens)"
+        way_out = f"Pass it: FrozenPrefixProcessor.from_model(model, {part}=…), or build {way_out}."
+        name = (record or {}).get("name_or_path")
+        if not name:
+            raise ValueError(f"The model records no {parent} parent to take the {part} from. {way_out}")
+        revision = {"revision": record["revision"]} if record.get("revision") and not os.path.isdir(name) else {}
+        try:
+            return auto_class.from_pretrained(name, **revision, **options)
+        except (OSError, ValueError, KeyError) as error:
+            file = "preprocessor_config.json" if part == "image_processor" else "tokenizer files"
+            raise ValueError(
+                f"Can't load the {part} of the {parent} parent {name!r} (is there a {file}?): {error}\n{way_out}"
+            ) from error
+
+    def _check_image_size(self, vision_config: Any) -> None:
+        """Warn where the tower was built for another input size than the image processor makes, if both are known."""
+        expected = getattr(vision_config, "image_size", None)
+        if expected is None or getattr(vision_config, "patch_size", None) is None:  # CNNs take any size
+            return
+        expected = tuple(expected) if isinstance(expected, list | tuple) else (expected, expected)
+        produced = self._output_size()
+        if produced is not None and produced != expected:
+            logger.warning(
+                f"The image processor makes pictures of {produced[0]}x{produced[1]}, but the vision tower was built "
+                f"for {expected[0]}x{expected[1]}. Unless it interpolates its positions it will refuse them. To mend "
+                f"it, pass from_model(model, image_processor=AutoImageProcessor.from_pretrained(…, size={{'height': "
+                f"{expected[0]}, 'width': {expected[1]}}}))."
+            )
+
+    def _output_size(self) -> tuple[int, int] | None:
+        """(height, width) of what the image processor makes, where it is fixed."""
+        part = self.image_processor
+        sizes = ("crop_size", getattr(part, "do_center_crop", None)), ("size", getattr(part, "do_resize", None))
+        size = next((getattr(part, name, None) for name, used in sizes if used), None)
+        try:
+            return int(size["height"]), int(size["width"])
+        except (TypeError, KeyError):
+            return None
+
+    # ---------------------------------------------------------------------------------------------- image placeholders
+    def num_image_tokens(self, image_inputs: Mapping[str, Any] | None = None, image_idx: int = 0) -> int:
+        """Placeholders of one image: the one place that says so.
+
+        Args:
+            image_inputs: what the image processor made of all images; not needed while all have the same number.
+            image_idx: which of them.
+        """
+        if self.prefix_length is None:
+            raise ValueError(
+                "The processor has no prefix_length: pass it prefix_length=model.config.num_image_tokens."
+            )
+        return self.prefix_length
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.num_image_tokens(image_inputs, image_idx)
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """Placeholders and patches (one) per image of the given (height, width) sizes."""
+        if image_sizes is None:
+            return MultiModalData()
+        numbers = [self.num_image_tokens(image_idx=index) for index in range(len(image_sizes))]
+        return MultiModalData(num_image_tokens=numbers, num_image_patches=[1] * len(image_sizes))
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]  # GPT-2 would add word embeddings for them
+
+    def count_image_tokens(self, text: str) -> int:
+        """Placeholders in a text, one per image; such as a user's chat message smuggled in are not counted."""
+        return len(self._placeholder.findall(text))
+
+    @property
+    def _placeholder(self) -> re.Pattern:
+        return re.compile(f"(?<!{_CONTROL_TOKEN_START}){re.escape(self.image_token)}")
+
+    def place_images(self, text: str, num_images: int) -> str:
+        """The text with one placeholder per image; unchanged where it holds any."""
+        if self.count_image_tokens(text):
+            return text
+        placeholders = self.image_token * num_images
+        return text + placeholders if self.image_position == "end" else placeholders + text
+
+    # ---------------------------------------------------------------------------------- the hooks of ProcessorMixin
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Open the images, give each text its own, put placeholders in and truncate: all before the library's steps.
+
+        Returns: images as a flat list in reading order, text as a list of strings.
+        """
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        _, text, videos, audio = super().prepare_inputs_layout(text=text, videos=videos, audio=audio, **kwargs)
+        if images is not None:
+            images = self._nest_images(images)
+        if text is None or not all(isinstance(sample, str) for sample in text):  # the library says what text must be
+            nested = images[0] if images is not None else []
+        else:
+            nested = self._images_per_text(images, text)
+            placed = [self.place_images(sample, len(own)) for sample, own in zip(text, nested, strict=True)]
+            length = self._max_length(merged["text_kwargs"])
+            final = placed if length is None else self._truncate(placed, length, merged["text_kwargs"])
+            wants_mask = kwargs.get("return_offsets_mapping") and kwargs.get("return_text_replacement_offsets")
+            if wants_mask and final != text:
+                for index, (before, after) in enumerate(zip(text, final, strict=True)):
+                    if not before.startswith(after) and not after.startswith(before):
+                        raise ValueError(
+                            f"Sample {index}: the assistant mask counts characters of the rendered chat, but text was "
+                            "put or cut at its start. Write the images into the turns, and truncate on the right."
+                        )
+            text = final
+        flat = [image for own in nested for image in own]
+        return self._load_images(flat, merged["images_kwargs"]) or None, text, videos, audio
+
+    @staticmethod
+    def _nest_images(images: Any) -> tuple[list[list[Any]], bool]:
+        """One list of images per entry, and whether the caller nested them; a 4-D array is a list of images."""
+
+        def is_batch(image: Any) -> bool:
+            return isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
+
+        images = list(images) if is_batch(images) else [images]
+        nested = [list(one) if is_batch(one) else [one] for one in images]
+        nested = [[image for image in own if image is not None] for own in nested]
+        return nested, any(image is None or is_batch(image) for image in images)
+
+    def _images_per_text(self, images: tuple[list[list[Any]], bool] | None, text: list[str]) -> list[list[Any]]:
+        """The images of each text: nested ones say so themselves; flat ones go one to each text, or, where the
+        placeholders say otherwise, in reading order."""
+        counts = [self.count_image_tokens(sample) for sample in text]
+        images, is_nested = images if images is not None else ([[] for _ in text], True)
+        total = sum(len(own) for own in images)
+        rule = (
+            f"The {self.image_token} tokens in the prompts should be the same as the number of images, text by text."
+        )
+        if not is_nested and (len(text) == 1 or max(counts) > 1 or (any(counts) and len(images) != len(text))):
+            rest = iter([image for own in images for image in own])
+            images = [[image for _, image in zip(range(count), rest, strict=False)] for count in counts]
+            images[-1] += rest
+        if len(images) != len(text):
+            kind = "lists of images" if is_nested else "images"
+            raise ValueError(
+                f"{rule} Got {len(images)} {kind} for {len(text)} texts: sample {min(len(images), len(text))} has "
+                "only one of the two. Pass one image, or one (possibly empty) list of images, per text."
+            )
+        for index, (count, own) in enumerate(zip(counts, images, strict=True)):
+            if count and count != len(own):
+                raise ValueError(
+                    f"{rule} Sample {index}: its text holds {count} {self.image_token} but it has {len(own)} images "
+                    f"(batch: {sum(counts)} and {total}). Write one {self.image_token} per image, or none: then they "
+                    "are put in; and pass nested images, one list per text, where texts have several."
+                )
+        return images
+
+    def _load_images(self, images: list[Any], images_kwargs: Mapping[str, Any]) -> list[Any]:
+        """Open and convert; arrays that are not to be rescaled are in their final range and stay as they are."""
+        rescale = images_kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
+        layout = images_kwargs.get("input_data_format")
+        channels_first = None if layout is None else getattr(layout, "value", layout) == "channels_first"
+        return [
+            image
+            if not rescale and getattr(image, "ndim", None) == 3
+            else load_rgb_image(image, f"image {index}", channels_first=channels_first)
+            for index, image in enumerate(images)
+        ]
+
+    # ------------------------------------------------------------------------------------------------- truncation
+    def _max_length(self, options: Mapping[str, Any]) -> int | None:
+        """The length that the tokenizer would cut at, None where it would not."""
+        truncation, length = options.get("truncation"), options.get("max_length")
+        truncation = getattr(truncation, "value", truncation)
+        if truncation is None and length is not None and options.get("padding", False) is False:
+            truncation = True  # the tokenizers' own rule for a bare max_length
+        if truncation in (None, False, "do_not_truncate") or options.get("text_pair") is not None:
+            return None
+        if length is None and self.tokenizer.model_max_length < _UNKNOWN_LENGTH:
+            length = self.tokenizer.model_max_length
+        return length
+
+    def _truncate(self, text: list[str], max_length: int, options: Mapping[str, Any]) -> list[str]:
+        """Cut each text at a token's border, so that it fits with its placeholders, all of which stay.
+
+        Images whose place was cut off move to the cut, in order. The tokenizer's truncation then has nothing to do.
+        """
+        names = "add_special_tokens", "sanitize_control_tokens"
+        options = {name: options[name] for name in names if name in options and options[name] is not None}
+        options |= {"return_attention_mask": False, "verbose": False}
+        extra = self.num_image_tokens() - 1 if any(map(self.count_image_tokens, text)) else 0
+
+        def lengths(samples: list[str]) -> list[int]:
+            ids = self.tokenizer(samples, **options)["input_ids"]
+            return [len(one) + extra * self.count_image_tokens(text) for one, text in zip(ids, samples, strict=True)]
+
+        return [
+            sample if length <= max_length else self._cut(index, sample, max_length, options, lengths)
+            for index, (sample, length) in enumerate(zip(text, lengths(text), strict=True))
+        ]
+
+    def _cut(self, index: int, text: str, max_length: int, options: dict[str, Any], lengths: Any) -> str:
+        """The longest part of one text that fits, by bisection over its tokens' borders (slow tokenizer: words')."""
+        left = self.tokenizer.truncation_side == "left"
+
+        def keep(position: int) -> str:
+            before, after = text[:position], text[position:]
+            gone = self.image_token * self.count_image_tokens(before if left else after)
+            return gone + after if left else before + gone
+
+        smallest = keep(len(text) if left else 0)
+        if (needed := lengths([smallest])[0]) > max_length:
+            images = self.count_image_tokens(text)
+            placeholders = images * self.num_image_tokens() if images else 0
+            raise ValueError(
+                f"Sample {index}: its {images} images take {placeholders} placeholders, {needed} tokens with the "
+                f"special tokens, but max_length is {max_length}; placeholders are never cut. Use max_length={needed} "
+                "or more, fewer images per sample, or a connector with a smaller prefix_length."
+            )
+        borders: set[int] = set()
+        if self.tokenizer.is_fast and not options.get("sanitize_control_tokens"):
+            offsets = self.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
+            borders = {span[0] if left else span[1] for span in offsets if span[1] > span[0]}
+        borders = borders or {match.start() for match in re.finditer(r"(?<=\S)(?=\s)|(?<=\s)(?=\S)", text)}
+        marked = f"{_CONTROL_TOKEN_START}.*?{_CONTROL_TOKEN_END}|{re.escape(self.image_token)}"
+        whole = [match.span() for match in re.finditer(marked, text)]
+        inside = {position for start, end in whole for position in range(start + 1, end)}
+        cuts = sorted(borders - inside, reverse=left)  # from the shortest part to the longest
+        low, high = 0, len(cuts)
+        while low < high:
+            middle = (low + high) // 2
+            fits = lengths([keep(cuts[middle])])[0] <= max_length
+            low, high = (middle + 1, high) if fits else (low, middle)
+        return keep(cuts[low - 1]) if low else smallest
+
+    # ---------------------------------------------------------------------------------------------- chat templates
+    def _with_images(self, template: str) -> str:
+        return _with_images(template, self.image_token, tuple(sorted(self.tokenizer.special_tokens_map.items())))
+
+    def _resolve_chat_template(self, chat_template: str | None) -> str:
+        return self._with_images(super()._resolve_chat_template(chat_template))
+
+
+__all__ = [
+    "INTERLEAVED_CHAT_TEMPLATE",
+    "FrozenPrefixProcessor",
+    "FrozenPrefixProcessorKwargs",
+    "few_shot_messages",
+    "load_rgb_image",
+]
