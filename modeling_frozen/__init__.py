@@ -19,6 +19,7 @@ _EXPORTS = {
     "FrozenPrefixCausalLMOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixConfig": "configuration_frozen_prefix",
     "FrozenPrefixForConditionalGeneration": "modeling_frozen_prefix",
+    "FrozenPrefixHubCallback": "hub_callback",
     "FrozenPrefixModel": "modeling_frozen_prefix",
     "FrozenPrefixModelOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixPreTrainedModel": "modeling_frozen_prefix_pretrained",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .configuration_frozen_prefix import FrozenPrefixConfig
     from .connectors import CONNECTORS
     from .data_collator import DataCollatorForFrozenPrefix
+    from .hub_callback import FrozenPrefixHubCallback
     from .modeling_frozen_prefix import (
         FrozenPrefixCausalLMOutputWithPast,
         FrozenPrefixForConditionalGeneration,
@@ -59,6 +61,7 @@ __all__ = [
     "FrozenPrefixCausalLMOutputWithPast",
     "FrozenPrefixConfig",
     "FrozenPrefixForConditionalGeneration",
+    "FrozenPrefixHubCallback",
     "FrozenPrefixModel",
     "FrozenPrefixModelOutputWithPast",
     "FrozenPrefixPreTrainedModel",
