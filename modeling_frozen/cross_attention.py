@@ -1,0 +1,583 @@
+"""Gated cross-attention, the second way to fuse: blocks between the frozen layers of any decoder, through which words
+look at the image (Flamingo, arXiv 2204.14198, section 3.1.2, "gated XATTN-DENSE").
+
+The language model is not rebuilt around the blocks. They live beside it; a hook before each of its layers lets the
+words through a block, if the call in progress brought one for that layer. What the call sees is held in a context
+variable, so threads don't mix, and the language model called by itself, or by another composite that shares it, is
+what it always was. Generation goes on from a cache, which remembers the images that its words have passed.
+"""
+
+import copy
+import difflib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+
+from .base_models import build_language_model
+
+
+# Names and defaults of what `cross_attention_config` may hold.
+OPTIONS: dict[str, Any] = {
+    "every_n_layers": None,
+    "num_heads": 8,
+    "head_dim": 64,
+    "feedforward_multiple": 4,
+    "dropout": 0.0,
+}
+
+# A place in a row that no word ever has.
+_NEVER = torch.iinfo(torch.long).max
+
+
+# ------------------------------------------------------------------------------------------------ the decoder's layers
+
+
+@dataclass(frozen=True)
+class DecoderGeometry:
+    """Of a decoder's stack of layers: `hidden_size`, the width of what travels between them, and `num_layers`."""
+
+    hidden_size: int
+    num_layers: int
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
+    """
+    The stack of layers: of the lists of modules that lie in no other list (experts do), that with the most weights.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    lists = list(_outermost_lists(language_model.base_model))
+    stack = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()), default=None)
+    if not stack:
+        raise ValueError(
+            f"{type(language_model).__name__} holds no list of layers between which gated blocks could stand. "
+            'Use `fusion="prefix"`, which asks nothing of the inside of a language model.'
+        )
+    return stack
+
+
+class _Reached(Exception):
+    """Ends a probe at the first layer."""
+
+
+def probe_decoder(text_config: PreTrainedConfig) -> DecoderGeometry:
+    """
+    Asks a decoder of fake tensors (no weight is allocated) what its first layer reads.
+
+    Raises:
+        ValueError: for encoder-decoders, and for models whose layers do not read (batch, sequence, width): the reason.
+    """
+    way_out = 'Use `fusion="prefix"`, which asks nothing of the inside of a language model.'
+    if text_config.is_encoder_decoder:
+        raise ValueError(
+            f'`fusion="cross_attention"` puts gated blocks into a decoder, behind the words that hold the image; in '
+            f"`{text_config.model_type}` those words are the encoder's. {way_out}"
+        )
+    found: list[torch.Size | None] = []
+
+    def stop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden_states = _hidden_states(args, kwargs)
+        found.append(None if hidden_states is None else hidden_states.shape)
+        raise _Reached
+
+    # No two numbers alike, or a layer that reads (sequence, batch, width) would pass.
+    rows, words = 2, 3
+    with FakeTensorMode(), no_init_weights(), torch.no_grad():
+        language_model = build_language_model(copy.deepcopy(text_config)).eval()
+        stack = decoder_layers(language_model)
+        stack[0].register_forward_pre_hook(stop, with_kwargs=True)
+        reason = "never calls the first of its layers"
+        try:
+            language_model(input_ids=torch.zeros(rows, words, dtype=torch.long), use_cache=False)
+        except _Reached:
+            shape = found[0]
+            if shape is not None and len(shape) == 3 and shape[:2] == (rows, words):
+                return DecoderGeometry(hidden_size=shape[2], num_layers=len(stack))
+            reason = f"gives its layers {'no hidden states' if shape is None else f'a tensor of shape {tuple(shape)}'}"
+        except Exception as error:  # whatever an unknown model raises: it can't be asked
+            reason = f"can't be asked for what its layers read ({type(error).__name__}: {error})"
+    raise ValueError(
+        f"{type(language_model).__name__} {reason}, where gated blocks need hidden states of shape (batch, sequence, "
+        f"width), {(rows, words)} and the width in this probe. {way_out}"
+    )
+
+
+def check_decoder(language_model: PreTrainedModel, *, hidden_size: int, num_layers: int, name: str) -> None:
+    """
+    Refuses another language model than the blocks were made for.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    found = probe_decoder(language_model.config)
+    if found != DecoderGeometry(hidden_size, num_layers):
+        raise ValueError(
+            f"The gated blocks stand between {num_layers} layers of width {hidden_size}, but `{name}` has "
+            f"{found.num_layers} of width {found.hidden_size}: give a language model of that shape, or train for this "
+            "one."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- specification
+
+
+def check_cross_attention(options: dict[str, Any], num_layers: int | None) -> list[int]:
+    """
+    Checks `cross_attention_config` without building anything.
+
+    Args:
+        options (`dict`): `every_n_layers` (`None` for every fourth, or the last of fewer), `num_heads`, `head_dim`,
+            `feedforward_multiple`, `dropout`.
+        num_layers (`int`, *optional*): layers of the language model, if they are known already.
+
+    Returns:
+        `list[int]`: the layers before which a block stands: the n-th, 2n-th, … (the list counts from 0).
+
+    Raises:
+        ValueError: for an unknown option (naming the nearest) and for values out of range.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            nearest = difflib.get_close_matches(name, OPTIONS, n=1)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            choices = ", ".join(f"{option}={default!r}" for option, default in OPTIONS.items())
+            raise ValueError(
+                f"cross_attention_config holds {name!r}, which is unknown; {hint}Its options are: {choices}."
+            )
+    values = {**OPTIONS, **options}
+    for name in ("every_n_layers", "num_heads", "head_dim", "feedforward_multiple"):
+        value = values[name]
+        if value is None and OPTIONS[name] is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"cross_attention_config: {name}={value!r} must be a positive whole number.")
+    dropout = values["dropout"]
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"cross_attention_config: dropout={dropout!r} must be a number from 0 up to, not including, 1."
+        )
+    if num_layers is None:
+        return []
+    every = values["every_n_layers"] or min(4, num_layers)
+    if every > num_layers:
+        raise ValueError(
+            f"cross_attention_config: every_n_layers={every} leaves no block in a language model of {num_layers} "
+            f"layers; choose {num_layers} or less."
+        )
+    return list(range(every - 1, num_layers, every))
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+
+class GatedCrossAttentionBlock(GradientCheckpointingLayer):
+    """
+    Gated XATTN-DENSE: words attend to the last image before them, then a feed-forward; both come in through tanh gates
+    that start at zero (Flamingo, arXiv 2204.14198, figure 4), so that at first the block adds exactly nothing.
+
+    One thing differs from the paper: words without an image before them pass untouched by the feed-forward too, so
+    that text alone stays the language model's own, bit for bit, after training as well.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        embedding_dim: int,
+        num_heads: int,
+        head_dim: int,
+        feedforward_multiple: int,
+        dropout: float,
+    ):
+        super().__init__()
+        inner = num_heads * head_dim
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query_norm = nn.LayerNorm(hidden_size)
+        # Prefix vectors are written at the norm of word embeddings, which may be a hundredth or a hundred.
+        self.visual_norm = nn.LayerNorm(embedding_dim)
+        self.query = nn.Linear(hidden_size, inner, bias=False)
+        self.key_value = nn.Linear(embedding_dim, 2 * inner, bias=False)
+        self.output = nn.Linear(inner, hidden_size, bias=False)
+        self.attention_gate = nn.Parameter(torch.empty(1))
+        self.feedforward_norm = nn.LayerNorm(hidden_size)
+        self.feedforward_in = nn.Linear(hidden_size, feedforward_multiple * hidden_size, bias=False)
+        self.feedforward_out = nn.Linear(feedforward_multiple * hidden_size, hidden_size, bias=False)
+        self.feedforward_gate = nn.Parameter(torch.empty(1))
+
+    def _heads(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def read(self, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(batch, heads, tokens, head_dim)` of visual tokens `(batch, tokens, embedding_dim)`."""
+        weight = self.key_value.weight
+        keys, values = self.key_value(self.visual_norm(visual.to(weight.device, weight.dtype))).chunk(2, dim=-1)
+        return self._heads(keys), self._heads(values)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual: torch.Tensor,
+        mask: torch.Tensor | None,
+        sees: torch.Tensor,
+        keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of any dtype.
+            visual (`torch.Tensor` of shape `(batch, tokens, embedding_dim)`): all that a row's words may look at.
+            mask (`torch.BoolTensor` of shape `(batch, 1, sequence or 1, tokens)`, *optional*): where each word looks.
+            sees (`torch.BoolTensor` of shape `(batch, sequence or 1, 1)`): words that have an image before them.
+            keys_values (*optional*): what `read(visual)` gave before.
+
+        Returns:
+            `torch.Tensor`: hidden states of the shape and dtype given.
+        """
+        weight = self.query.weight
+        words = hidden_states.to(weight.device, weight.dtype)
+        keys, values = keys_values or self.read(visual)
+        mask = None if mask is None else mask.to(weight.device)
+        dropout = self.dropout if self.training else 0.0
+        read = nn.functional.scaled_dot_product_attention(
+            self._heads(self.query(self.query_norm(words))), keys, values, attn_mask=mask, dropout_p=dropout
+        )
+        added = self.attention_gate.tanh() * self.output(read.transpose(1, 2).flatten(2))
+        inner = self.feedforward_in(self.feedforward_norm(words + added)).relu().square()
+        inner = nn.functional.dropout(inner, dropout, self.training)
+        added = added + self.feedforward_gate.tanh() * self.feedforward_out(inner)
+        added = torch.where(sees.to(weight.device), added, 0)
+        return hidden_states + added.to(hidden_states.device, hidden_states.dtype)
+
+
+class GatedCrossAttention(nn.ModuleList):
+    """
+    The gated blocks of one composite, and how the language model is called with them.
+
+    Args:
+        hidden_size, num_layers: of the language model's layers (see `probe_decoder`).
+        embedding_dim: width of the connector's vectors.
+        options: `cross_attention_config` (see `check_cross_attention`).
+    """
+
+    def __init__(
+        self, *, hidden_size: int, num_layers: int, embedding_dim: int, options: dict[str, Any] | None = None
+    ):
+        places = check_cross_attention(options or {}, num_layers)
+        values = {**OPTIONS, **(options or {})}
+        del values["every_n_layers"]
+        super().__init__(
+            GatedCrossAttentionBlock(hidden_size=hidden_size, embedding_dim=embedding_dim, **values) for _ in places
+        )
+        self.places = places
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """(Re)initialises every parameter, gates at zero; tensors marked as loaded are left as they are."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.lecun_normal_(module.weight)
+            elif isinstance(module, nn.LayerNorm):
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
+            elif isinstance(module, GatedCrossAttentionBlock):
+                init.zeros_(module.attention_gate)
+                init.zeros_(module.feedforward_gate)
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            for module in self.modules():  # or the library's own pass would overwrite them with its N(0, 0.02)
+                module._is_hf_initialized = True
+
+    def set_output_norm(self, norm: float) -> None:
+        """Does nothing: what the blocks write starts at zero."""
+
+    def stand_between(self, layers: nn.ModuleList) -> None:
+        """Lets the words pass by these blocks on their way into the layers, whenever `call` runs. Doing it twice, or
+        for another composite with the same language model, changes nothing."""
+        for index, layer in enumerate(layers):
+            hooks = layer._forward_pre_hooks.values()
+            if not any(isinstance(hook, functools.partial) and hook.func is _pass_by for hook in hooks):
+                layer.register_forward_pre_hook(functools.partial(_pass_by, index), with_kwargs=True)
+
+    def call(
+        self,
+        callee: nn.Module,
+        inputs: dict[str, Any],
+        placeholders: torch.Tensor | None,
+        images: list[torch.Tensor] | None,
+    ) -> ModelOutput:
+        """
+        Calls the language model (or its headless base), its words looking at images through the blocks.
+
+        Args:
+            callee, inputs: what is called, and by which keyword arguments.
+            placeholders (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): where images stand.
+            images (`list[torch.Tensor]`, *optional*): visual tokens `(tokens, embedding_dim)` of each image, in
+                reading order; `None` for words that stand behind images of an earlier call, which their cache
+                remembers, or behind none: the language model is then called as it is.
+        """
+        cache = inputs.get("past_key_values", inputs.get("cache_params"))
+        memory = getattr(cache, "_images_passed", None)
+        if images:
+            memory, sight = look(placeholders, images, memory, cache)
+        elif memory is not None:
+            words = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+            sight = memory.look_back(len(words), cache)
+        else:
+            return callee(**inputs, return_dict=True)
+        sight.blocks = dict(zip(self.places, self, strict=True))
+        token = _sight.set(sight)
+        try:
+            outputs = callee(**inputs, return_dict=True)
+        finally:
+            _sight.reset(token)
+        # Training with layer drop, and nothing else, may leave layers out.
+        if sight.passed != len(self) and not callee.training and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{type(callee).__name__} went by {sight.passed} of {len(self)} gated blocks, so it would be blind: "
+                'it does not run each of its layers once. Use `fusion="prefix"` for it.'
+            )
+        if images:
+            cache = outputs.get("past_key_values", outputs.get("cache_params"))
+            if isinstance(cache, Cache):
+                cache.__class__ = _remembering(type(cache))
+                cache._images_passed = memory
+        return outputs
+
+    def zero(self) -> torch.Tensor:
+        """Zero, through every parameter: for batches without images (see `FrozenPrefixModel._zero_of_connector`)."""
+        return torch.stack([parameter.flatten()[0] for parameter in self.parameters()]).sum() * 0.0
+
+
+# ------------------------------------------------------------------------------------- what the words of one call see
+
+
+@dataclass
+class Sight:
+    """What the words of one call look at: the blocks' arguments, and the blocks by the layer they stand before."""
+
+    visual: torch.Tensor
+    mask: torch.Tensor | None
+    sees: torch.Tensor
+    #: keys and values by layer, for the steps of generation that all look at the same images
+    keys_values: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    blocks: dict[int, GatedCrossAttentionBlock] = field(default_factory=dict)
+    passed: int = 0
+
+
+_sight: ContextVar[Sight | None] = ContextVar("sight", default=None)
+
+
+def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    candidate = args[0] if args else kwargs.get("hidden_states")
+    return candidate if isinstance(candidate, torch.Tensor) and candidate.is_floating_point() else None
+
+
+def _pass_by(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    sight, hidden_states = _sight.get(), _hidden_states(args, kwargs)
+    if not torch.compiler.is_compiling():
+        # Whoever checkpoints a layer from outside runs it again in the backward pass, when the call is long over. What
+        # he kept are the layer's own inputs, so they carry what was seen.
+        if sight is None and torch._C._current_graph_task_id() != -1:
+            sight = getattr(hidden_states, "_frozen_prefix_sight", None)
+        elif sight is not None and torch.is_grad_enabled():
+            hidden_states._frozen_prefix_sight = sight
+    block = None if sight is None else sight.blocks.get(index)
+    if block is None:
+        return None
+    sight.passed += 1
+    keys_values = None
+    if sight.keys_values is not None:
+        if index not in sight.keys_values:
+            sight.keys_values[index] = block.read(sight.visual)
+        keys_values = sight.keys_values[index]
+    hidden_states = block(hidden_states, sight.visual, sight.mask, sight.sees, keys_values)
+    return ((hidden_states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_states})
+
+
+@dataclass
+class ImagesPassed:
+    """
+    The images that the words of a cache have passed; it lies on the cache, and its rows move with the cache's.
+
+    Args:
+        visual (`torch.Tensor` of shape `(rows, images, tokens, embedding_dim)`): zeros where a row has fewer.
+        lengths (`torch.LongTensor` of shape `(rows, images)`): tokens of each image.
+        columns (`torch.LongTensor` of shape `(rows, images)`): the word where each image stands.
+    """
+
+    visual: torch.Tensor
+    lengths: torch.Tensor
+    columns: torch.Tensor
+    is_even: bool
+    _latest: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, dict] | None = None
+
+    def pick(self, rows: torch.Tensor) -> "ImagesPassed":
+        rows = rows.to(self.visual.device)
+        return ImagesPassed(self.visual[rows], self.lengths[rows], self.columns[rows], self.is_even)
+
+    def by_row(self, past: int) -> list[list[tuple[int, torch.Tensor]]]:
+        """Column and visual tokens of each image that stands before `past`."""
+        return [
+            [
+                (column, visual[index, :length])
+                for index, (column, length) in enumerate(zip(columns, lengths, strict=True))
+                if column < past
+            ]
+            for visual, columns, lengths in zip(self.visual, self.columns.tolist(), self.lengths.tolist(), strict=True)
+        ]
+
+    def valid(self) -> torch.Tensor:
+        """`(rows, images, tokens)`: which tokens are an image's own."""
+        return torch.arange(self.visual.shape[2], device=self.visual.device) < self.lengths[..., None]
+
+    def look_back(self, rows: int, cache: Cache) -> Sight:
+        """
+        For words after all images: each row looks at its last one.
+
+        Raises:
+            ValueError: if the cache has another number of rows than the call.
+        """
+        if rows != len(self.visual):
+            raise ValueError(
+                f"The call has {rows} rows, but its cache holds images of {len(self.visual)}: repeat the rows of the "
+                "cache by its own `batch_repeat_interleave`."
+            )
+        if self._latest is not None and not torch.is_grad_enabled():
+            return Sight(*self._latest)
+        count = (self.columns < _past(cache, unknown=_NEVER)).sum(-1)
+        rows_and_last = torch.arange(rows, device=count.device), (count - 1).clamp(min=0)
+        visual, sees = self.visual[rows_and_last], (count > 0)[:, None, None]
+        mask = None if self.is_even else self.valid()[rows_and_last][:, None, None]
+        if torch.is_grad_enabled():
+            return Sight(visual, mask, sees)
+        self._latest = (visual, mask, sees, {})
+        return Sight(*self._latest)
+
+
+def _past(cache: Cache | None, *, unknown: int) -> int:
+    """Words in the cache. Those that hold states alone don't count, and can't be cropped either."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return unknown
+
+
+def look(
+    placeholders: torch.Tensor, images: list[torch.Tensor], memory: ImagesPassed | None, cache: Cache | None
+) -> tuple[ImagesPassed, Sight]:
+    """
+    Lets each word see the last image at or before it, in this call or in its cache (the paper's phi).
+
+    Args:
+        placeholders (`torch.BoolTensor` of shape `(batch, sequence)`).
+        images (`list[torch.Tensor]`): `(tokens, embedding_dim)` of each image, in reading order.
+        memory: what the cache remembers.
+        cache: of the words before this call.
+    """
+    rows: list[list[tuple[int, torch.Tensor]]] = [[] for _ in placeholders]
+    if memory is not None:
+        rows = memory.by_row(_past(cache, unknown=_NEVER))
+        if len(rows) != len(placeholders):
+            raise ValueError(f"The call has {len(placeholders)} rows, but its cache holds images of {len(rows)}.")
+    device = images[0].device
+    before = torch.tensor([len(row) for row in rows], device=device)
+    start, rest = _past(cache, unknown=0), iter(images)
+    for row, column in placeholders.nonzero().tolist():
+        rows[row].append((start + column, next(rest)))
+    most, longest = max(len(row) for row in rows), max(len(tokens) for row in rows for _, tokens in row)
+    is_even = all(len(tokens) == longest for row in rows for _, tokens in row)
+    # Rows with fewer images look at zeros there, and nothing of it is taken: attention to nothing at all would be NaN.
+    blank = (_NEVER, images[0].new_zeros(longest, images[0].shape[-1]))
+    rows = [row + [blank] * (most - len(row)) for row in rows]
+    memory = ImagesPassed(
+        visual=torch.stack(
+            [torch.stack([nn.functional.pad(t, (0, 0, 0, longest - len(t))) for _, t in row]) for row in rows]
+        ),
+        lengths=torch.tensor([[len(tokens) for _, tokens in row] for row in rows], device=device),
+        columns=torch.tensor([[column for column, _ in row] for row in rows], device=device),
+        is_even=is_even,
+    )
+    seen = before[:, None] + placeholders.to(device).cumsum(-1)
+    mask = None
+    if most > 1 or not is_even:
+        looks_at = (seen - 1).clamp(min=0)[..., None] == torch.arange(most, device=device)
+        mask = (looks_at[..., None] & memory.valid()[:, None]).flatten(2)[:, None]
+    return memory, Sight(memory.visual.flatten(1, 2), mask, (seen > 0)[..., None])
+
+
+# ------------------------------------------------------------------------------------------------ caches that remember
+
+
+class _Remembers:
+    """Mixed into the class of a cache, so that whoever moves its rows moves the images with them."""
+
+    _images_passed: ImagesPassed | None
+
+    def _pick(self, rows: torch.Tensor) -> None:
+        if self._images_passed is not None:
+            self._images_passed = self._images_passed.pick(rows)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._pick(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._pick(torch.as_tensor(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self._images_passed is not None:
+            self._pick(torch.arange(len(self._images_passed.visual)).repeat_interleave(repeats))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        if self._images_passed is not None:
+            self._images_passed._latest = None
+
+    def reset(self) -> None:
+        super().reset()
+        self._images_passed = None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class is made on the fly: copies and pickles name the plain one.
+        return _restore, (type(self).__mro__[2], self.__dict__)
+
+
+@functools.cache
+def _remembering(cache_class: type[Cache]) -> type[Cache]:
+    if issubclass(cache_class, _Remembers):
+        return cache_class
+    return type(cache_class.__name__, (_Remembers, cache_class), {"__module__": cache_class.__module__})
+
+
+def _restore(cache_class: type[Cache], attributes: dict[str, Any]) -> Cache:
+    cache = cache_class.__new__(_remembering(cache_class))
+    cache.__dict__.update(attributes)
+    return cache
+
+
+__all__ = [
+    "OPTIONS", "DecoderGeometry", "GatedCrossAttention", "GatedCrossAttentionBlock", "check_cross_attention",
+    "check_decoder", "decoder_layers", "probe_decoder",
+]  # fmt: skip
