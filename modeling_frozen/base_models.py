@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -26,6 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import resolve_revision
 
+from .audio_towers import load_audio_tower
 from .vision_towers import load_vision_tower
 
 
@@ -92,25 +94,35 @@ def word_embedding_norm(language_model: PreTrainedModel, max_rows: int = 4096) -
         return embeddings(ids[None]).float().norm(dim=-1).median().item()
 
 
-def find_image_token_id(text_name_or_path: str, text_config: PreTrainedConfig, image_token: str, **kwargs: Any) -> int:
+def find_placeholder_ids(
+    text_name_or_path: str, text_config: PreTrainedConfig, tokens: list[str], **kwargs: Any
+) -> list[int]:
     """
-    The id that the tokenizer of the language model gives, or would give next, to `image_token`.
+    The ids that the tokenizer of the language model gives, or would give next, to `tokens`.
 
     Large vocabularies are padded with rows that no token uses, and the next id falls into them. Where there is none it
     falls past the last row; the model then swaps it for a valid id before the lookup.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(text_name_or_path, **kwargs)
-    except (OSError, ValueError):  # a model without a tokenizer beside it
-        return text_config.get_text_config().vocab_size
-    tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-    return tokenizer.convert_tokens_to_ids(image_token)
+    except Exception:  # none beside the model, or one that can't be built here: the processor will say which
+        return [text_config.get_text_config().vocab_size + index for index in range(len(tokens))]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    return tokenizer.convert_tokens_to_ids(tokens)
 
 
 def find_image_processor(vision_name_or_path: str, **kwargs: Any) -> Any:
     """The image processor beside a tower, or `None` where there is none (or its backend is not installed)."""
     try:
         return AutoImageProcessor.from_pretrained(vision_name_or_path, **kwargs)
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def find_feature_extractor(audio_name_or_path: str, **kwargs: Any) -> Any:
+    """The feature extractor beside an audio tower, or `None` where there is none."""
+    try:
+        return AutoFeatureExtractor.from_pretrained(audio_name_or_path, **kwargs)
     except (OSError, ValueError, ImportError):
         return None
 
@@ -159,8 +171,11 @@ def fingerprint(name_or_path: str, revision: str | None = None, **hub_options: A
     return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
 
 
+_NAMES = {"vision": "vision tower", "text": "language model", "audio": "audio tower"}
+
+
 def _context(part: str, name_or_path: str) -> str:
-    what = "vision tower" if part == "vision" else "language model"
+    what = _NAMES[part]
     return (
         f"The {what} `{name_or_path}` could not be loaded. If it lives elsewhere now, say where: "
         f'from_pretrained(..., {part}_base_model="id or folder").'
@@ -206,7 +221,7 @@ def load_base_model(
     Loads one parent by its own `from_pretrained` and writes its record.
 
     Args:
-        part (`str`): `"vision"` or `"text"`.
+        part (`str`): `"vision"`, `"text"` or `"audio"`.
         name_or_path (`str`): id on the Hub or local folder.
         config (`PreTrainedConfig`, *optional*): used instead of the repository's own.
         revision (`str`, *optional*): branch, tag or commit; the commit it stands for goes into the record.
@@ -231,6 +246,8 @@ def load_base_model(
             config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_options, **code)
         if part == "vision":
             model = load_vision_tower(name_or_path, config=config, revision=revision, **kwargs)
+        elif part == "audio":
+            model = load_audio_tower(name_or_path, config=config, revision=revision, **kwargs)
         else:
             model = _load_language_model(name_or_path, config=config, revision=revision, **kwargs)
     except OSError as error:
@@ -264,7 +281,7 @@ def verify_fingerprint(part: str, recorded: dict[str, Any], found: dict[str, Any
     if recorded.get("fingerprint") is None or recorded["fingerprint"] == found["fingerprint"]:
         return
     raise ValueError(
-        f"The {'vision tower' if part == 'vision' else 'language model'} at `{found['name_or_path']}` has fingerprint "
+        f"The {_NAMES[part]} at `{found['name_or_path']}` has fingerprint "
         f"{found['fingerprint']}, but the connector was trained with {recorded['fingerprint']} (from "
         f"`{recorded['name_or_path']}`, revision {recorded['revision']}): its weights have changed, and the connector "
         f"would write for another model. Restore that parent, or pass {part}_base_model=\"id or folder\" to "
@@ -299,7 +316,7 @@ def skips_padding(language_model: PreTrainedModel) -> bool:
 
 
 __all__ = [
-    "build_language_model", "find_image_processor", "find_image_token_id",
-    "fingerprint", "language_model_geometry",
-    "load_base_model", "max_learned_positions", "probe_language_model", "skips_padding", "verify_fingerprint", "word_embedding_norm",
+    "build_language_model", "find_feature_extractor", "find_image_processor", "find_placeholder_ids",
+    "fingerprint", "language_model_geometry", "load_base_model", "max_learned_positions", "probe_language_model",
+    "skips_padding", "verify_fingerprint", "word_embedding_norm",
 ]  # fmt: skip

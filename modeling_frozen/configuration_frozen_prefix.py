@@ -12,7 +12,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
-PARTS = ("connector", "vision", "text")
+PARTS = ("connector", "vision", "text", "audio")
+
+# Keys that a checkpoint of a model without that modality does not mention.
+_VIDEO_KEYS = {"num_frames", "video_pooling", "video_token_id"}
+_AUDIO_KEYS = {
+    "audio_config", "audio_base_model", "audio_connector_type", "audio_connector_config", "audio_prefix_length",
+    "audio_feature_layer", "audio_feature_select_strategy", "audio_num_positions", "audio_width", "audio_token_id",
+}  # fmt: skip
 
 # What the library itself hands to a config's constructor beside the fields of the class.
 _LIBRARY_KEYS = {
@@ -61,8 +68,24 @@ class FrozenPrefixConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*):
             Id of the placeholder in `input_ids`; `num_image_tokens` of them stand for one image. Defaults to one past
             the vocabulary. The language model is never resized for it.
+        num_frames (`int`, *optional*):
+            Frames sampled from a video. Set, the model takes videos, through the vision tower and its connector.
+        video_pooling (`"none"`, `"mean"` or `"connector"`, defaults to `"none"`):
+            `"none"`: a prefix per frame, one after another. `"mean"`: one prefix for the mean of the frames' features,
+            so their order is lost. `"connector"`: the positions of all frames, with a code of time, are one sequence for
+            a connector that reads positions (`resampler`, `transformer`, `qformer`, `lstm`), which writes one prefix.
+        audio_config (`PreTrainedConfig` or `dict`, *optional*):
+            Full config of an audio encoder. Set, the model takes sounds; it may then have no vision tower at all.
+        audio_base_model (`dict`, *optional*): record of that parent.
+        audio_connector_type, audio_connector_config, audio_prefix_length:
+            As for the vision tower, of the audio tower's own connector (`"resampler"` of 32 vectors by default).
+        audio_feature_layer, audio_feature_select_strategy:
+            As for the vision tower; the strategy is `"full"` or `"pooled"`.
+        audio_num_positions, audio_width (`int`, *optional*):
+            Geometry of the audio tower, probed. No number of positions where a longer sound has more.
+        video_token_id, audio_token_id (`int`, *optional*): as `image_token_id`; the ids that follow it by default.
         trainable (`tuple[str]`, defaults to `("connector",)`):
-            Which of `"connector"`, `"vision"`, `"text"` train. All else is frozen, bit for bit.
+            Which of `"connector"`, `"vision"`, `"text"`, `"audio"` train. All else is frozen, bit for bit.
         saved_parts (`tuple[str]`, *optional*):
             Which parts' weights lie in the checkpoint itself. Written by `save_pretrained`; not set by hand.
 
@@ -83,8 +106,9 @@ class FrozenPrefixConfig(PreTrainedConfig):
 
     model_type = "frozen-prefix"
     sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -105,12 +129,27 @@ class FrozenPrefixConfig(PreTrainedConfig):
     text_hidden_size: int | None = None
     text_num_layers: int | None = None
     image_token_id: int | None = None
+    num_frames: int | None = None
+    video_pooling: Literal["none", "mean", "connector"] = "none"
+    video_token_id: int | None = None
+    audio_config: dict | PreTrainedConfig | None = None
+    audio_base_model: dict | None = None
+    audio_connector_type: str = "resampler"
+    audio_connector_config: dict | None = None
+    audio_prefix_length: int | None = None
+    audio_feature_layer: int | list[int] = -1
+    audio_feature_select_strategy: Literal["full", "pooled"] = "full"
+    audio_num_positions: int | None = None
+    audio_width: int | None = None
+    audio_token_id: int | None = None
     trainable: list[str] | tuple[str, ...] = ("connector",)
     saved_parts: list[str] | tuple[str, ...] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
         self._refuse_unknown_keys(kwargs)
+        if self.vision_config is None and self.audio_config is None:
+            self.vision_config = {"model_type": self.sub_configs_defaults["vision_config"].model_type}
         # The library writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own.
         chosen = {
             name: sub_config._attn_implementation
@@ -124,13 +163,18 @@ class FrozenPrefixConfig(PreTrainedConfig):
                 getattr(self, name)._attn_implementation = attn_implementation
         self.connector_config = dict(self.connector_config or {})
         self.cross_attention_config = dict(self.cross_attention_config or {})
+        self.audio_connector_config = dict(self.audio_connector_config or {})
         self.trainable = tuple(self.trainable)
         self.saved_parts = None if self.saved_parts is None else tuple(self.saved_parts)
         # Both are facts of the language model, mirrored where the library looks for them.
         self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        if self.image_token_id is None:
-            self.image_token_id = self.text_config.get_text_config().vocab_size
+        following = self.text_config.get_text_config().vocab_size
+        for modality in self.media:
+            name = f"{modality}_token_id"
+            if getattr(self, name) is None:
+                setattr(self, name, following)
+            following = max(following, getattr(self, name) + 1)
         self.validate_architecture()
 
     @classmethod
@@ -151,6 +195,30 @@ class FrozenPrefixConfig(PreTrainedConfig):
         return 1 if self.fusion == "cross_attention" else self.prefix_length
 
     @property
+    def num_video_tokens(self) -> int | None:
+        """Placeholders in `input_ids` for one video of `num_frames` frames."""
+        if self.fusion == "cross_attention" or self.prefix_length is None:
+            return self.num_image_tokens
+        return self.prefix_length * (self.num_frames if self.video_pooling == "none" else 1)
+
+    @property
+    def num_audio_tokens(self) -> int | None:
+        """Placeholders in `input_ids` for one sound."""
+        return 1 if self.fusion == "cross_attention" else self.audio_prefix_length
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """What the model takes beside text: of `"image"`, `"video"` and `"audio"`."""
+        sees = self.vision_config is not None
+        taken = {"image": sees, "video": sees and self.num_frames is not None, "audio": self.audio_config is not None}
+        return tuple(modality for modality, is_taken in taken.items() if is_taken)
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """Id of the placeholder of each medium that the model takes."""
+        return {modality: getattr(self, f"{modality}_token_id") for modality in self.media}
+
+    @property
     def image_word_id(self) -> int:
         """With `fusion="cross_attention"`, the word as which a placeholder is read: beginning of text, or its end where
         the language model has no beginning."""
@@ -168,6 +236,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
     def _known_keys(self, serialized: dict[str, Any]) -> dict[str, Any]:
         # Tools hang attributes on configs (Trainer sets `use_cache`); written down, they would be unknown keys.
         known = _SERIALIZED_LIBRARY_KEYS.union(self.__dataclass_fields__)
+        known -= (set() if "video" in self.media else _VIDEO_KEYS) | (set() if "audio" in self.media else _AUDIO_KEYS)
         serialized = {key: value for key, value in serialized.items() if key in known}
         for part in ("vision", "text"):
             if "quantization" in (getattr(self, f"{part}_base_model") or {}):
@@ -193,6 +262,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
         if self.prefix_length is not None and self.prefix_length < 1:
             raise ValueError(f"`prefix_length={self.prefix_length}` leaves no prefix vector; it must be at least 1.")
         self._validate_fusion()
+        self._validate_media()
         if self.vision_width is None or self.embedding_dim is None:
             return  # geometry unknown yet: from_vision_text_configs fills it, and checks then
         from .connectors import check_connector
@@ -213,6 +283,46 @@ class FrozenPrefixConfig(PreTrainedConfig):
                 "(`resampler`, `transformer`, `qformer`, `lstm`), or a language model with more positions."
             )
 
+    def _validate_media(self) -> None:
+        from .connectors import CONNECTORS, check_connector
+
+        ids = self.placeholder_ids
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"The placeholders {ids} share an id, so they can't be told apart: give each its own.")
+        readers = [name for name, connector in CONNECTORS.items() if connector.reads_positions]
+        if self.num_frames is not None:
+            if self.num_frames < 1 or self.vision_config is None:
+                raise ValueError(
+                    f"`num_frames={self.num_frames}` is the number of frames that the vision tower sees of a video: it "
+                    "must be at least 1, and there must be a vision tower. Leave it out for a model without videos."
+                )
+            if self.video_pooling == "connector" and self.connector_type not in readers:
+                raise ValueError(
+                    f"`video_pooling='connector'` lets the connector read all frames as one sequence, but "
+                    f"`connector_type={self.connector_type!r}` keeps positions: take one of {readers}, or "
+                    "`video_pooling='mean'`."
+                )
+        if self.audio_width is None or self.embedding_dim is None:
+            return
+        reads = self.audio_connector_type in readers
+        try:
+            self.audio_prefix_length = check_connector(
+                self.audio_connector_type,
+                num_positions=self.audio_num_positions,
+                vision_width=self.audio_width,
+                embedding_dim=self.embedding_dim,
+                prefix_length=32 if reads and self.audio_prefix_length is None else self.audio_prefix_length,
+                connector_config=self.audio_connector_config,
+            )
+        except ValueError as error:
+            raise ValueError(f"Of the audio connector (its keys begin with `audio_`): {error}") from error
+        if self.audio_num_positions is None and not reads:
+            raise ValueError(
+                f"`audio_connector_type={self.audio_connector_type!r}` writes a vector per position, and a longer sound "
+                f"has more of them, while its placeholders are a fixed number: take one of {readers}, or "
+                "`audio_feature_select_strategy='pooled'`."
+            )
+
     def _validate_fusion(self) -> None:
         if self.fusion == "prefix":
             if self.cross_attention_config:
@@ -229,15 +339,26 @@ class FrozenPrefixConfig(PreTrainedConfig):
 
     @classmethod
     def from_vision_text_configs(
-        cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig, image_processor: Any = None, **kwargs: Any
+        cls,
+        vision_config: PreTrainedConfig | None,
+        text_config: PreTrainedConfig,
+        image_processor: Any = None,
+        *,
+        audio_config: PreTrainedConfig | None = None,
+        feature_extractor: Any = None,
+        **kwargs: Any,
     ) -> "FrozenPrefixConfig":
         """
-        Joins two configs: takes the vision half of dual models and probes the geometry of both on the meta device.
+        Joins configs: takes the halves of dual models that see or hear, and probes the geometry of all on the meta
+        device.
 
         Args:
-            vision_config, text_config (`PreTrainedConfig`): configs of the two parents.
+            vision_config, text_config (`PreTrainedConfig`):
+                Configs of the two parents. Without a vision tower (`None`) there must be an audio tower.
             image_processor (`BaseImageProcessor`, *optional*):
                 The tower's own. It says how large pictures come in, which many configs don't, or say otherwise.
+            audio_config (`PreTrainedConfig`, *optional*): of an audio encoder, for a model with ears.
+            feature_extractor (*optional*): the audio encoder's own; it says what one sound looks like.
             kwargs: any other key of this class.
 
         Raises:
@@ -246,16 +367,31 @@ class FrozenPrefixConfig(PreTrainedConfig):
         from .base_models import probe_language_model
         from .vision_towers import probe_vision_tower, vision_half
 
-        vision_config = vision_half(vision_config)
-        geometry = probe_vision_tower(
-            vision_config,
-            layer=kwargs.get("vision_feature_layer", cls.vision_feature_layer),
-            select_strategy=kwargs.get("vision_feature_select_strategy", cls.vision_feature_select_strategy),
-            image_processor=image_processor,
-        )
-        kwargs.setdefault("num_leading_tokens", geometry.num_leading_tokens)
-        kwargs.setdefault("num_positions", geometry.num_positions)
-        kwargs.setdefault("vision_width", geometry.vision_width)
+        if vision_config is None and audio_config is None:
+            raise ValueError("Neither a vision nor an audio tower was given: a model needs eyes or ears beside its words.")
+        if vision_config is not None:
+            vision_config = vision_half(vision_config)
+            geometry = probe_vision_tower(
+                vision_config,
+                layer=kwargs.get("vision_feature_layer", cls.vision_feature_layer),
+                select_strategy=kwargs.get("vision_feature_select_strategy", cls.vision_feature_select_strategy),
+                image_processor=image_processor,
+            )
+            kwargs.setdefault("num_leading_tokens", geometry.num_leading_tokens)
+            kwargs.setdefault("num_positions", geometry.num_positions)
+            kwargs.setdefault("vision_width", geometry.vision_width)
+        if audio_config is not None:
+            from .audio_towers import audio_half, probe_audio_tower
+
+            kwargs["audio_config"] = audio_half(audio_config)
+            heard = probe_audio_tower(
+                kwargs["audio_config"],
+                layer=kwargs.get("audio_feature_layer", cls.audio_feature_layer),
+                select_strategy=kwargs.get("audio_feature_select_strategy", cls.audio_feature_select_strategy),
+                feature_extractor=feature_extractor,
+            )
+            kwargs.setdefault("audio_num_positions", heard.num_positions)
+            kwargs.setdefault("audio_width", heard.audio_width)
         if kwargs.get("embedding_dim") is None:
             kwargs["embedding_dim"] = probe_language_model(text_config).embedding_dim
         if kwargs.get("fusion") == "cross_attention" and kwargs.get("text_hidden_size") is None:

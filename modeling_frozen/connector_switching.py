@@ -54,7 +54,7 @@ class ConnectorSwitchingMixin:
             ValueError: if the name is taken, or the checkpoint was trained with other parents.
         """
         if name in self.connectors:
-            raise ValueError(f"A connector named `{name}` is loaded already; loaded are {self.connectors}. Choose another name.")
+            raise ValueError(f"A connector named `{name}` is loaded already, of {self.connectors}: choose another name.")
         config = FrozenPrefixConfig.from_pretrained(name_or_path, **hub_options)
         self._refuse_other_parents(name_or_path, config)
         weights = cached_file(str(name_or_path), SAFE_WEIGHTS_NAME, **hub_options)

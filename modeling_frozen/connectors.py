@@ -152,7 +152,7 @@ class Connector(nn.Module):
         return cls.resolve_prefix_length(num_positions, prefix_length)
 
     def _prepare(
-        self, features: torch.Tensor, attention_mask: torch.Tensor | None
+        self, features: torch.Tensor, attention_mask: torch.Tensor | None, frames: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if features.ndim != 3 or features.shape[-1] != self.vision_width:
             raise ValueError(
@@ -169,7 +169,7 @@ class Connector(nn.Module):
             # Filled even where attention skips them: 0 * inf of a padded patch would be NaN.
             features = features.masked_fill(~attention_mask[..., None], 0)
         positions, one_size = features.shape[1], "give images of the size that the model was built for"
-        if self.positions is not None and positions != self.num_positions:
+        if self.positions is not None and positions != self.num_positions * frames:
             raise ValueError(
                 f"The tower gave {positions} positions where this connector has position embeddings for "
                 f"{self.num_positions}; {one_size}."
@@ -182,23 +182,28 @@ class Connector(nn.Module):
             )
         return features, attention_mask
 
-    def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, attention_mask: torch.Tensor | None = None, frames: int = 1
+    ) -> torch.Tensor:
         """Writes the prefix.
 
         Args:
             features: (images, positions, vision_width), of any floating dtype.
             attention_mask: (images, positions), true at valid positions, for towers that pad (NaFlex). What stands at
                 the others has no influence; connectors that keep positions answer there with a learned constant.
+            frames: how many frames of a video stand behind each other in the positions, for connectors that read them.
 
         Returns:
             (images, prefix_length, embedding_dim), in the connector's dtype.
         """
-        features, attention_mask = self._prepare(features, attention_mask)
+        features, attention_mask = self._prepare(features, attention_mask, frames)
         if features.shape[0] == 0:  # attention can't reshape nothing
             return self.output.weight.new_zeros(0, self.prefix_length or features.shape[1], self.embedding_dim)
         hidden = self.input_norm(features.to(self.output.weight.dtype))
         if self.positions is not None:
-            hidden = hidden + self.positions
+            hidden = hidden + self.positions.repeat(frames, 1)
+        if frames > 1:  # most connectors read positions as a set, which has no time in it
+            hidden = hidden + _code_of_time(frames, hidden).repeat_interleave(hidden.shape[1] // frames, dim=0)
         prefix = self.output(self._mix(self.input_dropout(hidden), attention_mask))
         return self.output_dropout(prefix.reshape(len(features), -1, self.embedding_dim))
 
@@ -255,6 +260,14 @@ class Connector(nn.Module):
         scale = norm / prefix.float().norm(dim=-1).mean()
         for parameter in self.output.parameters():
             parameter.mul_(scale)
+
+
+def _code_of_time(frames: int, like: torch.Tensor) -> torch.Tensor:
+    """Sines and cosines of the frame's number (arXiv 1706.03762, section 3.5): (frames, width)."""
+    width = like.shape[-1]
+    rates = torch.exp(torch.arange(0, width, 2, device=like.device) * (-math.log(10000.0) / width))
+    angles = torch.arange(frames, device=like.device)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width].to(like.dtype)
 
 
 class IdentityConnector(Connector):

@@ -17,7 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 IGNORE_INDEX = -100
 _UNKNOWN_LENGTH = int(1e20)  # transformers' own bound: above it, model_max_length means "not known"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark assistant turns while a chat is rendered
-_IMAGE_KEYS = ("image", "url", "path", "base64")
+_MEDIA_KEYS = ("image", "video", "audio", "url", "path", "base64")
+_OTHERS = {"video": "videos", "audio": "audio"}  # by modality, the name that the processor takes them under
 
 
 @dataclass
@@ -26,6 +27,7 @@ class _Example:
 
     pieces: list[tuple[str, bool]]
     images: list[Any]
+    others: dict[str, list[Any]] = field(default_factory=dict)  # videos and sounds, by modality
     target: str | None = None
     add_special_tokens: bool = True
     add_eos: bool = True
@@ -45,6 +47,9 @@ class DataCollatorForFrozenPrefix:
     - `prompt` and `answer` with an image column: answer and EOS are learnt. One space is put between the two where
       neither brings any; at inference, give the processor the prompt alone.
     - `text` with an image column: everything after the (first) placeholder and EOS are learnt.
+
+    A model that takes videos or sounds finds them in the columns `video` (or `videos`) and `audio` in the same ways; a row
+    with one of these needs no image column.
 
     An image column holds an image, a list of images, or None for a text-only row; every row of the last two kinds must
     have it. Texts without `<image>` get one per image where the processor puts them. `text` or `answer` may be a list
@@ -119,6 +124,13 @@ class DataCollatorForFrozenPrefix:
         batch["labels"] = [one + [IGNORE_INDEX] * (length - len(one)) for one in labels]
         images = [image for example in examples for image in example.images]
         batch = {name: torch.tensor(value, dtype=torch.long) for name, value in batch.items()}
+        others = {
+            name: [one for example in examples for one in example.others.get(modality, [])]
+            for modality, name in _OTHERS.items()
+        }
+        for name, media in others.items():
+            if media:
+                batch.update(self.processor(**{name: [media]}, return_tensors="pt"))
         return {**batch, **(self.process_images(images) if images else {})}
 
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
@@ -145,22 +157,44 @@ class DataCollatorForFrozenPrefix:
                 f"({hint}its columns: {sorted(row)}). Set remove_unused_columns=False in TrainingArguments, or name "
                 "the columns: DataCollatorForFrozenPrefix(processor, text_column=…, prompt_column=…, answer_column=…)."
             )
-        images = self._images(index, row, required=True)
+        others = self._others(row)
+        images = self._images(index, row, required=not others)
         if answer is None:
-            text = self.processor.place_images(self._draw(index, self.text_column, text), len(images))
+            text = self._place(self._draw(index, self.text_column, text), images, others)
             if self.is_encoder_decoder:  # the images and all before them are read, the rest is written
-                head, token, tail = text.rpartition(self.processor.image_token)
-                return _Example([(head + token, False)], images, target=tail)
-            return _Example([(text, True)], images, after_images=True)
+                end = max((text.rfind(token) + len(token) for token in self._placeholders if token in text), default=0)
+                return _Example([(text[:end], False)], images, others, target=text[end:])
+            return _Example([(text, True)], images, others, after_images=True)
         prompt, answer = row.get(self.prompt_column) or "", self._draw(index, self.answer_column, answer)
         if not isinstance(prompt, str):
             raise ValueError(f"Row {index}: column {self.prompt_column!r} must be a string, got {prompt!r:.80}.")
-        prompt = self.processor.place_images(prompt, len(images))
+        prompt = self._place(prompt, images, others)
         if self.is_encoder_decoder:
-            return _Example([(prompt, False)], images, target=answer)
-        joined = not prompt or prompt[-1].isspace() or prompt.endswith(self.processor.image_token)
+            return _Example([(prompt, False)], images, others, target=answer)
+        joined = not prompt or prompt[-1].isspace() or prompt.endswith(self._placeholders)
         space = "" if joined or answer[:1].isspace() else " "
-        return _Example([(prompt, False), (space + answer, True)], images, prompt_first=True)
+        return _Example([(prompt, False), (space + answer, True)], images, others, prompt_first=True)
+
+    @property
+    def _placeholders(self) -> tuple[str, ...]:
+        return tuple(self.processor.tokens.values())
+
+    def _others(self, row: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Videos and sounds of a row, by modality, for those that the processor takes and the row has a column of."""
+        found = {}
+        for modality, name in _OTHERS.items():
+            column = next((one for one in (modality, name) if one in row), None)
+            if modality in self.processor.tokens and column is not None:
+                nest = self.processor._nest_videos if modality == "video" else self.processor._nest_audio
+                own = [] if row[column] is None else nest(row[column])[0]
+                found[modality] = [one for some in own for one in some]
+        return found
+
+    def _place(self, text: str, images: list[Any], others: dict[str, list[Any]]) -> str:
+        order = [("image", images), *others.items()]
+        for modality, media in order if self.processor.image_position == "end" else order[::-1]:
+            text = self.processor.place_images(text, len(media), modality)
+        return text
 
     @staticmethod
     def _draw(index: int, column: str, value: Any) -> str:
@@ -188,7 +222,8 @@ class DataCollatorForFrozenPrefix:
 
     def _read_messages(self, index: int, row: Mapping[str, Any]) -> _Example:
         """A chat as pieces, cut at both ends of each assistant turn: so the prompt's tokens are those of inference."""
-        messages, images = _clean_messages(row[self.messages_column])
+        messages, media = _clean_messages(row[self.messages_column])
+        images, others = media.pop("image"), {name: own for name, own in media.items() if own}
         if not images:
             images = self._images(index, row, required=False)
             messages = self._place_in_turns(messages, len(images))
@@ -214,7 +249,7 @@ class DataCollatorForFrozenPrefix:
         # The library's rule for rendered chats: a BOS that the template wrote is not added again.
         bos = tokenizer.special_tokens_map.get("bos_token")
         special = not (bos and text.startswith(bos))
-        return _Example([*pieces, (text[last:], False)], images, target, add_special_tokens=special, add_eos=add_eos)
+        return _Example([*pieces, (text[last:], False)], images, others, target, add_special_tokens=special, add_eos=add_eos)
 
     def _place_in_turns(self, messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
         """Images that came in a column, in the first user turn, unless the turns have placeholders already."""
@@ -251,27 +286,32 @@ class DataCollatorForFrozenPrefix:
         for i, ids in enumerate(encoded):
             head = known[heads[i]]
             encoded[i] = ids[len(head) :] if ids[: len(head)] == head else self._tokenize([texts[i]])[0]
-        rest, image_id, number = iter(encoded), self.processor.image_token_id, 0
+        ids_of = {getattr(self.processor, f"{modality}_token_id"): modality for modality in self.processor.tokens}
+        rest, number = iter(encoded), 0
         eos = self.processor.tokenizer.eos_token_id
         for index, example in enumerate(examples):
             ids = list(self._before) if example.add_special_tokens else []
-            learn, fixed, seen = [False] * len(ids), [True] * len(ids), 0
+            learn, fixed, seen = [False] * len(ids), [True] * len(ids), dict.fromkeys(["image", *_OTHERS], 0)
             for _, learnt in example.pieces:
                 for token in next(rest):
-                    is_image = token == image_id
-                    count = self.processor.num_image_tokens(image_idx=number + seen) if is_image else 1
-                    seen += is_image
+                    modality, count = ids_of.get(token), 1
+                    if modality is not None:
+                        at = {"image_idx": number + seen["image"]}
+                        is_image = modality == "image"
+                        count = self.processor.num_image_tokens(**at) if is_image else self.processor.num_tokens(modality)
+                        seen[modality] += 1
                     ids += [token] * count
-                    learn += [learnt and not is_image] * count
-                    fixed += [is_image] * count
-            if seen != len(example.images):
-                token = self.processor.image_token
-                raise ValueError(
-                    f"Row {index} holds {seen} {token} but has {len(example.images)} images. Write one {token} per "
-                    "image, or none: then they are put in."
-                )
-            number += seen
-            if example.after_images and seen:
+                    learn += [learnt and modality is None] * count
+                    fixed += [modality is not None] * count
+            for modality, given in {"image": example.images, **dict.fromkeys(_OTHERS, []), **example.others}.items():
+                if seen[modality] != len(given):
+                    token = self.processor.tokens.get(modality)
+                    raise ValueError(
+                        f"Row {index} holds {seen[modality]} {token} but has {len(given)} {modality}s. Write one {token} per "
+                        f"{modality}, or none: then they are put in."
+                    )
+            number += seen["image"]
+            if example.after_images and any(seen.values()):
                 first = fixed.index(True, len(self._before))
                 learn = [flag and i > first for i, flag in enumerate(learn)]
             if example.target is not None:
@@ -318,9 +358,9 @@ class DataCollatorForFrozenPrefix:
 
 
 # -------------------------------------------------------------------------------------------------------------- chats
-def _clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages without the None that Arrow fills in, and the images that stand in their turns."""
-    cleaned, images = [], []
+def _clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Messages without the None that Arrow fills in, and the images, videos and sounds that stand in their turns."""
+    cleaned, media = [], {"image": [], **{modality: [] for modality in _OTHERS}}
     for message in messages:
         message = {key: value for key, value in message.items() if value is not None}
         content = message.get("content", "")
@@ -332,13 +372,13 @@ def _clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[st
                 if item.get("type") == "image_url":  # OpenAI's form
                     url = item["image_url"]
                     item = {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
-                if item.get("type") == "image":
-                    images += [item[key] for key in _IMAGE_KEYS if key in item]
-                    item = {"type": "image"}
+                if item.get("type") in media:
+                    media[item["type"]] += [item[key] for key in _MEDIA_KEYS if key in item]
+                    item = {"type": item["type"]}
                 items.append(item)
             content = items
         cleaned.append({**message, "content": content})
-    return cleaned, images
+    return cleaned, media
 
 
 def _has_image(content: Any) -> bool:
@@ -363,7 +403,7 @@ def _stop_tokens(processor: Any) -> list[str]:
     """Those of them that may end a turn."""
     special = processor.tokenizer.special_tokens_map
     bos = special.get("bos_token") if special.get("bos_token") != special.get("eos_token") else None
-    return [token for token in _special_tokens(processor) if token not in (processor.image_token, bos)]
+    return [token for token in _special_tokens(processor) if token not in (*processor.tokens.values(), bos)]
 
 
 def assistant_spans(

@@ -42,7 +42,7 @@ def lora_config(model: FrozenPrefixPreTrainedModel, **options: Any) -> "LoraConf
             if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in heads
         }
     )
-    parts = [name for name in ("connector", "cross_attention") if getattr(base, name, None) is not None]
+    parts = [name for name in ("connector", "audio_connector", "cross_attention") if getattr(base, name, None) is not None]
     # A pattern is matched whole, so it names the language model and nothing else.
     defaults = {"target_modules": rf".*language_model\..*\.({'|'.join(leaves)})", "modules_to_save": parts}
     if not any(True for name in parts for _ in getattr(base, name).parameters()):

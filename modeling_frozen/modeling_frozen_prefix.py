@@ -18,22 +18,19 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .audio_towers import build_audio_tower
 from .base_models import build_language_model, language_model_geometry, max_learned_positions, skips_padding
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import build_connector
+from .cross_attention import GatedCrossAttention
 from .losses import IGNORE_INDEX, language_modeling_loss, shift_for_causal_model
+from .modalities import MediaGenerationMixin, MediaMixin
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel, parts_to_build
-from .prefix_merging import (
-    PaddedLogitsProcessorList,
-    counts_fit,
-    describe_mismatch,
-    pad_right,
-    position_ids_from_mask,
-)
-from .vision_towers import build_vision_tower, encode_images
+from .prefix_merging import PaddedLogitsProcessorList, pad_right, position_ids_from_mask
+from .vision_towers import build_vision_tower
 
 
 @functools.lru_cache(maxsize=128)
@@ -53,8 +50,8 @@ class FrozenPrefixModelOutputWithPast(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`):
             Of the language model (for encoder-decoders: of its decoder).
-        image_hidden_states (`torch.FloatTensor` of shape `(sum of prefix lengths, embedding_dim)`, *optional*):
-            The prefix vectors as the language model read them.
+        image_hidden_states, video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
+            The prefix vectors `(sum of prefix lengths, embedding_dim)` as the language model read them.
         past_key_values (or cache_params), hidden_states, attentions, …: as the language model gives them.
     """
 
@@ -70,6 +67,8 @@ class FrozenPrefixModelOutputWithPast(ModelOutput):
     encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    video_hidden_states: torch.FloatTensor | None = None
+    audio_hidden_states: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -81,8 +80,8 @@ class FrozenPrefixCausalLMOutputWithPast(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*): returned when `labels` are given.
         logits (`torch.FloatTensor` of shape `(batch, sequence, vocabulary)`, *optional*):
             `None` in training with labels unless `skip_logits=False`: the head then runs only where a label is.
-        image_hidden_states (`torch.FloatTensor` of shape `(sum of prefix lengths, embedding_dim)`, *optional*):
-            The prefix vectors as the language model read them.
+        image_hidden_states, video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
+            The prefix vectors `(sum of prefix lengths, embedding_dim)` as the language model read them.
         past_key_values (or cache_params), hidden_states, attentions, …: as the language model gives them.
     """
 
@@ -99,11 +98,13 @@ class FrozenPrefixCausalLMOutputWithPast(ModelOutput):
     encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    video_hidden_states: torch.FloatTensor | None = None
+    audio_hidden_states: torch.FloatTensor | None = None
 
 
-class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
+class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
     """
-    Vision tower, connector and language model; gives hidden states, without the head's logits.
+    Towers, connectors and language model; gives hidden states, without the head's logits.
 
     `language_model` is the whole model of the library, head included: scaled, soft-capped or biased heads stay as they
     are, and [`FrozenPrefixForConditionalGeneration`] calls it whole.
@@ -111,7 +112,9 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
     def __init__(self, config: FrozenPrefixConfig):
         super().__init__(config)
-        if config.vision_width is None or config.embedding_dim is None:
+        sees, hears = config.vision_config is not None, config.audio_config is not None
+        known = (not sees or config.vision_width is not None) and (not hears or config.audio_width is not None)
+        if not known or config.embedding_dim is None:
             raise ValueError(
                 "This config does not know the geometry of its parents (`vision_width`, `embedding_dim`): build it with "
                 "FrozenPrefixConfig.from_vision_text_configs(vision_config, text_config, ...), which probes them."
@@ -121,14 +124,34 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         # Registered in this order: the connector is initialised last, at the norm of the words.
         self.register_module("vision_tower", build_vision_tower(config.vision_config) if "vision" in built else None)
         self.register_module("language_model", build_language_model(config.text_config) if "text" in built else None)
-        self.connector = build_connector(
-            config.connector_type,
-            num_positions=config.num_positions,
-            vision_width=config.vision_width,
-            embedding_dim=config.embedding_dim,
-            prefix_length=config.prefix_length,
-            connector_config=config.connector_config,
-        )
+        self.register_module("audio_tower", build_audio_tower(config.audio_config) if "audio" in built else None)
+        self.connector = self.audio_connector = None
+        if sees:
+            self.connector = build_connector(
+                config.connector_type,
+                num_positions=config.num_positions,
+                vision_width=config.vision_width,
+                embedding_dim=config.embedding_dim,
+                prefix_length=config.prefix_length,
+                connector_config=config.connector_config,
+            )
+        if hears:
+            self.audio_connector = build_connector(
+                config.audio_connector_type,
+                num_positions=config.audio_num_positions,
+                vision_width=config.audio_width,
+                embedding_dim=config.embedding_dim,
+                prefix_length=config.audio_prefix_length,
+                connector_config=config.audio_connector_config,
+            )
+        self.cross_attention = None
+        if config.fusion == "cross_attention":
+            self.cross_attention = GatedCrossAttention(
+                hidden_size=config.text_hidden_size,
+                num_layers=config.text_num_layers,
+                embedding_dim=config.embedding_dim,
+                options=config.cross_attention_config,
+            )
         self.post_init()
         self._settle()
 
@@ -137,168 +160,14 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         """Factor that some encoders (Pegasus, Marian) put on words after the lookup, and not on `inputs_embeds`."""
         if not self.config.is_encoder_decoder:
             return 1.0
+        if getattr(self.get_input_embeddings(), "embed_scale", None) is not None:
+            return 1.0  # inside the lookup, which we call
         return float(getattr(self.language_model.get_encoder(), "embed_scale", None) or 1.0)
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.LongTensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
-        """
-        Encodes images into prefixes: once, for any number of texts.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
-                All images of the batch in reading order.
-            pixel_attention_mask, spatial_shapes, interpolate_pos_encoding: for towers that take them.
-
-        Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` is a list of one tensor `(prefix_length, embedding_dim)` per
-            image; the other fields are the tower's own. Pass it on as `mm_encoder_outputs={"image": output}`.
-        """
-        tower_options = {
-            "pixel_attention_mask": pixel_attention_mask,
-            "spatial_shapes": spatial_shapes,
-            "interpolate_pos_encoding": interpolate_pos_encoding,
-            **{key: kwargs[key] for key in ("output_hidden_states", "output_attentions") if key in kwargs},
-        }
-        tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        # A frozen tower keeps no graph, unless somebody asks for gradients of the picture itself.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (tower_trains or pixel_values.requires_grad)):
-            features, mask, outputs = encode_images(
-                self.vision_tower,
-                pixel_values,
-                layer=self.config.vision_feature_layer,
-                select_strategy=self.config.vision_feature_select_strategy,
-                num_leading_tokens=self.config.num_leading_tokens,
-                **{key: value for key, value in tower_options.items() if value is not None},
-            )
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.write_prefix(features, mask),
-            hidden_states=getattr(outputs, "hidden_states", None) if kwargs.get("output_hidden_states") else None,
-            attentions=getattr(outputs, "attentions", None) if kwargs.get("output_attentions") else None,
-        )
-
-    def write_prefix(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """
-        Runs the connector.
-
-        Args:
-            features (`torch.Tensor` of shape `(num_images, positions, vision_width)`): of the tower.
-            mask (`torch.BoolTensor` of shape `(num_images, positions)`, *optional*): valid positions.
-
-        Returns:
-            `list[torch.Tensor]`: one prefix `(prefix_length, embedding_dim)` per image.
-        """
-        prefix = self.connector(features.to(self._connector_device(features)), attention_mask=mask)
-        if mask is not None and not self.connector.reads_positions and self.config.num_positions != 1:
-            return [vectors[valid] for vectors, valid in zip(prefix, mask, strict=True)]
-        return list(prefix)
-
-    def _connector_device(self, features: torch.Tensor) -> torch.device:
-        parameter = next(self.connector.parameters(), None)
-        return features.device if parameter is None else parameter.device
 
     def embed_words(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Word embeddings `(batch, sequence, embedding_dim)` of valid ids, as the language model itself would make them."""
         embeds = self.get_input_embeddings()(input_ids)
         return embeds if self.embed_scale == 1.0 else embeds * self.embed_scale
-
-    def _valid_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        # A placeholder past the last row has no embedding; any row serves, for it is overwritten.
-        if self.config.image_token_id < language_model_geometry(self.language_model).num_embeddings:
-            return input_ids
-        return input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
-
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: list[torch.Tensor]
-    ) -> torch.BoolTensor:
-        """
-        Where the prefix goes: `(batch, sequence, 1)`.
-
-        Raises:
-            ValueError: if the placeholders of a sample are no whole number of images, or their total is not that of the
-                prefix vectors; names both numbers and the sample.
-        """
-        if input_ids is not None:
-            mask = input_ids == self.config.image_token_id
-        else:
-            if self.config.image_token_id >= language_model_geometry(self.language_model).num_embeddings:
-                raise ValueError(
-                    f"The placeholder's id {self.config.image_token_id} has no embedding, so images can't be placed into "
-                    "`inputs_embeds`: pass `input_ids`, or embeddings with the prefix already in them and no images."
-                )
-            placeholder = torch.full((1, 1), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.embed_words(placeholder)).all(-1)
-        lengths = [len(vectors) for vectors in image_features]
-        counts = mask.sum(-1)
-        # Equal lengths let a device check all samples at once; only variable ones need the samples' counts on the host.
-        same = len(set(lengths)) == 1
-        right = counts.sum() == sum(lengths)
-        if same:
-            right = right & (counts % lengths[0] == 0).all()
-        if torch.compiler.is_compiling():
-            torch_compilable_check(right, "Image features and image tokens do not match.")
-        elif not right or (not same and not counts_fit(counts.tolist(), lengths)):
-            raise ValueError(describe_mismatch(counts.tolist(), lengths))
-        return mask.unsqueeze(-1)
-
-    def merge(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.FloatTensor | None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-        tower_options: dict[str, Any],
-    ) -> tuple[torch.LongTensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """
-        Puts prefixes into the word embeddings. Without images, and outside training, ids pass through untouched, so that
-        text-only calls are the language model's own.
-
-        Returns:
-            `(input_ids, inputs_embeds, prefix)`, one of the first two `None`.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and encoded is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-        if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, return_dict=True, **tower_options)
-        if encoded is None:
-            input_ids = None if input_ids is None else self._valid_ids(input_ids)
-            if not self._connector_idles():
-                return input_ids, inputs_embeds, None
-            if inputs_embeds is None:
-                inputs_embeds = self.embed_words(input_ids)
-            return None, inputs_embeds + self._zero_of_connector().to(inputs_embeds.dtype), None
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_words(self._valid_ids(input_ids))
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, encoded.pooler_output)
-        prefix = torch.cat(list(encoded.pooler_output), dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
-        return None, inputs_embeds.masked_scatter(mask, prefix), prefix
-
-    def _connector_idles(self) -> bool:
-        return (
-            self.training
-            and torch.is_grad_enabled()
-            and any(parameter.requires_grad for parameter in self.connector.parameters())
-        )
-
-    def _zero_of_connector(self) -> torch.Tensor:
-        """Zero, through the connector: a batch without images then has a loss with a (zero) gradient for it, as
-        distributed training and `backward()` itself require."""
-        parameter = next(self.connector.parameters())
-        positions = self.config.num_positions or self.config.prefix_length or 1
-        features = torch.zeros(
-            1, positions, self.config.vision_width, dtype=parameter.dtype, device=parameter.device
-        )
-        return self.connector(features).sum() * 0.0
 
     def language_inputs(
         self,
@@ -391,6 +260,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        is_longer: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FrozenPrefixModelOutputWithPast:
         """
@@ -402,65 +275,70 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         callee = self.language_model.base_model
         # Some encoder-decoders have no headless model: the whole one then gives its decoder's hidden states.
         whole = callee is self.language_model
-        outputs, prefix = self.run(
+        outputs, prefixes = self.run(
             callee,
             input_ids=input_ids,
-            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            tower_options=_tower_options(pixel_attention_mask, spatial_shapes, interpolate_pos_encoding),
+            media={
+                "pixel_values": pixel_values,
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+                "interpolate_pos_encoding": interpolate_pos_encoding,
+                "pixel_values_videos": pixel_values_videos,
+                "input_features": input_features,
+                "input_features_mask": input_features_mask,
+                "is_longer": is_longer,
+            },
             kwargs={**kwargs, "output_hidden_states": True} if whole else dict(kwargs),
         )
         fields = _fields(FrozenPrefixModelOutputWithPast, outputs)
         if whole:
             states = fields["decoder_hidden_states"] if self.config.is_encoder_decoder else fields["hidden_states"]
             fields["last_hidden_state"] = states[-1]
-        return FrozenPrefixModelOutputWithPast(**fields, image_hidden_states=prefix)
+        return FrozenPrefixModelOutputWithPast(**{**fields, **prefixes})
 
     def run(
         self,
         callee: nn.Module,
         *,
         input_ids: torch.LongTensor | None,
-        pixel_values: torch.FloatTensor | None,
+        media: dict[str, Any],
         attention_mask: Any,
         position_ids: torch.LongTensor | None,
         past_key_values: Cache | None,
         inputs_embeds: torch.Tensor | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-        tower_options: dict[str, Any],
         kwargs: dict[str, Any],
-    ) -> tuple[ModelOutput, torch.Tensor | None]:
-        """Merges prefix and words and calls the language model (or its headless base). Returns its output and the
-        prefix."""
-        prefix = None
+    ) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
+        """Merges prefixes and words and calls the language model (or its headless base). `media` holds what was given of
+        `MEDIA_INPUTS`. Returns its output and the prefixes, as `image_hidden_states` and so on."""
+        placeholders = None if input_ids is None else self.placeholders(input_ids)
         if self.config.is_encoder_decoder and kwargs.get("encoder_outputs") is not None:
             inputs = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
-            return callee(**inputs, return_dict=True), None
-        input_ids, inputs_embeds, prefix = self.merge(
-            input_ids, inputs_embeds, pixel_values, mm_encoder_outputs, tower_options
-        )
+            return callee(**inputs, return_dict=True), {}
+        input_ids, inputs_embeds, prefixes = self.merge(input_ids, inputs_embeds, media, mm_encoder_outputs)
         if self.config.is_encoder_decoder:
             input_ids, inputs_embeds, attention_mask = pad_right(input_ids, inputs_embeds, attention_mask)
         inputs = self.language_inputs(
             callee, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
         )
-        return callee(**inputs, return_dict=True), prefix
-
-
-def _tower_options(*values: Any) -> dict[str, Any]:
-    names = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
-    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        if self.cross_attention is not None:
+            seen = prefixes.get(None)
+            outputs = self.cross_attention.call(callee, inputs, placeholders, seen)
+            return outputs, {} if seen is None else {"image_hidden_states": torch.cat(seen)}
+        outputs = callee(**inputs, return_dict=True)
+        return outputs, {f"{modality}_hidden_states": prefix for modality, prefix in prefixes.items()}
 
 
 def _fields(output_class: type, outputs: ModelOutput) -> dict[str, Any]:
-    return {name: outputs.get(name) for name in output_class.__dataclass_fields__ if name != "image_hidden_states"}
+    return {name: outputs.get(name) for name in output_class.__dataclass_fields__}
 
 
-class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, GenerationMixin):
+class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPreTrainedModel, GenerationMixin):
     """
     Frozen tower, connector and frozen language model, with its head: trains by `Trainer`, writes by `generate()`.
 
@@ -487,15 +365,6 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, Generati
         self.model.language_model.set_output_embeddings(new_embeddings)
 
     @can_return_tuple
-    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """As [`FrozenPrefixModel.get_image_features`]."""
-        return self.model.get_image_features(*args, return_dict=True, **kwargs)
-
-    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.BoolTensor:
-        """As [`FrozenPrefixModel.get_placeholder_mask`]."""
-        return self.model.get_placeholder_mask(*args, **kwargs)
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -510,6 +379,10 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, Generati
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        is_longer: torch.BoolTensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -528,8 +401,12 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, Generati
                 -100 where nothing is to be learnt. Causal models: aligned with `input_ids`, shifted inside.
                 Encoder-decoders: what the decoder is to write.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): as in the library; 0 keeps all.
-            mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}`, encoded before.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": get_image_features(...)}`, and so with `"video"` and `"audio"`, encoded before.
             pixel_attention_mask, spatial_shapes, interpolate_pos_encoding: for towers that take them.
+            pixel_values_videos, input_features, input_features_mask, is_longer:
+                The videos and sounds of the whole batch, likewise; see [`FrozenPrefixModel.get_video_features`] and
+                [`FrozenPrefixModel.get_audio_features`].
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): encoder-decoders only.
             skip_logits (`bool`, *optional*):
                 Run the head only where a label is and return no logits. Defaults to doing so in training with labels.
@@ -565,16 +442,24 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, Generati
         keeps = _accepts(language_model, "logits_to_keep")
         if keeps:
             kwargs["logits_to_keep"] = logits_to_keep
-        outputs, prefix = self.model.run(
+        outputs, prefixes = self.model.run(
             language_model,
             input_ids=input_ids,
-            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            tower_options=_tower_options(pixel_attention_mask, spatial_shapes, interpolate_pos_encoding),
+            media={
+                "pixel_values": pixel_values,
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+                "interpolate_pos_encoding": interpolate_pos_encoding,
+                "pixel_values_videos": pixel_values_videos,
+                "input_features": input_features,
+                "input_features_mask": input_features_mask,
+                "is_longer": is_longer,
+            },
             kwargs={**kwargs, "decoder_input_ids": decoder_input_ids},
         )
         logits = outputs.logits if keeps else slice_logits_to_keep(outputs.logits, logits_to_keep)
@@ -586,8 +471,8 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, Generati
             if skip_logits:
                 logits = None
         fields = _fields(FrozenPrefixCausalLMOutputWithPast, outputs)
-        fields.update(loss=loss, logits=logits)
-        return FrozenPrefixCausalLMOutputWithPast(**fields, image_hidden_states=prefix)
+        fields.update(loss=loss, logits=logits, **prefixes)
+        return FrozenPrefixCausalLMOutputWithPast(**fields)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """Of the encoder-decoder language model, for collators that ask."""
@@ -597,10 +482,11 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, Generati
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
-        if self.config.image_token_id < language_model_geometry(self.model.language_model).num_embeddings:
+        last = max(self.config.placeholder_ids.values())
+        if last < language_model_geometry(self.model.language_model).num_embeddings:
             return processors
         padded = PaddedLogitsProcessorList(processors)
-        padded.image_token_id = self.config.image_token_id
+        padded.last_placeholder_id = last
         return padded
 
     def _prepare_cache_for_generation(
@@ -625,9 +511,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, Generati
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
         if not self.config.is_encoder_decoder:
-            return super()._maybe_prepare_encoder_kwargs_for_generation(
-                inputs_tensor, model_kwargs, model_input_name, generation_config
-            )
+            return self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
         if model_kwargs.get("encoder_outputs") is not None:
             return model_kwargs
         # The prefix goes among the encoder's words, so images are encoded and merged before the encoder runs.
@@ -636,9 +520,8 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixPreTrainedModel, Generati
         input_ids, inputs_embeds, _ = self.model.merge(
             inputs_tensor if inputs_embeds is None else None,
             inputs_embeds,
-            None,
-            model_kwargs.pop("mm_encoder_outputs", None),
             {},
+            model_kwargs.pop("mm_encoder_outputs", None),
         )
         input_ids, inputs_embeds, mask = pad_right(input_ids, inputs_embeds, model_kwargs.get("attention_mask"))
         if mask is not None:

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .audio_towers import probe_audio_tower
 from .base_models import (
     HUB_OPTIONS,
+    find_feature_extractor,
     find_image_processor,
-    find_image_token_id,
+    find_placeholder_ids,
     language_model_geometry,
     load_base_model,
     verify_fingerprint,
@@ -29,7 +31,7 @@ from .hub import AUTO_MAP, complete_repository
 
 
 # Attribute of the base model that holds each parent.
-PARENTS = {"vision": "vision_tower", "text": "language_model"}
+PARENTS = {"vision": "vision_tower", "text": "language_model", "audio": "audio_tower"}
 
 # What `trainable` calls "connector": all that is neither parent.
 CONNECTING = (Connector, GatedCrossAttention)
@@ -50,10 +52,11 @@ def _leave_out(replaced: frozenset[str]) -> Iterator[None]:
 def parts_to_build(config: FrozenPrefixConfig) -> set[str]:
     """The parents that a constructor makes itself: all, but for those that are attached in a moment."""
     replaced = _replaced_parts.get()
+    parts = {part for part in PARENTS if getattr(config, f"{part}_config") is not None}
     if replaced is None:
-        return set(PARENTS)
+        return parts
     saved = PARENTS if config.saved_parts is None else config.saved_parts
-    return set(PARENTS).intersection(saved) - replaced
+    return parts.intersection(saved) - replaced
 
 
 def _trains(module: nn.Module) -> bool:
@@ -113,7 +116,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = []
     # The connector trains: in half precision its updates are lost, whatever the parents' dtype is.
-    _keep_in_fp32_modules_strict = ["connector", "cross_attention"]
+    _keep_in_fp32_modules_strict = ["connector", "audio_connector", "cross_attention"]
 
     # ---------------------------------------------------------------------------------------------- the parents
 
@@ -128,6 +131,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
 
     def _settle(self) -> None:
         """Everything that depends on the parents being there: freezing, and what the outer model must know of them."""
+        self.input_modalities = (*self.config.media, "text")
         for part in self._parents():
             self._mark(part)
         language_model = self._parents().get("text")
@@ -281,6 +285,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         *model_args: Any,
         vision_base_model: str | None = None,
         text_base_model: str | None = None,
+        audio_base_model: str | None = None,
         **kwargs: Any,
     ) -> "FrozenPrefixPreTrainedModel":
         """
@@ -288,23 +293,23 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str`): id on the Hub or folder of the checkpoint.
-            vision_base_model, text_base_model (`str`, *optional*):
+            vision_base_model, text_base_model, audio_base_model (`str`, *optional*):
                 Another place, or another model, for that parent. It is taken as the user says and recorded.
             kwargs: as `PreTrainedModel.from_pretrained`. `dtype`, `device_map` and the options about reaching the Hub
-                go on to the parents; `quantization_config` to the language model; options prefixed with `vision_` or
-                `text_` to that parent alone, for example `text_device_map="auto"`.
+                go on to the parents; `quantization_config` to the language model; options prefixed with `vision_`,
+                `text_` or `audio_` to that parent alone, for example `text_device_map="auto"`.
 
         Raises:
             ValueError: if a parent can't be filled, or is not the one the connector was trained with, or the checkpoint
                 lacks weights of the connector.
             OSError: the library's own, if a repository can't be reached.
         """
-        overrides = {"vision": vision_base_model, "text": text_base_model}
+        overrides = {"vision": vision_base_model, "text": text_base_model, "audio": audio_base_model}
         overrides = {part: name for part, name in overrides.items() if name is not None}
         options = cls._split_part_options(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError("`use_safetensors=False` would read a pickle, which can run code: connectors are safetensors only.")
+            raise ValueError("`use_safetensors=False` would read a pickle, which can run code; connectors are safetensors.")
         if pretrained_model_name_or_path is None:  # weights come as a state dict: everything is in it
             model, info = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
         else:
@@ -321,7 +326,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
     @classmethod
     def _split_part_options(cls, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Takes out of `kwargs` what is meant for the parents, and leaves what the checkpoint itself is loaded with."""
-        options: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
+        options: dict[str, dict[str, Any]] = {part: {} for part in PARENTS}
         for shared in (*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation"):
             if kwargs.get(shared) is not None:
                 for part in options:
@@ -340,7 +345,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         if kwargs.get("quantization_config") is not None:
             options["text"]["quantization_config"] = kwargs.pop("quantization_config")
         fields = set(FrozenPrefixConfig.__dataclass_fields__)
-        for key in [key for key in kwargs if key.startswith(("vision_", "text_")) and key not in fields]:
+        for key in [key for key in kwargs if key.startswith(("vision_", "text_", "audio_")) and key not in fields]:
             part, option = key.split("_", 1)
             options[part][option] = kwargs.pop(key)
         return options
@@ -375,7 +380,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
 
     def _refill(self, name: str, overrides: dict[str, str], options: dict[str, dict[str, Any]]) -> None:
         for part, attribute in PARENTS.items():
-            if getattr(self.base_model, attribute, None) is not None:
+            if getattr(self.base_model, attribute, None) is not None or getattr(self.config, f"{part}_config") is None:
                 continue
             record = getattr(self.config, f"{part}_base_model")
             if record is None and part not in overrides:
@@ -417,6 +422,19 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
                 sizes = {"hidden_size": self.config.text_hidden_size, "num_layers": self.config.text_num_layers}
                 check_decoder(module, **sizes, name=name)
             return
+        if part == "audio":
+            heard = probe_audio_tower(
+                module.config,
+                layer=self.config.audio_feature_layer,
+                select_strategy=self.config.audio_feature_select_strategy,
+            )
+            if heard.audio_width != self.config.audio_width:
+                raise ValueError(
+                    f"The audio connector reads features of width {self.config.audio_width}, but `{name}` gives "
+                    f"{heard.audio_width}: give an audio tower of that width, or train a connector for this one."
+                )
+            self.config.audio_num_positions = heard.num_positions
+            return
         probed = FrozenPrefixConfig.from_vision_text_configs(
             module.config,
             self.config.text_config,
@@ -437,22 +455,29 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision_model_name_or_path: str | PreTrainedModel,
+        vision_model_name_or_path: str | PreTrainedModel | None,
         text_model_name_or_path: str | PreTrainedModel,
+        audio_model_name_or_path: str | PreTrainedModel | None = None,
         *,
         image_token: str = "<image>",
+        video_token: str = "<video>",
+        audio_token: str = "<audio>",
         **kwargs: Any,
     ) -> "FrozenPrefixPreTrainedModel":
         """
-        Joins two pretrained models, both frozen, by a new connector.
+        Joins pretrained models, all frozen, by new connectors.
 
         Args:
             vision_model_name_or_path (`str` or `PreTrainedModel`):
                 Any vision model of the library: an id, a folder, or a loaded model (saved whole later, as it has no home).
+                `None` for a model with ears alone.
             text_model_name_or_path (`str` or `PreTrainedModel`):
                 Any causal or encoder-decoder language model, likewise.
-            image_token (`str`, defaults to `"<image>"`):
-                Word that stands for an image in texts; its id is looked up in, or would be added to, the tokenizer.
+            audio_model_name_or_path (`str` or `PreTrainedModel`, *optional*):
+                Any audio encoder of the library, or a model that it is one half of, likewise: the model then has ears.
+            image_token, video_token, audio_token (`str`, defaults to `"<image>"`, `"<video>"`, `"<audio>"`):
+                Word that stands for an image (video, sound) in texts; its id is looked up in, or would be added to, the
+                tokenizer. Videos are taken where `num_frames` is given.
             kwargs:
                 Keys of [`FrozenPrefixConfig`] (`connector_type`, `prefix_length`, `connector_config`, `trainable`, …) and
                 options of `from_pretrained` as described there (`dtype`, `device_map`, `text_attn_implementation`, …).
@@ -465,7 +490,12 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         """
         given = {
             part: parent if isinstance(parent, PreTrainedModel) else str(parent)
-            for part, parent in (("vision", vision_model_name_or_path), ("text", text_model_name_or_path))
+            for part, parent in (
+                ("vision", vision_model_name_or_path),
+                ("text", text_model_name_or_path),
+                ("audio", audio_model_name_or_path),
+            )
+            if parent is not None
         }
         options = cls._split_part_options(kwargs)
         fields = set(FrozenPrefixConfig.__dataclass_fields__)
@@ -480,42 +510,53 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
                 loaded[part] = (parent, None)
             else:
                 loaded[part] = load_base_model(part, parent, **options[part])
-        (vision_tower, vision_record), (language_model, text_record) = loaded["vision"], loaded["text"]
-        if config_options.get("image_token_id") is None and isinstance(given["text"], str):
-            hub_options = {key: options["text"][key] for key in HUB_OPTIONS if key in options["text"]}
-            config_options["image_token_id"] = find_image_token_id(
-                given["text"], language_model.config, image_token, revision=text_record["revision"], **hub_options
-            )
-        image_processor = None
-        if isinstance(given["vision"], str):
-            hub_options = {key: options["vision"][key] for key in HUB_OPTIONS if key in options["vision"]}
-            image_processor = find_image_processor(given["vision"], revision=vision_record["revision"], **hub_options)
+        language_model = loaded["text"][0]
+        hub_options = {
+            part: {key: options[part][key] for key in HUB_OPTIONS if key in options[part]} for part in given
+        }
+        for part, (_, record) in loaded.items():
+            if record is not None:
+                hub_options[part]["revision"] = record["revision"]
+        tokens = {"image": image_token} if "vision" in given else {}
+        tokens |= {"video": video_token} if config_options.get("num_frames") is not None else {}
+        tokens |= {"audio": audio_token} if "audio" in given else {}
+        lacking = any(config_options.get(f"{modality}_token_id") is None for modality in tokens)
+        if isinstance(given["text"], str) and lacking:
+            words = list(tokens.values())
+            ids = find_placeholder_ids(given["text"], language_model.config, words, **hub_options["text"])
+            for modality, index in zip(tokens, ids, strict=True):
+                if config_options.get(f"{modality}_token_id") is None:
+                    config_options[f"{modality}_token_id"] = index
+        image_processor = feature_extractor = None
+        if isinstance(given.get("vision"), str):
+            image_processor = find_image_processor(given["vision"], **hub_options["vision"])
+        if isinstance(given.get("audio"), str):
+            feature_extractor = find_feature_extractor(given["audio"], **hub_options["audio"])
         config = FrozenPrefixConfig.from_vision_text_configs(
-            vision_tower.config,
+            loaded["vision"][0].config if "vision" in loaded else None,
             language_model.config,
             image_processor=image_processor,
+            audio_config=loaded["audio"][0].config if "audio" in loaded else None,
+            feature_extractor=feature_extractor,
             embedding_dim=language_model_geometry(language_model).embedding_dim,
             **config_options,
         )
-        return cls._from_parts(config, vision_tower, vision_record, language_model, text_record)
+        return cls._from_parts(config, loaded)
 
     @classmethod
     def _from_parts(
         cls,
         config: FrozenPrefixConfig,
-        vision_tower: PreTrainedModel,
-        vision_record: dict[str, Any] | None,
-        language_model: PreTrainedModel,
-        text_record: dict[str, Any] | None,
+        parents: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]],
     ) -> "FrozenPrefixPreTrainedModel":
         with _leave_out(frozenset(PARENTS)):
             model = cls(config)
-        model._attach("vision", vision_tower, vision_record)
-        model._attach("text", language_model, text_record)
+        for part, (module, record) in parents.items():
+            model._attach(part, module, record)
         for module in model.modules():
             if isinstance(module, CONNECTING):
                 model._reset_connector(module)
-                device = language_model.get_input_embeddings().weight.device
+                device = model.get_input_embeddings().weight.device
                 module.to(device=device if device.type != "meta" else "cpu", dtype=torch.float32)
         model._finish_attaching()
         return model.eval()

@@ -18,19 +18,20 @@ def counts_fit(counts: list[int], lengths: list[int]) -> bool:
     return next(remaining, None) is None
 
 
-def describe_mismatch(counts: list[int], lengths: list[int]) -> str:
-    what = f"{len(lengths)} image(s) were given, of {lengths[0] if len(set(lengths)) == 1 else lengths} prefix vectors each"
-    way_out = "Let the processor place them (it repeats `<image>` itself), and do not cut `input_ids` afterwards."
+def describe_mismatch(counts: list[int], lengths: list[int], modality: str = "image") -> str:
+    each = lengths[0] if len(set(lengths)) == 1 else lengths
+    what = f"{len(lengths)} {modality}(s) were given, of {each} prefix vectors each"
+    way_out = f"Let the processor place them (it repeats `<{modality}>` itself), and don't cut `input_ids` afterwards."
     if len(set(lengths)) == 1:
         for index, count in enumerate(counts):
             if count % lengths[0]:
                 return (
-                    f"Sample {index} holds {count} image placeholders, which is no multiple of the prefix length "
+                    f"Sample {index} holds {count} {modality} placeholders, which is no multiple of the prefix length "
                     f"{lengths[0]}: some were cut off or added. {what}. {way_out}"
                 )
     return (
-        f"The batch holds {sum(counts)} image placeholders ({counts} per sample), but the images fill {sum(lengths)}: "
-        f"{what}. {way_out}"
+        f"The batch holds {sum(counts)} {modality} placeholders ({counts} per sample), but the {modality}s fill "
+        f"{sum(lengths)}: {what}. {way_out}"
     )
 
 
@@ -58,14 +59,14 @@ def pad_right(
 
 
 class PaddedLogitsProcessorList(LogitsProcessorList):
-    """Runs the processors on scores widened so that the placeholder's id, which lies past the head, is a column of its
+    """Runs the processors on scores widened so that placeholders' ids, which lie past the head, are columns of their
     own: processors that gather at prompt ids read it there and nowhere else."""
 
-    image_token_id: int
+    last_placeholder_id: int
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
         width = scores.shape[-1]
-        missing = self.image_token_id + 1 - width
+        missing = self.last_placeholder_id + 1 - width
         if missing <= 0 or len(self) == 0:
             return super().__call__(input_ids, scores, **kwargs)
         scores = nn.functional.pad(scores, (0, missing), value=-float("inf"))

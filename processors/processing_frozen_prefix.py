@@ -1,28 +1,28 @@
 """FrozenPrefixProcessor: the vision parent's image processor and the language parent's tokenizer behind one call.
 
-Three things live here: opening any picture as the right RGB, making a parent's chat template render images, and the
-processor itself. It has no `__call__` of its own: everything is done in the hooks of `ProcessorMixin`, so that what
-the library adds to that call reaches us too. Only public packages are imported: a checkpoint carries this file as
-custom code.
+Two things live here: making a parent's chat template render images (videos, sounds), and the processor itself; opening
+pictures is in `pictures`, opening videos and sounds in `media_inputs`. It has no `__call__` of its own: everything is
+done in the hooks of `ProcessorMixin`, so that what the library adds to that call reaches us too. Only its own folder
+and
+public packages are imported: a checkpoint carries these files as custom code.
 """
 
-import base64
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, AutoTokenizer, image_utils
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .media_inputs import MediaInputsMixin
+from .pictures import load_rgb_image
 
 
 try:  # marks control tokens that a user wrote into a chat: such an <image> is text, not a placeholder
@@ -34,131 +34,15 @@ logger = logging.get_logger(__name__)
 
 # Above this, a tokenizer's model_max_length means "not known" (transformers uses the same bound).
 _UNKNOWN_LENGTH = int(1e20)
-_EXIF_ORIENTATION = 0x0112
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """Scale grey or colour values of any dtype to 0..255; nothing is clipped.
-
-    uint16 is always 0..65535. Wider integers and floats do not say their range, so it is read off the maximum: the
-    smallest of 1 (floats only), 255 and 65535 that holds it.
-    """
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
-        return np.rint(array / 257).astype(np.uint8)
-    low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-    floating = np.issubdtype(array.dtype, np.floating)
-    if not (np.isfinite(low) and np.isfinite(high)) or low < -1e-6 or high > 65535:
-        raise ValueError(
-            f"its {array.dtype} values run from {low:g} to {high:g}, but a picture's are in 0..1, 0..255 or 0..65535. "
-            "Scale them first; values that are normalised already go to the model as `pixel_values`, or through the "
-            "processor with do_rescale=False"
-        )
-    scale = 255.0 if floating and high <= 1 + 1e-6 else 1.0 if high <= 255 else 1 / 257
-    return np.clip(np.rint(array * scale), 0, 255).astype(np.uint8)
-
-
-def _array_to_pil(image: Any, channels_first: bool | None = None) -> Image.Image:
-    """(H, W), (H, W, C) or (C, H, W) numpy array or torch tensor, C in 1..4, to PIL.
-
-    Where both ends could be the channels, a tensor is read as channels first, an array as channels last.
-    """
-    is_tensor = not isinstance(image, np.ndarray)
-    if is_tensor:
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    if image.ndim == 3:
-        first, last = image.shape[0] in (1, 2, 3, 4), image.shape[-1] in (1, 2, 3, 4)
-        if not (first or last):
-            raise ValueError(f"its shape {tuple(image.shape)} has no axis of 1 to 4 channels first or last")
-        if channels_first is None:
-            channels_first = first and (is_tensor or not last)
-        image = np.moveaxis(image, 0, -1) if channels_first else image
-        image = image[..., 0] if image.shape[-1] == 1 else image
-    elif image.ndim != 2:
-        raise ValueError(f"its shape is {tuple(image.shape)}; expected (H, W), (H, W, C) or (C, H, W)")
-    return Image.fromarray(np.ascontiguousarray(_to_uint8(image)))  # 2 channels: LA, 4: RGBA
-
-
-def _pil_to_rgb(image: Image.Image) -> Image.Image:
-    """The RGB that a viewer would show: upright, transparency over white, deep greys scaled and not clipped."""
-    image.load()
-    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _read_source(source: str) -> bytes:
-    """Bytes behind a URL, a data URL or a base64 string."""
-    if source.startswith(("http://", "https://")):
-        response = image_utils.httpx.get(source, follow_redirects=True, timeout=60)  # the library's own client
-        response.raise_for_status()
-        return response.content
-    try:
-        return base64.b64decode(re.sub(r"\s", "", source.split(",", 1)[-1]), validate=True)
-    except ValueError as error:
-        raise ValueError("there is no such file, and it is neither a URL nor base64") from error
-
-
-def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | None = None) -> Image.Image:
-    """Open one picture of any kind as 8-bit RGB.
-
-    Args:
-        image: PIL image (its current frame), path, URL, data URL, base64 string, bytes, open binary file, the
-            `{"bytes", "path"}` dict of `datasets`, numpy array or tensor of shape (H, W), (H, W, C) or (C, H, W).
-        name: what to call it in an error, such as "image 3".
-        channels_first: layout of a 3-dimensional array, where its shape leaves it open.
-
-    Errors: ValueError that names the picture where it can't be opened.
-    """
-    if isinstance(image, str | os.PathLike):
-        text = os.fspath(image)
-        shown = repr(text if len(text) <= 120 else text[:60] + "…" + text[-40:])
-    elif isinstance(image, Mapping):
-        shown = repr(image.get("path")) if image.get("path") else "given as bytes"
-    else:
-        shown = f"of type {type(image).__name__}"
-    try:
-        if isinstance(image, Image.Image):
-            return _pil_to_rgb(image)
-        if isinstance(image, np.ndarray) or hasattr(image, "is_floating_point"):
-            return _pil_to_rgb(_array_to_pil(image, channels_first))
-        if isinstance(image, Mapping):
-            data = image.get("bytes")
-            image = data if data is not None else image.get("path")
-        if isinstance(image, str | os.PathLike):
-            path = os.fspath(image)
-            image = path if len(path) < 4096 and os.path.isfile(path) else _read_source(str(path))
-        if isinstance(image, bytes | bytearray | memoryview):
-            image = BytesIO(image)
-        if not (isinstance(image, str) or hasattr(image, "read")):
-            raise ValueError(
-                "expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor"
-            )
-        with Image.open(image) as opened:
-            return _pil_to_rgb(opened).copy()  # animated: PIL opens at the first frame
-    except Exception as error:  # PIL, the network and the file system raise some twenty kinds
-        reason = "it is not a picture that PIL can read" if "cannot identify image file" in str(error) else str(error)
-        raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat templates
 # ---------------------------------------------------------------------------------------------------------------------
+_FLATTEN_MEDIUM = """\
+{%- elif fp_i['type'] == 'MEDIUM' -%}
+{%- set fp_t.text = fp_t.text + TOKEN -%}
+"""
 # Put before a template, it turns every list of content items into the string that text-only templates expect.
 _FLATTEN_CONTENT = """\
 {%- set fp_c = namespace(messages=[]) -%}
@@ -168,9 +52,7 @@ _FLATTEN_CONTENT = """\
 {%- for fp_i in fp_m['content'] -%}
 {%- if fp_i is string -%}
 {%- set fp_t.text = fp_t.text + fp_i -%}
-{%- elif fp_i['type'] == 'image' -%}
-{%- set fp_t.text = fp_t.text + IMAGE_TOKEN -%}
-{%- elif fp_i['text'] is string -%}
+MEDIA{%- elif fp_i['text'] is string -%}
 {%- set fp_t.text = fp_t.text + fp_i['text'] -%}
 {%- endif -%}
 {%- endfor -%}
@@ -211,20 +93,27 @@ INTERLEAVED_CHAT_TEMPLATE = """\
 
 
 @lru_cache(maxsize=64)
-def _with_images(template: str, image_token: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
-    """The template itself where it renders one image and one text rightly, else the template after `_FLATTEN_CONTENT`.
+def _with_media(
+    template: str, tokens: tuple[tuple[str, str], ...], special_tokens: tuple[tuple[str, str], ...]
+) -> str:
+    """The template itself where it renders one image (video, sound) and one text rightly, else the template after
+    `_FLATTEN_CONTENT`.
 
     Asked by rendering it: text-only templates drop content lists silently, print them as Python lists, or raise.
     Wrapping the template, instead of changing messages on the way in, keeps what is saved complete: every tool that
     reads `chat_template.jinja` renders the same.
     """
-    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "fp-probe"}]}]
-    for candidate in (template, _FLATTEN_CONTENT.replace("IMAGE_TOKEN", json.dumps(image_token)) + template):
+    probe = [{"type": modality} for modality, _ in tokens] + [{"type": "text", "text": "fp-probe"}]
+    media = "".join(
+        _FLATTEN_MEDIUM.replace("MEDIUM", modality).replace("TOKEN", json.dumps(token)) for modality, token in tokens
+    )
+    for candidate in (template, _FLATTEN_CONTENT.replace("MEDIA", media) + template):
+        chat = [{"role": "user", "content": probe}]
         try:
-            text = render_jinja_template(conversations=[probe], chat_template=candidate, **dict(special_tokens))[0][0]
+            text = render_jinja_template(conversations=[chat], chat_template=candidate, **dict(special_tokens))[0][0]
         except Exception:  # a template may raise whatever it likes
             continue
-        if text.count(image_token) == 1 and text.count("fp-probe") == 1 and "'type'" not in text:
+        if all(text.count(token) == 1 for _, token in tokens) and text.count("fp-probe") == 1 and "'type'" not in text:
             return candidate
     return template  # made for something else: no images, or the first content item alone
 
@@ -279,7 +168,7 @@ class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
     """Keywords of a call: the library's own, for text, images and `return_mm_token_type_ids`."""
 
 
-class FrozenPrefixProcessor(ProcessorMixin):
+class FrozenPrefixProcessor(MediaInputsMixin, ProcessorMixin):
     """Images and text to `pixel_values` (images, C, H, W), `input_ids` and `attention_mask` (batch, sequence).
 
     Each image of a text is written as `prefix_length` placeholders, which the model overwrites with the connector's
@@ -287,11 +176,15 @@ class FrozenPrefixProcessor(ProcessorMixin):
     `<image>` gets one per image at `image_position`. The tokenizer's BOS, where it has one, stays first: BOS, image,
     text. `text=None` gives `pixel_values` alone; `text=""` gives a bare prompt with the image.
 
+    A processor with `num_frames` takes videos (see `load_video`), one with a feature extractor takes sounds (see
+    `load_sound`), in the same ways: `videos=` gives `pixel_values_videos` (videos, frames, C, H, W), `audio=` gives
+    `input_features` and `input_features_mask`.
+
     Truncation cuts text and never a placeholder. Batches are padded on the left, as generation needs it (on the right
     for encoder-decoder models), with EOS where the tokenizer has no pad token.
 
     Args:
-        image_processor: the vision parent's image processor.
+        image_processor: the vision parent's image processor; None for a model without one.
         tokenizer: the language parent's tokenizer. `image_token` is added to it as a special token where it is not in
             the vocabulary; the language model is never resized.
         prefix_length: placeholders per image, `model.config.num_image_tokens`.
@@ -299,6 +192,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         image_position: "start" or "end".
         is_encoder_decoder: whether the language model is one: then prompts are padded on the right, and
             `DataCollatorForFrozenPrefix` gives the answers to the decoder.
+        feature_extractor: the audio parent's, for a model with ears.
+        num_frames: frames sampled from a video, `model.config.num_frames`.
+        video_prefix_length, audio_prefix_length: placeholders per video and per sound,
+            `model.config.num_video_tokens` and `model.config.num_audio_tokens`.
+        video_token, audio_token: their placeholders, `<video>` and `<audio>` where such are taken.
         chat_template: a Jinja template, or several by name. Default: the tokenizer's own, made to render images, else
             a plain one with "User:" and "Assistant:".
     """
@@ -316,6 +214,12 @@ class FrozenPrefixProcessor(ProcessorMixin):
         image_position: str = "start",
         is_encoder_decoder: bool = False,
         chat_template: str | dict[str, str] | None = None,
+        feature_extractor=None,
+        num_frames: int | None = None,
+        video_prefix_length: int | None = None,
+        audio_prefix_length: int | None = None,
+        video_token: str | None = None,
+        audio_token: str | None = None,
         **kwargs,
     ):
         if prefix_length is not None and (not isinstance(prefix_length, int) or prefix_length < 1):
@@ -324,15 +228,27 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ValueError(f"image_position must be 'start' or 'end', got {image_position!r}.")
         if not isinstance(image_token, str) or not image_token.strip():
             raise ValueError(f"image_token must be a non-empty string, got {image_token!r}.")
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        parts = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
+        if image_processor is not None or feature_extractor is None:
+            self._parts = tuple(name for name in parts if name != "feature_extractor" or feature_extractor is not None)
+        else:
+            self._parts = ("tokenizer", "feature_extractor")
+        super().__init__(**{name: parts[name] for name in self._parts}, chat_template=chat_template, **kwargs)
         self.prefix_length = prefix_length
-        self.image_token = image_token
+        sees, hears = "image_processor" in self._parts, feature_extractor is not None
+        self.image_token = image_token if sees else None
+        self.num_frames = num_frames if sees else None
+        self.video_token = (video_token or "<video>") if self.num_frames is not None else None
+        self.audio_token = (audio_token or "<audio>") if hears else None
+        self.video_prefix_length, self.audio_prefix_length = video_prefix_length, audio_prefix_length
         self.image_position = image_position
         self.is_encoder_decoder = is_encoder_decoder
         if is_encoder_decoder:  # encoders with learned positions count them from the left
             self.text_kwargs = {**type(self).text_kwargs, "padding_side": "right"}
         self._prepare_tokenizer()
-        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
+        for modality in ("image", "video", "audio"):
+            token = self.tokens.get(modality)
+            setattr(self, f"{modality}_token_id", None if token is None else tokenizer.convert_tokens_to_ids(token))
         template = self.chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE
         if isinstance(template, dict):
             self.chat_template = {name: self._with_images(one) for name, one in template.items()}
@@ -356,16 +272,19 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return files
 
     def _prepare_tokenizer(self) -> None:
-        """Give the tokenizer the placeholder, by which its vocabulary grows at most, and a token to pad with."""
-        tokenizer, token = self.tokenizer, self.image_token
-        tokenizer.add_tokens([AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)], True)
-        if tokenizer.special_tokens_map.get("image_token") != token:
-            tokenizer._set_model_specific_special_tokens({"image_token": token})  # saved with it; pipelines read it
-        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
-            raise ValueError(
-                f"The tokenizer splits {token!r} into several tokens although it was added as a special token. "
-                "Choose another image_token."
-            )
+        """Give the tokenizer the placeholders, by which its vocabulary grows at most, and a token to pad with."""
+        tokenizer = self.tokenizer
+        for modality, token in self.tokens.items():
+            added = AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
+            tokenizer.add_tokens([added], True)
+            if tokenizer.special_tokens_map.get(f"{modality}_token") != token:
+                # saved with it; pipelines read it
+                tokenizer._set_model_specific_special_tokens({f"{modality}_token": token})
+            if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
+                raise ValueError(
+                    f"The tokenizer splits {token!r} into several tokens although it was added as a special token. "
+                    f"Choose another {modality}_token."
+                )
         special = tokenizer.special_tokens_map
         if "pad_token" not in special and (stand_in := special.get("eos_token") or special.get("unk_token")):
             tokenizer.pad_token = stand_in
@@ -378,7 +297,10 @@ class FrozenPrefixProcessor(ProcessorMixin):
         *,
         image_processor: Any = None,
         tokenizer: Any = None,
+        feature_extractor: Any = None,
         image_token: str = "<image>",
+        video_token: str = "<video>",
+        audio_token: str = "<audio>",
         image_position: str = "start",
         chat_template: str | dict[str, str] | None = None,
         **kwargs,
@@ -387,15 +309,19 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
         Args:
             model: a frozen-prefix model or its config.
-            image_processor, tokenizer: taken instead of the recorded parent's.
+            image_processor, tokenizer, feature_extractor: taken instead of the recorded parent's.
             kwargs: passed on to both parents' `from_pretrained`: `token`, `cache_dir`, `local_files_only`, …
 
         Errors: ValueError where a parent is not recorded or has no processor files, or where the tokenizer's
         placeholder has another id than `config.image_token_id`.
         """
         config = getattr(model, "config", model)
+        media = getattr(config, "media", ("image",))
         side = "right" if config.is_encoder_decoder else "left"
-        if image_processor is None:
+        if feature_extractor is None and "audio" in media:
+            record = config.audio_base_model
+            feature_extractor = cls._load_part(record, AutoFeatureExtractor, "feature_extractor", kwargs)
+        if image_processor is None and "image" in media:
             image_processor = cls._load_part(config.vision_base_model, AutoImageProcessor, "image_processor", kwargs)
         if tokenizer is None:
             options = {"padding_side": side, **kwargs}
@@ -409,21 +335,31 @@ class FrozenPrefixProcessor(ProcessorMixin):
             image_position=image_position,
             is_encoder_decoder=bool(config.is_encoder_decoder),
             chat_template=chat_template,
+            feature_extractor=feature_extractor,
+            num_frames=config.num_frames if "video" in media else None,
+            video_prefix_length=config.num_video_tokens if "video" in media else None,
+            audio_prefix_length=config.num_audio_tokens if "audio" in media else None,
+            video_token=video_token,
+            audio_token=audio_token,
         )
-        if processor.image_token_id != config.image_token_id:
-            name = next((token for token, index in known.items() if index == config.image_token_id), None)
-            way_out = f"image_token={name!r}, which has that id" if name else "the tokenizer it was built with"
+        for modality, token in processor.tokens.items():
+            own, index = getattr(processor, f"{modality}_token_id"), getattr(config, f"{modality}_token_id")
+            if own == index:
+                continue
+            name = next((token for token, known_index in known.items() if known_index == index), None)
+            way_out = f"{modality}_token={name!r}, which has that id" if name else "the tokenizer it was built with"
             raise ValueError(
-                f"The tokenizer's {image_token!r} has id {processor.image_token_id}, but the model was built with "
-                f"image_token_id={config.image_token_id}: images would go to other tokens. To mend it, pass {way_out}."
+                f"The tokenizer's {token!r} has id {own}, but the model was built with "
+                f"{modality}_token_id={index}: {modality}s would go to other tokens. To mend it, pass {way_out}."
             )
-        processor._check_image_size(config.vision_config)
+        if "image" in media:
+            processor._check_image_size(config.vision_config)
         return processor
 
     @staticmethod
     def _load_part(record: Mapping[str, Any] | None, auto_class: Any, part: str, options: dict[str, Any]) -> Any:
         """The image processor or tokenizer of one recorded parent."""
-        parent = "vision" if part == "image_processor" else "language"
+        parent = {"image_processor": "vision", "feature_extractor": "audio"}.get(part, "language")
         way_out = "FrozenPrefixProcessor(image_processor=…, tokenizer=…, prefix_length=model.config.num_image_tokens)"
         way_out = f"Pass it: FrozenPrefixProcessor.from_model(model, {part}=…), or build {way_out}."
         name = (record or {}).get("name_or_path")
@@ -433,7 +369,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         try:
             return auto_class.from_pretrained(name, **revision, **options)
         except (OSError, ValueError, KeyError) as error:
-            file = "preprocessor_config.json" if part == "image_processor" else "tokenizer files"
+            file = "tokenizer files" if part == "tokenizer" else "preprocessor_config.json"
             raise ValueError(
                 f"Can't load the {part} of the {parent} parent {name!r} (is there a {file}?): {error}\n{way_out}"
             ) from error
@@ -487,23 +423,32 @@ class FrozenPrefixProcessor(ProcessorMixin):
         numbers = [self.num_image_tokens(image_idx=index) for index in range(len(image_sizes))]
         return MultiModalData(num_image_tokens=numbers, num_image_patches=[1] * len(image_sizes))
 
+    def num_tokens(self, modality: str) -> int:
+        """Placeholders of one image, video or sound."""
+        if modality == "image":
+            return self.num_image_tokens()
+        number = getattr(self, f"{modality}_prefix_length")
+        if number is None:
+            raise ValueError(
+                f"The processor has no {modality}_prefix_length: pass it "
+                f"{modality}_prefix_length=model.config.num_{modality}_tokens."
+            )
+        return number
+
     @property
     def unused_input_names(self) -> list[str]:
         return ["token_type_ids"]  # GPT-2 would add word embeddings for them
 
-    def count_image_tokens(self, text: str) -> int:
+    def count_image_tokens(self, text: str, modality: str = "image") -> int:
         """Placeholders in a text, one per image; such as a user's chat message smuggled in are not counted."""
-        return len(self._placeholder.findall(text))
+        token = self.tokens.get(modality)
+        return 0 if token is None else len(re.findall(f"(?<!{_CONTROL_TOKEN_START}){re.escape(token)}", text))
 
-    @property
-    def _placeholder(self) -> re.Pattern:
-        return re.compile(f"(?<!{_CONTROL_TOKEN_START}){re.escape(self.image_token)}")
-
-    def place_images(self, text: str, num_images: int) -> str:
+    def place_images(self, text: str, num_images: int, modality: str = "image") -> str:
         """The text with one placeholder per image; unchanged where it holds any."""
-        if self.count_image_tokens(text):
+        if self.count_image_tokens(text, modality):
             return text
-        placeholders = self.image_token * num_images
+        placeholders = self.tokens.get(modality, "") * num_images
         return text + placeholders if self.image_position == "end" else placeholders + text
 
     # ---------------------------------------------------------------------------------- the hooks of ProcessorMixin
@@ -513,14 +458,20 @@ class FrozenPrefixProcessor(ProcessorMixin):
         Returns: images as a flat list in reading order, text as a list of strings.
         """
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        _, text, videos, audio = super().prepare_inputs_layout(text=text, videos=videos, audio=audio, **kwargs)
-        if images is not None:
-            images = self._nest_images(images)
-        if text is None or not all(isinstance(sample, str) for sample in text):  # the library says what text must be
-            nested = images[0] if images is not None else []
-        else:
-            nested = self._images_per_text(images, text)
-            placed = [self.place_images(sample, len(own)) for sample, own in zip(text, nested, strict=True)]
+        _, text, _, _ = super().prepare_inputs_layout(text=text, **kwargs)
+        given = {"image": images, "video": videos, "audio": audio}
+        media = {modality: self._nest(modality, one) for modality, one in given.items() if one is not None}
+        flat = {modality: nested[0] for modality, nested in media.items()}
+        if text is not None and all(isinstance(sample, str) for sample in text):  # the library says what text must be
+            placed = text
+            # What comes last is put in first, so that at the start images stand before videos before sounds.
+            order = [one for one in self.tokens if one in media or any(map(self._counter(one), text))]
+            for modality in order if self.image_position == "end" else order[::-1]:
+                flat[modality] = self._images_per_text(media.get(modality), text, modality)
+                placed = [
+                    self.place_images(sample, len(own), modality)
+                    for sample, own in zip(placed, flat[modality], strict=True)
+                ]
             length = self._max_length(merged["text_kwargs"])
             final = placed if length is None else self._truncate(placed, length, merged["text_kwargs"])
             wants_mask = kwargs.get("return_offsets_mapping") and kwargs.get("return_text_replacement_offsets")
@@ -532,8 +483,19 @@ class FrozenPrefixProcessor(ProcessorMixin):
                             "put or cut at its start. Write the images into the turns, and truncate on the right."
                         )
             text = final
-        flat = [image for own in nested for image in own]
-        return self._load_images(flat, merged["images_kwargs"]) or None, text, videos, audio
+        found = {modality: [one for own in nested for one in own] for modality, nested in flat.items()}
+        images = self._load_images(found.get("image", []), merged["images_kwargs"])
+        videos, audio = self._load_videos(found.get("video", [])), self._load_audio(found.get("audio", []))
+        return images or None, text, videos or None, audio or None
+
+    def _counter(self, modality: str) -> Callable[[str], int]:
+        return lambda text: self.count_image_tokens(text, modality)
+
+    def _nest(self, modality: str, media: Any) -> tuple[list[list[Any]], bool]:
+        """One list per entry, and whether the caller nested them."""
+        if modality not in self.tokens:
+            raise ValueError(f"This processor takes {list(self.tokens)} and text, and was given {modality}.")
+        return {"image": self._nest_images, "video": self._nest_videos, "audio": self._nest_audio}[modality](media)
 
     @staticmethod
     def _nest_images(images: Any) -> tuple[list[list[Any]], bool]:
@@ -547,36 +509,41 @@ class FrozenPrefixProcessor(ProcessorMixin):
         nested = [[image for image in own if image is not None] for own in nested]
         return nested, any(image is None or is_batch(image) for image in images)
 
-    def _images_per_text(self, images: tuple[list[list[Any]], bool] | None, text: list[str]) -> list[list[Any]]:
+    def _images_per_text(
+        self, images: tuple[list[list[Any]], bool] | None, text: list[str], modality: str = "image"
+    ) -> list[list[Any]]:
         """The images of each text: nested ones say so themselves; flat ones go one to each text, or, where the
         placeholders say otherwise, in reading order."""
-        counts = [self.count_image_tokens(sample) for sample in text]
+        token, noun = self.tokens.get(modality), "sounds" if modality == "audio" else f"{modality}s"
+        counts = [self.count_image_tokens(sample, modality) for sample in text]
         images, is_nested = images if images is not None else ([[] for _ in text], True)
         total = sum(len(own) for own in images)
         rule = (
-            f"The {self.image_token} tokens in the prompts should be the same as the number of images, text by text."
+            f"The {token} tokens in the prompts should be the same as the number of {noun}, text by text."
         )
         if not is_nested and (len(text) == 1 or max(counts) > 1 or (any(counts) and len(images) != len(text))):
             rest = iter([image for own in images for image in own])
             images = [[image for _, image in zip(range(count), rest, strict=False)] for count in counts]
             images[-1] += rest
         if len(images) != len(text):
-            kind = "lists of images" if is_nested else "images"
+            kind = f"lists of {noun}" if is_nested else noun
             raise ValueError(
                 f"{rule} Got {len(images)} {kind} for {len(text)} texts: sample {min(len(images), len(text))} has "
-                "only one of the two. Pass one image, or one (possibly empty) list of images, per text."
+                f"only one of the two. Pass one, or one (possibly empty) list of {noun}, per text."
             )
         for index, (count, own) in enumerate(zip(counts, images, strict=True)):
             if count and count != len(own):
                 raise ValueError(
-                    f"{rule} Sample {index}: its text holds {count} {self.image_token} but it has {len(own)} images "
-                    f"(batch: {sum(counts)} and {total}). Write one {self.image_token} per image, or none: then they "
-                    "are put in; and pass nested images, one list per text, where texts have several."
+                    f"{rule} Sample {index}: its text holds {count} {token} but it has {len(own)} {noun} "
+                    f"(batch: {sum(counts)} and {total}). Write one {token} each, or none: then they "
+                    f"are put in; and pass nested {noun}, one list per text, where texts have several."
                 )
         return images
 
     def _load_images(self, images: list[Any], images_kwargs: Mapping[str, Any]) -> list[Any]:
         """Open and convert; arrays that are not to be rescaled are in their final range and stay as they are."""
+        if not images:
+            return []
         rescale = images_kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
         layout = images_kwargs.get("input_data_format")
         channels_first = None if layout is None else getattr(layout, "value", layout) == "channels_first"
@@ -608,16 +575,24 @@ class FrozenPrefixProcessor(ProcessorMixin):
         names = "add_special_tokens", "sanitize_control_tokens"
         options = {name: options[name] for name in names if name in options and options[name] is not None}
         options |= {"return_attention_mask": False, "verbose": False}
-        extra = self.num_image_tokens() - 1 if any(map(self.count_image_tokens, text)) else 0
+        present = [modality for modality in self.tokens if any(map(self._counter(modality), text))]
+        extra = {modality: self.num_tokens(modality) - 1 for modality in present}
 
         def lengths(samples: list[str]) -> list[int]:
             ids = self.tokenizer(samples, **options)["input_ids"]
-            return [len(one) + extra * self.count_image_tokens(text) for one, text in zip(ids, samples, strict=True)]
+            return [
+                len(one) + sum(more * self.count_image_tokens(text, modality) for modality, more in extra.items())
+                for one, text in zip(ids, samples, strict=True)
+            ]
 
         return [
             sample if length <= max_length else self._cut(index, sample, max_length, options, lengths)
             for index, (sample, length) in enumerate(zip(text, lengths(text), strict=True))
         ]
+
+    @property
+    def _any_placeholder(self) -> re.Pattern:
+        return re.compile(f"(?<!{_CONTROL_TOKEN_START})(?:{'|'.join(map(re.escape, self.tokens.values()))})")
 
     def _cut(self, index: int, text: str, max_length: int, options: dict[str, Any], lengths: Any) -> str:
         """The longest part of one text that fits, by bisection over its tokens' borders (slow tokenizer: words')."""
@@ -625,15 +600,16 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
         def keep(position: int) -> str:
             before, after = text[:position], text[position:]
-            gone = self.image_token * self.count_image_tokens(before if left else after)
+            gone = "".join(self._any_placeholder.findall(before if left else after))
             return gone + after if left else before + gone
 
         smallest = keep(len(text) if left else 0)
         if (needed := lengths([smallest])[0]) > max_length:
-            images = self.count_image_tokens(text)
-            placeholders = images * self.num_image_tokens() if images else 0
+            counts = {modality: self.count_image_tokens(text, modality) for modality in self.tokens}
+            placeholders = sum(count * self.num_tokens(modality) for modality, count in counts.items() if count)
+            held = " and ".join(f"{count} {modality}s" for modality, count in counts.items() if count) or "0 images"
             raise ValueError(
-                f"Sample {index}: its {images} images take {placeholders} placeholders, {needed} tokens with the "
+                f"Sample {index}: its {held} take {placeholders} placeholders, {needed} tokens with the "
                 f"special tokens, but max_length is {max_length}; placeholders are never cut. Use max_length={needed} "
                 "or more, fewer images per sample, or a connector with a smaller prefix_length."
             )
@@ -642,7 +618,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             offsets = self.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
             borders = {span[0] if left else span[1] for span in offsets if span[1] > span[0]}
         borders = borders or {match.start() for match in re.finditer(r"(?<=\S)(?=\s)|(?<=\s)(?=\S)", text)}
-        marked = f"{_CONTROL_TOKEN_START}.*?{_CONTROL_TOKEN_END}|{re.escape(self.image_token)}"
+        marked = "|".join([f"{_CONTROL_TOKEN_START}.*?{_CONTROL_TOKEN_END}", *map(re.escape, self.tokens.values())])
         whole = [match.span() for match in re.finditer(marked, text)]
         inside = {position for start, end in whole for position in range(start + 1, end)}
         cuts = sorted(borders - inside, reverse=left)  # from the shortest part to the longest
@@ -655,7 +631,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     # ---------------------------------------------------------------------------------------------- chat templates
     def _with_images(self, template: str) -> str:
-        return _with_images(template, self.image_token, tuple(sorted(self.tokenizer.special_tokens_map.items())))
+        special = tuple(sorted(self.tokenizer.special_tokens_map.items()))
+        return _with_media(template, tuple(self.tokens.items()), special)
 
     def _resolve_chat_template(self, chat_template: str | None) -> str:
         return self._with_images(super()._resolve_chat_template(chat_template))

@@ -97,8 +97,9 @@ def test_frozen_parents_stay_in_eval_mode(tmp_path: Path) -> None:
 
 
 def test_batch_statistics_of_a_frozen_tower_stand_still() -> None:
-    from tests.families_text import text_config as tiny_text
     from transformers import MobileNetV2Config
+
+    from tests.families_text import text_config as tiny_text
 
     tower = MobileNetV2Config(image_size=32, depth_multiplier=0.1)
     config = FrozenPrefixConfig.from_vision_text_configs(tower, tiny_text("llama"), connector_type="linear")

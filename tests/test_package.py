@@ -83,8 +83,9 @@ def test_the_link_points_where_it_should() -> None:
 
 def hub_files() -> list[Path]:
     """Files that are copied beside a checkpoint."""
-    from modeling_frozen.hub import AUTO_MAP, _source
     from transformers.dynamic_module_utils import get_relative_import_files
+
+    from modeling_frozen.hub import AUTO_MAP, _source
 
     files: set[Path] = set()
     for module in {target.split(".")[0] for target in AUTO_MAP.values()}:

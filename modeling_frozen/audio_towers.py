@@ -1,0 +1,302 @@
+"""Any audio encoder of the library, read as (sounds, positions, width): what `vision_towers` is for pictures.
+
+An encoder is one of its own (wav2vec2, AST), the encoder half of an encoder-decoder (Whisper) or the hearing half of a
+dual model (CLAP). It reads raw samples or a spectrogram, of one fixed length or of any. All of that is found by
+asking: the signature, `get_encoder()`, the feature extractor beside it, and runs on the meta device.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+
+from .vision_towers import (
+    _HUB_OPTIONS,
+    _check_choice,
+    _forward_parameters,
+    _on_meta,
+    _quiet,
+    _select,
+    vision_tower_class,
+)
+
+
+AUDIO_SELECT_STRATEGIES = ("full", "pooled")
+_INPUT_NAMES = ("input_features", "input_values")
+# Masks of positions that training draws at random; a frozen encoder needs none, nor the vector that stands there.
+_RANDOM_MASKS = ("mask_time_prob", "mask_feature_prob")
+
+
+@dataclass(frozen=True)
+class AudioGeometry:
+    """What an audio tower hands to its connector: `num_positions` vectors per sound (`None` where a longer sound gives
+    more), each of `audio_width`."""
+
+    num_positions: int | None
+    audio_width: int
+
+
+def audio_half(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the part that hears: the audio sub-config of a dual model (CLAP), or `config` itself, in either
+    case without random masking. Of an encoder-decoder (Whisper) the config describes both halves; the tower is the
+    encoder. Applying this function twice changes nothing."""
+    half = getattr(config, "audio_config", None)
+    if "audio_config" in getattr(config, "sub_configs", {}) and isinstance(half, PreTrainedConfig):
+        config = half
+    masked = [name for name in _RANDOM_MASKS if getattr(config, name, 0)]
+    if masked:
+        config = copy.deepcopy(config)
+        for name in masked:
+            setattr(config, name, 0.0)
+    return config
+
+
+_ENCODER_CLASSES: dict[type, type[PreTrainedModel]] = {}
+
+
+def audio_tower_class(audio_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the tower: what `AutoModel` builds, or, where that is an encoder-decoder, its encoder's.
+
+    Raises:
+        ValueError: the library has no such class.
+    """
+    if not audio_config.is_encoder_decoder:
+        return vision_tower_class(audio_config)
+    config_class = type(audio_config)
+    if config_class not in _ENCODER_CLASSES:
+        encoder = _whole_on_meta(audio_config).get_encoder()
+        if not isinstance(encoder, PreTrainedModel):
+            raise ValueError(
+                f"The encoder of {config_class.__name__} ({type(encoder).__name__}) can't stand alone as a tower."
+            )
+        _ENCODER_CLASSES[config_class] = type(encoder)
+    return _ENCODER_CLASSES[config_class]
+
+
+def _whole_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    with _on_meta():
+        return AutoModel.from_config(copy.deepcopy(config))
+
+
+def build_audio_tower(audio_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """A tower with random weights from its config; `kwargs` as for `AutoModel.from_config`."""
+    audio_config = audio_half(audio_config)
+    return audio_tower_class(audio_config)._from_config(audio_config, **kwargs)
+
+
+def load_audio_tower(name_or_path: str, *, config: PreTrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
+    """A tower with its own weights, out of its repository or that of the model which it is one half of.
+
+    Args:
+        name_or_path: repository or folder.
+        config: the tower's config where it is known; else the repository's own.
+        kwargs: as for `from_pretrained`.
+
+    Raises:
+        ValueError: weights of the tower are missing there.
+    """
+    hub = {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS}
+    whole = AutoConfig.from_pretrained(name_or_path, **hub) if config is None else config
+    config = audio_half(whole)
+    loader = audio_tower_class(config)
+    kwargs = {**kwargs, "config": config, "output_loading_info": True}
+    with _quiet():  # the other half's weights are no news, and what is missing is raised below
+        tower, info = loader.from_pretrained(name_or_path, **kwargs)
+        if info["missing_keys"]:
+            model = _whole_on_meta(whole if config.is_encoder_decoder else AutoConfig.from_pretrained(name_or_path, **hub))
+            place = next((name for name, module in model.named_modules() if name and type(module) is loader), None)
+            if place is not None:
+                # Checkpoints with a head keep everything under one more name.
+                renamed = {rf"^(?:{model.base_model_prefix}\.)?{place}\.": ""}
+                tower, info = loader.from_pretrained(
+                    name_or_path, **{**kwargs, "key_mapping": {**(kwargs.get("key_mapping") or {}), **renamed}}
+                )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{name_or_path!r} lacks {len(missing)} weights of {type(tower).__name__} ({', '.join(missing[:4])} "
+            f"...), which "
+            "would be random. Name a repository that holds this audio encoder, or a model that it is one half of."
+        )
+    return tower
+
+
+# -------------------------------------------------------------------------------------------- sounds in, features out
+
+
+def encode_audio(
+    audio_tower: PreTrainedModel,
+    input_features: Tensor,
+    *,
+    mask: Tensor | None = None,
+    layer: int | list[int] = -1,
+    select_strategy: str = "full",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, ModelOutput]:
+    """Runs the tower and brings its output into (sounds, positions, width).
+
+    Args:
+        audio_tower: any audio encoder of the library, in eval mode.
+        input_features: what its feature extractor makes, under whatever name: samples (sounds, samples) or a
+        spectrogram.
+        mask: (sounds, samples or frames), 1 where a sound is, 0 where it was padded.
+        layer: as for `encode_images`.
+        select_strategy: "full" gives all positions, "pooled" one vector per sound: the tower's own pooled output, else
+            the mean over its positions.
+        kwargs: passed on where the tower takes them (CLAP's `is_longer`, `output_hidden_states`).
+
+    Returns:
+        The features; a bool mask (sounds, positions), true where the sound is, or None where all is; the tower's
+        output.
+    """
+    layers = _check_choice(layer, select_strategy)
+    # Normalised over the whole time, padding included (wav2vec2's first models): then each length is run on its own.
+    if mask is not None and getattr(audio_tower.config, "feat_extract_norm", None) == "group" and not mask.all():
+        return _by_length(audio_tower, input_features, mask, layer, select_strategy, kwargs)
+    takes = _forward_parameters(type(audio_tower))
+    name = next((name for name in _INPUT_NAMES if name in takes), audio_tower.main_input_name)
+    inputs = {key: value for key, value in kwargs.items() if value is not None and (key in takes or key.startswith("output_"))}
+    if mask is not None and "attention_mask" in takes:
+        inputs["attention_mask"] = mask
+    if layers != [-1]:
+        inputs["output_hidden_states"] = True
+    output = audio_tower(**{name: input_features.to(audio_tower.dtype)}, **inputs)
+    states = output.last_hidden_state
+    pooled = getattr(output, "pooler_output", None)
+    # Of a map, the axis of the width is the one that pooling keeps.
+    axis = 1 if states.ndim > 3 and pooled is not None and pooled.shape[-1] == states.shape[1] else states.ndim - 1
+    positions_mask = None if mask is None or states.ndim != 3 else _positions_mask(audio_tower, mask, states.shape[1])
+    features, positions_mask = _select(
+        output, layers, select_strategy, 0, positions_mask, width_axis=lambda index: axis, use_pooler=True
+    )
+    return features, positions_mask, output
+
+
+def _by_length(
+    tower: PreTrainedModel, inputs: Tensor, mask: Tensor, layer: Any, strategy: str, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, ModelOutput]:
+    lengths = mask.sum(-1).tolist()
+    found: list[Tensor] = [inputs] * len(lengths)
+    for length in set(lengths):
+        rows = [row for row, other in enumerate(lengths) if other == length]
+        own = inputs[rows][mask[rows].bool()].unflatten(0, (len(rows), length))  # padded on either side
+        features, _, _ = encode_audio(tower, own, layer=layer, select_strategy=strategy, **kwargs)
+        for row, one in zip(rows, features, strict=True):
+            found[row] = one
+    padded = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+    ends = torch.tensor([len(one) for one in found], device=padded.device)
+    valid = torch.arange(padded.shape[1], device=padded.device) < ends[:, None]
+    return padded, valid, BaseModelOutput(last_hidden_state=padded)
+
+
+def _positions_mask(tower: PreTrainedModel, mask: Tensor, positions: int) -> Tensor:
+    """Which positions hold sound, from which samples or frames do, asked of the tower where it knows."""
+    if mask.shape[1] == positions:
+        return mask.bool()
+    lengths = mask.sum(-1)
+    of_tower = getattr(tower, "_get_feat_extract_output_lengths", None)
+    if of_tower is not None:
+        lengths = of_tower(lengths)
+    else:
+        lengths = -(-lengths * positions // mask.shape[1])
+    return torch.arange(positions, device=mask.device) < lengths.clamp(min=1, max=positions)[:, None]
+
+
+# -------------------------------------------------------------------------------------------- probing without weights
+
+
+def probe_audio_tower(
+    audio_config: PreTrainedConfig,
+    *,
+    layer: int | list[int] = -1,
+    select_strategy: str = "full",
+    feature_extractor: Any = None,
+) -> AudioGeometry:
+    """What `encode_audio` will give for this tower, found on the meta device.
+
+    Args:
+        audio_config: of the tower, or of a model that it is one half of.
+        layer, select_strategy: as for `encode_audio`.
+        feature_extractor: the tower's own; it says what one sound looks like. Without it, shapes that the config
+        suggests
+            are tried.
+
+    Raises:
+        ValueError: no input was found that the tower takes.
+    """
+    audio_config = copy.deepcopy(audio_half(audio_config))
+    audio_config._attn_implementation = None
+    if getattr(audio_config, "enable_fusion", False):  # four views of long sounds, told apart by their values
+        audio_config.enable_fusion = False
+    with _on_meta():
+        tower = audio_tower_class(audio_config)(audio_config).eval()
+
+    def positions_and_width(shape: tuple[int, ...]) -> tuple[int, int]:
+        with _on_meta():
+            inputs = torch.empty(1, *shape, dtype=tower.dtype)
+            features, _, _ = encode_audio(tower, inputs, layer=layer, select_strategy=select_strategy)
+        return features.shape[1], features.shape[2]
+
+    tried: list[tuple[int, ...]] = []
+    reason: Exception | None = None
+    for short, long in _shapes(audio_config, feature_extractor):
+        tried.append(short)
+        try:
+            positions, width = positions_and_width(short)
+        except Exception as error:
+            reason = reason or error
+            continue
+        try:
+            fixed = short == long or positions_and_width(long)[0] == positions
+        except Exception:  # it takes this one length
+            fixed = True
+        return AudioGeometry(positions if fixed else None, width)
+    raise ValueError(
+        f"{type(tower).__name__} took none of the inputs tried (of shapes {tried}): {reason}. An audio tower must "
+        f"give "
+        "`last_hidden_state` for `input_features` or `input_values` alone; pass its feature extractor, which says "
+        "their shape."
+    ) from reason
+
+
+def _shapes(config: PreTrainedConfig, feature_extractor: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Pairs of shapes that a short and a long sound may have."""
+    if feature_extractor is not None:
+        import numpy
+
+        pair, rate = [], feature_extractor.sampling_rate
+        for seconds in (1, 3):
+            noise = numpy.random.default_rng(0).standard_normal(seconds * rate).astype("float32")
+            try:
+                made = feature_extractor(noise, sampling_rate=rate, return_tensors="np")
+            except ValueError:
+                if not pair:
+                    raise
+                break  # too long for it
+            shape = next(made[name] for name in _INPUT_NAMES if name in made).shape[1:]
+            pair.append((1, *shape[1:]) if len(shape) == 3 else tuple(shape))
+        return [(pair[0], pair[-1])]
+
+    def of(*names: str, default: int) -> int:
+        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
+
+    mels = of("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", default=80)
+    frames = (
+        2 * of("max_source_positions", default=1500)
+        if hasattr(config, "max_source_positions")
+        else of("max_length", default=1024)
+    )
+    spectrograms = [(mels, frames), (frames, mels), (1, frames, mels)]
+    doubled = [(mels, 2 * frames), (2 * frames, mels), (1, 2 * frames, mels)]
+    return [((16000,), (48000,)), *zip(spectrograms, doubled, strict=True), ((1, 64, mels), (1, 128, mels))]
+
+
+__all__ = [
+    "AUDIO_SELECT_STRATEGIES", "AudioGeometry", "audio_half", "audio_tower_class", "build_audio_tower", "encode_audio",
+    "load_audio_tower", "probe_audio_tower",
+]  # fmt: skip
