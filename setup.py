@@ -37,7 +37,7 @@ setup(
         "pillow>=10.0",
         "safetensors>=0.4.3",
         "torch>=2.6",
-        "transformers>=5.21",
+        "transformers>=5.23",
     ],
     extras_require=extras,
     classifiers=[

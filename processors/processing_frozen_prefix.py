@@ -457,7 +457,9 @@ class FrozenPrefixProcessor(MediaInputsMixin, ProcessorMixin):
 
         Returns: images as a flat list in reading order, text as a list of strings.
         """
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         _, text, _, _ = super().prepare_inputs_layout(text=text, **kwargs)
         given = {"image": images, "video": videos, "audio": audio}
         media = {modality: self._nest(modality, one) for modality, one in given.items() if one is not None}

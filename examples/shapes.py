@@ -1,0 +1,180 @@
+"""The quickstart's little world: pictures of one coloured shape, sentences about such pictures, and two tiny parents.
+
+The parents are trained apart. The language model reads sentences and never meets a picture; the tower looks at pictures,
+labelled by numbers, and never meets a word. A fifth of all scenes is held out: no picture and no sentence of theirs is
+seen by anybody in training.
+"""
+
+import random
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from tqdm.auto import trange
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+    ViTImageProcessorPil,
+)
+
+
+COLOURS = {
+    "red": (214, 40, 40), "green": (48, 160, 70), "blue": (40, 80, 210), "yellow": (240, 200, 40),
+    "purple": (140, 60, 170), "orange": (240, 130, 30), "white": (245, 245, 245), "brown": (125, 80, 45),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+SIZES = {"small": 7, "large": 12}
+PLACES = {
+    "at the top left": (15, 15), "at the top right": (49, 15), "in the middle": (32, 32),
+    "at the bottom left": (15, 49), "at the bottom right": (49, 49),
+}  # fmt: skip
+SIDE = 64
+QUESTIONS = {"what colour ?": "colour", "what shape ?": "shape", "what size ?": "size", "where ?": "place"}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in a picture."""
+
+    size: str
+    colour: str
+    shape: str
+    place: str
+
+    @property
+    def sentence(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape} {self.place} ."
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The same without words, as labels for the tower."""
+        return tuple(
+            list(names).index(value)
+            for names, value in zip((SIZES, COLOURS, SHAPES, PLACES), vars(self).values(), strict=True)
+        )
+
+    def answer(self, question: str) -> str:
+        return f"{getattr(self, QUESTIONS[question])} ."
+
+
+def split_scenes() -> tuple[list[Scene], list[Scene]]:
+    """All scenes, a fifth of them held out: of such a scene each property is known, and each two of them together, but
+    not the four."""
+    scenes = [Scene(*values) for values in product(SIZES, COLOURS, SHAPES, PLACES)]
+    random.Random(0).shuffle(scenes)
+    return scenes[len(scenes) // 5 :], scenes[: len(scenes) // 5]
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """A picture of a scene; place, size, shade and background vary a little, so that no two are the same."""
+    shade = rng.randint(60, 110)
+    image = Image.new("RGB", (SIDE, SIDE), tuple(shade + rng.randint(-8, 8) for _ in range(3)))
+    pen = ImageDraw.Draw(image)
+    x, y = (at + rng.randint(-3, 3) for at in PLACES[scene.place])
+    r = SIZES[scene.size] + rng.randint(-1, 1)
+    colour = tuple(max(0, min(255, value + rng.randint(-12, 12))) for value in COLOURS[scene.colour])
+    box, thin = (x - r, y - r, x + r, y + r), max(2, r // 3)
+    if scene.shape == "circle":
+        pen.ellipse(box, fill=colour)
+    elif scene.shape == "ring":
+        pen.ellipse(box, outline=colour, width=thin)
+    elif scene.shape == "square":
+        pen.rectangle(box, fill=colour)
+    elif scene.shape == "triangle":
+        pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
+    elif scene.shape == "diamond":
+        pen.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=colour)
+    else:
+        pen.rectangle((x - r, y - thin, x + r, y + thin), fill=colour)
+        pen.rectangle((x - thin, y - r, x + thin, y + r), fill=colour)
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------- the two parents
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per word."""
+    texts = [scene.sentence for half in split_scenes() for scene in half] + list(QUESTIONS)
+    words = ["<pad>", "<s>", "</s>", *sorted({word for text in texts for word in text.split()})]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+
+
+def _optimize(model: nn.Module, steps: int, learning_rate: float, what: str, loss_of_step) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    model.train()
+    for step in (bar := trange(steps, desc=what)):
+        loss = loss_of_step(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+def train_language_model(folder: Path, steps: int, seed: int) -> None:
+    """A small Llama on sentences, each followed by questions about it: words alone, about scenes that nobody drew."""
+    torch.manual_seed(seed)
+    rng, tokenizer, (known, _) = random.Random(seed), make_tokenizer(), split_scenes()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.08,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+    def text() -> str:
+        scene = rng.choice(known)
+        asked = rng.sample(list(QUESTIONS), len(QUESTIONS))
+        return " ".join([scene.sentence, *(f"{question} {scene.answer(question)}" for question in asked)]) + " </s>"
+
+    def loss_of_step(_: int) -> torch.Tensor:
+        batch = tokenizer([text() for _ in range(24)], return_tensors="pt", padding=True, padding_side="right")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+
+    _optimize(model, steps, 3e-3, "language model (sentences only)", loss_of_step)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tower(folder: Path, steps: int, seed: int) -> None:
+    """A small ResNet that tells the four properties of a picture apart, as numbers."""
+    torch.manual_seed(seed)
+    rng, (known, _) = random.Random(seed), split_scenes()
+    processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    config = ResNetConfig(
+        embedding_size=24, hidden_sizes=[24, 48, 96], depths=[1, 1, 1], layer_type="basic", downsample_in_first_stage=False
+    )
+    config.image_size = SIDE
+    model = ResNetModel(config)
+    heads = nn.ModuleList(nn.Linear(96 * 16, len(names)) for names in (SIZES, COLOURS, SHAPES, PLACES))
+
+    def loss_of_step(_: int) -> torch.Tensor:
+        scenes = [rng.choice(known) for _ in range(48)]
+        pixel_values = processor([draw(scene, rng) for scene in scenes], return_tensors="pt")["pixel_values"]
+        features = model(pixel_values).last_hidden_state.flatten(1)
+        labels = torch.tensor([scene.numbers for scene in scenes])
+        losses = [nn.functional.cross_entropy(head(features), labels[:, i]) for i, head in enumerate(heads)]
+        return torch.stack(losses).sum()
+
+    _optimize(nn.ModuleList([model, heads]), steps, 3e-3, "vision tower (pictures only)", loss_of_step)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

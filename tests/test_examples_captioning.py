@@ -1,0 +1,112 @@
+"""examples/train_captioning.py on pictures of coloured squares with tiny parents: it learns, scores and writes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from safetensors.torch import load_file
+
+from modeling_frozen import FrozenPrefixForConditionalGeneration
+
+from .tiny import rows, save_parents
+
+
+pytest.importorskip("pycocoevalcap")
+pytest.importorskip("matplotlib")
+
+
+def load_example(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Trainer pickles its arguments
+    spec.loader.exec_module(module)
+    return module
+
+
+example = load_example("train_captioning")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("squares")
+    squares = [{"image": row["image"], "captions": [row["text"], row["text"].capitalize()]} for row in rows(8)]
+    empty = {**squares[0], "captions": []}
+    features = Features({"image": Image(), "captions": List(Value("string"))})
+    splits = {"train": squares * 2 + [empty], "validation": squares[:4], "test": squares[:6]}
+    for name, split in DatasetDict({k: Dataset.from_list(v, features=features) for k, v in splits.items()}).items():
+        split.to_parquet(folder / f"{name}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    vision, text = save_parents(tmp_path_factory.mktemp("parents"))
+    folder = tmp_path_factory.mktemp("run") / "out"
+    options = {"vision": vision, "text": text, "dataset": dataset, "show": dataset, "output_dir": str(folder)}
+    options |= {"prefix_length": 4, "num_train_epochs": 25, "per_device_train_batch_size": 8, "learning_rate": 3e-2}
+    options |= {"connector_config": json.dumps({"hidden_size": 16}), "max_new_tokens": 8, "num_beams": 2}
+    options |= {"prompt": " is", "no_repeat_ngram_size": 0, "disable_tqdm": True, "use_cpu": True}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return example.main([*arguments, "--seeds", "0", "1"]), folder
+
+
+def test_the_sighted_model_beats_both_baselines(run: tuple[dict, Path]) -> None:
+    for one in run[0]["seeds"]:
+        cider = {kind: one[kind]["cider"] for kind in example.KINDS}
+        assert cider["sighted"] > 2 * max(cider["blind"], cider["random_connector"], 0.1), cider
+        assert one["sighted"]["loss"] < one["blind"]["loss"]
+    assert [one["seed"] for one in run[0]["seeds"]] == [0, 1]
+
+
+def test_what_is_written(run: tuple[dict, Path]) -> None:
+    summary, folder = run
+    assert json.loads((folder / "results.json").read_text()) == summary
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["seed"], line["photo"]) for line in lines] == [(seed, i) for seed in (0, 1) for i in range(6)]
+    # blind: the same captions, each at another photo
+    assert sorted(line["blind"] for line in lines) == sorted(line["sighted"] for line in lines)
+    assert (folder / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    shown = [json.loads(line)["cider"] for line in (folder / "sheet.jsonl").read_text().splitlines()]
+    assert len(shown) == 6 and shown == sorted(shown, reverse=True)
+
+
+def test_the_checkpoint_is_the_connector_and_loads(run: tuple[dict, Path]) -> None:
+    folder = run[1] / "seed-1"
+    assert all("connector" in name for name in load_file(folder / "model.safetensors"))
+    FrozenPrefixForConditionalGeneration.from_pretrained(folder)
+
+
+def test_features_are_those_of_the_model(dataset: str, run: tuple[dict, Path]) -> None:
+    args = example.Arguments(**{**run[0]["arguments"]})
+    model, processor = example.build(args)
+    images = [row["image"] for row in rows(3)]
+    features = example.tower_features(model, processor, images, "")
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    whole = model.get_image_features(pixels).pooler_output
+    for mine, its in zip(model.model.write_prefix(features), whole, strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+def test_the_prefix_starts_as_words(run: tuple[dict, Path]) -> None:
+    model, processor = example.build(example.Arguments(**run[0]["arguments"]))
+    example.start_as_words(model, processor, [["A red square ."], ["a blue square"]])
+    words = model.get_input_embeddings().weight
+    start = model.model.connector.output.bias.view(4, -1)
+    distance = torch.cdist(start, words)
+    assert distance.min(dim=1).values.max() < 1e-5
+
+
+def test_tidy() -> None:
+    assert example.tidy("A dog , running .") == " a dog, running."
+    assert example.tidy("Two  men") == " two men."
+
+
+@pytest.mark.parametrize("count", [2, 3, 17])
+def test_no_photo_keeps_its_place(count: int) -> None:
+    order = example.shuffled(count, seed=0)
+    assert sorted(order) == list(range(count)) and all(i != place for i, place in enumerate(order))
