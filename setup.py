@@ -36,7 +36,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.0",
         "safetensors>=0.4.3",
-        "torch>=2.6",
+        "torch>=2.11",
         "transformers>=5.23",
     ],
     extras_require=extras,

@@ -48,7 +48,7 @@ class Arguments:
         default='{"hidden_size": 64, "input_dropout": 0.5, "dropout": 0.3}',
         metadata={"help": "Options of the connector, as JSON."},
     )
-    prefix_length: int = 96
+    prefix_length: int = 48
     vision_features: str = field(
         default="pooled", metadata={"help": "'pooled' (one vector), 'default' (every position) or 'full'."}
     )
@@ -56,7 +56,7 @@ class Arguments:
     start_as_words: bool = field(
         default=True, metadata={"help": "Start the prefix's constant part as words of training captions."}
     )
-    views: int = field(default=6, metadata={"help": "Random crops of each training photo, beside the photo itself."})
+    views: int = field(default=3, metadata={"help": "Random crops of each training photo, beside the photo itself."})
     seeds: list[int] = field(default_factory=lambda: [0])
     num_beams: int = 5
     no_repeat_ngram_size: int = 3
@@ -71,7 +71,7 @@ class Arguments:
 class CaptioningTrainingArguments(TrainingArguments):
     output_dir: str = "captioning"
     learning_rate: float = 4e-3
-    num_train_epochs: float = 8
+    num_train_epochs: float = 5
     per_device_train_batch_size: int = 64
     per_device_eval_batch_size: int = 64
     weight_decay: float = 0.1

@@ -209,7 +209,7 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
         return {key: value for key, value in inputs.items() if value is not None}
 
     def _refuse_too_long(self, length: int, past_key_values: Cache | None) -> None:
-        if self._max_positions is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._max_positions is None:
             return
         past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
         if length + past > self._max_positions:
