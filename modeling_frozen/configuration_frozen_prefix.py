@@ -5,13 +5,16 @@ once, on the meta device, by `from_vision_text_configs`, and stored, so that bui
 """
 
 import difflib
+from collections.abc import Collection
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from packaging import version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+VERSION = "0.1.0"  # of the package; here, because this file goes to the Hub without the rest of it
 PARTS = ("connector", "vision", "text", "audio")
 
 # Keys that a checkpoint of a model without that modality does not mention.
@@ -88,6 +91,8 @@ class FrozenPrefixConfig(PreTrainedConfig):
             Which of `"connector"`, `"vision"`, `"text"`, `"audio"` train. All else is frozen, bit for bit.
         saved_parts (`tuple[str]`, *optional*):
             Which parts' weights lie in the checkpoint itself. Written by `save_pretrained`; not set by hand.
+        frozen_prefix_version (`str`, *optional*):
+            The version of this package that wrote the config.
 
     Raises:
         ValueError: for an unknown key (naming the nearest valid one) or values that do not fit each other.
@@ -145,9 +150,10 @@ class FrozenPrefixConfig(PreTrainedConfig):
     trainable: list[str] | tuple[str, ...] = ("connector",)
     saved_parts: list[str] | tuple[str, ...] | None = None
     tie_word_embeddings: bool = False
+    frozen_prefix_version: str | None = None
 
     def __post_init__(self, **kwargs: Any):
-        self._refuse_unknown_keys(kwargs)
+        self._refuse_unknown_keys(kwargs, written_by=self.frozen_prefix_version)
         if self.vision_config is None and self.audio_config is None:
             self.vision_config = {"model_type": self.sub_configs_defaults["vision_config"].model_type}
         # The library writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own.
@@ -178,10 +184,17 @@ class FrozenPrefixConfig(PreTrainedConfig):
         self.validate_architecture()
 
     @classmethod
-    def _refuse_unknown_keys(cls, kwargs: dict[str, Any]) -> None:
+    def _refuse_unknown_keys(
+        cls, kwargs: dict[str, Any], written_by: str | None = None, allowed: Collection[str] = _LIBRARY_KEYS
+    ) -> None:
         for key in kwargs:
-            if key in _LIBRARY_KEYS:
+            if key in allowed:
                 continue
+            if written_by is not None and version.parse(written_by) > version.parse(VERSION):
+                raise ValueError(
+                    f"`{key}` is unknown to frozen-prefix {VERSION}, but this checkpoint was written by {written_by}: upgrade "
+                    "(`pip install -U frozen-prefix`), or load it by its own code with `trust_remote_code=True`."
+                )
             own = sorted(FrozenPrefixConfig.__annotations__)
             nearest = difflib.get_close_matches(key, own, n=1)
             hint = f"Did you mean `{nearest[0]}`?" if nearest else f"Valid keys are {own}."
@@ -238,6 +251,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
         known = _SERIALIZED_LIBRARY_KEYS.union(self.__dataclass_fields__)
         known -= (set() if "video" in self.media else _VIDEO_KEYS) | (set() if "audio" in self.media else _AUDIO_KEYS)
         serialized = {key: value for key, value in serialized.items() if key in known}
+        serialized["frozen_prefix_version"] = VERSION
         for part in ("vision", "text"):
             if "quantization" in (getattr(self, f"{part}_base_model") or {}):
                 # Kept, it would say that the parent's repository holds quantised weights.

@@ -503,7 +503,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         for key in (*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "attn_implementation"):
             kwargs.pop(key, None)
         if kwargs:
-            FrozenPrefixConfig._refuse_unknown_keys(kwargs)
+            FrozenPrefixConfig._refuse_unknown_keys(kwargs, allowed=())
         loaded: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]] = {}
         for part, parent in given.items():
             if isinstance(parent, PreTrainedModel):

@@ -52,6 +52,12 @@ def test_public_names_are_there() -> None:
         _ = modeling_frozen.Nonsense
 
 
+def test_one_version() -> None:
+    from modeling_frozen.configuration_frozen_prefix import VERSION
+
+    assert modeling_frozen.__version__ == VERSION
+
+
 def test_nobody_imports_a_second_copy_of_the_processors() -> None:
     """`import processors` would give other classes than `modeling_frozen.processors`, or a folder of the user's."""
     for path in [*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
