@@ -1,0 +1,53 @@
+"""examples/quickstart.py: it runs, writes what it says, and (slow) sees held-out pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def quickstart(folder: Path, *arguments: str) -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output_dir", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sighted" in done.stdout and "random_connector" in done.stdout
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_short_run_writes_everything(tmp_path: Path) -> None:
+    few = ["--tower_steps", "2", "--language_model_steps", "2", "--steps", "2", "--held_out", "12"]
+    results = quickstart(tmp_path, *few)
+    assert set(results) == {"sighted", "blind", "random_connector", "checkpoint_bytes", "parents_bytes", "seconds"}
+    assert all(set(results[name]) == {"exact_match", "cider"} for name in ("sighted", "blind", "random_connector"))
+    assert results["checkpoint_bytes"] < results["parents_bytes"] / 10
+    assert (tmp_path / "pictures.png").stat().st_size > 10_000
+
+
+def test_held_out_scenes_are_new_and_their_pairs_are_not() -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from shapes import split_scenes
+    finally:
+        sys.path.pop(0)
+    known, held_out = split_scenes()
+    assert len(held_out) >= 90 and not set(known) & set(held_out)
+    properties = ("size", "colour", "shape", "place")
+    for first in properties:
+        for second in properties:
+            pairs = {(getattr(scene, first), getattr(scene, second)) for scene in known}
+            assert {(getattr(scene, first), getattr(scene, second)) for scene in held_out} <= pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_sighted_beats_blind_on_held_out_pictures(tmp_path: Path, seed: str) -> None:
+    results = quickstart(tmp_path, "--seed", seed)
+    assert results["sighted"]["exact_match"] >= 0.9
+    assert results["blind"]["exact_match"] <= 0.2 and results["random_connector"]["exact_match"] <= 0.2
