@@ -203,6 +203,30 @@ class FrozenPrefixConfig(PreTrainedConfig):
             )
 
     @property
+    def connector_arguments(self) -> dict[str, Any]:
+        """What `build_connector` and `check_connector` ask of the connector between tower and language model."""
+        return {
+            "connector_type": self.connector_type,
+            "num_positions": self.num_positions,
+            "vision_width": self.vision_width,
+            "embedding_dim": self.embedding_dim,
+            "prefix_length": self.prefix_length,
+            "connector_config": self.connector_config,
+        }
+
+    @property
+    def audio_connector_arguments(self) -> dict[str, Any]:
+        """The same of the connector between audio tower and language model."""
+        return {
+            "connector_type": self.audio_connector_type,
+            "num_positions": self.audio_num_positions,
+            "vision_width": self.audio_width,
+            "embedding_dim": self.embedding_dim,
+            "prefix_length": self.audio_prefix_length,
+            "connector_config": self.audio_connector_config,
+        }
+
+    @property
     def num_image_tokens(self) -> int | None:
         """Placeholders in `input_ids` for one image."""
         return 1 if self.fusion == "cross_attention" else self.prefix_length
@@ -281,14 +305,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
             return  # geometry unknown yet: from_vision_text_configs fills it, and checks then
         from .connectors import check_connector
 
-        self.prefix_length = check_connector(
-            self.connector_type,
-            num_positions=self.num_positions,
-            vision_width=self.vision_width,
-            embedding_dim=self.embedding_dim,
-            prefix_length=self.prefix_length,
-            connector_config=self.connector_config,
-        )
+        self.prefix_length = check_connector(**self.connector_arguments)
         max_positions = getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
         if max_positions is not None and (self.num_image_tokens or 0) >= max_positions:
             raise ValueError(
@@ -320,14 +337,9 @@ class FrozenPrefixConfig(PreTrainedConfig):
             return
         reads = self.audio_connector_type in readers
         try:
-            self.audio_prefix_length = check_connector(
-                self.audio_connector_type,
-                num_positions=self.audio_num_positions,
-                vision_width=self.audio_width,
-                embedding_dim=self.embedding_dim,
-                prefix_length=32 if reads and self.audio_prefix_length is None else self.audio_prefix_length,
-                connector_config=self.audio_connector_config,
-            )
+            if reads and self.audio_prefix_length is None:
+                self.audio_prefix_length = 32
+            self.audio_prefix_length = check_connector(**self.audio_connector_arguments)
         except ValueError as error:
             raise ValueError(f"Of the audio connector (its keys begin with `audio_`): {error}") from error
         if self.audio_num_positions is None and not reads:

@@ -56,6 +56,11 @@ class ConnectorSwitchingMixin:
         if name in self.connectors:
             raise ValueError(f"A connector named `{name}` is loaded already, of {self.connectors}: choose another name.")
         config = FrozenPrefixConfig.from_pretrained(name_or_path, **hub_options)
+        if "cross_attention" in (config.fusion, self.config.fusion):
+            raise ValueError(
+                f"`{name_or_path}` has fusion `{config.fusion}` and the loaded model `{self.config.fusion}`: only connectors "
+                "of fusion `prefix` are switched, for gated blocks sit between layers. Load it with from_pretrained."
+            )
         self._refuse_other_parents(name_or_path, config)
         weights = cached_file(str(name_or_path), SAFE_WEIGHTS_NAME, **hub_options)
         parts = self._build_connector_parts(config)
@@ -84,15 +89,7 @@ class ConnectorSwitchingMixin:
         """What makes up a connector, by attribute of the base model."""
         from .connectors import build_connector
 
-        connector = build_connector(
-            config.connector_type,
-            num_positions=config.num_positions,
-            vision_width=config.vision_width,
-            embedding_dim=config.embedding_dim,
-            prefix_length=config.prefix_length,
-            connector_config=config.connector_config,
-        )
-        return {"connector": connector}
+        return {"connector": build_connector(**config.connector_arguments)}
 
     def _refuse_other_parents(self, name: str, config: FrozenPrefixConfig) -> None:
         for part in ("vision", "text"):

@@ -125,25 +125,8 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
         self.register_module("vision_tower", build_vision_tower(config.vision_config) if "vision" in built else None)
         self.register_module("language_model", build_language_model(config.text_config) if "text" in built else None)
         self.register_module("audio_tower", build_audio_tower(config.audio_config) if "audio" in built else None)
-        self.connector = self.audio_connector = None
-        if sees:
-            self.connector = build_connector(
-                config.connector_type,
-                num_positions=config.num_positions,
-                vision_width=config.vision_width,
-                embedding_dim=config.embedding_dim,
-                prefix_length=config.prefix_length,
-                connector_config=config.connector_config,
-            )
-        if hears:
-            self.audio_connector = build_connector(
-                config.audio_connector_type,
-                num_positions=config.audio_num_positions,
-                vision_width=config.audio_width,
-                embedding_dim=config.embedding_dim,
-                prefix_length=config.audio_prefix_length,
-                connector_config=config.audio_connector_config,
-            )
+        self.connector = build_connector(**config.connector_arguments) if sees else None
+        self.audio_connector = build_connector(**config.audio_connector_arguments) if hears else None
         self.cross_attention = None
         if config.fusion == "cross_attention":
             self.cross_attention = GatedCrossAttention(

@@ -88,4 +88,8 @@ def test_what_cannot_be_switched_is_refused(tmp_path: Path, two: tuple[Eyes, Eye
     other.save_pretrained(tmp_path / "whole", include_base_models=True)
     with pytest.raises(ValueError, match="carries a vision model"):
         model.load_connector(str(tmp_path / "whole"), "whole")
+    gated, _ = join(tmp_path, fusion="cross_attention")
+    gated.save_pretrained(tmp_path / "gated")
+    with pytest.raises(ValueError, match="fusion `cross_attention`.*`prefix`"):
+        model.load_connector(str(tmp_path / "gated"), "gated")
     assert model.connectors == ["default"]
