@@ -41,9 +41,9 @@ class Arguments:
     text: str | None = field(default=None, metadata={"help": "A real language model: Hub id or folder."})
     connector_type: str = "mlp"
     prefix_length: int | None = field(default=None, metadata={"help": "For connectors that choose their own length."})
-    tower_steps: int = field(default=700, metadata={"help": "Steps of training for the tiny tower."})
+    tower_steps: int = field(default=1000, metadata={"help": "Steps of training for the tiny tower."})
     language_model_steps: int = field(default=110, metadata={"help": "Steps of training for the tiny language model."})
-    steps: int = field(default=1200, metadata={"help": "Steps of training for the connector."})
+    steps: int = field(default=1800, metadata={"help": "Steps of training for the connector."})
     batch_size: int = 32
     learning_rate: float = 3e-3
     held_out: int = field(default=96, metadata={"help": "How many held-out pictures are described."})
