@@ -299,7 +299,7 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
     ) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
         """Merges prefixes and words and calls the language model (or its headless base). `media` holds what was given of
         `MEDIA_INPUTS`. Returns its output and the prefixes, as `image_hidden_states` and so on."""
-        placeholders = None if input_ids is None else self.placeholders(input_ids)
+        given_ids = input_ids  # merging takes the placeholders out
         if self.config.is_encoder_decoder and kwargs.get("encoder_outputs") is not None:
             inputs = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
             return callee(**inputs, return_dict=True), {}
@@ -311,6 +311,7 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
         )
         if self.cross_attention is not None:
             seen = prefixes.get(None)
+            placeholders = None if given_ids is None else self.placeholders(given_ids)
             outputs = self.cross_attention.call(callee, inputs, placeholders, seen)
             return outputs, {} if seen is None else {"image_hidden_states": torch.cat(seen)}
         outputs = callee(**inputs, return_dict=True)

@@ -12,13 +12,14 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from modeling_frozen.cross_attention import decoder_layers, probe_decoder
 from tests.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
+from tests.test_families import IMAGE, pictures
+from tests.test_families import prompt as families_prompt
 from tests.tiny import join
 
 
 Eyes = FrozenPrefixForConditionalGeneration
 
 TOKENS = 4
-IMAGE = VOCAB_SIZE  # one past the vocabulary
 BEGINNING = 1  # what a placeholder reads as
 VISION = CLIPVisionConfig(
     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
@@ -55,18 +56,8 @@ def eyes(family: str) -> Eyes:
     return build(family)
 
 
-def prompt(words: int = 5, images: int = 1, seed: int = 0) -> torch.Tensor:
-    """One row: word, then each image followed by a word, then words."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCAB_SIZE, (words + images,), generator=generator).tolist()
-    row = [ids.pop()]
-    for _ in range(images):
-        row += [IMAGE, ids.pop()]
-    return torch.tensor([row + ids])
-
-
-def pictures(count: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+# One placeholder stands for an image here, however many vectors it has.
+prompt = functools.partial(families_prompt, placeholders=1)
 
 
 def as_read(ids: torch.Tensor) -> torch.Tensor:

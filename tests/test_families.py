@@ -38,13 +38,13 @@ def eyes(family: str) -> FrozenPrefixForConditionalGeneration:
     return build(family)
 
 
-def prompt(words: int = 5, images: int = 1, seed: int = 0) -> torch.Tensor:
-    """One row: word, then each image followed by a word, then words."""
+def prompt(words: int = 5, images: int = 1, seed: int = 0, placeholders: int = PREFIX) -> torch.Tensor:
+    """One row: word, then each image (so many placeholders) followed by a word, then words."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB_SIZE, (words + images,), generator=generator).tolist()
     row = [ids.pop()]
     for _ in range(images):
-        row += [IMAGE] * PREFIX + [ids.pop()]
+        row += [IMAGE] * placeholders + [ids.pop()]
     return torch.tensor([row + ids])
 
 
