@@ -5,7 +5,7 @@ machine, so that checkpoints on disk stay as small as what they learnt.
 """
 
 import importlib
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,20 @@ def _source(module: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def write_code(folder: str | Path) -> list[Path]:
+def write_code(folder: str | Path, auto_map: dict[str, str] | None = None) -> list[Path]:
     """
-    Copies the files that `AUTO_MAP` names, and what they import, flat into `folder`.
+    Copies the files that `auto_map` (all of `AUTO_MAP` by default) names, and what they import, flat into `folder`.
+
+    A push may be reading the folder at this very moment (`Trainer` pushes in the background), so a file that is there
+    already is never written into: it is left alone or replaced as a whole.
 
     Returns:
-        `list[Path]`: the files written.
+        `list[Path]`: the files that lie there now.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     sources: dict[str, Path] = {}
-    for module in {target.split(".")[0] for target in AUTO_MAP.values()}:
+    for module in {target.split(".")[0] for target in (auto_map or AUTO_MAP).values()}:
         source = _source(module)
         if source is not None:
             for file in (source, *map(Path, get_relative_import_files(source))):
@@ -48,7 +52,9 @@ def write_code(folder: str | Path) -> list[Path]:
     for name, source in sorted(sources.items()):
         target = folder / name
         if not target.exists() or target.read_bytes() != source.read_bytes():
-            shutil.copyfile(source, target)
+            whole = folder / f"_{os.getpid()}_{name}"  # pushes leave out "_*"
+            whole.write_bytes(source.read_bytes())
+            whole.replace(target)
         written.append(target)
     return written
 

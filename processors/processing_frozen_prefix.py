@@ -201,7 +201,6 @@ class FrozenPrefixProcessor(MediaInputsMixin, ProcessorMixin):
             a plain one with "User:" and "Assistant:".
     """
 
-    _auto_class = "AutoProcessor"  # its code is saved with it, for people without this package
     valid_processor_kwargs = FrozenPrefixProcessorKwargs
     text_kwargs = {"padding_side": "left"}
 
@@ -256,17 +255,17 @@ class FrozenPrefixProcessor(MediaInputsMixin, ProcessorMixin):
             self.chat_template = self._with_images(template)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As the library's. Where a model's config lies beside it already, the model's code is put there too.
+        """As the library's, and its code with it; where a model's config lies beside it already, the model's code too.
 
         `Trainer` pushes its output folder in mid-training; each such commit is to load without this package too.
         """
-        if (Path(save_directory) / "config.json").is_file():
-            try:
-                from modeling_frozen.hub import write_code
-            except ImportError:  # this file runs from the Hub itself
-                pass
-            else:
-                write_code(save_directory)
+        try:
+            from modeling_frozen.hub import AUTO_MAP, write_code
+        except ImportError:  # this file runs from the Hub itself, and the library copies it on
+            pass
+        else:
+            self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+            write_code(save_directory, None if (Path(save_directory) / "config.json").is_file() else self.auto_map)
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.__dict__.pop("auto_map", None)  # for the file alone: a reloaded processor has none
         return files

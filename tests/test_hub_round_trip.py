@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from tests.hub_fixtures import Hub, module_hub  # noqa: F401
+from tests.tiny import save_parents
 
 
 pytestmark = pytest.mark.hub
@@ -24,7 +26,8 @@ PUSH = (
     + """
 import sys, tempfile
 from pathlib import Path
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from tests.tiny import rows, save_parents
 
@@ -41,7 +44,13 @@ model.push_to_hub("me/eyes")
 processor.push_to_hub("me/eyes")
 told = {"eyes": ask(model, processor), "record": model.config.text_base_model}
 
+class AfterEachPush(TrainerCallback):
+    # The library copies weights and config into a folder that a push may still be reading.
+    def on_save(self, *_, **__):
+        trainer.push_in_progress.wait_until_done()
+
 trainer = Trainer(
+    callbacks=[AfterEachPush()],
     model=model,
     args=TrainingArguments(
         str(folder / "trained"), hub_model_id="me/trained", push_to_hub=True, max_steps=2, save_steps=1,
@@ -102,10 +111,36 @@ def test_without_package_and_without_trust_it_is_refused(module_hub: Hub, pushed
     assert done.returncode != 0 and "trust_remote_code" in done.stderr
 
 
+def test_a_file_that_a_push_is_reading_is_never_written_into(tmp_path: Path) -> None:
+    tower, words = save_parents(tmp_path / "parents")
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(tower, words, connector_type="linear")
+    processor = FrozenPrefixProcessor.from_model(model)
+    for with_model in (False, True):
+        folder = tmp_path / f"saved-{with_model}"
+        if with_model:
+            model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        names = {path.name for path in folder.glob("*.py")}
+        assert "processing_frozen_prefix.py" in names and ("modeling_frozen_prefix.py" in names) == with_model
+        reading = {}
+        for path in folder.glob("*.py"):
+            path.write_text(f"{path.read_text()}\n# of an older version\n")
+            reading[path] = (path.open(), path.read_text())
+        processor.save_pretrained(folder)
+        for path, (file, older) in reading.items():
+            with file:
+                assert file.read() == older
+            assert "older version" not in path.read_text()
+        assert {path.name for path in folder.glob("*.py")} == names
+        before = {path: path.stat().st_mtime_ns for path in reading}
+        processor.save_pretrained(folder)
+        assert {path: path.stat().st_mtime_ns for path in reading} == before
+
+
 @pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
 def test_commits_pushed_in_mid_training_load(module_hub: Hub, pushed: dict, trust: bool | None) -> None:  # noqa: F811
     steps = [commit["id"] for commit in module_hub.commits("me/trained") if "step" in commit["title"]]
-    assert steps
+    assert len(steps) == 2
     assert pull(module_hub, "me/trained", trust=trust, revision=steps[-1])["trainable"] == ["connector"]
 
 
