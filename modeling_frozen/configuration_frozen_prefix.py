@@ -89,6 +89,9 @@ class FrozenPrefixConfig(PreTrainedConfig):
         video_token_id, audio_token_id (`int`, *optional*): as `image_token_id`; the ids that follow it by default.
         trainable (`tuple[str]`, defaults to `("connector",)`):
             Which of `"connector"`, `"vision"`, `"text"`, `"audio"` train. All else is frozen, bit for bit.
+        loss_config (`dict`):
+            Options of the training loss: `label_smoothing`, `z_loss`, `chunk_size` (see
+            `modeling_frozen.losses.check_loss_config`). In evaluation the loss is the plain one.
         saved_parts (`tuple[str]`, *optional*):
             Which parts' weights lie in the checkpoint itself. Written by `save_pretrained`; not set by hand.
         frozen_prefix_version (`str`, *optional*):
@@ -426,6 +429,18 @@ class FrozenPrefixConfig(PreTrainedConfig):
             decoder = probe_decoder(text_config)
             kwargs["text_hidden_size"], kwargs["text_num_layers"] = decoder.hidden_size, decoder.num_layers
         return cls(vision_config=vision_config, text_config=text_config, **kwargs)
+
+
+if __name__.startswith("transformers_modules."):
+    # Loaded from a checkpoint, without the package. Pipelines and `transformers serve --trust-remote-code` ask for
+    # classes by their names in these tables, whatever the checkpoint's `auto_map` says.
+    from transformers.models.auto import modeling_auto
+
+    for _names in (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    ):
+        _names.setdefault(FrozenPrefixConfig.model_type, "FrozenPrefixForConditionalGeneration")
 
 
 __all__ = ["FrozenPrefixConfig"]
