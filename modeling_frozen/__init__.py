@@ -19,6 +19,7 @@ _EXPORTS = {
     "FrozenPrefixCausalLMOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixConfig": "configuration_frozen_prefix",
     "FrozenPrefixForConditionalGeneration": "modeling_frozen_prefix",
+    "FrozenPrefixForSequenceClassification": "modeling_frozen_prefix_classification",
     "FrozenPrefixHubCallback": "hub_callback",
     "FrozenPrefixModel": "modeling_frozen_prefix",
     "FrozenPrefixModelOutputWithPast": "modeling_frozen_prefix",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         FrozenPrefixModel,
         FrozenPrefixModelOutputWithPast,
     )
+    from .modeling_frozen_prefix_classification import FrozenPrefixForSequenceClassification
     from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
     from .processors import FrozenPrefixProcessor
 
@@ -61,6 +63,7 @@ __all__ = [
     "FrozenPrefixCausalLMOutputWithPast",
     "FrozenPrefixConfig",
     "FrozenPrefixForConditionalGeneration",
+    "FrozenPrefixForSequenceClassification",
     "FrozenPrefixHubCallback",
     "FrozenPrefixModel",
     "FrozenPrefixModelOutputWithPast",

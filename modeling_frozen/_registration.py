@@ -37,6 +37,8 @@ def _register_models(module: ModuleType) -> None:
     _add(module.AutoModel._model_mapping, "FrozenPrefixModel")
     for auto_class in (module.AutoModelForImageTextToText, module.AutoModelForMultimodalLM):
         _add(auto_class._model_mapping, "FrozenPrefixForConditionalGeneration")
+    for auto_class in (module.AutoModelForSequenceClassification, module.AutoModelForImageClassification):
+        _add(auto_class._model_mapping, "FrozenPrefixForSequenceClassification")
 
 
 def _register_processor(module: ModuleType) -> None:

@@ -24,6 +24,12 @@ _AUDIO_KEYS = {
     "audio_feature_layer", "audio_feature_select_strategy", "audio_num_positions", "audio_width", "audio_token_id",
 }  # fmt: skip
 
+# Keys of classifiers, which no other checkpoint mentions unless they are set.
+_CLASSIFIER_KEYS = {
+    "fused_inputs", "image_embedding", "prompt_sees_media", "text_pooling", "text_width", "classifier_config",
+    "class_weights",
+}  # fmt: skip
+
 # What the library itself hands to a config's constructor beside the fields of the class.
 _LIBRARY_KEYS = {
     "model_type", "name_or_path", "_name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
@@ -92,6 +98,23 @@ class FrozenPrefixConfig(PreTrainedConfig):
         loss_config (`dict`):
             Options of the training loss: `label_smoothing`, `z_loss`, `chunk_size` (see
             `modeling_frozen.losses.check_loss_config`). In evaluation the loss is the plain one.
+        fused_inputs (`tuple[str]`, *optional*):
+            What a classifier reads, in this order: of `"image"`, `"video"`, `"audio"`, `"text"`. Defaults to the tower's
+            medium and text.
+        image_embedding (`"prefix"` or `"tower"`, defaults to `"prefix"`):
+            The image's embedding in a classifier: the mean over its prefix, or over the tower's own features, without the
+            connector.
+        prompt_sees_media (`bool`, defaults to `False`):
+            Whether the language model of a classifier reads the prefix among the words (dearer: its layers are passed on
+            the way back), or the words alone.
+        text_pooling (`"last"`, `"mean"` or `"cls"`, *optional*):
+            How a text's hidden states become one vector (see `modeling_frozen.pooling`). Defaults to `"last"` for causal
+            models, which read in one direction, and `"mean"` for others.
+        text_width (`int`, *optional*): width of the language model's last hidden states, probed.
+        classifier_config (`dict`):
+            Options of a classifier's head: `hidden_size` (`None` for one linear layer) and `dropout`.
+        class_weights (`list[float]`, *optional*):
+            Weight of each class in a classifier's loss (see `classification_loss`).
         saved_parts (`tuple[str]`, *optional*):
             Which parts' weights lie in the checkpoint itself. Written by `save_pretrained`; not set by hand.
         frozen_prefix_version (`str`, *optional*):
@@ -151,6 +174,14 @@ class FrozenPrefixConfig(PreTrainedConfig):
     audio_width: int | None = None
     audio_token_id: int | None = None
     trainable: list[str] | tuple[str, ...] = ("connector",)
+    loss_config: dict | None = None
+    fused_inputs: list[str] | tuple[str, ...] | None = None
+    image_embedding: Literal["prefix", "tower"] = "prefix"
+    prompt_sees_media: bool = False
+    text_pooling: Literal["last", "mean", "cls"] | None = None
+    text_width: int | None = None
+    classifier_config: dict | None = None
+    class_weights: list[float] | tuple[float, ...] | None = None
     saved_parts: list[str] | tuple[str, ...] | None = None
     tie_word_embeddings: bool = False
     frozen_prefix_version: str | None = None
@@ -173,6 +204,10 @@ class FrozenPrefixConfig(PreTrainedConfig):
         self.connector_config = dict(self.connector_config or {})
         self.cross_attention_config = dict(self.cross_attention_config or {})
         self.audio_connector_config = dict(self.audio_connector_config or {})
+        self.classifier_config = dict(self.classifier_config or {})
+        self.fused_inputs = None if self.fused_inputs is None else tuple(self.fused_inputs)
+        self.class_weights = None if self.class_weights is None else list(self.class_weights)
+        self.loss_config = dict(self.loss_config or {})
         self.trainable = tuple(self.trainable)
         self.saved_parts = None if self.saved_parts is None else tuple(self.saved_parts)
         # Both are facts of the language model, mirrored where the library looks for them.
@@ -230,6 +265,17 @@ class FrozenPrefixConfig(PreTrainedConfig):
         }
 
     @property
+    def resolved_fused_inputs(self) -> tuple[str, ...]:
+        """What a classifier reads: `fused_inputs`, or its default."""
+        return (self.media[0], "text") if self.fused_inputs is None else tuple(self.fused_inputs)
+
+    @property
+    def resolved_text_pooling(self) -> str:
+        """`text_pooling`, or its default for the language model."""
+        reads_ahead = self.is_encoder_decoder or getattr(self.text_config, "is_decoder", True) is False
+        return self.text_pooling or ("mean" if reads_ahead else "last")
+
+    @property
     def num_image_tokens(self) -> int | None:
         """Placeholders in `input_ids` for one image."""
         return 1 if self.fusion == "cross_attention" else self.prefix_length
@@ -268,7 +314,8 @@ class FrozenPrefixConfig(PreTrainedConfig):
         return first[0] if isinstance(first, list) else first
 
     def to_dict(self) -> dict[str, Any]:
-        return self._known_keys(super().to_dict())
+        # Tools look up every name in `sub_configs`, absent ones too; files (the diff) do without those.
+        return {**dict.fromkeys(self.sub_configs), **self._known_keys(super().to_dict())}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self._known_keys(super().to_diff_dict())
@@ -277,6 +324,8 @@ class FrozenPrefixConfig(PreTrainedConfig):
         # Tools hang attributes on configs (Trainer sets `use_cache`); written down, they would be unknown keys.
         known = _SERIALIZED_LIBRARY_KEYS.union(self.__dataclass_fields__)
         known -= (set() if "video" in self.media else _VIDEO_KEYS) | (set() if "audio" in self.media else _AUDIO_KEYS)
+        known -= set() if self.loss_config else {"loss_config"}
+        known -= {key for key in _CLASSIFIER_KEYS if serialized.get(key) in (None, False, "prefix", {})}
         serialized = {key: value for key, value in serialized.items() if key in known}
         serialized["frozen_prefix_version"] = VERSION
         for part in ("vision", "text"):
@@ -302,8 +351,12 @@ class FrozenPrefixConfig(PreTrainedConfig):
             raise ValueError(f"`image_token_id={self.image_token_id}` is negative; token ids start at 0.")
         if self.prefix_length is not None and self.prefix_length < 1:
             raise ValueError(f"`prefix_length={self.prefix_length}` leaves no prefix vector; it must be at least 1.")
+        from .losses import check_loss_config
+
+        check_loss_config(self.loss_config)
         self._validate_fusion()
         self._validate_media()
+        self._validate_classifier()
         if self.vision_width is None or self.embedding_dim is None:
             return  # geometry unknown yet: from_vision_text_configs fills it, and checks then
         from .connectors import check_connector
@@ -350,6 +403,30 @@ class FrozenPrefixConfig(PreTrainedConfig):
                 f"`audio_connector_type={self.audio_connector_type!r}` writes a vector per position, and a longer sound "
                 f"has more of them, while its placeholders are a fixed number: take one of {readers}, or "
                 "`audio_feature_select_strategy='pooled'`."
+            )
+
+    def _validate_classifier(self) -> None:
+        known = (*self.media, "text")
+        if self.fused_inputs is not None:
+            wrong = [name for name in self.fused_inputs if name not in known]
+            if wrong or not self.fused_inputs or len(set(self.fused_inputs)) < len(self.fused_inputs):
+                raise ValueError(
+                    f"`fused_inputs={list(self.fused_inputs)}` must name, once each, some of what this model takes: "
+                    f"{list(known)}."
+                )
+        if self.image_embedding == "tower" and self.prompt_sees_media:
+            raise ValueError(
+                "`image_embedding='tower'` leaves the connector out and `prompt_sees_media=True` needs it: choose one."
+            )
+        unknown = set(self.classifier_config) - {"hidden_size", "dropout"}
+        if unknown:
+            raise ValueError(f"`classifier_config` takes `hidden_size` and `dropout`, and not {sorted(unknown)}.")
+        if self.class_weights is None:
+            return
+        if len(self.class_weights) != self.num_labels or self.problem_type == "regression":
+            raise ValueError(
+                f"`class_weights` holds {len(self.class_weights)} weights, for {self.num_labels} labels and "
+                f"`problem_type={self.problem_type!r}`: give one for each class, and none for regression."
             )
 
     def _validate_fusion(self) -> None:

@@ -1,6 +1,7 @@
 """Heads: what stands behind the two parents and trains with the connector, in every respect as a part of it.
 
-`Head` is the mark by which freezing, saving and loading know it; `ContrastiveHead` is what matching pictures and texts needs.
+`Head` is the mark by which freezing, saving and loading know it; `ContrastiveHead` is what matching pictures and texts needs,
+`ClassificationHead` what telling classes needs.
 """
 
 import math
@@ -81,4 +82,34 @@ class ContrastiveHead(Head):
             self.ret.mul_(norm / self.ret.norm())
 
 
-__all__ = ["ContrastiveHead", "Head"]
+class ClassificationHead(Head):
+    """
+    Logits of a vector of norm 1, by a linear layer, GELU, dropout and another linear layer.
+
+    Args:
+        in_features (`int`): width of the vector.
+        num_labels (`int`): how many logits.
+        hidden_size (`int`, *optional*, defaults to 512): width between the two layers; `None` for a single linear layer.
+        dropout (`float`, defaults to 0.1): before the last layer.
+    """
+
+    def __init__(self, in_features: int, num_labels: int, *, hidden_size: int | None = 512, dropout: float = 0.1):
+        super().__init__()
+        self.in_features, self.num_labels = in_features, num_labels
+        self.dense = None if hidden_size is None else nn.Linear(in_features, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(hidden_size or in_features, num_labels)
+
+    def _reset_own(self) -> None:
+        # A vector of norm 1 has parts of about 1/sqrt(width): by weights of variance 1 its activations have variance 1.
+        init.normal_((self.dense or self.out_proj).weight)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `(batch, in_features)`, of norm 1, to logits `(batch, num_labels)`."""
+        features = features.to(self.out_proj.weight)
+        if self.dense is not None:
+            features = nn.functional.gelu(self.dense(features))
+        return self.out_proj(self.dropout(features))
+
+
+__all__ = ["ClassificationHead", "ContrastiveHead", "Head"]

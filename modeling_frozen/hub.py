@@ -18,6 +18,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_frozen_prefix.FrozenPrefixModel",
     "AutoModelForImageTextToText": "modeling_frozen_prefix.FrozenPrefixForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_frozen_prefix.FrozenPrefixForConditionalGeneration",
+    "AutoModelForSequenceClassification": "modeling_frozen_prefix_classification.FrozenPrefixForSequenceClassification",
+    "AutoModelForImageClassification": "modeling_frozen_prefix_classification.FrozenPrefixForSequenceClassification",
     "AutoProcessor": "processing_frozen_prefix.FrozenPrefixProcessor",
 }
 

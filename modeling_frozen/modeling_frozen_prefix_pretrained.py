@@ -27,6 +27,7 @@ from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connector_switching import ConnectorSwitchingMixin
 from .connectors import Connector
 from .cross_attention import GatedCrossAttention, check_decoder, decoder_layers
+from .heads import Head
 from .hub import AUTO_MAP, complete_repository
 
 
@@ -34,7 +35,7 @@ from .hub import AUTO_MAP, complete_repository
 PARENTS = {"vision": "vision_tower", "text": "language_model", "audio": "audio_tower"}
 
 # What `trainable` calls "connector": all that is neither parent.
-CONNECTING = (Connector, GatedCrossAttention)
+CONNECTING = (Connector, GatedCrossAttention, Head)
 
 # Set while `from_pretrained` builds a model whose parents it is about to attach; holds those that the user replaces.
 _replaced_parts: ContextVar[frozenset[str] | None] = ContextVar("replaced_parts", default=None)
@@ -115,8 +116,6 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = []
-    # The connector trains: in half precision its updates are lost, whatever the parents' dtype is.
-    _keep_in_fp32_modules_strict = ["connector", "audio_connector", "cross_attention"]
 
     # ---------------------------------------------------------------------------------------------- the parents
 
@@ -216,7 +215,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
                     continue  # being loaded
                 self._reset_connector(module)
 
-    def _reset_connector(self, connector: Connector | GatedCrossAttention) -> None:
+    def _reset_connector(self, connector: Connector | GatedCrossAttention | Head) -> None:
         connector.reset_parameters()
         language_model = self._parents().get("text")
         if language_model is not None and language_model.device.type != "meta":

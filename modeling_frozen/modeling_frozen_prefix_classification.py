@@ -1,0 +1,371 @@
+"""FrozenPrefixForSequenceClassification: one vector of image and text together, and a small head that tells its class.
+
+The image's embedding comes through tower and connector, the text's from the hidden states of the language model; each is
+put to norm 1, so that neither drowns the other, and only connector and head train. The losses stand here too: the
+library's, made exact under gradient accumulation, with weights for rare classes.
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_frozen_prefix import FrozenPrefixConfig
+from .heads import ClassificationHead
+from .losses import IGNORE_INDEX
+from .modalities import MEDIA_INPUTS, take_media
+from .modeling_frozen_prefix import FrozenPrefixModel
+from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from .pooling import pool_text
+from .text_reading import probe_text_width, read_text
+
+
+logger = logging.get_logger(__name__)
+
+
+def fuse(embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
+    """
+    Joins embeddings of several kinds into one vector of norm 1: each is put to norm 1 first, so that all count the same,
+    then `v = [f; p] / ||[f; p]||`.
+
+    Args:
+        embeddings (`Iterable[torch.Tensor]` of shape `(batch, width)`, each of its own width).
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, sum of widths)`, in fp32.
+    """
+    parts = [nn.functional.normalize(embedding.float(), dim=-1) for embedding in embeddings]
+    parts = [part.to(parts[0].device) for part in parts]
+    return nn.functional.normalize(torch.cat(parts, dim=-1), dim=-1)
+
+
+def classification_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    problem_type: str,
+    class_weights: list[float] | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The library's losses of sequence classifiers: cross-entropy, binary cross-entropy for every class, or squared error.
+
+    Sums are divided by the number of labels (of the whole accumulated batch, where that is known), with class weights as
+    well: divided by the sum of weights, a sample would count more or less by what else is in its batch.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, num_labels)`).
+        labels (`torch.Tensor`):
+            `(batch,)` class indices, -100 to be left out; `(batch, num_labels)` 0 or 1; or for regression `(batch,)` or
+            `(batch, num_labels)` numbers.
+        problem_type (`str`): as in the library's configs.
+        class_weights (`list[float]`, *optional*):
+            Of one label: the weight of each class's samples. Of several: the weight of each class's positives.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): number of label values, as `Trainer` counts them.
+
+    Returns:
+        `torch.Tensor` of shape `()`, in fp32.
+
+    Raises:
+        ValueError: if labels and logits don't fit each other.
+    """
+    logits, labels = logits.float(), labels.to(logits.device)
+    num_labels = logits.shape[-1]
+    weight = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
+    expected = (len(logits),) if problem_type == "single_label_classification" else tuple(logits.shape)
+    if problem_type == "regression" and num_labels == 1:
+        labels = labels.reshape(-1, 1)
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} were given, where `problem_type='{problem_type}'` with {num_labels} "
+            f"labels takes {expected}: check `num_labels` and `problem_type`."
+        )
+    if problem_type == "single_label_classification":
+        loss = nn.functional.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORE_INDEX, reduction="sum")
+        count: Any = (labels != IGNORE_INDEX).sum().clamp(min=1)
+    else:
+        labels = labels.to(logits.dtype)
+        if problem_type == "regression":
+            loss = nn.functional.mse_loss(logits, labels, reduction="sum")
+        else:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="sum")
+        count = labels.numel()
+    count = count if num_items_in_batch is None else num_items_in_batch
+    return loss / (count.to(loss.device) if torch.is_tensor(count) else count)
+
+
+class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
+    """
+    Frozen tower, connector and frozen language model with a classification head on their fused embeddings.
+
+    With `f` the image's embedding (mean over its prefix), `p` the text's (pooled hidden states of the language model), both
+    of norm 1, the head reads `v = [f; p] / ||[f; p]||`. `config.fused_inputs` says which of them take part; connector and
+    head train, the parents are frozen bit for bit.
+
+    Example:
+
+    ```python
+    >>> from modeling_frozen import FrozenPrefixForSequenceClassification, FrozenPrefixProcessor
+
+    >>> model = FrozenPrefixForSequenceClassification.from_vision_text_pretrained(
+    ...     "google/siglip2-base-patch16-224", "Qwen/Qwen3-0.6B", id2label={0: "harmless", 1: "hateful"}
+    ... )
+    >>> processor = FrozenPrefixProcessor.from_model(model)
+    >>> logits = model(**processor(images=image, text="a caption", return_tensors="pt")).logits
+    ```"""
+
+    _keep_in_fp32_modules_strict = ["classifier"]
+
+    def __init__(self, config: FrozenPrefixConfig):
+        if config.text_width is None and "text" in config.resolved_fused_inputs:
+            config.text_width = probe_text_width(config.text_config)
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = FrozenPrefixModel(config)
+        widths = {"text": config.text_width, "image": config.vision_width if self._reads_tower else config.embedding_dim}
+        in_features = sum(widths.get(name, config.embedding_dim) for name in config.resolved_fused_inputs)
+        self.classifier = ClassificationHead(in_features, config.num_labels, **config.classifier_config)
+        self.post_init()
+        self._settle()
+
+    @property
+    def _reads_tower(self) -> bool:
+        return self.config.image_embedding == "tower"
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str | PreTrainedModel | None,
+        text_model_name_or_path: str | PreTrainedModel,
+        audio_model_name_or_path: str | PreTrainedModel | None = None,
+        *,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        label2id: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> "FrozenPrefixForSequenceClassification":
+        """
+        Joins pretrained models, all frozen, by a new connector and a new head.
+
+        Args:
+            vision_model_name_or_path, text_model_name_or_path, audio_model_name_or_path:
+                As [`FrozenPrefixPreTrainedModel.from_vision_text_pretrained`].
+            num_labels (`int`, *optional*, defaults to 2): how many classes, where they have no names.
+            id2label, label2id (`dict`, *optional*): names of the classes; one gives the other.
+            kwargs: keys of [`FrozenPrefixConfig`] (`fused_inputs`, `text_pooling`, `problem_type`, `class_weights` …) and
+                options of loading, as there.
+        """
+        if id2label is None and label2id is not None:
+            id2label = {index: name for name, index in label2id.items()}
+        if id2label is None:
+            id2label = {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
+        if num_labels not in (None, len(id2label)):
+            raise ValueError(f"`num_labels={num_labels}`, but {len(id2label)} classes have names: leave `num_labels` out.")
+        label2id = label2id or {name: index for index, name in id2label.items()}
+        return super().from_vision_text_pretrained(
+            vision_model_name_or_path,
+            text_model_name_or_path,
+            audio_model_name_or_path,
+            id2label=id2label,
+            label2id=label2id,
+            **kwargs,
+        )
+
+    def _refuse_missing(self, name: str, info: dict[str, Any]) -> None:
+        # A connector that learnt something else, captions say, is a good start: then the head alone is new.
+        own = {key for key in self.state_dict() if key.startswith("classifier.")}
+        if own <= set(info["missing_keys"]):
+            logger.warning(
+                f"`{name}` has no classification head, so that of {type(self).__name__} is new and random: train it before "
+                "you rely on what it says."
+            )
+            self.classifier.to_empty(device="cpu").reset_parameters()
+            info = {**info, "missing_keys": set(info["missing_keys"]) - own}
+        super()._refuse_missing(name, info)
+
+    # ------------------------------------------------------------------------------------------------ embeddings
+
+    def get_fused_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.FloatTensor:
+        """
+        What the head reads: `v = [f; p] / ||[f; p]||` of `config.fused_inputs`, in their order.
+
+        Args: as [`forward`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, classifier.in_features)`, each row of norm 1.
+        """
+        media = {"pixel_values": pixel_values, **take_media(kwargs)}
+        return self._fuse(input_ids, inputs_embeds, attention_mask, media, mm_encoder_outputs, kwargs)[0]
+
+    def _fuse(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        media: dict[str, Any],
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, Any]:
+        fused = self.config.resolved_fused_inputs
+        media = {name: value for name, value in media.items() if value is not None}
+        embeddings, encoded, outputs = {}, {}, None
+        if "image" in fused and self._reads_tower:
+            embeddings["image"] = self._place_by_sample(self._tower_embeddings(media), "image", input_ids, inputs_embeds)
+            media = {name: value for name, value in media.items() if name not in MEDIA_INPUTS["image"]}
+        if self.config.prompt_sees_media or set(fused) - {"text", *embeddings}:
+            encoded = self.model.encode(media, mm_encoder_outputs)
+        for name in fused:
+            if name == "text":
+                if input_ids is None and inputs_embeds is None:
+                    raise ValueError(
+                        f"This classifier reads {list(fused)}, but no text was given: pass `input_ids`, or train one with "
+                        f"`fused_inputs={[one for one in fused if one != 'text']}`."
+                    )
+                seen = encoded if self.config.prompt_sees_media else None
+                states, mask, outputs = read_text(self.model, input_ids, inputs_embeds, attention_mask, seen, **kwargs)
+                embeddings[name] = pool_text(states, mask, self.config.resolved_text_pooling)
+            elif name not in embeddings:
+                if name not in encoded:
+                    raise ValueError(
+                        f"This classifier reads {list(fused)}, but no {name} was given: pass it, or train one with "
+                        f"`fused_inputs={[one for one in fused if one != name]}`."
+                    )
+                prefixes = [prefix.reshape(-1, self.config.embedding_dim) for prefix in encoded[name].pooler_output]
+                embeddings[name] = self._place_by_sample(prefixes, name, input_ids, inputs_embeds)
+        vector = fuse(embeddings[name] for name in fused)
+        idle = self.model._idle_parts(set(encoded))
+        if idle:  # distributed training wants a gradient, if zero, for all that trains
+            vector = vector + self.model._zero_of(idle).to(vector.device)
+        return vector, outputs
+
+    def _tower_embeddings(self, media: dict[str, Any]) -> list[torch.Tensor]:
+        """One `(positions, vision_width)` per image: what the connector would read."""
+        features, mask = media.get("vision_features"), media.get("vision_features_mask")
+        if features is None:
+            if media.get("pixel_values") is None:
+                raise ValueError("This classifier reads images, but none was given: pass `pixel_values`.")
+            given = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
+            features, mask, _ = self.model._look(media["pixel_values"], {name: media.get(name) for name in given}, {})
+        rows = [row if mask is None else row[mask[index].bool()] for index, row in enumerate(features)]
+        index = media.get("image_index")
+        return rows if index is None else [rows[one] for one in index.tolist()]
+
+    def _place_by_sample(
+        self,
+        vectors: list[torch.Tensor],
+        modality: str,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The mean over all vectors of a sample. Placeholders say which sample has which images (videos, sounds); without
+        any, each has one."""
+        means = [one.float().mean(0) for one in vectors]
+        if torch.compiler.is_compiling():
+            return torch.stack(means)
+        text = input_ids if input_ids is not None else inputs_embeds
+        batch = len(means) if text is None else len(text)
+        each = {"image": "num_image_tokens", "video": "num_video_tokens", "audio": "num_audio_tokens"}[modality]
+        each = getattr(self.config, each)
+        counts = [0]
+        if input_ids is not None:
+            counts = (input_ids == self.config.placeholder_ids[modality]).sum(-1).tolist()
+        if any(counts) and each is not None:
+            counts = [-(-count // each) for count in counts]
+        else:  # images of as many placeholders as they have positions: one image per sample is all that can be told
+            counts = [1] * batch
+        if sum(counts) != len(means) or 0 in counts:
+            raise ValueError(
+                f"{len(means)} {modality}s were given for {batch} samples that hold {counts}: a sample needs at least one, and "
+                f"if some have more, the placeholders of the processor say whose they are."
+            )
+        rest, rows = iter(zip(means, vectors, strict=True)), []
+        for count in counts:
+            own = [next(rest) for _ in range(count)]
+            rows.append(own[0][0] if count == 1 else torch.cat([vector.float() for _, vector in own]).mean(0))
+        return torch.stack(rows)
+
+    # --------------------------------------------------------------------------------------------------- forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                The text, padded on any side. Placeholders of images, as the processor puts them in, say which sample an
+                image belongs to; the language model reads them with `config.prompt_sees_media` alone, else skips them.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                The images of the whole batch in reading order.
+            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for words, 0 for padding.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, embedding_dim)`, *optional*).
+            labels (`torch.Tensor`, *optional*): see [`classification_loss`].
+            mm_encoder_outputs (`dict`, *optional*): what was encoded before, as in generation.
+            kwargs:
+                The other inputs of images, videos and sounds, as [`FrozenPrefixForConditionalGeneration.forward`] names
+                them (`vision_features`, `image_index`, `input_features` …), `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            `SequenceClassifierOutput`: `loss` where labels are given, `logits` `(batch, num_labels)` in fp32, and the
+            language model's hidden states and attentions where they are asked for.
+
+        Raises:
+            ValueError: if an input that `config.fused_inputs` names is not there, or images don't fit the samples.
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        for unused in ("position_ids", "token_type_ids", "mm_token_type_ids"):  # made from the mask, once it is packed
+            kwargs.pop(unused, None)
+        media = {"pixel_values": pixel_values, **take_media(kwargs)}
+        vector, outputs = self._fuse(input_ids, inputs_embeds, attention_mask, media, mm_encoder_outputs, kwargs)
+        logits = self.classifier(vector)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(
+                logits, labels, self._problem_type(labels), self.config.class_weights, num_items_in_batch
+            )
+        outputs = outputs or {}
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def _problem_type(self, labels: torch.Tensor) -> str:
+        if self.config.problem_type is None:  # the library's rule, and as there it is found once and kept
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            else:
+                kind = "multi" if labels.is_floating_point() else "single"
+                self.config.problem_type = f"{kind}_label_classification"
+        return self.config.problem_type
+
+
+def classifier_options() -> dict[str, Any]:
+    """Names and defaults of what `classifier_config` takes."""
+    parameters = inspect.signature(ClassificationHead.__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+__all__ = ["FrozenPrefixForSequenceClassification", "classification_loss", "fuse"]

@@ -1,0 +1,132 @@
+"""Reading a text with the frozen language model: hidden states in place of logits, for whatever needs a text's embedding.
+
+A causal model gives its last hidden states, an encoder-decoder those of its encoder (its decoder never runs). Padding, on
+whichever side, and placeholders that are not to be read are taken out of the rows first, so that a text is read as if it
+stood alone: that serves models without `position_ids`, and recurrent ones, as well.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
+from transformers.utils import ModelOutput
+
+from .base_models import build_language_model
+from .prefix_merging import pad_right
+
+
+def text_reader(language_model: nn.Module) -> nn.Module:
+    """What of a language model reads a text: the encoder of an encoder-decoder, else all but the head."""
+    return language_model.get_encoder() if language_model.config.is_encoder_decoder else language_model.base_model
+
+
+def last_hidden_state(outputs: ModelOutput) -> torch.Tensor:
+    """Of a headless model, or of a whole one that was asked for all hidden states."""
+    states = outputs.get("last_hidden_state")
+    return outputs["hidden_states"][-1] if states is None else states
+
+
+def probe_text_width(text_config: PreTrainedConfig) -> int:
+    """
+    Width of the hidden states that the described language model gives for a text, found with fake tensors: no weight is
+    allocated. It is neither the width of words nor `hidden_size` in every model (OPT-350m projects both ends).
+
+    Raises:
+        ValueError: where the model can't be asked, with the reason.
+    """
+    with FakeTensorMode(), no_init_weights(), torch.no_grad():
+        language_model = build_language_model(copy.deepcopy(text_config)).eval()
+        reader = text_reader(language_model)
+        whole = {"output_hidden_states": True} if reader is language_model else {}
+        try:
+            outputs = reader(input_ids=torch.zeros(2, 3, dtype=torch.long), return_dict=True, **whole)
+            return last_hidden_state(outputs).shape[-1]
+        except Exception as error:  # whatever an unknown model raises: it can't be asked
+            raise ValueError(
+                f"{type(language_model).__name__} can't be asked for the width of its hidden states "
+                f"({type(error).__name__}: {error}): set `text_width` in the config."
+            ) from error
+
+
+def pack_text(
+    input_ids: torch.LongTensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    skipped: torch.BoolTensor | None = None,
+) -> tuple[torch.LongTensor | None, torch.Tensor | None, torch.Tensor]:
+    """
+    Moves the words of every row to its start, in their order, and cuts off columns that hold none.
+
+    Args:
+        input_ids, inputs_embeds, attention_mask: as a language model takes them; one of the first two `None`.
+        skipped (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): words that are not to be read.
+
+    Returns:
+        The same three; the mask is always there.
+    """
+    given = input_ids if input_ids is not None else inputs_embeds[..., 0]
+    kept = torch.ones_like(given, dtype=torch.bool) if attention_mask is None else attention_mask.to(given.device) != 0
+    kept = kept if skipped is None else kept & ~skipped
+    input_ids, inputs_embeds, mask = pad_right(input_ids, inputs_embeds, kept.long())
+    if not torch.compiler.is_compiling():
+        length = max(1, int(mask.sum(-1).max()))
+        input_ids = None if input_ids is None else input_ids[:, :length]
+        inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, :length]
+        mask = mask[:, :length]
+    return input_ids, inputs_embeds, mask
+
+
+def read_text(
+    model: Any,
+    input_ids: torch.LongTensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
+    """
+    Runs the language model of a [`FrozenPrefixModel`] on texts, without its head.
+
+    Args:
+        model ([`FrozenPrefixModel`]): whose language model reads.
+        input_ids, inputs_embeds, attention_mask: the texts, padded on any side.
+        mm_encoder_outputs (`dict`, *optional*):
+            What was encoded of images (videos, sounds). Given, the text holds their placeholders and is read with them;
+            not given, placeholders are skipped.
+        kwargs: `output_hidden_states`, `output_attentions`.
+
+    Returns:
+        Hidden states `(batch, sequence, text_width)`, their attention mask `(batch, sequence)` (words first), and the
+        language model's output.
+    """
+    language_model = model.language_model
+    skipped = model.placeholders(input_ids) if input_ids is not None and not mm_encoder_outputs else None
+    input_ids, inputs_embeds, mask = pack_text(input_ids, inputs_embeds, attention_mask, skipped)
+    reader = text_reader(language_model)
+    if reader is language_model:
+        kwargs["output_hidden_states"] = True
+    if not language_model.config.is_encoder_decoder:
+        kwargs["use_cache"] = False
+    # A frozen model that meets words alone needs no graph; idle connectors have no part in it either.
+    needs_graph = bool(mm_encoder_outputs) or (inputs_embeds is not None and inputs_embeds.requires_grad)
+    needs_graph = needs_graph or any(parameter.requires_grad for parameter in language_model.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph):
+        outputs, _ = model.run(
+            reader,
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=None,
+            past_key_values=None,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            media={},
+            kwargs=kwargs,
+        )
+    return last_hidden_state(outputs), mask, outputs
+
+
+__all__ = ["last_hidden_state", "pack_text", "probe_text_width", "read_text", "text_reader"]
