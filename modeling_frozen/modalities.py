@@ -21,12 +21,21 @@ from .prefix_merging import counts_fit, describe_mismatch
 from .vision_towers import encode_images
 
 
-# What `forward` takes of each modality: first the input itself, then what may go with it.
+# What `forward` takes of each modality: the input itself, or what stands for it, and what may go with either.
 MEDIA_INPUTS = {
-    "image": ("pixel_values", "pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding"),
+    "image": (
+        "pixel_values",
+        "vision_features",
+        "vision_features_mask",
+        "image_index",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "interpolate_pos_encoding",
+    ),
     "video": ("pixel_values_videos", "interpolate_pos_encoding"),
     "audio": ("input_features", "input_features_mask", "is_longer"),
 }
+SOURCES = {"image": ("pixel_values", "vision_features"), "video": ("pixel_values_videos",), "audio": ("input_features",)}
 
 
 def take_media(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +55,9 @@ class MediaMixin:
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        vision_features_mask: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -53,20 +65,48 @@ class MediaMixin:
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
-                All images of the batch in reading order.
+                All images of the batch in reading order; with `image_index`, the distinct ones.
             pixel_attention_mask, spatial_shapes, interpolate_pos_encoding: for towers that take them.
+            vision_features (`torch.FloatTensor` of shape `(num_images, positions, vision_width)`, *optional*):
+                In place of `pixel_values`: what the tower would have given the connector, of any float dtype. The tower
+                then need not be loaded.
+            vision_features_mask (`torch.BoolTensor` of shape `(num_images, positions)`, *optional*):
+                True at real positions, where their number varies.
+            image_index (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+                For every image in reading order its row in `pixel_values` or `vision_features`, so that an image that
+                stands in several places is encoded once. Left out, each row stands once, in order.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is a list of one tensor `(prefix_length, embedding_dim)` per
-            image; the other fields are the tower's own. Pass it on as `mm_encoder_outputs={"image": output}`.
+            image (of `image_index`, where given); the other fields are the tower's own, one row per image that it saw, and
+            `None` where features were given. Pass it on as `mm_encoder_outputs={"image": output}`.
+
+        Raises:
+            ValueError: for neither or both of `pixel_values` and `vision_features`, features of another width, or an
+            index out of range.
         """
-        options = {
-            "pixel_attention_mask": pixel_attention_mask,
-            "spatial_shapes": spatial_shapes,
-            "interpolate_pos_encoding": interpolate_pos_encoding,
-        }
-        features, mask, outputs = self._look(pixel_values, options, kwargs)
-        return _encoded(outputs, self.write_prefix(features, mask))
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("You must specify exactly one of pixel_values or vision_features")
+        outputs: ModelOutput | None = None
+        if vision_features is not None:
+            features, mask = vision_features, self._check_features(vision_features, vision_features_mask)
+        else:
+            if vision_features_mask is not None:
+                raise ValueError("`vision_features_mask` goes with `vision_features`, and `pixel_values` were given.")
+            options = {
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+                "interpolate_pos_encoding": interpolate_pos_encoding,
+            }
+            features, mask, outputs = self._look(pixel_values, options, kwargs)
+        if image_index is not None:
+            image_index = _checked_index(image_index, len(features)).to(features.device)
+            if _draws(self.connector):
+                # Dropout falls on each use by itself, as if the image had been encoded for each.
+                features, mask = features[image_index], None if mask is None else mask[image_index.to(mask.device)]
+                image_index = None
+        prefix = self.write_prefix(features, mask)
+        return _encoded(outputs, prefix if image_index is None else _repeated(prefix, image_index))
 
     @can_return_tuple
     def get_video_features(
@@ -146,10 +186,32 @@ class MediaMixin:
         prefix = self._connect(self.audio_connector, features, attention_mask=mask)
         return _encoded(outputs, self._by_placeholder(list(prefix)))
 
+    def _check_features(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        self._require("image")
+        width = self.config.vision_width
+        if features.ndim != 3 or features.shape[-1] != width or not features.is_floating_point():
+            raise ValueError(
+                f"`vision_features` of shape {tuple(features.shape)} and {features.dtype} should be (images, positions, "
+                f"{width}) of a float dtype: what the tower gives the connector at `vision_feature_layer="
+                f"{self.config.vision_feature_layer}`, behind `vision_feature_select_strategy="
+                f"{self.config.vision_feature_select_strategy!r}`. `cache_vision_features` makes them."
+            )
+        if mask is not None and mask.shape != features.shape[:2]:
+            raise ValueError(
+                f"`vision_features_mask` of shape {tuple(mask.shape)} should be {tuple(features.shape[:2])}: the (images, "
+                "positions) of `vision_features`."
+            )
+        return None if mask is None else mask.to(features.device, torch.bool)
+
     def _look(
         self, pixel_values: torch.Tensor, options: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput]:
         self._require("image")
+        if self.vision_tower is None:
+            raise ValueError(
+                "The vision tower is not loaded, so this model can't look at pictures: load it by "
+                '`model.load_base_model("vision")`, or give `vision_features`, which `cache_vision_features` stores.'
+            )
         with _graph_of(self.vision_tower, pixel_values):
             return encode_images(
                 self.vision_tower,
@@ -190,6 +252,7 @@ class MediaMixin:
     def _connect(connector: Connector, features: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         parameter = next(connector.parameters(), None)
         device = features.device if parameter is None else parameter.device
+        kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
         return connector(features.to(device), **kwargs)
 
     def _by_placeholder(self, prefix: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -269,15 +332,20 @@ class MediaMixin:
             `dict`: outputs of `get_image_features`, `get_video_features`, `get_audio_features` by modality.
         """
         encoded = {key: output for key, output in (mm_encoder_outputs or {}).items() if output is not None}
-        for modality, (name, *options) in MEDIA_INPUTS.items():
-            if media.get(name) is None:
+        for modality, names in MEDIA_INPUTS.items():
+            given = {name: media[name] for name in names if media.get(name) is not None}
+            sources = [name for name in SOURCES[modality] if name in given]
+            if not sources:
+                alone = [name for name in ("image_index", "vision_features_mask") if name in given]
+                if alone and modality == "image":
+                    raise ValueError(f"`{alone[0]}` goes with `pixel_values` or `vision_features`, and neither was given.")
                 continue
             if modality in encoded:
-                raise ValueError(f"You cannot specify both {name} and mm_encoder_outputs at the same time")
+                raise ValueError(f"You cannot specify both {sources[0]} and mm_encoder_outputs at the same time")
+            if len(sources) > 1:
+                raise ValueError(f"You cannot specify both {' and '.join(sources)} at the same time")
             self._require(modality)
-            given = {option: media[option] for option in options if media.get(option) is not None}
-            encode = getattr(self, f"get_{modality}_features")
-            encoded[modality] = encode(media[name], return_dict=True, **given)
+            encoded[modality] = getattr(self, f"get_{modality}_features")(return_dict=True, **given)
         return encoded
 
     def merge(
@@ -378,9 +446,41 @@ def _output_flags(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in ("output_hidden_states", "output_attentions") if key in kwargs}
 
 
-def _encoded(outputs: ModelOutput, prefix: list[torch.Tensor]) -> BaseModelOutputWithPooling:
+def _checked_index(index: torch.Tensor, count: int) -> torch.Tensor:
+    """`image_index` where it points into `count` rows; in a compiled graph that is left to the lookup itself."""
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(
+            f"`image_index` of shape {tuple(index.shape)} and {index.dtype} should be (images,) of integers: for every "
+            "image in reading order its row in `pixel_values` or `vision_features`."
+        )
+    if not torch.compiler.is_compiling() and len(index):
+        low, high = index.min().item(), index.max().item()
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"`image_index` runs from {low} to {high}, but {count} distinct images were given: 0 to {count - 1}."
+            )
+    return index
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module's output is random: it trains with dropout."""
+    return module.training and any(isinstance(one, nn.Dropout) and one.p > 0 or _drops(one) for one in module.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    rate = getattr(module, "dropout", 0.0)  # of attention, where it is a number
+    return isinstance(rate, float) and rate > 0
+
+
+def _repeated(prefix: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
+    if len({vectors.shape for vectors in prefix}) == 1:
+        return list(torch.stack(prefix)[index.to(prefix[0].device)])
+    return [prefix[row] for row in index.tolist()]
+
+
+def _encoded(outputs: ModelOutput | None, prefix: list[torch.Tensor]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(
-        last_hidden_state=outputs.last_hidden_state,
+        last_hidden_state=getattr(outputs, "last_hidden_state", None),
         pooler_output=prefix,
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),

@@ -247,6 +247,9 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         is_longer: torch.BoolTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        vision_features_mask: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FrozenPrefixModelOutputWithPast:
         """
@@ -268,6 +271,9 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
             mm_encoder_outputs=mm_encoder_outputs,
             media={
                 "pixel_values": pixel_values,
+                "vision_features": vision_features,
+                "vision_features_mask": vision_features_mask,
+                "image_index": image_index,
                 "pixel_attention_mask": pixel_attention_mask,
                 "spatial_shapes": spatial_shapes,
                 "interpolate_pos_encoding": interpolate_pos_encoding,
@@ -367,6 +373,9 @@ class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPre
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         is_longer: torch.BoolTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        vision_features_mask: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -391,6 +400,14 @@ class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPre
             pixel_values_videos, input_features, input_features_mask, is_longer:
                 The videos and sounds of the whole batch, likewise; see [`FrozenPrefixModel.get_video_features`] and
                 [`FrozenPrefixModel.get_audio_features`].
+            vision_features (`torch.FloatTensor` of shape `(num_images, positions, vision_width)`, *optional*):
+                In place of `pixel_values`: what the frozen tower would have given the connector (see
+                `modeling_frozen.feature_cache`). The tower then need not be loaded.
+            vision_features_mask (`torch.BoolTensor` of shape `(num_images, positions)`, *optional*):
+                True at real positions, where their number varies.
+            image_index (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+                For every image of the batch in reading order its row in `pixel_values` or `vision_features`, so that an
+                image of several samples is encoded once.
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): encoder-decoders only.
             skip_logits (`bool`, *optional*):
                 Run the head only where a label is and return no logits. Defaults to doing so in training with labels.
@@ -436,6 +453,9 @@ class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPre
             mm_encoder_outputs=mm_encoder_outputs,
             media={
                 "pixel_values": pixel_values,
+                "vision_features": vision_features,
+                "vision_features_mask": vision_features_mask,
+                "image_index": image_index,
                 "pixel_attention_mask": pixel_attention_mask,
                 "spatial_shapes": spatial_shapes,
                 "interpolate_pos_encoding": interpolate_pos_encoding,
