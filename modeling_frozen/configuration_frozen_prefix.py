@@ -30,6 +30,12 @@ _CLASSIFIER_KEYS = {
     "class_weights",
 }  # fmt: skip
 
+# Keys of matching pictures and texts, likewise.
+_RETRIEVAL_KEYS = {
+    "projection_dim", "contrastive_loss_type", "contrastive_loss_config", "logit_scale_init_value",
+    "logit_bias_init_value", "contrastive_loss_weight", "caption_loss_weight", "text_headless", "unlocked_layers",
+}  # fmt: skip
+
 # What the library itself hands to a config's constructor beside the fields of the class.
 _LIBRARY_KEYS = {
     "model_type", "name_or_path", "_name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
@@ -107,14 +113,27 @@ class FrozenPrefixConfig(PreTrainedConfig):
         prompt_sees_media (`bool`, defaults to `False`):
             Whether the language model of a classifier reads the prefix among the words (dearer: its layers are passed on
             the way back), or the words alone.
-        text_pooling (`"last"`, `"mean"` or `"cls"`, *optional*):
-            How a text's hidden states become one vector (see `modeling_frozen.pooling`). Defaults to `"last"` for causal
+        text_pooling (`"last"`, `"mean"`, `"cls"` or `"ret"`, *optional*):
+            How a text's hidden states become one vector (see `modeling_frozen.pooling`); `"ret"`, for matching alone: read
+            at a learnt vector behind the words (FROMAGe, arXiv 2301.13823). Defaults to `"last"` for causal
             models, which read in one direction, and `"mean"` for others.
         text_width (`int`, *optional*): width of the language model's last hidden states, probed.
         classifier_config (`dict`):
             Options of a classifier's head: `hidden_size` (`None` for one linear layer) and `dropout`.
         class_weights (`list[float]`, *optional*):
             Weight of each class in a classifier's loss (see `classification_loss`).
+        unlocked_layers (`dict[str, int]`, *optional*):
+            Of a part that is not `trainable`, how many of its last layers train nevertheless: `{"vision": 2}`.
+        text_headless (`bool`, defaults to `False`):
+            The text model reads and doesn't write: an encoder such as BERT, or any other without its head.
+        projection_dim (`int`, *optional*): width of the space in which pictures and texts are matched.
+        contrastive_loss_type (`"clip"`, `"siglip"` or `"triplet"`, defaults to `"clip"`):
+            See `modeling_frozen.contrastive_losses`.
+        contrastive_loss_config (`dict`): options of that loss, `margin` and `negatives` of `"triplet"`.
+        logit_scale_init_value, logit_bias_init_value (`float`, *optional*):
+            Where the (logarithm of the) scale of likenesses and its bias start; default as in the loss's paper.
+        contrastive_loss_weight, caption_loss_weight (`float`, defaults to 1.0 and 0.0):
+            Weights of the two losses where one connector learns to match and to describe.
         saved_parts (`tuple[str]`, *optional*):
             Which parts' weights lie in the checkpoint itself. Written by `save_pretrained`; not set by hand.
         frozen_prefix_version (`str`, *optional*):
@@ -178,10 +197,19 @@ class FrozenPrefixConfig(PreTrainedConfig):
     fused_inputs: list[str] | tuple[str, ...] | None = None
     image_embedding: Literal["prefix", "tower"] = "prefix"
     prompt_sees_media: bool = False
-    text_pooling: Literal["last", "mean", "cls"] | None = None
+    text_pooling: Literal["last", "mean", "cls", "ret"] | None = None
     text_width: int | None = None
     classifier_config: dict | None = None
     class_weights: list[float] | tuple[float, ...] | None = None
+    unlocked_layers: dict[str, int] | None = None
+    text_headless: bool = False
+    projection_dim: int | None = None
+    contrastive_loss_type: str = "clip"
+    contrastive_loss_config: dict | None = None
+    logit_scale_init_value: float | None = None
+    logit_bias_init_value: float | None = None
+    contrastive_loss_weight: float = 1.0
+    caption_loss_weight: float = 0.0
     saved_parts: list[str] | tuple[str, ...] | None = None
     tie_word_embeddings: bool = False
     frozen_prefix_version: str | None = None
@@ -208,6 +236,8 @@ class FrozenPrefixConfig(PreTrainedConfig):
         self.fused_inputs = None if self.fused_inputs is None else tuple(self.fused_inputs)
         self.class_weights = None if self.class_weights is None else list(self.class_weights)
         self.loss_config = dict(self.loss_config or {})
+        self.contrastive_loss_config = dict(self.contrastive_loss_config or {})
+        self.unlocked_layers = dict(self.unlocked_layers or {})
         self.trainable = tuple(self.trainable)
         self.saved_parts = None if self.saved_parts is None else tuple(self.saved_parts)
         # Both are facts of the language model, mirrored where the library looks for them.
@@ -326,6 +356,8 @@ class FrozenPrefixConfig(PreTrainedConfig):
         known -= (set() if "video" in self.media else _VIDEO_KEYS) | (set() if "audio" in self.media else _AUDIO_KEYS)
         known -= set() if self.loss_config else {"loss_config"}
         known -= {key for key in _CLASSIFIER_KEYS if serialized.get(key) in (None, False, "prefix", {})}
+        plain = {key: self.__dataclass_fields__[key].default for key in _RETRIEVAL_KEYS}
+        known -= {key for key, value in plain.items() if serialized.get(key) in (value, {})}
         serialized = {key: value for key, value in serialized.items() if key in known}
         serialized["frozen_prefix_version"] = VERSION
         for part in ("vision", "text"):
@@ -357,6 +389,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
         self._validate_fusion()
         self._validate_media()
         self._validate_classifier()
+        self._validate_retrieval()
         if self.vision_width is None or self.embedding_dim is None:
             return  # geometry unknown yet: from_vision_text_configs fills it, and checks then
         from .connectors import check_connector
@@ -404,6 +437,27 @@ class FrozenPrefixConfig(PreTrainedConfig):
                 f"has more of them, while its placeholders are a fixed number: take one of {readers}, or "
                 "`audio_feature_select_strategy='pooled'`."
             )
+
+    def _validate_retrieval(self) -> None:
+        from .contrastive_losses import check_contrastive_loss
+
+        check_contrastive_loss(self.contrastive_loss_type, self.contrastive_loss_config)
+        if self.projection_dim is not None and self.projection_dim < 1:
+            raise ValueError(f"`projection_dim={self.projection_dim}` leaves no space to match in; it must be at least 1.")
+        weights = {name: getattr(self, name) for name in ("contrastive_loss_weight", "caption_loss_weight")}
+        if min(weights.values()) < 0 or max(weights.values()) == 0:
+            raise ValueError(f"{weights}: weights of losses can't be negative, nor both zero.")
+        if self.text_headless and self.caption_loss_weight:
+            raise ValueError(
+                f"`caption_loss_weight={self.caption_loss_weight}` trains captions, and this text model only reads "
+                "(`text_headless=True`): take a language model that writes, or leave the weight out."
+            )
+        for part, count in self.unlocked_layers.items():
+            if part not in PARTS or part == "connector" or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(
+                    f"`unlocked_layers={self.unlocked_layers}` must say of some of {[one for one in PARTS if one != 'connector']} "
+                    "how many of their last layers train, at least 1."
+                )
 
     def _validate_classifier(self) -> None:
         known = (*self.media, "text")
@@ -499,7 +553,8 @@ class FrozenPrefixConfig(PreTrainedConfig):
             kwargs.setdefault("audio_num_positions", heard.num_positions)
             kwargs.setdefault("audio_width", heard.audio_width)
         if kwargs.get("embedding_dim") is None:
-            kwargs["embedding_dim"] = probe_language_model(text_config).embedding_dim
+            headless = kwargs.get("text_headless", False)
+            kwargs["embedding_dim"] = probe_language_model(text_config, headless).embedding_dim
         if kwargs.get("fusion") == "cross_attention" and kwargs.get("text_hidden_size") is None:
             from .cross_attention import probe_decoder
 

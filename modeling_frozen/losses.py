@@ -1,13 +1,66 @@
-"""Losses. The language-modelling loss is the library's own; here is only what lets the head run where a label is."""
+"""Losses of the language model: cross-entropy where a label is, in chunks, so that large vocabularies cost no memory.
 
+Logits of 64 captions over 150,000 words are the largest tensor of a training step, by far. Here only a chunk of them
+exists at a time. How the head makes logits (a bias, a scale, soft-capping, a projection) is the language model's own
+business: its own `forward` is run on each chunk of hidden states, with something in the place of its headless base
+that just hands these out. Whether that equals the plain way is tried once per model; where not, the plain way is taken.
+
+The head is frozen as a rule, so nothing but the gradient of the hidden states is wanted, and that is at hand as soon as
+a chunk's logits are: it is kept, they are dropped, and nothing is computed twice (as Liger's fused linear
+cross-entropy does, arXiv 2410.10989, section 3.2). Where something in the head trains, chunks are recomputed instead.
+"""
+
+import difflib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 
 IGNORE_INDEX = -100
+
+# Names and defaults of what `loss_config` may hold.
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.0, "z_loss": 0.0, "chunk_size": None}
+
+# One chunk's logits in float32; two or three tensors of that size exist at a time.
+CHUNK_BYTES = 64 * 2**20
+
+# Language model -> where its headless base lies in it (a dotted path), or None for "take the plain way".
+_PATHS: "weakref.WeakKeyDictionary[nn.Module, str | None]" = weakref.WeakKeyDictionary()
+
+
+def check_loss_config(options: dict[str, Any]) -> dict[str, Any]:
+    """
+    All options of the training loss, defaults filled in.
+
+    Args:
+        options (`dict`):
+            `label_smoothing` (`float` in [0, 1)): share of each target spread evenly over the vocabulary.
+            `z_loss` (`float`): weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5: 1e-4).
+            `chunk_size` (`int`, *optional*): labels per chunk; by default so many that their float32 logits take 64 MiB.
+
+    Raises:
+        ValueError: for an unknown option or a value out of range.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            nearest = difflib.get_close_matches(name, OPTIONS, n=1)
+            hint = f"Did you mean `{nearest[0]}`?" if nearest else ""
+            raise ValueError(f"`{name}` is not an option of `loss_config`; valid ones are {sorted(OPTIONS)}. {hint}".strip())
+    options = {**OPTIONS, **options}
+    if not 0 <= options["label_smoothing"] < 1:
+        raise ValueError(f"`label_smoothing={options['label_smoothing']}` is a share: it must be in [0, 1).")
+    if options["z_loss"] < 0:
+        raise ValueError(f"`z_loss={options['z_loss']}` is a weight: it must not be negative.")
+    if options["chunk_size"] is not None and options["chunk_size"] < 1:
+        raise ValueError(f"`chunk_size={options['chunk_size']}` is a number of labels: at least 1, or None to have it chosen.")
+    return options
 
 
 def shift_for_causal_model(labels: torch.LongTensor) -> torch.LongTensor:
@@ -19,20 +72,288 @@ def language_modeling_loss(
     loss_function: Callable[..., torch.Tensor],
     logits: torch.Tensor,
     targets: torch.LongTensor,
-    **kwargs: Any,
+    *,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """
-    Cross-entropy of `logits` against `targets` that stand at the same places, by the library's loss function, which
-    honours `num_items_in_batch` (so that gradient accumulation is exact).
+    Cross-entropy of `logits` against `targets` that stand at the same places, the plain way: by the library's loss
+    function, which honours `num_items_in_batch` (so that gradient accumulation is exact).
 
     Args:
         loss_function (`Callable`): the model's `loss_function`.
         logits (`torch.Tensor` of shape `(..., vocabulary)`).
         targets (`torch.LongTensor` of shape `(...)`): already shifted; `-100` is ignored.
+        num_items_in_batch (*optional*): what the sum is divided by; by default the number of labels.
+        label_smoothing, z_loss (`float`): as [`check_loss_config`]; set, they take the loss function's place.
 
     Returns:
         `torch.Tensor` of shape `()`.
     """
-    return loss_function(
-        logits=logits, labels=targets, shift_labels=targets.contiguous(), vocab_size=logits.shape[-1], **kwargs
+    if not label_smoothing and not z_loss:
+        return loss_function(
+            logits=logits,
+            labels=targets,
+            shift_labels=targets.contiguous(),
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=num_items_in_batch,
+        )
+    learnt = targets != IGNORE_INDEX
+    # A product, not a choice of rows: this is the way of compiled models, whose shapes must not depend on values.
+    total = _sum_of_losses(logits.float().flatten(0, -2), targets.flatten(), label_smoothing, z_loss)
+    return _normalized(total, learnt.sum(), num_items_in_batch)
+
+
+def _sum_of_losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, z_loss: float) -> torch.Tensor:
+    total = nn.functional.cross_entropy(
+        logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
     )
+    if z_loss:
+        total = total + z_loss * (torch.logsumexp(logits, dim=-1).square() * (targets != IGNORE_INDEX)).sum()
+    return total
+
+
+def _normalized(total: torch.Tensor, count: torch.Tensor | int, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    divisor = count if num_items is None else num_items
+    return total / (divisor.to(total.device) if torch.is_tensor(divisor) else divisor)
+
+
+# ------------------------------------------------------------------------- the head alone, by the model's own forward
+
+
+def _with_part_replaced(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+    """A shallow copy of the module, sharing every tensor, with another part at `path`. The module itself is untouched,
+    so that other threads and other models may go on using it."""
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__.update(module.__dict__)
+    part = replacement if len(path) == 1 else _with_part_replaced(module._modules[path[0]], path[1:], replacement)
+    copied.__dict__["_modules"] = {**module._modules, path[0]: part}
+    return copied
+
+
+class _Caught(nn.Module):
+    """Stands before the headless base: keeps hidden states where a label is, and lets through to the head those of no
+    position at all (or, to probe, of all)."""
+
+    def __init__(self, base: nn.Module, keep: torch.Tensor | None):
+        super().__init__()
+        self.base, self.keep = base, keep
+        self.hidden_states: torch.Tensor | None = None
+        self.output_class: type[ModelOutput] = BaseModelOutput
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.base(*args, **kwargs)
+        hidden_states = outputs[0]
+        if self.keep is None:
+            self.hidden_states = hidden_states
+            passed = hidden_states
+        else:
+            self.hidden_states = hidden_states[self.keep.to(hidden_states.device)]
+            passed = hidden_states[:, :0]
+        if not isinstance(outputs, ModelOutput):
+            return (passed, *outputs[1:])
+        self.output_class = type(outputs)
+        # A new one: whoever else holds the old (a hook, a user) must not see it emptied.
+        return type(outputs)(**{**outputs, "last_hidden_state": passed})
+
+
+class _HandsOut(nn.Module):
+    """Stands in for the headless base: gives the hidden states that it was made with, whatever it is asked."""
+
+    def __init__(self, hidden_states: torch.Tensor, output_class: type[ModelOutput]):
+        super().__init__()
+        self.hidden_states, self.output_class = hidden_states, output_class
+
+    def forward(self, *args: Any, return_dict: bool | None = True, **kwargs: Any) -> Any:
+        if return_dict is False:
+            return (self.hidden_states,)
+        return self.output_class(last_hidden_state=self.hidden_states)
+
+
+class HeadlessCall:
+    """
+    One call of a language model in two halves: its base first, then its head on any hidden states.
+
+    Args:
+        language_model (`PreTrainedModel`): with its head; it is not changed.
+        path (`str`): of the headless base in it, from [`headless_path`].
+        keep (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): positions whose hidden states are wanted.
+
+    Attributes:
+        callee: to be called in the language model's place; its logits are those of no position.
+        hidden_states: `(kept, hidden_size)` once it was called.
+    """
+
+    def __init__(self, language_model: nn.Module, path: str, keep: torch.Tensor | None):
+        self.language_model, self.path = language_model, path.split(".")
+        self._caught = _Caught(language_model.get_submodule(path), keep)
+        self.callee = _with_part_replaced(language_model, self.path, self._caught)
+
+    @property
+    def hidden_states(self) -> torch.Tensor | None:
+        return self._caught.hidden_states
+
+    def _standing_in(self, hidden_states: torch.Tensor) -> nn.Module:
+        part = _HandsOut(hidden_states[None], self._caught.output_class)
+        return _with_part_replaced(self.language_model, self.path, part)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(kept, vocabulary)` of `(kept, hidden_size)`, by the language model's own `forward`."""
+        ids = torch.zeros(1, len(hidden_states), dtype=torch.long, device=hidden_states.device)
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if self.language_model.config.is_encoder_decoder:
+            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden_states[None]), "decoder_input_ids": ids}
+        return self._standing_in(hidden_states)(**inputs, use_cache=False, return_dict=True).logits[0]
+
+    def head_trains(self) -> bool:
+        """Whether anything that makes logits of hidden states trains; tied words do, if they train as words."""
+        alone = self._standing_in(self.hidden_states)
+        return any(parameter.requires_grad for parameter in alone.parameters())
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody changed how the module is called (device maps, offloading, hooks, compilation)."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__ or module._compiled_call_impl is not None
+
+
+@torch.no_grad()
+def _is_exact(language_model: nn.Module, path: str) -> bool:
+    call = HeadlessCall(language_model, path, None)
+    device = language_model.get_input_embeddings().weight.device
+    ids = torch.arange(4, device=device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "return_dict": True}
+    if language_model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    try:
+        whole = call.callee(**inputs).logits[0].float()
+        if call.hidden_states is None:
+            return False  # its forward doesn't go through this module's call
+        halves = torch.cat([call.logits(half) for half in call.hidden_states[0].split(2)]).float()
+        none = HeadlessCall(language_model, path, torch.zeros_like(ids, dtype=torch.bool))
+        none.callee(**inputs)
+    except Exception:  # whatever it is that this model does otherwise, the plain way is always open
+        return False
+    tolerance = 1e-4 if call.hidden_states.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool(((whole - halves).abs().max() <= tolerance * whole.abs().max()).item())
+
+
+def headless_path(language_model: nn.Module) -> str | None:
+    """
+    Where in the language model lies the part whose hidden states its head reads, if calling the two apart gives the logits
+    of the whole: tried once per model on four words. `None` if the plain way must be taken.
+    """
+    if _is_wrapped(language_model):
+        return None
+    if language_model not in _PATHS:
+        candidates = [language_model.base_model, language_model.get_decoder()]
+        names = {id(module): name for name, module in language_model.named_modules()}
+        paths = [names[id(module)] for module in candidates if names.get(id(module))]
+        _PATHS[language_model] = next((path for path in dict.fromkeys(paths) if _is_exact(language_model, path)), None)
+    path = _PATHS[language_model]
+    if path is not None and "." in path and _is_wrapped(language_model.get_submodule(path.rpartition(".")[0])):
+        return None
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- loss by chunks
+
+
+def rows_per_chunk(vocab_size: int, chunk_size: int | None = None) -> int:
+    """Labels per chunk: as asked, or so many that their logits in float32 take `CHUNK_BYTES`, but never fewer than 16."""
+    return chunk_size or max(16, CHUNK_BYTES // (4 * vocab_size))
+
+
+def is_plain_cross_entropy(loss_function: Callable[..., torch.Tensor]) -> bool:
+    """Whether the model's loss function is the library's; a user's own needs logits."""
+    return loss_function is ForCausalLMLoss
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden states under a frozen head; their gradient is computed on the way forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        head: Callable[[torch.Tensor], torch.Tensor],
+        rows: int,
+        label_smoothing: float,
+        z_loss: float,
+    ) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        gradient = torch.empty_like(hidden_states) if wanted else None
+        for start in range(0, len(hidden_states), rows):
+            chunk, target = hidden_states[start : start + rows].detach(), targets[start : start + rows, None]
+            with torch.set_grad_enabled(wanted):
+                logits = head(chunk.requires_grad_(wanted))
+            scores = logits.detach().float()
+            target = target.to(scores.device)
+            logsumexp = torch.logsumexp(scores, dim=-1, keepdim=True)
+            own = scores.gather(1, target)
+            total += (logsumexp - (1 - label_smoothing) * own).sum().to(total.device)
+            if label_smoothing:
+                total -= label_smoothing * scores.mean(dim=-1).sum().to(total.device)
+            if z_loss:
+                total += z_loss * logsumexp.square().sum().to(total.device)
+            if not wanted:
+                continue
+            # Of the logits: softmax, less the target; in place, where the scores are a copy of our own.
+            shares = scores.sub_(logsumexp) if scores.dtype != logits.dtype else scores - logsumexp
+            shares.exp_()
+            if z_loss:
+                shares *= 1 + 2 * z_loss * logsumexp
+            if label_smoothing:
+                shares -= label_smoothing / shares.shape[-1]
+            shares.scatter_add_(1, target, torch.full_like(own, label_smoothing - 1))
+            (gradient[start : start + rows],) = torch.autograd.grad(logits, chunk, shares.to(logits.dtype))
+        ctx.save_for_backward(gradient)  # freed with the graph
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        if gradient is not None:
+            gradient = (gradient * grad_output).to(gradient.dtype)
+        return gradient, None, None, None, None, None
+
+
+def chunked_loss(
+    call: HeadlessCall,
+    targets: torch.LongTensor,
+    *,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """
+    Cross-entropy of a call's hidden states, with the logits of one chunk of them at a time.
+
+    Args:
+        call ([`HeadlessCall`]): whose `callee` was called.
+        targets (`torch.LongTensor` of shape `(kept,)`): what is to be predicted at each of its hidden states.
+        vocab_size (`int`): for the size of chunks.
+        num_items_in_batch, label_smoothing, z_loss: as [`language_modeling_loss`].
+        chunk_size (`int`, *optional*): labels per chunk, see [`rows_per_chunk`].
+
+    Returns:
+        `torch.Tensor` of shape `()`, equal to the plain loss, and so is its gradient.
+    """
+    hidden_states, rows = call.hidden_states, rows_per_chunk(vocab_size, chunk_size)
+    targets = targets.to(hidden_states.device)
+    if torch.is_grad_enabled() and call.head_trains():
+
+        def of_chunk(chunk: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return _sum_of_losses(call.logits(chunk).float(), target, label_smoothing, z_loss)
+
+        chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+        total = sum(checkpoint(of_chunk, *pair, use_reentrant=False) for pair in chunks)
+    else:
+        total = _FrozenHeadLoss.apply(hidden_states, targets, call.logits, rows, label_smoothing, z_loss)
+    return _normalized(total, len(targets), num_items_in_batch)

@@ -18,7 +18,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .audio_towers import build_audio_tower
@@ -26,11 +26,24 @@ from .base_models import build_language_model, language_model_geometry, max_lear
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import build_connector
 from .cross_attention import GatedCrossAttention
-from .losses import IGNORE_INDEX, language_modeling_loss, shift_for_causal_model
+from .losses import (
+    IGNORE_INDEX,
+    HeadlessCall,
+    check_loss_config,
+    chunked_loss,
+    headless_path,
+    is_plain_cross_entropy,
+    language_modeling_loss,
+    shift_for_causal_model,
+)
 from .modalities import MediaGenerationMixin, MediaMixin
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel, parts_to_build
+from .prefix_cache import PrefixCacheMixin
 from .prefix_merging import PaddedLogitsProcessorList, pad_right, position_ids_from_mask
 from .vision_towers import build_vision_tower
+
+
+logger = logging.get_logger(__name__)
 
 
 @functools.lru_cache(maxsize=128)
@@ -40,6 +53,14 @@ def _parameters_of(model_class: type) -> frozenset[str]:
 
 def _accepts(module: nn.Module, name: str) -> bool:
     return name in _parameters_of(type(module))
+
+
+def _warn_of_labels_taken_away() -> None:
+    logger.warning_once(
+        "The labels were taken out of the batch before `forward`, as Trainer does for `label_smoothing_factor` and "
+        "`compute_loss_func`: logits of every position are made. Trainer's own smoothing does not shift the labels of this "
+        'class, so its loss is wrong; set `model.config.loss_config = {"label_smoothing": 0.1}` in its place.'
+    )
 
 
 @dataclass
@@ -135,6 +156,9 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
                 embedding_dim=config.embedding_dim,
                 options=config.cross_attention_config,
             )
+        # What trains stays in fp32 whatever the parents' dtype is: in half precision its updates would be lost.
+        trained = {"connector": self.connector, "audio_connector": self.audio_connector, "cross_attention": self.cross_attention}
+        self._keep_in_fp32_modules_strict = {name for name, part in trained.items() if part is not None and part.state_dict()}
         self.post_init()
         self._settle()
 
@@ -328,7 +352,9 @@ def _fields(output_class: type, outputs: ModelOutput) -> dict[str, Any]:
     return {name: outputs.get(name) for name in output_class.__dataclass_fields__}
 
 
-class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPreTrainedModel, GenerationMixin):
+class FrozenPrefixForConditionalGeneration(
+    MediaGenerationMixin, PrefixCacheMixin, FrozenPrefixPreTrainedModel, GenerationMixin
+):
     """
     Frozen tower, connector and frozen language model, with its head: trains by `Trainer`, writes by `generate()`.
 
@@ -410,7 +436,11 @@ class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPre
                 image of several samples is encoded once.
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): encoder-decoders only.
             skip_logits (`bool`, *optional*):
-                Run the head only where a label is and return no logits. Defaults to doing so in training with labels.
+                Run the head only where a label is, on a chunk of labels at a time, and return no logits. Defaults to doing
+                so in training with labels, but for models compiled as a whole.
+            kwargs:
+                `num_items_in_batch`, what the summed loss is divided by; `loss_config`, for this call, in place of the
+                config's (which holds in training alone); all else goes to the language model.
 
         Returns:
             [`FrozenPrefixCausalLMOutputWithPast`]
@@ -423,28 +453,41 @@ class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPre
         shift_labels = kwargs.pop("shift_labels", None)
         if skip_logits is None:
             skip_logits = self.training and not torch.compiler.is_compiling()
-        targets = None
+        loss_config = kwargs.pop("loss_config", None)
+        if loss_config is None:
+            loss_config = self.config.loss_config if self.training else {}
+        loss_config = check_loss_config(loss_config)
+        targets = path = None
+        if labels is None and self.training and num_items_in_batch is not None:
+            _warn_of_labels_taken_away()
         if labels is not None:
             kwargs.setdefault("use_cache", False)
+            if skip_logits and is_plain_cross_entropy(self.loss_function):
+                path = headless_path(language_model)
             if self.config.is_encoder_decoder:
-                targets, skip_logits = labels, False
+                targets = labels
                 if decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
                     prepare = getattr(language_model, "prepare_decoder_input_ids_from_labels", None)
                     if prepare is not None:
                         decoder_input_ids = prepare(labels=labels)
                     else:
                         kwargs["labels"] = labels  # the model shifts them itself; its own loss is left alone
+                        path = None
+                skip_logits = path is not None
             else:
                 targets = shift_for_causal_model(labels) if shift_labels is None else shift_labels
-                if skip_logits:
-                    logits_to_keep = targets != IGNORE_INDEX
-                    targets = targets[logits_to_keep]
+            if skip_logits:
+                logits_to_keep = targets != IGNORE_INDEX
+                targets = targets[logits_to_keep]
 
-        keeps = _accepts(language_model, "logits_to_keep")
-        if keeps:
+        callee, keeps, apart = language_model, _accepts(language_model, "logits_to_keep"), None
+        if path is not None:
+            apart = HeadlessCall(language_model, path, logits_to_keep)
+            callee = apart.callee
+        elif keeps:
             kwargs["logits_to_keep"] = logits_to_keep
         outputs, prefixes = self.model.run(
-            language_model,
+            callee,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -466,14 +509,25 @@ class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPre
             },
             kwargs={**kwargs, "decoder_input_ids": decoder_input_ids},
         )
-        logits = outputs.logits if keeps else slice_logits_to_keep(outputs.logits, logits_to_keep)
-        loss = None
-        if targets is not None:
-            loss = language_modeling_loss(
-                self.loss_function, logits, targets.to(logits.device), num_items_in_batch=num_items_in_batch
+        loss, logits = None, outputs.logits
+        if apart is not None:
+            vocab_size = logits.shape[-1]
+            loss = chunked_loss(
+                apart, targets, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **loss_config
             )
-            if skip_logits:
-                logits = None
+        else:
+            logits = logits if keeps else slice_logits_to_keep(logits, logits_to_keep)
+            if targets is not None:
+                loss_config.pop("chunk_size")
+                loss = language_modeling_loss(
+                    self.loss_function,
+                    logits,
+                    targets.to(logits.device),
+                    num_items_in_batch=num_items_in_batch,
+                    **loss_config,
+                )
+        if targets is not None and skip_logits:
+            logits = None
         fields = _fields(FrozenPrefixCausalLMOutputWithPast, outputs)
         fields.update(loss=loss, logits=logits, **prefixes)
         return FrozenPrefixCausalLMOutputWithPast(**fields)
@@ -515,7 +569,8 @@ class FrozenPrefixForConditionalGeneration(MediaGenerationMixin, FrozenPrefixPre
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
         if not self.config.is_encoder_decoder:
-            return self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+            model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+            return self._without_what_is_cached(inputs_tensor, model_kwargs)
         if model_kwargs.get("encoder_outputs") is not None:
             return model_kwargs
         # The prefix goes among the encoder's words, so images are encoded and merged before the encoder runs.
