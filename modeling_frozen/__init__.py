@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "CONNECTORS": "connectors",
     "DataCollatorForFrozenPrefix": "data_collator",
+    "DataCollatorForFrozenPrefixClassification": "classification_collator",
     "FrozenPrefixCausalLMOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixConfig": "configuration_frozen_prefix",
     "FrozenPrefixForConditionalGeneration": "modeling_frozen_prefix",
@@ -28,6 +29,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from .classification_collator import DataCollatorForFrozenPrefixClassification
     from .configuration_frozen_prefix import FrozenPrefixConfig
     from .connectors import CONNECTORS
     from .data_collator import DataCollatorForFrozenPrefix
@@ -60,6 +62,7 @@ register_with_auto_classes()
 __all__ = [
     "CONNECTORS",
     "DataCollatorForFrozenPrefix",
+    "DataCollatorForFrozenPrefixClassification",
     "FrozenPrefixCausalLMOutputWithPast",
     "FrozenPrefixConfig",
     "FrozenPrefixForConditionalGeneration",

@@ -392,11 +392,30 @@ def _recall_of_rows(predictions: Sequence[Sequence[float]], references: Sequence
     return recall_at_k(predictions, [owner[text] for text in range(num_texts)], **options)
 
 
+def f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    """
+    Macro-averaged F1: the plain mean over all classes that were predicted or should have been, so that rare classes count
+    as much as frequent ones (as scikit-learn's `f1_score(average="macro")`).
+    """
+    _check_pairs(predictions, references)
+    pairs = collections.Counter(zip(_plain(predictions), _plain(references), strict=True))
+    predicted, actual = collections.Counter(), collections.Counter()
+    for (one, other), count in pairs.items():
+        predicted[one] += count
+        actual[other] += count
+    return _mean(2 * pairs[name, name] / (predicted[name] + actual[name]) for name in predicted.keys() | actual.keys())
+
+
+def _plain(values: Sequence[Any]) -> list[Any]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
 # name -> (kinds of a prediction and a reference, function, key of a single score)
 _MODULES: dict[str, tuple[tuple[str, str], Callable[..., Any], str | None]] = {
     "accuracy": (("label", "label"), accuracy, "accuracy"),
     "caption": (("string", "strings"), caption_metrics, None),
     "exact_match": (("string", "strings"), exact_match, "exact_match"),
+    "f1": (("label", "label"), f1, "f1"),
     "recall_at_k": (("floats", "integers"), _recall_of_rows, None),
     "token_f1": (("string", "strings"), token_f1, "token_f1"),
     "vqa": (("string", "strings"), vqa_accuracy, "vqa_accuracy"),
@@ -409,7 +428,7 @@ def load_metric(name: str, **options: Any) -> evaluate.Metric:
     `load_metric("caption").compute(predictions=…, references=…)`, also with `add`, `add_batch` and `evaluate.combine`.
 
     Args:
-        name (`str`): "accuracy"; "caption", "exact_match", "token_f1", "vqa" (a string, and a list of strings, to each
+        name (`str`): "accuracy", "f1"; "caption", "exact_match", "token_f1", "vqa" (a string, and a list of strings, to each
             sample); "recall_at_k" (to each image its row of similarities, and the columns of its own texts).
         options: arguments of `evaluate.Metric`, such as `num_process` and `cache_dir`.
     """
@@ -567,10 +586,20 @@ def vqa_compute_metrics(
 
 
 def classification_compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` for `Trainer`: accuracy of the largest of `(samples, classes)` logits."""
+    """
+    `compute_metrics` for `Trainer`: accuracy and macro F1 of the largest of `(samples, classes)` logits. With labels of
+    that same shape (several per sample): the share of samples with all right, and the mean over classes of the F1 of
+    "yes", where a positive logit says yes.
+    """
     logits = prediction.predictions
-    logits = _to_numpy(logits[0] if isinstance(logits, (tuple, list)) else logits)
-    return {"accuracy": accuracy(logits.argmax(axis=-1), _to_numpy(prediction.label_ids))}
+    logits, labels = _to_numpy(logits[0] if isinstance(logits, (tuple, list)) else logits), _to_numpy(prediction.label_ids)
+    if labels.ndim == 2:
+        said, right = logits > 0, labels > 0.5
+        both, either = (said & right).sum(0), said.sum(0) + right.sum(0)
+        scores = [2 * hits / total if total else 0.0 for hits, total in zip(both, either, strict=True)]
+        return {"accuracy": _mean((said == right).all(-1)), "f1": _mean(scores)}
+    predicted = logits.argmax(axis=-1)
+    return {"accuracy": accuracy(predicted, labels), "f1": f1(predicted, labels)}
 
 
 def retrieval_compute_metrics(

@@ -5,7 +5,6 @@ put to norm 1, so that neither drowns the other, and only connector and head tra
 library's, made exact under gradient accumulation, with weights for rare classes.
 """
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -289,8 +288,8 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
             counts = [1] * batch
         if sum(counts) != len(means) or 0 in counts:
             raise ValueError(
-                f"{len(means)} {modality}s were given for {batch} samples that hold {counts}: a sample needs at least one, and "
-                f"if some have more, the placeholders of the processor say whose they are."
+                f"{len(means)} {modality}s were given for {batch} samples that hold {counts}: a sample needs at least one, "
+                "and where some have more, the placeholders that the processor puts in say whose they are."
             )
         rest, rows = iter(zip(means, vectors, strict=True)), []
         for count in counts:
@@ -360,12 +359,6 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
                 kind = "multi" if labels.is_floating_point() else "single"
                 self.config.problem_type = f"{kind}_label_classification"
         return self.config.problem_type
-
-
-def classifier_options() -> dict[str, Any]:
-    """Names and defaults of what `classifier_config` takes."""
-    parameters = inspect.signature(ClassificationHead.__init__).parameters.values()
-    return {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 __all__ = ["FrozenPrefixForSequenceClassification", "classification_loss", "fuse"]

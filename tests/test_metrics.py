@@ -545,8 +545,25 @@ def test_argmax_of_logits_in_a_tuple():
 
 def test_classes_for_trainer():
     logits = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
-    assert metrics.classification_compute_metrics(prediction(logits, [1, 0, 0])) == {"accuracy": pytest.approx(2 / 3)}
-    assert metrics.classification_compute_metrics(prediction((logits, None), [1, 0, 1])) == {"accuracy": 1}
+    scores = metrics.classification_compute_metrics(prediction(logits, [1, 0, 0]))
+    assert scores == {"accuracy": pytest.approx(2 / 3), "f1": pytest.approx(2 / 3)}
+    assert metrics.classification_compute_metrics(prediction((logits, None), [1, 0, 1])) == {"accuracy": 1, "f1": 1}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_f1_as_scikit_learn(several: bool) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(50, 4)) + [0.0, 0.0, 1.0, -9.0]  # the last is never said
+    labels = rng.integers(0, 2, size=(50, 4)).astype(np.float32) if several else rng.integers(0, 3, size=50)
+    said = (logits > 0).astype(int) if several else logits.argmax(-1)
+    expected = {
+        "accuracy": pytest.approx(sklearn.accuracy_score(labels, said)),
+        "f1": pytest.approx(sklearn.f1_score(labels, said, average="macro", zero_division=0)),
+    }
+    assert metrics.classification_compute_metrics(prediction(logits, labels)) == expected
+    if not several:
+        assert metrics.f1([str(one) for one in said], [str(one) for one in labels]) == expected["f1"]
 
 
 def test_retrieval_for_trainer():
