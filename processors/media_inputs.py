@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import AutoFeatureExtractor, AutoImageProcessor
 from transformers.audio_utils import load_audio
 
+from .from_model_files import FromModelFilesMixin
 from .pictures import load_rgb_image
 
 
@@ -194,8 +195,11 @@ class _PartsPresent:
         return lambda: list(parts)
 
 
-class MediaInputsMixin:
-    """What a processor does with videos and sounds; `FrozenPrefixProcessor` does the rest."""
+class MediaInputsMixin(FromModelFilesMixin):
+    """What a processor does with videos and sounds; `FrozenPrefixProcessor` does the rest.
+
+    Itself a `ProcessorMixin`: tools tell what a processor overrides by comparing it with the class after it.
+    """
 
     get_attributes = _PartsPresent()
 

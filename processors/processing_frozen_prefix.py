@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, VideosKwargs
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -164,11 +164,21 @@ def few_shot_messages(
 # ---------------------------------------------------------------------------------------------------------------------
 # Processor
 # ---------------------------------------------------------------------------------------------------------------------
+# How many frames are taken is the model's, not the call's: its placeholders are counted by it.
+FrozenPrefixVideosKwargs = TypedDict(
+    "FrozenPrefixVideosKwargs",
+    {name: kind for name, kind in VideosKwargs.__annotations__.items() if name != "num_frames"},
+    total=False,
+)
+
+
 class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
-    """Keywords of a call: the library's own, for text, images and `return_mm_token_type_ids`."""
+    """Keywords of a call: the library's own, for text, images, videos, sounds and `return_mm_token_type_ids`."""
+
+    videos_kwargs: FrozenPrefixVideosKwargs
 
 
-class FrozenPrefixProcessor(MediaInputsMixin, ProcessorMixin):
+class FrozenPrefixProcessor(MediaInputsMixin):
     """Images and text to `pixel_values` (images, C, H, W), `input_ids` and `attention_mask` (batch, sequence).
 
     Each image of a text is written as `prefix_length` placeholders, which the model overwrites with the connector's

@@ -1,0 +1,297 @@
+"""The library's own generic suites, on our classes: a script, because the library's package is called `tests`, as ours is.
+
+    python tests/library_suites.py FOLDER SUITE RESULTS.json
+
+FOLDER holds the library's `tests/` (its source distribution carries them: `pip download --no-deps --no-binary :all:
+transformers==…`). Nothing of it is copied here; what the distribution leaves out is stood in for by empty modules.
+`test_library_conventions.py` runs it. Each case that is left out stands below by name, with its reason.
+"""
+
+import importlib.util
+import json
+import sys
+import types
+import unittest
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).parents[1]
+
+SMALL_RESAMPLER = {"num_layers": 1, "num_heads": 2, "hidden_size": 16}
+SMALL_BLOCKS = {"num_heads": 2, "head_dim": 8}
+VOCABULARY, PAD, IMAGE, VIDEO, AUDIO = 99, 1, 98, 97, 96
+
+# Of every model suite.
+_LEFT_OUT = {
+    "test_resize_tokens_embeddings": "the language model is never resized: refused by name",
+    "test_resize_embeddings_untied": "the language model is never resized: refused by name",
+    "test_resize_embeddings_untied_no_reinit_on_post_init": "the language model is never resized: refused by name",
+    "test_model_weights_reload_no_missing_tied_weights": "a checkpoint without the connector's weights is an error here, "
+    "where the library goes on with random ones and a warning",
+    "test_correct_missing_keys": "likewise: missing weights are an error",
+    "test_can_init_all_missing_weights": "reports tensors of SigLIP and T5, which the library's own classes fill otherwise "
+    "than their constructors do; no connector's (asked of those in test_library_conventions.py)",
+}
+_OTHER_MEDIA = {
+    f"test_get_{modality}_features_{case}": f"this model takes no {modality}; the suite EyesAndEars asks one that does"
+    for modality, cases in {
+        "video": ("output_0", "output_1", "output_2", "pooler_output", "hidden_states", "attentions"),
+        "audio": ("output_0", "output_1", "output_2", "hidden_states", "attentions"),
+    }.items()
+    for case in cases
+}
+_BY_PLACEHOLDER = "gated blocks find an image's place by its placeholder, which embeddings don't show: refused by name"
+LEFT_OUT: dict[str, dict[str, str]] = {
+    "Eyes": {**_LEFT_OUT, **_OTHER_MEDIA},
+    "EyesAndEars": dict(_LEFT_OUT),
+    "GatedEyes": {
+        **_LEFT_OUT,
+        **_OTHER_MEDIA,
+        "test_inputs_embeds": _BY_PLACEHOLDER,
+        "test_inputs_embeds_matches_input_ids": _BY_PLACEHOLDER,
+    },
+    "EncoderDecoder": {
+        **_LEFT_OUT,
+        **_OTHER_MEDIA,
+        "test_attention_outputs": "counts the fields of an encoder-decoder's output; ours has `image_hidden_states` too",
+        "test_attn_implementation_composite_models": "T5's `get_text_config(decoder=True)` is a copy: what the case sets on "
+        "it is lost whichever model holds it",
+    },
+    "Config": {},
+    "ImageProcessor": {
+        "test_model_input_names": "passes videos and sounds to whatever takes `**kwargs`; what this processor has no "
+        "tower for is refused, where the library drops it without a word",
+        "test_flat_kwarg_applied_when_modality_dict_lacks_it": "likewise passes videos and sounds",
+    },
+}
+
+
+def _stand_in(name: str, **attributes: Any) -> None:
+    """An empty module where the distribution has none."""
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        module = types.ModuleType(name)
+        module.__path__ = []
+        vars(module).update(attributes)
+        sys.modules[name] = module
+
+
+def _sibling(name: str) -> Any:
+    """A module of our own tests, whose package's name is taken."""
+    spec = importlib.util.spec_from_file_location(f"frozen_{name}", ROOT / "tests" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _parents(encoder_decoder: bool) -> tuple[Any, Any, Any]:
+    from transformers import LlamaConfig, SiglipVisionConfig, T5Config, WhisperConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # A tower all of whose tensors are used: of CLIP's, the last norm has no part in a prefix.
+    tower = SiglipVisionConfig(**sizes, image_size=8, patch_size=4, vision_use_head=False)
+    ids = {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2}
+    if encoder_decoder:
+        words = T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_ff=37, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0, **ids
+        )
+    else:
+        words = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=512, **sizes, **ids)
+    ear = WhisperConfig(
+        d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, max_target_positions=8,
+        vocab_size=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return tower, words, ear
+
+
+class ModelTester:
+    """Tiny configs and inputs, by the names that the library's mixin asks for."""
+
+    batch_size, seq_length, num_hidden_layers, hidden_size, num_attention_heads = 3, 24, 2, 32, 4
+    is_training, encoder_seq_length, key_length, image_size, num_frames = True, 24, 24, 8, 2
+
+    def __init__(self, ears: bool = False, encoder_decoder: bool = False, **options: Any):
+        self.ears, self.encoder_decoder, self.options = ears, encoder_decoder, options
+        self.audio_config = {"num_hidden_layers": 2}
+
+    def get_config(self) -> Any:
+        from modeling_frozen import FrozenPrefixConfig
+
+        tower, words, ear = _parents(self.encoder_decoder)
+        options = {"connector_type": "mlp", "image_token_id": IMAGE, "trainable": ("connector", "vision", "text")}
+        if self.ears:
+            options |= {"audio_config": ear, "audio_prefix_length": 3, "audio_token_id": AUDIO}
+            options |= {"audio_connector_type": "resampler", "audio_connector_config": SMALL_RESAMPLER}
+            options |= {"num_frames": self.num_frames, "video_pooling": "mean", "video_token_id": VIDEO}
+            options["trainable"] = ("connector", "vision", "text", "audio")
+        return FrozenPrefixConfig.from_vision_text_configs(tower, words, **{**options, **self.options})
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
+        import torch
+
+        config = self.get_config()
+        batch, length = self.batch_size, self.seq_length
+        ids = torch.randint(3, VOCABULARY - 5, (batch, length))
+        inputs = {"pixel_values": torch.rand(batch, 3, 8, 8)}
+        counts = [(IMAGE, config.num_image_tokens)]
+        if self.ears:
+            inputs["pixel_values_videos"] = torch.rand(batch, self.num_frames, 3, 8, 8)
+            inputs["input_features"] = torch.rand(batch, 8, 20)
+            counts += [(VIDEO, config.num_video_tokens), (AUDIO, config.num_audio_tokens)]
+        at = 1
+        for index, count in counts:
+            ids[:, at : at + count] = index
+            at += count
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
+        if self.encoder_decoder:
+            inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY - 5, (batch, length))
+        return config, inputs
+
+
+def model_suite(name: str, **options: Any) -> type[unittest.TestCase]:
+    from tests.generation.test_utils import GenerationTesterMixin
+    from tests.test_modeling_common import ModelTesterMixin
+
+    from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixModel
+
+    class Suite(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+        all_model_classes = (FrozenPrefixModel, FrozenPrefixForConditionalGeneration)
+        is_encoder_decoder = bool(options.get("encoder_decoder"))
+        _is_composite = True
+        test_resize_embeddings = False
+        test_can_init_all_missing_weights_before_2023 = True
+        skip_test_video_features_output_shape = True  # the tower's own output is frame by frame, not film by film
+
+        def setUp(self) -> None:
+            self.model_tester = ModelTester(**options)
+
+        def _prepare_for_class(self, inputs_dict: dict[str, Any], model_class: type, return_labels: bool = False) -> dict:
+            inputs_dict = super()._prepare_for_class(inputs_dict, model_class)
+            if return_labels and model_class is FrozenPrefixForConditionalGeneration:
+                inputs_dict["labels"] = inputs_dict["input_ids"].clone()
+            return inputs_dict
+
+    Suite.__name__ = Suite.__qualname__ = name
+    return Suite
+
+
+def config_suite(name: str) -> type[unittest.TestCase]:
+    from tests.test_configuration_common import ConfigTester
+
+    from modeling_frozen import FrozenPrefixConfig
+
+    class Suite(unittest.TestCase):
+        def test_config(self) -> None:
+            self.model_tester = ModelTester()
+            tester = ConfigTester(
+                self,
+                config_class=FrozenPrefixConfig,
+                has_text_modality=False,
+                common_properties=["image_token_id", "vision_config", "text_config"],
+            )
+            for check in dir(tester):
+                if check.startswith(("create_and_test", "check_")):
+                    with self.subTest(check):
+                        getattr(tester, check)()
+
+    Suite.__name__ = Suite.__qualname__ = name
+    return Suite
+
+
+def processor_suite(name: str) -> type[unittest.TestCase]:
+    from tests.test_processing_common import ProcessorTesterMixin
+
+    from modeling_frozen.processors import FrozenPrefixProcessor
+
+    own = _sibling("test_processing")
+
+    class Suite(ProcessorTesterMixin, unittest.TestCase):
+        processor_class = FrozenPrefixProcessor
+
+        @classmethod
+        def _setup_tokenizer(cls) -> Any:
+            return own.byte_tokenizer()
+
+        @classmethod
+        def _setup_image_processor(cls) -> Any:
+            return own.image_processor()
+
+        @staticmethod
+        def prepare_processor_dict() -> dict[str, Any]:
+            return {"prefix_length": 4}
+
+    Suite.__name__ = Suite.__qualname__ = name
+    return Suite
+
+
+SUITES: dict[str, Any] = {
+    "Eyes": lambda name: model_suite(name),
+    "EyesAndEars": lambda name: model_suite(name, ears=True),
+    "GatedEyes": lambda name: model_suite(name, fusion="cross_attention", cross_attention_config=SMALL_BLOCKS),
+    "EncoderDecoder": lambda name: model_suite(name, encoder_decoder=True),
+    "Config": config_suite,
+    "ImageProcessor": processor_suite,
+}
+
+
+class _Result(unittest.TestResult):
+    """Outcome and reason by the name of the case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outcomes: dict[str, tuple[str, str]] = {}
+
+    def _put(self, test: Any, outcome: str, reason: str = "") -> None:
+        name = getattr(test, "test_case", test).id().rsplit(".", 1)[-1]
+        if self.outcomes.get(name, ("",))[0] != "failed":
+            self.outcomes[name] = (outcome, reason)
+
+    def addSuccess(self, test: Any) -> None:  # noqa: N802
+        self._put(test, "passed")
+
+    def addSkip(self, test: Any, reason: str) -> None:  # noqa: N802
+        self._put(test, "skipped", reason)
+
+    def addFailure(self, test: Any, error: Any) -> None:  # noqa: N802
+        self._put(test, "failed", self._exc_info_to_string(error, getattr(test, "test_case", test)))
+
+    addError = addFailure  # noqa: N815
+
+    def addSubTest(self, test: Any, subtest: Any, error: Any) -> None:  # noqa: N802
+        if error is not None:
+            self.addFailure(subtest, error)
+
+
+def main(folder: str, suite: str, results: str, *only: str) -> None:
+    here = str(Path(__file__).parent)
+    sys.path[:] = [folder, *(path for path in sys.path if path not in ("", here)), str(ROOT)]
+    stand_ins = {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})}
+    _stand_in("tests.exporters")
+    _stand_in("tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+    _stand_in("tests.generation")
+    _stand_in("tests.generation.test_utils", **stand_ins)
+    _stand_in("tests.utils")
+    _stand_in("tests.utils.test_configuration_utils", config_common_kwargs={})
+    photo = Path(results).with_name("photo.png")
+    _stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url, **_: str(photo) if url.endswith("png") else url)
+    from PIL import Image
+
+    Image.effect_noise((40, 30), 80).convert("RGB").save(photo)
+    cases = SUITES[suite](suite)
+    for name, reason in LEFT_OUT[suite].items():
+        if hasattr(cases, name):
+            setattr(cases, name, unittest.skip(reason)(getattr(cases, name)))
+    names = [name for name in unittest.defaultTestLoader.getTestCaseNames(cases) if not only or name in only]
+    result = _Result()
+    unittest.TestSuite(map(cases, names)).run(result)
+    Path(results).write_text(json.dumps(result.outcomes, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
