@@ -25,6 +25,7 @@ _CONDITIONS = {
     "sighted": "this model",
     "blind": "blind (image replaced)",
     "random_connector": "random connector",
+    "language_model": "language model alone",
 }
 
 

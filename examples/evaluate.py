@@ -1,0 +1,96 @@
+"""Scores a checkpoint on a split, beside the scores that it gets without looking.
+
+    python examples/evaluate.py --model ID_OR_FOLDER --dataset ID_OR_FOLDER --task captioning --output_dir scores
+    python examples/evaluate.py --model seed-0 seed-1 seed-2 --dataset ID_OR_FOLDER --task vqa --output_dir scores
+
+The dataset has an image column, maybe a column of prompts, and one of references (captions or answers). Beside the model as
+it is (*sighted*) stand the same model with shuffled pictures (*blind*), with a *random connector*, and the *language model*
+alone; brackets hold 95 % bootstrap intervals over rows, and with several checkpoints (of several seeds) the table gives mean
+and standard deviation. `predictions.jsonl` is written row by row: a run that was stopped goes on where it was. A model card
+takes its numbers from `results.json`: `write_model_card(folder, model, metrics=json.load(...))`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+import modeling_frozen  # noqa: F401  (registers the model type)
+from modeling_frozen.evaluation import KINDS, Evaluation, evaluate, over_seeds
+
+
+@dataclass
+class Arguments:
+    model: list[str] = field(metadata={"help": "Checkpoints: Hub ids or folders; several are taken as seeds of one recipe."})
+    dataset: str = field(metadata={"help": "Hub id or folder, for load_dataset."})
+    split: str = "test"
+    task: str = field(default="captioning", metadata={"help": "'captioning' or 'vqa'."})
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    image_column: str = "image"
+    prompt_column: str = "prompt"
+    references_column: str | None = None
+    prompt: str = field(default="", metadata={"help": "For a dataset without a column of prompts."})
+    rows: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
+    batch_size: int = 16
+    max_new_tokens: int = 30
+    num_beams: int = 1
+    no_repeat_ngram_size: int = 0
+    first_sentence: bool = field(default=False, metadata={"help": "Score what stands before the first full stop."})
+    output_dir: Path = Path("scores")
+    seed: int = 0
+
+
+def first_sentence(text: str) -> str:
+    return text.split(".")[0].strip()
+
+
+def score(args: Arguments, name: str, folder: Path, dataset: Any) -> Evaluation:
+    model = AutoModelForImageTextToText.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    return evaluate(
+        model,
+        AutoProcessor.from_pretrained(name),
+        dataset,
+        task=args.task,
+        kinds=args.kinds,
+        image_column=args.image_column,
+        prompt_column=args.prompt_column,
+        references_column=args.references_column,
+        prompt=args.prompt,
+        batch_size=args.batch_size,
+        output_dir=folder,
+        postprocess=first_sentence if args.first_sentence else str.strip,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        num_beams=args.num_beams,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+    )
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    dataset = load_dataset(args.dataset, split=args.split)
+    if args.rows is not None:
+        dataset = dataset.select(range(min(args.rows, len(dataset))))
+    several = len(args.model) > 1
+    results = []
+    for index, name in enumerate(args.model):
+        results.append(score(args, name, args.output_dir / f"{index}" if several else args.output_dir, dataset))
+        print(f"\n{name}\n{results[-1].table()}")
+    if not several:
+        return results[0].as_dict()
+    found = over_seeds(results)
+    (args.output_dir / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    names = list(next(iter(found["mean"].values())))
+    print(f"\nmean ± standard deviation over {len(results)} checkpoints\n{'':18}" + "".join(f"{name:>20}" for name in names))
+    for kind, means in found["mean"].items():
+        cells = [f"{means[name]:.3f} ± {found['std'][kind][name]:.3f}" for name in names]
+        print(kind.ljust(18) + "".join(f"{cell:>20}" for cell in cells))
+    return found
+
+
+if __name__ == "__main__":
+    main()

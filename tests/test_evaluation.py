@@ -1,0 +1,228 @@
+"""Scores beside blind ones: what each condition shows the model, exact numbers, resuming, and the Trainer callback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Trainer, TrainingArguments
+
+from modeling_frozen import DataCollatorForFrozenPrefix
+from modeling_frozen.evaluation import EvaluationCallback, bootstrap, evaluate, over_seeds, random_connectors
+from modeling_frozen.metrics import caption_metrics, exact_match, token_f1, vqa_accuracy
+from tests.tiny import COLOURS, join, rows
+
+
+GENERATE = {"max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model, processor = join(tmp_path_factory.mktemp("parents"))
+    with torch.no_grad():  # so that different pictures get different words
+        model.model.connector.output.weight.mul_(4)
+    return model, processor
+
+
+def split(count: int = 8) -> list[dict[str, Any]]:
+    names = list(COLOURS)
+    return [
+        {
+            "image": Image.new("RGB", (20, 18), COLOURS[names[i % 4]]),
+            "prompt": "a picture" if i % 3 else "",
+            "captions": [f"a {names[i % 4]} square .", f"that is {names[i % 4]} ."],
+        }
+        for i in range(count)
+    ]
+
+
+def said(model: Any, processor: Any, image: Image.Image | None, prompt: str) -> str:
+    """One row by hand."""
+    text = prompt if image is None else f"{processor.image_token}{prompt}"
+    given = {} if image is None else {"images": image}
+    inputs = processor(text=text or processor.tokenizer.bos_token, return_tensors="pt", **given)
+    ids = model.generate(**inputs, do_sample=False, pad_token_id=0, **GENERATE)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_each_condition_is_what_it_says(joined: tuple[Any, Any]) -> None:
+    model, processor = joined
+    data = split()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = evaluate(model, processor, data, batch_size=3, **GENERATE)
+    by_hand = {(i % 4, row["prompt"]): said(model, processor, row["image"], row["prompt"]) for i, row in enumerate(data)}
+    assert len(set(by_hand.values())) > 2
+    assert result.predictions["sighted"] == [by_hand[i % 4, row["prompt"]] for i, row in enumerate(data)]
+    for i, (row, text) in enumerate(zip(data, result.predictions["blind"], strict=True)):
+        others = [said(model, processor, data[j]["image"], row["prompt"]) for j in range(4) if j != i % 4]
+        assert text in others
+    assert result.predictions["language_model"] == [said(model, processor, None, row["prompt"]) for row in data]
+    with random_connectors(model, 0):
+        assert not torch.equal(model.model.connector.output.weight, before["model.connector.output.weight"])
+        drawn = [said(model, processor, row["image"], row["prompt"]) for row in data]
+    assert result.predictions["random_connector"] == drawn
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    references = [row["captions"] for row in data]
+    for kind, scores in result.scores.items():
+        assert scores == pytest.approx(caption_metrics(result.predictions[kind], references))
+    assert "sighted - blind" in result.table() and result.table().count("\n") == 5
+
+
+def test_a_random_connector_differs_from_a_loaded_one_too(joined: tuple[Any, Any], tmp_path: Path) -> None:
+    model, _ = joined
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    trained = loaded.model.connector.output.weight.clone()
+    with random_connectors(loaded, 3):
+        assert not torch.allclose(loaded.model.connector.output.weight, trained)
+    assert torch.equal(loaded.model.connector.output.weight, trained)
+
+
+def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, Any]) -> None:
+    from modeling_frozen.evaluation import _others_pictures, _read
+
+    data = [{**row, "text": "a"} for row in split(12)]
+    for seed in range(20):
+        read = _read(data, "image", "prompt", None, "")
+        given = _others_pictures(read, seed)
+        assert all(read[i]["keys"] != read[j]["keys"] for i, j in enumerate(given))
+        assert {read[j]["keys"][0] for j in given} == {row["keys"][0] for row in read}
+    with pytest.raises(ValueError, match="show the same"):
+        evaluate(*joined, split(1), **GENERATE)
+
+
+def test_answers_of_vqa(joined: tuple[Any, Any]) -> None:
+    data = [{"image": row["image"], "prompt": "what colour ?", "answers": [{"answer": "red"}] * 10} for row in split(4)]
+    result = evaluate(*joined, data, task="vqa", kinds=("sighted", "blind"), postprocess=lambda text: "red", **GENERATE)
+    assert result.scores["sighted"] == {"vqa_accuracy": 1.0, "exact_match": 1.0, "token_f1": 1.0}
+    result = evaluate(*joined, data, task="vqa", kinds=("sighted", "blind"), **GENERATE)
+    given = [["red"] * 10] * 4
+    for name, score in (("vqa_accuracy", vqa_accuracy), ("exact_match", exact_match), ("token_f1", token_f1)):
+        assert result.scores["sighted"][name] == pytest.approx(score(result.predictions["sighted"], given))
+
+
+def test_intervals_hold_the_mean_and_narrow_with_rows() -> None:
+    values = [float(i % 2) for i in range(400)]
+    wide = bootstrap({"sighted": {"x": values[:40]}})["sighted"]["x"]
+    narrow = bootstrap({"sighted": {"x": values}})["sighted"]["x"]
+    assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
+    # The normal approximation: 1.96 standard errors.
+    assert narrow[1] - narrow[0] == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.15)
+    assert bootstrap({"gain": {"x": [0.25] * 9}})["gain"]["x"] == (0.25, 0.25)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import modeling_frozen.evaluation as evaluation
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from tests.test_evaluation import GENERATE, split
+model = FrozenPrefixForConditionalGeneration.from_pretrained(sys.argv[1])
+processor = FrozenPrefixProcessor.from_pretrained(sys.argv[1])
+whole, calls = evaluation._generate, []
+def generate(*args):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args)
+evaluation._generate = generate
+evaluation.evaluate(model, processor, split(), batch_size=2, output_dir=sys.argv[2], **GENERATE)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(joined: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    model, processor = joined
+    model.save_pretrained(tmp_path / "eyes")
+    processor.save_pretrained(tmp_path / "eyes")
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "eyes"), str(out)], env=os.environ | {"PYTHONPATH": "."}
+    )
+    assert done.returncode == -signal.SIGKILL
+    path = out / "predictions.jsonl"
+    first = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first
+    with path.open("a") as file:
+        file.write('{"run": "another", "kind": "sighted", "row": 7, "prediction": "stale"}\n{"cut off')
+    calls: list[list[Any]] = []
+    from modeling_frozen import evaluation
+
+    whole = evaluation._generate
+    monkeypatch.setattr(evaluation, "_generate", lambda *args: calls.append(args[2]) or whole(*args))
+    model = type(model).from_pretrained(tmp_path / "eyes")
+    result = evaluate(model, processor, split(), batch_size=2, output_dir=out, **GENERATE)
+    resumed = len(calls)
+    calls.clear()
+    assert result.predictions == evaluate(model, processor, split(), batch_size=2, **GENERATE).predictions
+    assert resumed == len(calls) - 2  # the batches that were done
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 4 * 8 and len({(line["kind"], line["row"]) for line in lines}) == 32
+    assert lines[: len(first)] == first
+    assert set(lines[0]) == {"run", "kind", "row", "images", "prompt", "prediction", "references"}
+    written = json.loads((out / "results.json").read_text())
+    assert written["sighted"] == pytest.approx(result.scores["sighted"])
+    # A finished run is not run again; a changed connector is.
+    calls.clear()
+    evaluate(model, processor, split(), batch_size=2, output_dir=out, **GENERATE)
+    assert not calls
+    with torch.no_grad():
+        model.model.connector.output.bias.add_(1)
+    evaluate(model, processor, split(), batch_size=2, output_dir=out, **GENERATE)
+    assert calls
+
+
+def test_several_seeds_in_one_file(joined: tuple[Any, Any]) -> None:
+    results = []
+    for scale in (1.0, 1.5):
+        with torch.no_grad():
+            joined[0].model.connector.output.weight.mul_(scale)
+        results.append(evaluate(*joined, split(), kinds=("sighted", "blind"), **GENERATE))
+    with torch.no_grad():
+        joined[0].model.connector.output.weight.div_(1.5)
+    found = over_seeds(results, [3, 4])
+    assert [run["seed"] for run in found["seeds"]] == [3, 4]
+    values = [one.scores["sighted"]["cider"] for one in results]
+    assert found["mean"]["sighted"]["cider"] == pytest.approx(sum(values) / 2)
+    assert found["std"]["sighted"]["cider"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def test_scores_while_training_choose_the_best_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, processor = join(tmp_path)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path / "out"), max_steps=4, eval_steps=2, save_steps=2, eval_strategy="steps", save_strategy="steps",
+            load_best_model_at_end=True, metric_for_best_model="rouge_l", greater_is_better=True, learning_rate=0.05,
+            remove_unused_columns=False, report_to="none", use_cpu=True, disable_tqdm=True,
+        ),
+        train_dataset=rows(8),
+        eval_dataset=rows(8),
+        data_collator=DataCollatorForFrozenPrefix(processor),
+    )  # fmt: skip
+    callback = EvaluationCallback(trainer, processor, split(4), max_new_tokens=6)
+    trainer.add_callback(callback)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_blind_cider" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert trainer.state.best_metric == max(entry["eval_rouge_l"] for entry in logged)
+    assert callback.results is not None and set(callback.results.scores) == {"sighted", "blind"}
+    assert "eval_cider" in trainer.evaluate()
+
+
+def test_mistakes_are_named(joined: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="captioning"):
+        evaluate(*joined, split(), task="captions")
+    with pytest.raises(ValueError, match="sighted"):
+        evaluate(*joined, split(), kinds=("blind",))
+    with pytest.raises(ValueError, match="references"):
+        evaluate(*joined, [{"image": None, "label": 3}])
