@@ -142,3 +142,85 @@ def test_dropped_columns_are_explained(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="remove_unused_columns"):
         trainer.train()
+
+
+# --------------------------------------------------------------------------------------------------------- no wasted work
+
+
+def kept_by_a_step(model: FrozenPrefixForConditionalGeneration, data: dict[str, torch.Tensor]) -> tuple[dict, dict, set]:
+    """Storages that autograd kept in a step (of activations, by address, with bytes), what frozen or trained linear layers
+    of the language model read, and what the tower's modules gave."""
+    kept: dict[int, int] = {}
+    read: dict[int, str] = {}
+    given: set[int] = set()
+    alive: list[torch.Tensor] = []  # an address must not be used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def note_input(name: str):
+        def hook(module: torch.nn.Module, args: tuple) -> None:
+            alive.append(args[0])
+            read[args[0].untyped_storage().data_ptr()] = name
+
+        return hook
+
+    def note_output(module: torch.nn.Module, args: tuple, output: object) -> None:
+        for tensor in output.values() if isinstance(output, dict) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                assert not tensor.requires_grad
+                alive.append(tensor)
+                given.add(tensor.untyped_storage().data_ptr())
+
+    handles = [module.register_forward_hook(note_output) for module in model.model.vision_tower.modules()]
+    for name, module in model.model.language_model.base_model.named_modules():
+        if name.rpartition(".")[2] in ("q_proj", "gate_proj", "down_proj"):
+            handles.append(module.register_forward_pre_hook(note_input(name)))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**data).loss.backward()
+    for handle in handles:
+        handle.remove()
+    return {at: size for at, size in kept.items() if at not in parameters}, read, given
+
+
+def test_nothing_is_kept_that_only_frozen_weights_would_need(tmp_path: Path) -> None:
+    """The tower keeps nothing; the language model what the prefix's gradient needs, not what its weights' would."""
+    sizes = {}
+    for trainable in (("connector",), ("connector", "text")):
+        model, processor = join(tmp_path, trainable=trainable)
+        data = DataCollatorForFrozenPrefix(processor)(rows(4))
+        model.train()(**data)  # the first call tries the head, on words of its own
+        kept, read, given = kept_by_a_step(model, data)
+        assert len(read) == 3 * 2 and given
+        wasted = {name for at, name in read.items() if at in kept}
+        assert wasted == (set() if trainable == ("connector",) else set(read.values()))
+        # The connector's first layer reads what the tower gave last, and nothing else of the tower is kept.
+        assert len(given & set(kept)) <= 1
+        sizes[trainable] = sum(kept.values())
+    assert sizes["connector",] < 0.8 * sizes["connector", "text"]
+
+
+def test_optimizer_state_is_the_connectors_alone(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    trainer = train(tmp_path / "run", model, processor, weight_decay=0.1)
+    connector = {id(parameter) for parameter in model.model.connector.parameters()}
+    assert {id(parameter) for parameter in trainer.optimizer.state} == connector
+    weights = sum(parameter.numel() for parameter in model.model.connector.parameters())
+    state = sum(t.numel() for one in trainer.optimizer.state.values() for t in one.values() if t.ndim)
+    assert state == 2 * weights
+    assert all(parameter.grad is None for parameter in model.parameters() if id(parameter) not in connector)
+
+
+def test_half_parents_with_a_whole_connector_learn(tmp_path: Path) -> None:
+    model, processor = join(tmp_path, connector_type="linear", dtype=torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "connector" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "connector" not in name} == {torch.bfloat16}
+    trainer = train(tmp_path / "run", model, processor, max_steps=60, learning_rate=3e-2)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == dtypes
