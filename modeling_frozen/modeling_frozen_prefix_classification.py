@@ -120,10 +120,11 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
     ```"""
 
     _keep_in_fp32_modules_strict = ["classifier"]
+    _text_headless = None  # what reads texts and writes none, such as BERT, serves as well
 
     def __init__(self, config: FrozenPrefixConfig):
         if config.text_width is None and "text" in config.resolved_fused_inputs:
-            config.text_width = probe_text_width(config.text_config)
+            config.text_width = probe_text_width(config.text_config, config.text_headless)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = FrozenPrefixModel(config)

@@ -6,6 +6,7 @@ stood alone: that serves models without `position_ids`, and recurrent ones, as w
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def last_hidden_state(outputs: ModelOutput) -> torch.Tensor:
     return outputs["hidden_states"][-1] if states is None else states
 
 
-def probe_text_width(text_config: PreTrainedConfig) -> int:
+def probe_text_width(text_config: PreTrainedConfig, headless: bool = False) -> int:
     """
     Width of the hidden states that the described language model gives for a text, found with fake tensors: no weight is
     allocated. It is neither the width of words nor `hidden_size` in every model (OPT-350m projects both ends).
@@ -38,18 +39,25 @@ def probe_text_width(text_config: PreTrainedConfig) -> int:
     Raises:
         ValueError: where the model can't be asked, with the reason.
     """
-    with FakeTensorMode(), no_init_weights(), torch.no_grad():
-        language_model = build_language_model(copy.deepcopy(text_config)).eval()
+    # The device is named, for a checkpoint's model is built with another default.
+    with torch.device("cpu"), FakeTensorMode(), no_init_weights(), torch.no_grad():
+        language_model = build_language_model(copy.deepcopy(text_config), headless).eval()
         reader = text_reader(language_model)
         whole = {"output_hidden_states": True} if reader is language_model else {}
+        logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it prints what is caught here
         try:
             outputs = reader(input_ids=torch.zeros(2, 3, dtype=torch.long), return_dict=True, **whole)
             return last_hidden_state(outputs).shape[-1]
-        except Exception as error:  # whatever an unknown model raises: it can't be asked
-            raise ValueError(
-                f"{type(language_model).__name__} can't be asked for the width of its hidden states "
-                f"({type(error).__name__}: {error}): set `text_width` in the config."
-            ) from error
+        except Exception as error:  # mixtures of experts count on the host: what a fake can't be asked, its config says
+            width = getattr(text_config.get_text_config(), "hidden_size", None)
+            if width is None:
+                raise ValueError(
+                    f"{type(language_model).__name__} can't be asked for the width of its hidden states "
+                    f"({type(error).__name__}: {error}): set `text_width` in the config."
+                ) from error
+            return width
+        finally:
+            logging.getLogger("torch._subclasses.fake_tensor").disabled = False
 
 
 def pack_text(
