@@ -370,9 +370,11 @@ class FrozenPrefixForConditionalGeneration(
 
     def _settle(self) -> None:
         super()._settle()
-        language_model = self.model.language_model
-        if language_model is not None:
+        language_model, own = self.model.language_model, self.generation_config
+        # What a checkpoint says of generation holds; where it says nothing, what the language model is used to.
+        if language_model is not None and (own is None or own._from_model_config):
             self.generation_config = copy.deepcopy(language_model.generation_config)
+            self.generation_config._from_model_config = False
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.model.language_model.get_output_embeddings()

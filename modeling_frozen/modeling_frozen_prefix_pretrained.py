@@ -389,6 +389,8 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
                 )
             load_options = dict(options[part])
             if part in overrides:
+                if part == "text":
+                    self.generation_config = None  # the saved one names the other model's end of text
                 module, found = load_base_model(part, overrides[part], **load_options)
                 self._check_same_geometry(part, module, overrides[part])
             else:

@@ -155,10 +155,9 @@ class ModelTester:
 
 
 def model_suite(name: str, **options: Any) -> type[unittest.TestCase]:
+    from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixModel
     from tests.generation.test_utils import GenerationTesterMixin
     from tests.test_modeling_common import ModelTesterMixin
-
-    from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixModel
 
     class Suite(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
         all_model_classes = (FrozenPrefixModel, FrozenPrefixForConditionalGeneration)
@@ -182,9 +181,8 @@ def model_suite(name: str, **options: Any) -> type[unittest.TestCase]:
 
 
 def config_suite(name: str) -> type[unittest.TestCase]:
-    from tests.test_configuration_common import ConfigTester
-
     from modeling_frozen import FrozenPrefixConfig
+    from tests.test_configuration_common import ConfigTester
 
     class Suite(unittest.TestCase):
         def test_config(self) -> None:
@@ -205,9 +203,8 @@ def config_suite(name: str) -> type[unittest.TestCase]:
 
 
 def processor_suite(name: str) -> type[unittest.TestCase]:
-    from tests.test_processing_common import ProcessorTesterMixin
-
     from modeling_frozen.processors import FrozenPrefixProcessor
+    from tests.test_processing_common import ProcessorTesterMixin
 
     own = _sibling("test_processing")
 
