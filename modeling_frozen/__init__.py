@@ -20,8 +20,10 @@ _EXPORTS = {
     "FrozenPrefixCausalLMOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixConfig": "configuration_frozen_prefix",
     "FrozenPrefixForConditionalGeneration": "modeling_frozen_prefix",
+    "FrozenPrefixForImageTextRetrieval": "modeling_frozen_prefix_retrieval",
     "FrozenPrefixForSequenceClassification": "modeling_frozen_prefix_classification",
     "FrozenPrefixHubCallback": "hub_callback",
+    "FrozenPrefixImageTextOutput": "modeling_frozen_prefix_retrieval",
     "FrozenPrefixModel": "modeling_frozen_prefix",
     "FrozenPrefixModelOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixPreTrainedModel": "modeling_frozen_prefix_pretrained",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     )
     from .modeling_frozen_prefix_classification import FrozenPrefixForSequenceClassification
     from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+    from .modeling_frozen_prefix_retrieval import FrozenPrefixForImageTextRetrieval, FrozenPrefixImageTextOutput
     from .processors import FrozenPrefixProcessor
 
 
@@ -66,8 +69,10 @@ __all__ = [
     "FrozenPrefixCausalLMOutputWithPast",
     "FrozenPrefixConfig",
     "FrozenPrefixForConditionalGeneration",
+    "FrozenPrefixForImageTextRetrieval",
     "FrozenPrefixForSequenceClassification",
     "FrozenPrefixHubCallback",
+    "FrozenPrefixImageTextOutput",
     "FrozenPrefixModel",
     "FrozenPrefixModelOutputWithPast",
     "FrozenPrefixPreTrainedModel",

@@ -39,6 +39,7 @@ def _register_models(module: ModuleType) -> None:
         _add(auto_class._model_mapping, "FrozenPrefixForConditionalGeneration")
     for auto_class in (module.AutoModelForSequenceClassification, module.AutoModelForImageClassification):
         _add(auto_class._model_mapping, "FrozenPrefixForSequenceClassification")
+    _add(module.AutoModelForZeroShotImageClassification._model_mapping, "FrozenPrefixForImageTextRetrieval")
 
 
 def _register_processor(module: ModuleType) -> None:

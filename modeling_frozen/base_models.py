@@ -5,6 +5,7 @@ decides what is written down about a parent (its record) and refuses one that is
 """
 
 import hashlib
+import inspect
 import json
 import mmap
 import os
@@ -18,8 +19,10 @@ from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     PreTrainedConfig,
 )
@@ -28,7 +31,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import resolve_revision
 
 from .audio_towers import load_audio_tower
-from .vision_towers import load_vision_tower
+from .vision_towers import _quiet, load_vision_tower
 
 
 logger = logging.get_logger(__name__)
@@ -49,14 +52,43 @@ class LanguageModelGeometry:
     num_embeddings: int
 
 
-def language_model_class(text_config: PreTrainedConfig) -> type:
-    """The Auto class that gives the whole language model, head included."""
+def language_model_class(text_config: PreTrainedConfig, headless: bool = False) -> type:
+    """The Auto class that gives the whole language model, head included; or one that reads texts and writes none."""
+    if headless:
+        return AutoModelForTextEncoding if type(text_config) in AutoModelForTextEncoding._model_mapping else AutoModel
     return AutoModelForSeq2SeqLM if text_config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def build_language_model(text_config: PreTrainedConfig) -> PreTrainedModel:
+def build_language_model(text_config: PreTrainedConfig, headless: bool = False) -> PreTrainedModel:
     """A language model with random weights, its config object kept as it is (no copy)."""
-    return language_model_class(text_config).from_config(text_config)
+    options = _without_pooler(text_config) if headless else {}
+    return language_model_class(text_config, headless).from_config(text_config, **options)
+
+
+def is_headless(language_model: PreTrainedModel) -> bool:
+    """Whether a loaded text model reads only: it has no `generate()`."""
+    return not language_model.can_generate()
+
+
+def text_half(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the part that reads: the text sub-config of a dual model (CLIP, SigLIP …), or `config` itself."""
+    half = getattr(config, "text_config", None)
+    is_dual = isinstance(half, PreTrainedConfig) and getattr(config, "vision_config", None) is not None
+    return half if is_dual and not _has_mapping(config) else config
+
+
+def _has_mapping(config: PreTrainedConfig) -> bool:
+    auto_class = language_model_class(config)
+    return type(config) in auto_class._model_mapping or auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+
+
+def _without_pooler(text_config: PreTrainedConfig) -> dict[str, Any]:
+    """Many checkpoints of encoders lack their pooler's weights, which would be random; nothing here reads them."""
+    mapping = language_model_class(text_config, headless=True)._model_mapping
+    found = mapping[type(text_config)] if type(text_config) in mapping else None
+    found = found[0] if isinstance(found, (list, tuple)) else found
+    takes = found is not None and "add_pooling_layer" in inspect.signature(found.__init__).parameters
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def language_model_geometry(language_model: PreTrainedModel) -> LanguageModelGeometry:
@@ -78,10 +110,10 @@ def language_model_geometry(language_model: PreTrainedModel) -> LanguageModelGeo
     return LanguageModelGeometry(embedding_dim=int(dim), num_embeddings=int(rows))
 
 
-def probe_language_model(text_config: PreTrainedConfig) -> LanguageModelGeometry:
+def probe_language_model(text_config: PreTrainedConfig, headless: bool = False) -> LanguageModelGeometry:
     """Geometry of the language model that `text_config` describes, on the meta device: no weight is allocated."""
     with torch.device("meta"):
-        return language_model_geometry(build_language_model(text_config))
+        return language_model_geometry(build_language_model(text_config, headless))
 
 
 def word_embedding_norm(language_model: PreTrainedModel, max_rows: int = 4096) -> float:
@@ -182,11 +214,25 @@ def _context(part: str, name_or_path: str) -> str:
     )
 
 
-def _load_language_model(name_or_path: str, *, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+def _load_language_model(
+    name_or_path: str, *, config: PreTrainedConfig, headless: bool | None = False, **kwargs: Any
+) -> PreTrainedModel:
+    if headless is None:  # with its head where it has one, for then it can write as well
+        half = text_half(config)
+        if half is not config or not _has_mapping(config):
+            return _load_text_encoder(name_or_path, config=half, **kwargs)
+        if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
+            model = _load_text_encoder(name_or_path, config=config, **kwargs)
+            if _reads_ahead(model):
+                return model
+    elif headless:
+        return _load_text_encoder(name_or_path, config=config, **kwargs)
     model, info = language_model_class(config).from_pretrained(
         name_or_path, config=config, output_loading_info=True, **kwargs
     )
     missing = sorted(info["missing_keys"])
+    if missing and headless is None:
+        return _load_text_encoder(name_or_path, config=config, **kwargs)
     if missing:
         raise ValueError(
             f"`{name_or_path}` lacks {len(missing)} of the weights that {type(model).__name__} needs ({missing[:3]}…): "
@@ -202,10 +248,26 @@ def _load_language_model(name_or_path: str, *, config: PreTrainedConfig, **kwarg
     return model
 
 
+def _load_text_encoder(name_or_path: str, *, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    auto_class = language_model_class(config, headless=True)
+    with _quiet():  # that its head or pooler is left out is no news, and what is missing is raised below
+        model, info = auto_class.from_pretrained(
+            name_or_path, config=config, output_loading_info=True, **_without_pooler(config), **kwargs
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"`{name_or_path}` lacks {len(missing)} of the weights that {type(model).__name__} needs ({missing[:3]}…): "
+            "they would be random. Give a repository that holds this text model."
+        )
+    return model
+
+
 def _reads_ahead(language_model: PreTrainedModel) -> bool:
     ids = torch.tensor([[0, 1], [0, 2]], device=language_model.device)
     with torch.no_grad():
-        first = language_model.eval()(input_ids=ids).logits[:, 0].float()
+        outputs = language_model.eval()(input_ids=ids)
+    first = (outputs.get("logits") if "logits" in outputs else outputs.last_hidden_state)[:, 0].float()
     return not torch.allclose(first[0], first[1], atol=1e-4, rtol=1e-3)
 
 
@@ -215,6 +277,7 @@ def load_base_model(
     *,
     config: PreTrainedConfig | None = None,
     revision: str | None = None,
+    headless: bool | None = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
@@ -225,6 +288,9 @@ def load_base_model(
         name_or_path (`str`): id on the Hub or local folder.
         config (`PreTrainedConfig`, *optional*): used instead of the repository's own.
         revision (`str`, *optional*): branch, tag or commit; the commit it stands for goes into the record.
+        headless (`bool`, *optional*, defaults to `False`):
+            Of a language model: `True` loads it without its head, as what reads alone (BERT); `None` only where it has none
+            or reads ahead.
         kwargs: options of `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `quantization_config`,
             `token`, …).
 
@@ -249,7 +315,9 @@ def load_base_model(
         elif part == "audio":
             model = load_audio_tower(name_or_path, config=config, revision=revision, **kwargs)
         else:
-            model = _load_language_model(name_or_path, config=config, revision=revision, **kwargs)
+            model = _load_language_model(
+                name_or_path, config=config, headless=headless, revision=revision, **kwargs
+            )
     except OSError as error:
         # The library's own error classes (gated, not found, offline …) pass through; only the sentence is ours.
         error.args = (f"{_context(part, name_or_path)} {error.args[0] if error.args else ''}", *error.args[1:])
@@ -317,6 +385,6 @@ def skips_padding(language_model: PreTrainedModel) -> bool:
 
 __all__ = [
     "build_language_model", "find_feature_extractor", "find_image_processor", "find_placeholder_ids",
-    "fingerprint", "language_model_geometry", "load_base_model", "max_learned_positions", "probe_language_model",
-    "skips_padding", "verify_fingerprint", "word_embedding_norm",
+    "fingerprint", "is_headless", "language_model_geometry", "load_base_model", "max_learned_positions", "probe_language_model",
+    "skips_padding", "text_half", "verify_fingerprint", "word_embedding_norm",
 ]  # fmt: skip

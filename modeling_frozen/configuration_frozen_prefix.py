@@ -573,6 +573,9 @@ if __name__.startswith("transformers_modules."):
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     ):
         _names.setdefault(FrozenPrefixConfig.model_type, "FrozenPrefixForConditionalGeneration")
+    modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault(
+        FrozenPrefixConfig.model_type, "FrozenPrefixForImageTextRetrieval"
+    )
 
 
 __all__ = ["FrozenPrefixConfig"]

@@ -32,8 +32,15 @@ class _Gathered(torch.autograd.Function):
         return gradient[start : start + ctx.sizes[dist.get_rank()]], None
 
 
+def process_rank() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return process_rank()[1]
 
 
 def gather_with_gradient(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -159,9 +166,8 @@ def triplet_loss(
     Hinge on triples (VSE++, arXiv 1707.05612, equations 5 and 6): `max(0, margin - s(anchor, own) + s(anchor, other))`,
     s being the cosine, the anchor an image and then a text, the mean of both.
 
-    The sign: a triple costs nothing once its own is nearer than the other by the margin. The formula with the two
-    exchanged, `max(0, margin + s(anchor, own) - s(anchor, other))`, is found here and there, and was in this project's first
-    sketch, where s was a likeness and not a distance: it drives pairs apart.
+    The sign: a triple costs nothing once its own is nearer than the other by the margin. The formula that this project
+    began with had the two likenesses exchanged, as is right for distances alone; with cosines it drives pairs apart.
 
     Args:
         image_embeds, text_embeds, image_ids: as of [`clip_loss`].
@@ -224,6 +230,7 @@ __all__ = [
     "check_contrastive_loss",
     "clip_loss",
     "gather_with_gradient",
+    "process_rank",
     "siglip_loss",
     "triplet_loss",
 ]

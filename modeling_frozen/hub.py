@@ -20,6 +20,7 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_frozen_prefix.FrozenPrefixForConditionalGeneration",
     "AutoModelForSequenceClassification": "modeling_frozen_prefix_classification.FrozenPrefixForSequenceClassification",
     "AutoModelForImageClassification": "modeling_frozen_prefix_classification.FrozenPrefixForSequenceClassification",
+    "AutoModelForZeroShotImageClassification": "modeling_frozen_prefix_retrieval.FrozenPrefixForImageTextRetrieval",
     "AutoProcessor": "processing_frozen_prefix.FrozenPrefixProcessor",
 }
 

@@ -144,7 +144,8 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
         self._parts_with_home: frozenset[str] = frozenset()
         # Registered in this order: the connector is initialised last, at the norm of the words.
         self.register_module("vision_tower", build_vision_tower(config.vision_config) if "vision" in built else None)
-        self.register_module("language_model", build_language_model(config.text_config) if "text" in built else None)
+        text = build_language_model(config.text_config, config.text_headless) if "text" in built else None
+        self.register_module("language_model", text)
         self.register_module("audio_tower", build_audio_tower(config.audio_config) if "audio" in built else None)
         self.connector = build_connector(**config.connector_arguments) if sees else None
         self.audio_connector = build_connector(**config.audio_connector_arguments) if hears else None
@@ -230,7 +231,8 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
     def keeps_cache(self) -> bool:
         """Whether the language model's cache is one of the library's. Others (RWKV's list of states) can't be reordered or
         stepped in batches, so such a model reads its input anew at every step."""
-        return self.language_model._supports_default_dynamic_cache()
+        ask = getattr(self.language_model, "_supports_default_dynamic_cache", None)  # what only reads has no cache to ask of
+        return ask is None or ask()
 
     @property
     def is_recurrent(self) -> bool:
@@ -363,6 +365,11 @@ class FrozenPrefixForConditionalGeneration(
     """
 
     def __init__(self, config: FrozenPrefixConfig):
+        if config.text_headless:
+            raise ValueError(
+                "This checkpoint's text model reads and doesn't write (`text_headless=True`): load it with "
+                "FrozenPrefixForImageTextRetrieval, or join the tower to a language model."
+            )
         super().__init__(config)
         self.model = FrozenPrefixModel(config)
         self.post_init()

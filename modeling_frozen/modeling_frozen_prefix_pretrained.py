@@ -18,6 +18,7 @@ from .base_models import (
     find_feature_extractor,
     find_image_processor,
     find_placeholder_ids,
+    is_headless,
     language_model_geometry,
     load_base_model,
     verify_fingerprint,
@@ -29,6 +30,7 @@ from .connectors import Connector
 from .cross_attention import GatedCrossAttention, check_decoder, decoder_layers
 from .heads import Head
 from .hub import AUTO_MAP, complete_repository
+from .unlocking import last_layers
 
 
 # Attribute of the base model that holds each parent.
@@ -116,6 +118,10 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = []
+    # One checkpoint serves all classes: each leaves the others' heads aside.
+    _keys_to_ignore_on_load_unexpected = [r"^contrastive_head\.", r"^classifier\."]
+    # Whether `from_vision_text_pretrained` takes text models that only read; None: with a head where there is one.
+    _text_headless: bool | None = False
 
     # ---------------------------------------------------------------------------------------------- the parents
 
@@ -149,21 +155,39 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         Sets `requires_grad` of every tensor of the parents and the connector by `config.trainable`; the one place that
         does. Tensors that others added (LoRA) are left alone. Frozen parents stay in eval mode under `train()`.
         """
+        unlocked = [last_layers(self._layered(part), count) for part, count in self._unlocked().items()]
+        unlocked_ids = set().union(*(one.parameters for one in unlocked))
+        idle_ids = self._ids_of_idle_parameters()
         for module in self.modules():
             if isinstance(module, CONNECTING):
                 module.requires_grad_("connector" in self.config.trainable)
             elif (part := getattr(module, "_frozen_prefix_part", None)) is not None:
                 for parameter in module.parameters(recurse=False):
                     if parameter.is_floating_point():
-                        parameter.requires_grad_(part in self.config.trainable)
+                        trains = part in self.config.trainable or id(parameter) in unlocked_ids
+                        parameter.requires_grad_(trains and id(parameter) not in idle_ids)
         self.train(self.training)
+
+    def _unlocked(self) -> dict[str, int]:
+        """Of the parents that are here and otherwise frozen, how many last layers train."""
+        counts = self.config.unlocked_layers.items()
+        return {part: n for part, n in counts if part in self._parents() and part not in self.config.trainable}
+
+    def _layered(self, part: str) -> nn.Module:
+        """The parent whose last layers are meant by `unlocked_layers`."""
+        return self._parents()[part]
+
+    def _ids_of_idle_parameters(self) -> set[int]:
+        """Ids of the parents' parameters that have no part in this model's loss: frozen, whatever is to train."""
+        return set()
 
     def train(self, mode: bool = True) -> "FrozenPrefixPreTrainedModel":
         """Sets the mode of what trains; frozen parents keep dropout off and batch statistics still."""
         super().train(mode)
+        unlocked = set().union(*(last_layers(self._layered(part), count).modules for part, count in self._unlocked().items()))
         for module in self.modules():
             part = getattr(module, "_frozen_prefix_part", None)
-            if part is not None and part not in self.config.trainable:
+            if part is not None and part not in self.config.trainable and id(module) not in unlocked:
                 module.training = False
         return self
 
@@ -390,11 +414,14 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
             load_options = dict(options[part])
             if part in overrides:
                 if part == "text":
+                    load_options["headless"] = self.config.text_headless
                     self.generation_config = None  # the saved one names the other model's end of text
                 module, found = load_base_model(part, overrides[part], **load_options)
                 self._check_same_geometry(part, module, overrides[part])
             else:
                 load_options.setdefault("dtype", record["dtype"])
+                if part == "text":
+                    load_options["headless"] = self.config.text_headless
                 module, found = load_base_model(
                     part,
                     record["name_or_path"],
@@ -510,8 +537,11 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
             if isinstance(parent, PreTrainedModel):
                 loaded[part] = (parent, None)
             else:
-                loaded[part] = load_base_model(part, parent, **options[part])
+                headless = {"headless": config_options.get("text_headless", cls._text_headless)} if part == "text" else {}
+                loaded[part] = load_base_model(part, parent, **headless, **options[part])
         language_model = loaded["text"][0]
+        if cls._text_headless is not False:
+            config_options["text_headless"] = is_headless(language_model)
         hub_options = {
             part: {key: options[part][key] for key in HUB_OPTIONS if key in options[part]} for part in given
         }

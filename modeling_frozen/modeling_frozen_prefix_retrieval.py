@@ -1,0 +1,441 @@
+"""FrozenPrefixForImageTextRetrieval: pictures and texts in one space, each found by the other.
+
+Contrastive tuning with a lock on either side: with `trainable=("text",)` it is LiT (arXiv 2111.07991), with the default
+`("connector",)` both parents stay frozen and connector, projections and scale learn (FROMAGe, arXiv 2301.13823), with
+`("vision",)` it is LiT's mirror. Arguments and outputs are those of the library's CLIP.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_frozen_prefix import FrozenPrefixConfig
+from .contrastive_losses import CONTRASTIVE_LOSSES, LOGIT_BIAS_STARTS, LOGIT_SCALE_STARTS, process_rank
+from .heads import ContrastiveHead
+from .modalities import take_media
+from .modeling_frozen_prefix import FrozenPrefixForConditionalGeneration, FrozenPrefixModel
+from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from .pooling import pool_text
+from .text_reading import pack_text, probe_text_width, read_text, text_reader
+
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_PROJECTION_DIM = 512
+MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, section 2.5: beyond it training diverges
+
+
+@dataclass
+class FrozenPrefixImageTextOutput(ModelOutput):
+    """
+    Output of `FrozenPrefixForImageTextRetrieval`, in the order of CLIP's.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): the weighted sum of the two below.
+        logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`): scaled cosines.
+        logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`): their transpose.
+        text_embeds, image_embeds (`torch.FloatTensor` of shape `(number, projection_dim)`): of length 1.
+        text_model_output, vision_model_output (`BaseModelOutputWithPooling`): of the two sides, as the features' methods
+            give them.
+        contrastive_loss, caption_loss (`torch.FloatTensor` of shape `()`, *optional*): before weighting.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    contrastive_loss: torch.FloatTensor | None = None
+    caption_loss: torch.FloatTensor | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        nested = ("text_model_output", "vision_model_output")
+        return tuple(self[key].to_tuple() if key in nested else self[key] for key in self.keys())
+
+
+class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
+    """
+    Tower, connector and text model that put pictures and texts into one space.
+
+    The image's embedding is the mean over its prefix, projected; the text's are the pooled hidden states of the text model
+    (`config.text_pooling`), projected. Any text model serves: a decoder, an encoder, the encoder of an encoder-decoder.
+
+    As in CLIP, [`get_image_features`] and [`get_text_features`] give embeddings in the shared space. The prefix, which the
+    generative class's method of that name gives, is `model.model.get_image_features(...)` here; `model.generator` is the
+    generative class around the same weights, so that one connector may describe, answer and find.
+
+    Example:
+
+    ```python
+    >>> from modeling_frozen import FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
+
+    >>> model = FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(
+    ...     "google/siglip2-base-patch16-224", "sentence-transformers/all-MiniLM-L6-v2", trainable=("connector", "text")
+    ... )
+    ```"""
+
+    _keep_in_fp32_modules_strict = ["contrastive_head"]
+    _text_headless = None
+    # What `Trainer` would divide by is a number of words; a contrastive loss is of the batch.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: FrozenPrefixConfig):
+        if config.text_width is None:
+            config.text_width = probe_text_width(config.text_config, config.text_headless)
+        if config.projection_dim is None:
+            config.projection_dim = DEFAULT_PROJECTION_DIM
+        super().__init__(config)
+        self.model = FrozenPrefixModel(config)
+        starts = (config.logit_scale_init_value, config.logit_bias_init_value)
+        kind = config.contrastive_loss_type
+        self.contrastive_head = ContrastiveHead(
+            embedding_dim=config.embedding_dim,
+            text_width=config.text_width,
+            projection_dim=config.projection_dim,
+            logit_scale=LOGIT_SCALE_STARTS[kind] if starts[0] is None else starts[0],
+            logit_bias=LOGIT_BIAS_STARTS[kind] if starts[1] is None else starts[1],
+            ret=config.text_pooling == "ret",
+        )
+        self._head_is_new = False
+        self.post_init()
+        self._settle()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str | PreTrainedModel | None,
+        text_model_name_or_path: str | PreTrainedModel,
+        audio_model_name_or_path: str | PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> "FrozenPrefixForImageTextRetrieval":
+        """
+        Joins pretrained models by a new connector and new projections.
+
+        Args:
+            vision_model_name_or_path, text_model_name_or_path, audio_model_name_or_path:
+                As [`FrozenPrefixPreTrainedModel.from_vision_text_pretrained`]; the text model may be an encoder without a
+                language model's head. Where it has one, it is kept (`text_headless=True` leaves it out).
+            kwargs: keys of [`FrozenPrefixConfig`] (`projection_dim`, `contrastive_loss_type`, `text_pooling`, `trainable`,
+                `unlocked_layers`, `caption_loss_weight` …) and options of loading, as there.
+        """
+        return super().from_vision_text_pretrained(
+            vision_model_name_or_path, text_model_name_or_path, audio_model_name_or_path, **kwargs
+        )
+
+    def _refuse_missing(self, name: str, info: dict[str, Any]) -> None:
+        # A connector that learnt something else, captions say, is a good start: then the head alone is new.
+        own = {key for key in self.state_dict() if key.startswith("contrastive_head.")}
+        if own <= set(info["missing_keys"]):
+            logger.warning(
+                f"`{name}` has no projections, so those of {type(self).__name__} are new and random: train them before you "
+                "rely on what it finds."
+            )
+            self._head_is_new = True
+            info = {**info, "missing_keys": set(info["missing_keys"]) - own}
+        super()._refuse_missing(name, info)
+
+    def _finish_attaching(self) -> None:
+        super()._finish_attaching()
+        if self._head_is_new:
+            device = self.model.get_input_embeddings().weight.device
+            self.contrastive_head.to_empty(device="cpu" if device.type == "meta" else device)
+            for module in self.contrastive_head.modules():
+                module._is_hf_initialized = False
+            for parameter in self.contrastive_head.parameters():
+                parameter._is_hf_initialized = False
+            self._reset_connector(self.contrastive_head)
+            self._head_is_new = False
+
+    def _layered(self, part: str) -> nn.Module:
+        return text_reader(self._parents()[part]) if part == "text" else super()._layered(part)
+
+    def _ids_of_idle_parameters(self) -> set[int]:
+        language_model = self._parents().get("text")
+        if language_model is None or self.config.caption_loss_weight:
+            return set()
+        read = {id(parameter) for parameter in text_reader(language_model).parameters()}
+        return {id(parameter) for parameter in language_model.parameters()} - read
+
+    # ------------------------------------------------------------------------------------------------ embeddings
+
+    @property
+    def visual_projection(self) -> nn.Linear:
+        """From the mean of a prefix to the shared space."""
+        return self.contrastive_head.visual_projection
+
+    @property
+    def text_projection(self) -> nn.Linear:
+        """From a pooled text to the shared space."""
+        return self.contrastive_head.text_projection
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Logarithm of the inverse temperature, as in CLIP."""
+        return self.contrastive_head.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """Added to the scaled cosines, with the sigmoid loss."""
+        return self.contrastive_head.logit_bias
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """
+        Embeddings of images, as CLIP's method of that name.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*).
+            kwargs: `vision_features`, `vision_features_mask`, `image_index` and the options of some towers, as
+                [`FrozenPrefixModel.get_image_features`].
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` `(num_images, projection_dim)`, not normalised; the other fields
+            are the tower's own.
+        """
+        return self._embed_images({"pixel_values": pixel_values, **kwargs})[0]
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Embeddings of texts, as CLIP's method of that name.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(num_texts, sequence)`):
+                Padded on any side: the result is that of each text alone. Placeholders of images are not read.
+            attention_mask (`torch.Tensor` of shape `(num_texts, sequence)`, *optional*): 1 for words, 0 for padding.
+            position_ids: taken as CLIP takes it, and made anew from the mask.
+            inputs_embeds (`torch.FloatTensor` of shape `(num_texts, sequence, embedding_dim)`, *optional*): in place of ids.
+            kwargs: `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` `(num_texts, projection_dim)`, not normalised; the other fields
+            are the text model's own, of words moved to the start of their rows.
+        """
+        for unused in ("token_type_ids", "mm_token_type_ids", "return_loss"):
+            kwargs.pop(unused, None)
+        pooling = self.config.resolved_text_pooling
+        if pooling == "ret":
+            pooling, input_ids, inputs_embeds, attention_mask = (
+                "last",
+                None,
+                *self._append_ret(input_ids, inputs_embeds, attention_mask),
+            )
+        states, mask, outputs = read_text(self.model, input_ids, inputs_embeds, attention_mask, **kwargs)
+        weight = self.text_projection.weight
+        pooled = pool_text(states, mask, pooling).to(weight.device, weight.dtype)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states,
+            pooler_output=self.text_projection(pooled),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def _append_ret(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Word embeddings with `[RET]` right behind each text's last word, and their mask."""
+        skipped = None if input_ids is None else self.model.placeholders(input_ids)
+        input_ids, inputs_embeds, mask = pack_text(input_ids, inputs_embeds, attention_mask, skipped)
+        words = self.model.embed_words(input_ids) if inputs_embeds is None else inputs_embeds
+        words = nn.functional.pad(words, (0, 0, 0, 1))
+        lengths = mask.sum(-1, keepdim=True)
+        columns = torch.arange(words.shape[1], device=mask.device)
+        ret = self.contrastive_head.ret.to(words.device, words.dtype)
+        words = torch.where((columns == lengths)[..., None], ret, words)
+        return words, (columns <= lengths).long()
+
+    def _embed_images(self, media: dict[str, Any]) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
+        """Embeddings, and the prefixes from which they come, as generation takes them."""
+        prefixes = self.model.get_image_features(**media, return_dict=True)
+        width, rows = self.config.embedding_dim, list(prefixes.pooler_output)
+        if len({row.shape for row in rows}) == 1:
+            means = torch.stack(rows).reshape(len(rows), -1, width).mean(1)
+        else:
+            means = torch.stack([row.reshape(-1, width).mean(0) for row in rows])
+        weight = self.visual_projection.weight
+        embeds = self.visual_projection(means.to(weight.device, weight.dtype))
+        return type(prefixes)(**{**prefixes, "pooler_output": embeds}), prefixes
+
+    # --------------------------------------------------------------------------------------------------- forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        image_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        caption_input_ids: torch.LongTensor | None = None,
+        caption_attention_mask: torch.Tensor | None = None,
+        caption_targets: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FrozenPrefixImageTextOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(num_texts, sequence)`): texts, padded on any side.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images, or in their place among `kwargs` `vision_features`, with which the tower isn't run at all.
+            attention_mask (`torch.Tensor` of shape `(num_texts, sequence)`, *optional*): 1 for words, 0 for padding.
+            position_ids: taken as CLIP takes it, and made anew from the mask.
+            return_loss (`bool`, *optional*): whether to compute the loss, of text n with image n. Defaults to doing so in
+                training.
+            image_ids (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+                Equal numbers, in whichever process, say that pairs show the same image: then their texts are not negatives
+                of each other.
+            image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
+                For each text the row of its image among the given ones, so that an image with several texts is encoded
+                once; images count as the same by it where no `image_ids` are given.
+            caption_input_ids, caption_attention_mask, caption_targets (`torch.LongTensor`, *optional*):
+                `input_ids`, `attention_mask` and `labels` of [`FrozenPrefixForConditionalGeneration`] for the same images,
+                where `config.caption_loss_weight` is not zero.
+            kwargs: other inputs of images (`vision_features`, `vision_features_mask`, `pixel_attention_mask`,
+                `spatial_shapes`, `interpolate_pos_encoding`), `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            [`FrozenPrefixImageTextOutput`]
+
+        Raises:
+            ValueError: if one side is not given, or, for the loss, images and texts are no pairs or captions lack.
+        """
+        kwargs.pop("num_items_in_batch", None)
+        media = {"pixel_values": pixel_values, **take_media(kwargs)}
+        flags = {key: kwargs[key] for key in ("output_hidden_states", "output_attentions") if key in kwargs}
+        if input_ids is None and kwargs.get("inputs_embeds") is None:
+            raise ValueError("Matching takes images and texts, but no `input_ids` were given: see `get_image_features`.")
+        seen, prefixes = self._embed_images({**media, **flags})
+        read = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+        image_embeds = nn.functional.normalize(seen.pooler_output.float(), dim=-1)
+        text_embeds = nn.functional.normalize(read.pooler_output.float(), dim=-1).to(image_embeds.device)
+        if image_index is not None:
+            image_index = image_index.to(image_embeds.device)
+            image_embeds = image_embeds[image_index]
+        scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE).to(image_embeds.device)
+        logits_per_text = text_embeds @ image_embeds.T * scale
+        if self.logit_bias is not None:
+            logits_per_text = logits_per_text + self.logit_bias.float()
+
+        loss = contrastive_loss = caption_loss = None
+        if self.training if return_loss is None else return_loss:
+            weights = self.config.contrastive_loss_weight, self.config.caption_loss_weight
+            loss = 0.0
+            if weights[0]:
+                if image_ids is None and image_index is not None:
+                    rank, processes = process_rank()
+                    image_ids = image_index * processes + rank
+                contrastive_loss = CONTRASTIVE_LOSSES[self.config.contrastive_loss_type](
+                    image_embeds,
+                    text_embeds,
+                    logit_scale=scale,
+                    logit_bias=self.logit_bias,
+                    image_ids=image_ids,
+                    **self.config.contrastive_loss_config,
+                )
+                loss = loss + weights[0] * contrastive_loss
+            if weights[1]:
+                caption_loss = self._caption_loss(
+                    prefixes, image_index, caption_input_ids, caption_attention_mask, caption_targets
+                )
+                loss = loss + weights[1] * caption_loss
+        return FrozenPrefixImageTextOutput(
+            loss=loss,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=read,
+            vision_model_output=seen,
+            contrastive_loss=contrastive_loss,
+            caption_loss=caption_loss,
+        )
+
+    # --------------------------------------------------------------------------------------------- describing too
+
+    @property
+    def generator(self) -> FrozenPrefixForConditionalGeneration:
+        """
+        The generative class around this model's own tower, connector and language model: `model.generator.generate(...)`.
+
+        Raises:
+            ValueError: if the text model only reads.
+        """
+        known = self.__dict__.get("_generator")
+        if known is None or known.model is not self.model:
+            # Not registered as a child: its tensors are this model's already.
+            known = self.__dict__["_generator"] = generator_around(self.model)
+        known.training = self.training
+        return known
+
+    def _caption_loss(
+        self,
+        prefixes: BaseModelOutputWithPooling,
+        image_index: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        targets: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if input_ids is None or targets is None:
+            raise ValueError(
+                f"`caption_loss_weight={self.config.caption_loss_weight}` asks for captions, but `caption_input_ids` or "
+                "`caption_targets` were not given: DataCollatorForFrozenPrefixRetrieval(processor, captions=True) makes them."
+            )
+        rows = list(prefixes.pooler_output)
+        if image_index is not None:
+            rows = [rows[index] for index in image_index.tolist()]
+        encoded = {"image": type(prefixes)(**{**prefixes, "pooler_output": rows})}
+        return self.generator(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=targets,
+            mm_encoder_outputs=encoded,
+            return_dict=True,
+        ).loss
+
+
+def generator_around(base_model: FrozenPrefixModel) -> FrozenPrefixForConditionalGeneration:
+    """
+    The generative class around a base model that is there already, sharing every tensor with it.
+
+    Raises:
+        ValueError: if its text model only reads.
+    """
+    if base_model.config.text_headless:
+        raise ValueError(
+            f"{type(base_model.language_model).__name__} reads texts and writes none, so it can't describe a picture: join "
+            "the tower to a language model."
+        )
+    generator = FrozenPrefixForConditionalGeneration.__new__(FrozenPrefixForConditionalGeneration)
+    PreTrainedModel.__init__(generator, base_model.config)
+    generator.model = base_model
+    with no_init_weights():
+        generator.post_init()
+    # Not `_settle`, which would freeze by another model's rules what this one trains.
+    for name in ("input_modalities", "_is_stateful", "_can_compile_fullgraph"):
+        setattr(generator, name, getattr(base_model, name))
+    generator.generation_config = copy.deepcopy(base_model.language_model.generation_config)
+    return generator
+
+
+__all__ = ["FrozenPrefixForImageTextRetrieval", "FrozenPrefixImageTextOutput", "generator_around"]
