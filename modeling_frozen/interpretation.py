@@ -1,0 +1,579 @@
+"""What the prefix says, where the words look, and whether they see at all: three questions to a trained model.
+
+`nearest_words` reads prefix vectors as the words they lie nearest to (ClipCap, arXiv 2111.09734, section 4).
+`attention_to_image` tells how much attention each word pays to the prefix and, where places are known, to which places
+of the picture. `sightedness` tells by how many nats a word becomes less likely when the picture is another: what the
+model does with the picture, where attention tells only what it looked at.
+
+All three answer in data; the figures are drawn from it by `plot()`, which needs matplotlib (the extra `plots`). None
+changes the model, so other threads may go on generating with it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+
+from .connector_attention import grid_of, prefix_origins, twin_of
+from .data_collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
+from .modalities import MEDIA_INPUTS, MediaMixin
+
+
+# ------------------------------------------------------------------------------------------------------ what all share
+
+
+def _core(model: Any) -> Any:
+    """The part that holds tower, connector and language model."""
+    core = model if isinstance(model, MediaMixin) else getattr(model, "model", None)
+    if not isinstance(core, MediaMixin) or core.connector is None:
+        raise ValueError(f"{type(model).__name__} is no frozen-prefix model with a vision tower, which this needs.")
+    return core
+
+
+@contextmanager
+def _asking(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout and no graph, whatever the model was doing."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _listed(images: Any) -> list[Any]:
+    images = list(images) if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
+    if not images:
+        raise ValueError("No images were given.")
+    return images
+
+
+def _pixels(processor: Any, images: list[Any], device: Any) -> dict[str, Any]:
+    """What the image processor makes of them, by the names that the model takes."""
+    given = processor(images=images, return_tensors="pt").to(device)
+    return {name: given[name] for name in MEDIA_INPUTS["image"] if name in given}
+
+
+def _prefixes(core: Any, processor: Any, images: list[Any], batch_size: int) -> tuple[list[torch.Tensor], list[bytes]]:
+    """One prefix per image, and what tells equal pictures apart from others."""
+    prefixes, keys = [], []
+    for start in range(0, len(images), batch_size):
+        pixels = _pixels(processor, images[start : start + batch_size], core.device)
+        prefixes += list(core.get_image_features(**pixels, return_dict=True).pooler_output)
+        keys += [one.numpy().tobytes() for one in pixels["pixel_values"].float().cpu()]
+    return prefixes, keys
+
+
+def _encoded(prefixes: list[torch.Tensor]) -> dict[str, BaseModelOutputWithPooling]:
+    return {"image": BaseModelOutputWithPooling(pooler_output=prefixes)}
+
+
+def _word(tokenizer: Any, index: int) -> str:
+    """A token as text; the vocabulary's own spelling where it is no text by itself (a part of a character)."""
+    text = tokenizer.decode([index], skip_special_tokens=False)
+    if text and "\ufffd" not in text:
+        return text
+    return tokenizer.convert_ids_to_tokens(index) or f"<{index}>"  # a row of the table that no word has
+
+
+def _words(tokenizer: Any, ids: torch.Tensor) -> list[str]:
+    return [_word(tokenizer, index) for index in ids.tolist()]
+
+
+# -------------------------------------------------------------------------------------------------------- nearest words
+
+
+@dataclass
+class NearestWords:
+    """
+    Of `nearest_words`: a list over images in each field.
+
+    Args:
+        words: `words[image][position][rank]`.
+        ids (`list[torch.LongTensor]` of shape `(prefix_length, top_k)`).
+        similarities (`list[torch.FloatTensor]` of shape `(prefix_length, top_k)`): cosines.
+        norms (`list[torch.FloatTensor]` of shape `(prefix_length,)`): L2 norms of the prefix vectors.
+        word_norm: the median L2 norm of the words' embeddings, to compare with.
+        images: the pictures, as they were given.
+    """
+
+    words: list[list[list[str]]]
+    ids: list[torch.Tensor]
+    similarities: list[torch.Tensor]
+    norms: list[torch.Tensor]
+    word_norm: float
+    images: list[Any] = field(default_factory=list, repr=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain row per image, position and rank: for a table, a data frame or JSON."""
+        return [
+            {"image": image, "position": position, "rank": rank, "word": word, "similarity": float(value)}
+            for image, (words, similarities) in enumerate(zip(self.words, self.similarities, strict=True))
+            for position, (row, values) in enumerate(zip(words, similarities, strict=True))
+            for rank, (word, value) in enumerate(zip(row, values, strict=True))
+        ]
+
+    def plot(self, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32) -> Any:
+        """A table of one image's prefix, darker where a word is nearer; a matplotlib `Figure`, written to `path`."""
+        from .interpretation_plots import draw_nearest_words
+
+        return draw_nearest_words(self, path, image=image, max_positions=max_positions)
+
+
+def nearest_words(
+    model: Any,
+    processor: Any,
+    images: Any,
+    top_k: int = 5,
+    *,
+    skip_special_tokens: bool = True,
+    batch_size: int = 8,
+) -> NearestWords:
+    """
+    The words whose embeddings lie nearest to each prefix vector, by cosine (ClipCap, arXiv 2111.09734, section 4).
+
+    A prefix need not lie near words to be read rightly: LiMBeR (arXiv 2209.15162, section 5) finds that it seldom does.
+
+    Args:
+        model: a frozen-prefix model whose prefix stands among the words.
+        processor: its processor.
+        images: an image or a list, whatever the processor takes.
+        top_k: how many words.
+        skip_special_tokens: leave BOS, EOS and their like out. Placeholders always are.
+        batch_size: images encoded at a time.
+
+    Raises:
+        ValueError: for a model with gated cross-attention, whose visual tokens never stand in the words' space.
+    """
+    core, tokenizer, images = _core(model), processor.tokenizer, _listed(images)
+    if core.cross_attention is not None:
+        raise ValueError(
+            "This model looks at pictures through gated blocks, which read the connector's vectors by weights of their "
+            "own, so they lie in no space of words. Ask `attention_to_image` or `sightedness`."
+        )
+    known = set(tokenizer.get_vocab().values()) - set(core.config.placeholder_ids.values())
+    if skip_special_tokens:
+        known -= set(tokenizer.all_special_ids)
+    ids = torch.tensor(sorted(index for index in known if index < core.get_input_embeddings().weight.shape[0]))
+    if not 1 <= top_k <= len(ids):
+        raise ValueError(f"top_k={top_k} must be from 1 to the {len(ids)} words of the vocabulary.")
+    with _asking(core):
+        prefixes = [one.float() for one in _prefixes(core, processor, images, batch_size)[0]]
+        wanted = torch.nn.functional.normalize(torch.cat(prefixes), dim=-1)
+        best = wanted.new_full((len(wanted), 0), 0)
+        found = torch.empty(len(wanted), 0, dtype=torch.long, device=wanted.device)
+        norms = []
+        for chunk in ids.to(core.device).split(16384):  # the whole of a large vocabulary at once is as big as its table
+            words = core.embed_words(chunk[None])[0].float().to(wanted.device)
+            norms.append(words.norm(dim=-1))
+            cosines = wanted @ torch.nn.functional.normalize(words, dim=-1).T
+            best, order = torch.cat([best, cosines], dim=1).topk(min(top_k, best.shape[1] + len(chunk)), dim=1)
+            found = torch.cat([found, chunk.to(found.device).expand(len(found), -1)], dim=1).gather(1, order)
+    lengths = [len(one) for one in prefixes]
+    found, best = found.cpu().split(lengths), best.cpu().split(lengths)
+    return NearestWords(
+        words=[[_words(tokenizer, row) for row in one] for one in found],
+        ids=list(found),
+        similarities=list(best),
+        norms=[one.norm(dim=-1).cpu() for one in prefixes],
+        word_norm=float(torch.cat(norms).median()),
+        images=images,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- where words look
+
+
+@dataclass
+class ImageAttention:
+    """
+    Of `attention_to_image`.
+
+    Args:
+        words: what the model wrote (or was given), token by token.
+        ids (`torch.LongTensor` of shape `(words,)`).
+        attention (`list[torch.FloatTensor]` of shape `(heads, words, prefix_length)`, one per layer):
+            From the place that wrote the word to each prefix vector, as a part of all its attention; the rest went to
+            words. With gated cross-attention, which reads nothing but the image, rows sum to one.
+        kind: `"self"` (decoders), `"cross"` (encoder-decoders), `"gated"` (gated cross-attention).
+        origins (`torch.FloatTensor` of shape `(prefix_length, positions)`, *optional*):
+            See [`~connector_attention.prefix_origins`].
+        grid: rows and columns of the positions on the picture; `None` where the prefix is not spatial.
+        num_leading: positions before the grid's (class token …), with `vision_feature_select_strategy="full"`.
+        why_not_spatial: the reason where `grid` is `None`.
+        picture (`torch.FloatTensor` of shape `(height, width, channels)`): what the tower saw, from 0 to 1.
+    """
+
+    words: list[str]
+    ids: torch.Tensor
+    attention: list[torch.Tensor]
+    kind: str
+    origins: torch.Tensor | None
+    grid: tuple[int, int] | None
+    num_leading: int
+    why_not_spatial: str | None
+    picture: torch.Tensor = field(repr=False)
+
+    def by_word(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
+        """Attention `(words, prefix_length)`, averaged over heads and over `layers` (an index or several; all)."""
+        chosen = range(len(self.attention)) if layers is None else [layers] if isinstance(layers, int) else layers
+        return torch.stack([self.attention[layer].mean(dim=0) for layer in chosen]).mean(dim=0)
+
+    def share(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
+        """The part `(words,)` of each word's attention that goes to the image."""
+        return self.by_word(layers).sum(dim=-1)
+
+    def maps(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
+        """
+        Attention laid out on the picture: `(words, rows, columns)`.
+
+        Raises:
+            ValueError: if the prefix is not spatial; says why.
+        """
+        if self.grid is None:
+            raise ValueError(f"The prefix is not spatial: {self.why_not_spatial} Use `by_word()`.")
+        on_positions = self.by_word(layers) @ self.origins
+        return on_positions[:, self.num_leading :].reshape(-1, *self.grid)
+
+    def plot(self, path: str | Path | None = None, *, layers: int | Sequence[int] | None = None, max_words: int = 24) -> Any:
+        """Over the picture where the prefix is spatial, else bars; a matplotlib `Figure`, written to `path`."""
+        from .interpretation_plots import draw_attention
+
+        return draw_attention(self, path, layers=layers, max_words=max_words)
+
+
+def attention_to_image(
+    model: Any,
+    processor: Any,
+    image: Any,
+    prompt: str = "",
+    *,
+    text: str | None = None,
+    skip_special_tokens: bool = True,
+    **generate_kwargs: Any,
+) -> ImageAttention:
+    """
+    How much attention each word pays to the image: what the model looked at when it wrote the word.
+
+    One pass over prompt and answer with the eager attention, the only one that gives its weights, in a twin of the
+    model that shares its weights: the model itself keeps its own implementation. Decoders: self-attention to the
+    prefix; encoder-decoders: the decoder's cross-attention to the places where the prefix stood; gated cross-attention:
+    the blocks' own. Attention is no explanation by itself; set `sightedness` beside it.
+
+    Args:
+        model: a `FrozenPrefixForConditionalGeneration`.
+        processor: its processor.
+        image: one image.
+        prompt: what the model is asked, as for the processor.
+        text: an answer to look at; else the model writes one.
+        skip_special_tokens: leave EOS and its like out of the words.
+        generate_kwargs: for `generate()`; greedy, 20 tokens by default.
+
+    Raises:
+        ValueError: for language models without attention (Mamba, RWKV …), or that do not give theirs.
+    """
+    core, tokenizer = _core(model), processor.tokenizer
+    config, device = core.config, core.device
+    if not hasattr(model, "generate"):
+        raise ValueError(f"{type(model).__name__} writes no words: give the FrozenPrefixForConditionalGeneration.")
+    with _asking(model):
+        pixels = _pixels(processor, [image], device)
+        features, mask, _ = core._look(
+            pixels["pixel_values"], {name: value for name, value in pixels.items() if name != "pixel_values"}, {}
+        )
+        encoded = _encoded(core.write_prefix(features, mask))
+        inputs, queries, ids = _read_or_write(model, processor, image, prompt, text, encoded, generate_kwargs)
+        columns = (inputs["input_ids"][0] == config.image_token_id).nonzero()[:, 0]
+        weights, kind = _attentions(model, {**inputs, "mm_encoder_outputs": encoded}, queries, columns)
+    if skip_special_tokens:
+        special = set(tokenizer.all_special_ids)
+        kept = torch.tensor([index not in special for index in ids.tolist()], dtype=torch.bool)
+        ids, weights = ids[kept], [one[:, kept] for one in weights]
+    picture, grid = _picture(processor, pixels), None
+    origins = prefix_origins(core.connector, features, mask)
+    leading = config.num_leading_tokens if config.vision_feature_select_strategy == "full" else 0
+    why = None
+    if features.shape[1] == 1:
+        why = "the tower gives one pooled vector per image."
+    elif origins is None:
+        why = f"the connector {config.connector_type!r} has no attention that says where its vectors come from."
+    else:
+        spatial = pixels.get("spatial_shapes")
+        count = origins.shape[1] - leading
+        grid = grid_of(count, *picture.shape[:2]) if spatial is None else tuple(spatial[0].tolist())
+        if grid is None or math.prod(grid) != count:
+            grid, why = None, f"the tower's {count} positions are no grid on {tuple(picture.shape[:2])} pixels."
+    return ImageAttention(_words(tokenizer, ids), ids, weights, kind, origins, grid, leading, why, picture)
+
+
+def _read_or_write(
+    model: Any, processor: Any, image: Any, prompt: str, text: str | None, encoded: Any, generate_kwargs: dict
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Model inputs that hold prompt and answer, the places that wrote each word of the answer, and these words' ids."""
+    if text is not None:
+        batch = DataCollatorForFrozenPrefix(processor)([{"image": image, "prompt": prompt, "answer": text}])
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        labels = batch["labels"]
+        if not model.config.is_encoder_decoder:
+            places = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+            return inputs, places - 1, labels[0, places]
+        prepare = getattr(model.model.language_model, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is None:
+            start = torch.tensor([[model.generation_config.decoder_start_token_id]])
+            inputs["decoder_input_ids"] = torch.cat([start, labels[:, :-1]], dim=1).to(model.device)
+        else:
+            inputs["decoder_input_ids"] = prepare(labels=labels.to(model.device))
+        return inputs, torch.arange(labels.shape[1]), labels[0]
+    given = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device)
+    inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
+    # A placeholder in the answer would be taken for another image's place.
+    never = [*(model.generation_config.suppress_tokens or []), *model.config.placeholder_ids.values()]
+    options = {"do_sample": False, "max_new_tokens": 20, "suppress_tokens": never, **generate_kwargs}
+    output = model.generate(**inputs, mm_encoder_outputs=encoded, **options)
+    output = getattr(output, "sequences", output)[:1]
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = output[:, :-1]
+        return inputs, torch.arange(output.shape[1] - 1), output[0, 1:].cpu()
+    length = inputs["input_ids"].shape[1]
+    inputs = {"input_ids": output, "attention_mask": torch.ones_like(output)}
+    return inputs, torch.arange(length - 1, output.shape[1] - 1), output[0, length:].cpu()
+
+
+def _attentions(
+    model: Any, inputs: dict[str, Any], queries: torch.Tensor, columns: torch.Tensor
+) -> tuple[list[torch.Tensor], str]:
+    """Weights (heads, words, prefix) per layer, from `queries` to `columns`; and their kind."""
+    twin = twin_of(model, model.model.vision_tower, model.model.audio_tower, model.model.connector)
+    if model.model.cross_attention is not None:
+        layers: list[torch.Tensor] = []
+        for block in twin.model.cross_attention:
+            block.register_forward_pre_hook(lambda block, args: layers.append(_gated_weights(block, *args)))
+        twin(**inputs, use_cache=False)
+        return [one[0][:, queries.to(one.device)].float().cpu() for one in layers], "gated"
+    language_model = twin.model.language_model
+    _make_eager(language_model)
+    output = twin(**inputs, output_attentions=True, use_cache=False)
+    kind = "cross" if model.config.is_encoder_decoder else "self"
+    length = inputs["input_ids"].shape[1]
+    given = (output.cross_attentions if kind == "cross" else output.attentions) or ()
+    given = [one for one in given if isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[-1] == length]
+    if not given:
+        raise ValueError(
+            f"{type(language_model).__name__} gives no attention weights: it is recurrent, or keeps them to itself. "
+            "`sightedness` asks nothing of the inside of a language model."
+        )
+    # An implementation that doesn't fit its masks attends to the future and says nothing.
+    logits, expected = (one.logits.float() for one in (output, model(**inputs, use_cache=False)))
+    if (logits - expected).norm() > 0.05 * expected.norm():
+        raise ValueError(
+            f"With eager attention {type(language_model).__name__} computes something else than with "
+            f"{model.model.language_model.config._attn_implementation!r}, so its weights would mislead. Load the language "
+            'model with attn_implementation="eager".'
+        )
+    return [one[0][:, queries.to(one.device)][..., columns.to(one.device)].float().cpu() for one in given], kind
+
+
+def _make_eager(language_model: Any) -> None:
+    """For a twin alone. What the library does not switch (Falcon, of one class for all) it is told in its config."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of what can't be switched
+    try:
+        language_model.set_attn_implementation("eager")
+    finally:
+        logging.set_verbosity(verbosity)
+    for module in language_model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._attn_implementation_internal = "eager"
+
+
+def _gated_weights(
+    block: Any, hidden_states: torch.Tensor, visual: torch.Tensor, mask: torch.Tensor | None, *others: Any
+) -> torch.Tensor:
+    """What a gated block's fused attention keeps to itself: (batch, heads, words, visual tokens)."""
+    weight = block.query.weight
+    queries = block._heads(block.query(block.query_norm(hidden_states.to(weight.device, weight.dtype))))
+    keys, _ = block.read(visual)
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    return (scores if mask is None else scores.masked_fill(~mask.to(scores.device), -math.inf)).softmax(dim=-1)
+
+
+def _picture(processor: Any, pixels: dict[str, Any]) -> torch.Tensor:
+    """What the tower saw, (height, width, channels) from 0 to 1: resized and cropped as the image processor does."""
+    values, part = pixels["pixel_values"][0].float().cpu(), processor.image_processor
+    if values.ndim == 2:  # patches (NaFlex): row by row, each of (rows, columns, channels)
+        rows, columns = pixels["spatial_shapes"][0].tolist()
+        channels = len(getattr(part, "image_mean", None) or (0, 0, 0))
+        side = math.isqrt(values.shape[1] // channels)
+        values = values[: rows * columns].reshape(rows, columns, side, side, channels)
+        values = values.permute(0, 2, 1, 3, 4).reshape(rows * side, columns * side, channels)
+    else:
+        values = values.movedim(0, -1)
+    mean, std = getattr(part, "image_mean", None), getattr(part, "image_std", None)
+    if getattr(part, "do_normalize", False) and mean is not None and len(mean) == values.shape[-1]:
+        values = values * torch.tensor(std) + torch.tensor(mean)
+    if values.min() < -0.05 or values.max() > 1.05:  # a range of its own
+        values = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-6)
+    return values.clamp(0, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- sightedness
+
+
+@dataclass
+class WordSightedness:
+    """
+    One text of `sightedness`.
+
+    Args:
+        words: the tokens that were scored, EOS among them where the model learns to write it.
+        ids (`torch.LongTensor` of shape `(words,)`).
+        log_likelihood (`torch.FloatTensor` of shape `(words,)`): nats, with the text's own picture.
+        swapped (`torch.FloatTensor` of shape `(others, words)`): nats, with each other picture.
+        image, prompt: as they were given.
+    """
+
+    words: list[str]
+    ids: torch.Tensor
+    log_likelihood: torch.Tensor
+    swapped: torch.Tensor
+    image: Any = field(default=None, repr=False)
+    prompt: str = ""
+
+    @property
+    def drop(self) -> torch.Tensor:
+        """Nats `(words,)` that each word loses when the picture is another, averaged over the others. Positive: its own
+        picture made it likelier; zero: the model did not use the picture; negative: it was misled."""
+        return self.log_likelihood - self.swapped.mean(dim=0)
+
+
+@dataclass
+class Sightedness:
+    """Of `sightedness`: `samples`, one `WordSightedness` per text."""
+
+    samples: list[WordSightedness]
+
+    @property
+    def mean(self) -> float:
+        """Nats per word, over all words of all texts."""
+        return float(torch.cat([sample.drop for sample in self.samples]).mean())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain row per word: for a table, a data frame or JSON."""
+        return [
+            {"text": text, "position": position, "word": word, "log_likelihood": own, "drop": drop}
+            for text, sample in enumerate(self.samples)
+            for position, (word, own, drop) in enumerate(
+                zip(sample.words, sample.log_likelihood.tolist(), sample.drop.tolist(), strict=True)
+            )
+        ]
+
+    def plot(self, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
+        """Words coloured by their drop, beside their pictures; a matplotlib `Figure`, written to `path`."""
+        from .interpretation_plots import draw_sightedness
+
+        return draw_sightedness(self, path, max_texts=max_texts)
+
+
+def sightedness(
+    model: Any,
+    processor: Any,
+    images: Any,
+    texts: str | Sequence[str],
+    *,
+    prompts: str | Sequence[str] | None = None,
+    other_images: Any = None,
+    batch_size: int = 16,
+) -> Sightedness:
+    """
+    The drop of each word's log-likelihood, in nats, when the picture is swapped for another.
+
+    Texts are read as in training (`DataCollatorForFrozenPrefix`), each after one picture; each picture is encoded once.
+
+    Args:
+        model: a `FrozenPrefixForConditionalGeneration`.
+        processor: its processor.
+        images: one image per text.
+        texts: what is scored, word by word.
+        prompts: what stands before each text and is not scored (one for all, or one each).
+        other_images: the pictures to swap in (one or several); else every other one of `images` that differs.
+        batch_size: texts at a time.
+
+    Raises:
+        ValueError: if there is no other picture, or a text has several.
+    """
+    core, images = _core(model), _listed(images)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    prompts = [prompts] * len(texts) if prompts is None or isinstance(prompts, str) else list(prompts)
+    if not len(images) == len(texts) == len(prompts):
+        raise ValueError(f"{len(images)} images, {len(texts)} texts and {len(prompts)} prompts: give one of each.")
+    for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if processor.count_image_tokens((prompt or "") + text) > 1:
+            raise ValueError(f"Text {index} holds several {processor.image_token}: which of them is to be swapped?")
+    rows = [
+        {"image": image, "text": text} if prompt is None else {"image": image, "prompt": prompt, "answer": text}
+        for image, prompt, text in zip(images, prompts, texts, strict=True)
+    ]
+    batch = DataCollatorForFrozenPrefix(processor)(rows)
+    with _asking(model):
+        prefixes, keys = _prefixes(core, processor, images, batch_size)
+        if other_images is None:
+            others = [[j for j, key in enumerate(keys) if key != own] for own in keys]
+        else:
+            more, _ = _prefixes(core, processor, _listed(other_images), batch_size)
+            others = [list(range(len(images), len(images) + len(more)))] * len(images)
+            prefixes += more
+        if not all(others):
+            raise ValueError(
+                f"Text {others.index([])} has no other picture to swap in: give several different images, or `other_images`."
+            )
+        pairs = [(text, picture) for text, some in enumerate(others) for picture in [text, *some]]
+        scores = []
+        for start in range(0, len(pairs), batch_size):
+            chosen = pairs[start : start + batch_size]
+            scores += _log_likelihoods(model, batch, [text for text, _ in chosen], [prefixes[i] for _, i in chosen])
+    samples, taken = [], iter(scores)
+    for index, some in enumerate(others):
+        ids = batch["labels"][index][batch["labels"][index] != IGNORE_INDEX]
+        own, *swapped = [next(taken) for _ in range(1 + len(some))]
+        words = _words(processor.tokenizer, ids)
+        samples.append(WordSightedness(words, ids, own, torch.stack(swapped), images[index], prompts[index] or ""))
+    return Sightedness(samples)
+
+
+def _log_likelihoods(
+    model: Any, batch: dict[str, torch.Tensor], texts: list[int], prefixes: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Nats of each labelled word of the texts with these indices, before these prefixes."""
+    inputs = {name: batch[name][texts].to(model.device) for name in ("input_ids", "attention_mask")}
+    labels = batch["labels"][texts].to(model.device)
+    if model.config.is_encoder_decoder:
+        inputs["labels"] = labels  # the language model makes its decoder's input of them
+    logits = model(**inputs, mm_encoder_outputs=_encoded(prefixes), use_cache=False, skip_logits=False).logits
+    if not model.config.is_encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    labels = labels.to(logits.device)
+    found = []
+    for row, target in zip(logits, labels, strict=True):
+        learnt = target != IGNORE_INDEX
+        nats = row[learnt].float().log_softmax(dim=-1).gather(1, target[learnt][:, None])[:, 0]
+        found.append(nats.cpu())
+    return found
+
+
+__all__ = [
+    "ImageAttention",
+    "NearestWords",
+    "Sightedness",
+    "WordSightedness",
+    "attention_to_image",
+    "nearest_words",
+    "sightedness",
+]

@@ -1,0 +1,204 @@
+"""The figures of `interpretation`: prefixes as a table of words, attention over the picture, words coloured by what they
+lose without it. Drawn from the data that its functions return, which have a `plot()` each.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .plots import BLUE, GREY, finish, new_figure, plain_axes, show_picture, shown
+
+
+if TYPE_CHECKING:
+    from .interpretation import ImageAttention, NearestWords, Sightedness
+
+
+def _ink(colour: Any) -> str:
+    """Black or white, whichever is read better on a colour."""
+    red, green, blue = colour[:3]
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+
+
+def draw_nearest_words(
+    result: "NearestWords", path: str | Path | None = None, *, image: int = 0, max_positions: int = 32
+) -> Any:
+    """A row per prefix vector, a column per rank, darker where the word is nearer."""
+    words, values = result.words[image][:max_positions], result.similarities[image][:max_positions]
+    positions, top_k = len(words), len(words[0])
+    picture = result.images[image] if result.images else None
+    table_width = 1.0 + 1.15 * top_k
+    figure = new_figure(table_width + (2.6 if picture is not None else 0) + 0.9, max(2.8, 0.34 * positions + 1.2))
+    if picture is None:
+        axes = figure.add_subplot()
+    else:
+        left, axes = figure.subplots(1, 2, width_ratios=[2.6, table_width + 0.9])
+        show_picture(left, picture)
+        left.set_anchor("N")
+        norms = result.norms[image]
+        left.set_xlabel(
+            f"L2 norm of its prefix vectors:\n{float(norms.mean()):.2f} on average; words: {result.word_norm:.2f}",
+            fontsize=9,
+            color=GREY,
+        )
+    highest = max(float(values.max()), 1e-6)
+    drawn = axes.imshow(values, cmap="Blues", vmin=min(0.0, float(values.min())), vmax=highest, aspect="auto")
+    for row, (names, cosines) in enumerate(zip(words, values.tolist(), strict=True)):
+        for column, (name, cosine) in enumerate(zip(names, cosines, strict=True)):
+            name = shown(name)
+            name = name if len(name) <= 12 else name[:11] + "…"
+            ink = _ink(drawn.cmap(drawn.norm(cosine)))
+            axes.text(column, row, name, ha="center", va="center", fontsize=9.5, color=ink)
+    axes.set_xticks(range(top_k), [str(rank + 1) for rank in range(top_k)])
+    step = 1 if positions <= 40 else 5
+    axes.set_yticks(range(0, positions, step), [str(position) for position in range(0, positions, step)])
+    axes.tick_params(length=0)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("nearest words, in order")
+    total = len(result.words[image])
+    axes.set_ylabel("prefix vector" + (f" (the first {positions} of {total})" if total > positions else ""))
+    figure.colorbar(drawn, ax=axes, label="cosine similarity", pad=0.02, aspect=30)
+    return finish(figure, path)
+
+
+def draw_attention(
+    result: "ImageAttention",
+    path: str | Path | None = None,
+    *,
+    layers: int | Sequence[int] | None = None,
+    max_words: int = 24,
+) -> Any:
+    """A picture per word with the attention over it; without places, bars over the prefix vectors."""
+    if not result.words:
+        raise ValueError("There are no words to draw: the model wrote nothing but special tokens.")
+    averaged = "all layers" if layers is None else f"layer {layers}" if isinstance(layers, int) else f"layers {list(layers)}"
+    title = f"Attention of each word to the image, averaged over heads and {averaged}"
+    if result.kind == "cross":
+        title = f"Cross-attention of each word to the image, averaged over heads and {averaged}"
+    if result.kind == "gated":
+        title = f"Attention of the gated blocks to the image, averaged over heads and {averaged}"
+    draw = _draw_bars if result.grid is None else _draw_maps
+    return finish(draw(result, title, layers, max_words), path)
+
+
+def _titles(result: "ImageAttention", layers: Any, max_words: int) -> list[str]:
+    words = [shown(word) for word in result.words[:max_words]]
+    if result.kind == "gated":  # all of it is the image's
+        return words
+    return [f"{word}  {share:.0%}" for word, share in zip(words, result.share(layers).tolist(), strict=False)]
+
+
+def _draw_maps(result: "ImageAttention", title: str, layers: Any, max_words: int) -> Any:
+    from matplotlib import colormaps
+
+    titles = _titles(result, layers, max_words)
+    height, width = result.picture.shape[:2]
+    columns = min(6, len(titles) + 1)
+    rows = -(-(len(titles) + 1) // columns)
+    side = 2.0
+    figure = new_figure(max(6.5, side * columns + 1.1), (side * height / width + 0.3) * rows + 0.75)
+    figure.suptitle(title, fontsize=12)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    grey = result.picture.mean(dim=-1, keepdim=True).expand(-1, -1, 3)
+    grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=0.2)  # outlines have to show through the colours
+    colours, drawn = colormaps["viridis"], None
+    for index, place in enumerate(axes.flat):
+        place.set_axis_off()
+        if index == 0:
+            place.imshow(result.picture.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            place.set_title("what the tower saw", fontsize=10, color=GREY)
+        elif index <= len(titles):
+            there = result.maps(layers)[index - 1]
+            there = there / there.max().clamp(min=1e-12)
+            place.imshow(grey)
+            # Cells, not a smooth cloud: the model knows no finer places.
+            drawn = place.imshow(
+                there, cmap=colours, vmin=0, vmax=1, alpha=0.62, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+            )
+            place.set_title(titles[index - 1], fontsize=11, fontweight="bold")
+    bar = figure.colorbar(drawn, ax=axes, location="right", shrink=0.8, aspect=25, pad=0.02)
+    bar.set_ticks([0, 0.5, 1], labels=["none", "half", "most"])
+    bar.set_label("attention to the place, within each word")
+    if result.kind != "gated":
+        note = "Percentages: the part of the word's whole attention that goes to the image."
+        figure.supxlabel(note, fontsize=9.5, color=GREY)
+    return figure
+
+
+def _draw_bars(result: "ImageAttention", title: str, layers: Any, max_words: int) -> Any:
+    titles, values = _titles(result, layers, max_words), 100 * result.by_word(layers)[:max_words]
+    figure = new_figure(7.6, 0.55 * len(titles) + 1.7)
+    figure.suptitle(title, fontsize=12)
+    all_axes = figure.subplots(len(titles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, name, bars in zip(all_axes, titles, values, strict=True):
+        plain_axes(axes).bar(range(len(bars)), bars, color=BLUE, width=0.8)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11, fontweight="bold")
+        axes.tick_params(length=2)
+        axes.locator_params(axis="y", nbins=2)
+    all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    all_axes[-1].set_xlabel(f"prefix vector (no places on the picture: {result.why_not_spatial})", fontsize=9.5)
+    figure.supylabel("% of the word's attention", fontsize=10)
+    return figure
+
+
+def draw_sightedness(result: "Sightedness", path: str | Path | None = None, *, max_texts: int = 6) -> Any:
+    """Each text beside its picture, every word on the colour of its drop, with the number under it."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.patches import FancyBboxPatch
+
+    samples = result.samples[:max_texts]
+    furthest = max(max(float(sample.drop.abs().max()) for sample in samples), 0.1)
+    colours = ScalarMappable(TwoSlopeNorm(0, -furthest, furthest), colormaps["PuOr"])
+    width, line = 6.4, 0.56  # inches
+    laid = [_lay_out(sample, width) for sample in samples]
+    tops = [0.42 if sample.prompt else 0.12 for sample in samples]
+    heights = [max(1.15, line * (rows[-1][0] + 1) + top) for rows, top in zip(laid, tops, strict=True)]
+    figure = new_figure(width + 2.4, sum(heights) + 1.35)
+    figure.suptitle("What each word loses when the picture is another", fontsize=12)
+    all_axes = figure.subplots(len(samples), 2, squeeze=False, width_ratios=[1.7, width], height_ratios=heights)
+    for (left, right), sample, rows, height, top in zip(all_axes, samples, laid, heights, tops, strict=True):
+        if sample.image is None:
+            left.set_axis_off()
+        else:
+            show_picture(left, sample.image)
+        right.set_axis_off()
+        right.set_xlim(0, width)
+        right.set_ylim(height, 0)
+        if sample.prompt:
+            right.text(0, 0.22, sample.prompt.strip(), fontsize=10, color=GREY, va="center", style="italic")
+        for (row, x, wide, word), drop in zip(rows, sample.drop.tolist(), strict=True):
+            colour = colours.to_rgba(drop)
+            y = top + line * row
+            box = {"boxstyle": "round,pad=0,rounding_size=0.05", "facecolor": colour, "edgecolor": "#999999"}
+            right.add_patch(FancyBboxPatch((x, y), wide, 0.27, linewidth=0.6, **box))
+            right.text(x + wide / 2, y + 0.135, word, ha="center", va="center", fontsize=10.5, color=_ink(colour))
+            right.text(
+                x + wide / 2,
+                y + 0.38,
+                f"{drop:+.1f}".replace("-0.0", "+0.0"),
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color=GREY,
+            )
+    bar = figure.colorbar(colours, ax=all_axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
+    bar.set_label("log-likelihood with its own picture minus with others (nats per word)")
+    return finish(figure, path)
+
+
+def _lay_out(sample: Any, width: float) -> list[tuple[int, float, float, str]]:
+    """Row, left edge, width and text of each word, in inches, broken into lines."""
+    places, row, x = [], 0, 0.0
+    for word in sample.words:
+        word = shown(word)
+        wide = max(0.36, 0.095 * len(word) + 0.14)
+        if x and x + wide > width:
+            row, x = row + 1, 0.0
+        places.append((row, x, wide, word))
+        x += wide + 0.06
+    return places
+
+
+__all__ = ["draw_attention", "draw_nearest_words", "draw_sightedness"]

@@ -1,0 +1,330 @@
+"""Figures of a training: its curves, a sheet of pictures with what was said of them, and prefix length against score.
+
+Each function returns a matplotlib `Figure` and writes it as a PNG where it is given a path. Figures are made without
+pyplot, so that no global state is touched and threads may draw. matplotlib is an extra: `pip install
+"frozen-prefix[plots]"`. Colours are those of Okabe and Ito, told apart by colour-blind readers, and where two curves
+share a panel their lines and marks differ too.
+"""
+
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"
+# For words in other scripts than matplotlib's own font has; those that are installed are used.
+_FONTS = ("Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
+# What Trainer logs beside losses and metrics.
+_BOOKKEEPING = ("runtime", "per_second", "flos", "epoch", "step", "grad_norm", "learning_rate", "num_input_tokens_seen")
+
+
+# ------------------------------------------------------------------------------------------------ what all figures share
+
+
+def new_figure(width: float, height: float) -> Any:
+    """
+    An empty figure, sizes in inches.
+
+    Raises:
+        ImportError: without matplotlib; names the extra.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "frozen-prefix[plots]".') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def finish(figure: Any, path: str | Path | None) -> Any:
+    """Lets every script and every dollar sign be drawn as they are, and writes the figure where a path is given."""
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    families = ["DejaVu Sans", *(name for name in _FONTS if name in installed)]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(families)
+        text.set_parse_math(False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plain_axes(axes: Any) -> Any:
+    """Without the upper and right line, with a quiet grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def show_picture(axes: Any, picture: Any) -> None:
+    """A picture (a path, PIL or an array) without ticks."""
+    from .processors.pictures import load_rgb_image
+
+    axes.imshow(load_rgb_image(picture, "picture") if not hasattr(picture, "ndim") else picture)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#bbbbbb")
+
+
+def shown(word: str) -> str:
+    """A token as it is drawn: what can't be seen gets a mark."""
+    word = word.replace("\n", "↵").replace("\t", "⇥")
+    return word.strip() or word.replace(" ", "␣")
+
+
+# ------------------------------------------------------------------------------------------------------ training curves
+
+
+def read_history(history: Any) -> list[dict[str, float]]:
+    """
+    The log of a training.
+
+    Args:
+        history: a `Trainer`, its state, its `state.log_history`, a `trainer_state.json`, or the folder of a checkpoint or
+            of a whole training (then its newest checkpoint's).
+
+    Raises:
+        ValueError: if there is no log in it.
+    """
+    history = getattr(history, "state", history)
+    history = getattr(history, "log_history", history)
+    if isinstance(history, str | Path):
+        path = Path(history)
+        if path.is_dir():
+            found = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
+            found = [file for file in found if file.is_file()]
+            path = max(found, key=lambda file: file.stat().st_mtime, default=path / "trainer_state.json")
+        if not path.is_file():
+            raise ValueError(f"{path} is not there: give a Trainer, its log_history, or a folder with a checkpoint.")
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    rows = [dict(row) for row in history]
+    if not any("step" in row for row in rows):
+        raise ValueError("The log holds no step: train first, with `logging_steps` below the number of steps.")
+    return rows
+
+
+def curves(history: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """What `plot_training` draws: steps and values of every loss and metric, by the name it was logged under."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_history(history):
+        for name, value in row.items():
+            bookkeeping = name.startswith("train_") or any(name.endswith(word) for word in _BOOKKEEPING)
+            if bookkeeping or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            steps, values = found.setdefault(name, ([], []))
+            steps.append(row["step"])
+            values.append(value)
+    return found
+
+
+def plot_training(
+    history: Any,
+    path: str | Path | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Any:
+    """
+    Loss curves, and one panel for each further metric of the evaluations.
+
+    Args:
+        history: see `read_history`.
+        path: where the PNG goes.
+        metrics: which of the metrics, as they were logged (`"eval_cider"`); all by default.
+        title: over all.
+
+    Raises:
+        ValueError: for an unknown metric; lists those that were logged.
+    """
+    found = curves(history)
+    losses = {name: curve for name, curve in found.items() if name == "loss" or name.endswith("_loss")}
+    others = {name: curve for name, curve in found.items() if name not in losses}
+    if metrics is not None:
+        if unknown := set(metrics) - set(others):
+            raise ValueError(f"Not logged: {sorted(unknown)}. There are {sorted(others)}.")
+        others = {name: others[name] for name in metrics}
+    if not losses and not others:
+        raise ValueError(f"Nothing to draw: no loss and no metric in the log, which holds {sorted(found)}.")
+    panels = ([("loss", losses)] if losses else []) + [(name, {name: curve}) for name, curve in others.items()]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(max(6.0, 4.6 * columns), 3.7 * rows + (0.4 if title else 0))
+    styles = [(BLUE, "-", None), (RED, "--", "o"), (GREEN, "-.", "s"), (ORANGE, ":", "^"), (GREY, "-", "v")]
+    for index, (name, lines) in enumerate(panels):
+        axes = plain_axes(figure.add_subplot(rows, columns, index + 1))
+        for number, (key, (steps, values)) in enumerate(lines.items()):
+            colour, line, mark = styles[number % len(styles)] if name == "loss" else (BLUE, "-", "o")
+            if mark is None and len(values) < 2:
+                mark = "o"  # a single point has no line
+            label = {"loss": "training", "eval_loss": "evaluation"}.get(key, key.removesuffix("_loss"))
+            axes.plot(steps, values, line, color=colour, marker=mark, markersize=4.5, linewidth=1.8, label=label)
+        axes.set_xlabel("optimizer steps")
+        if name == "loss":
+            axes.set_title("Loss")
+            axes.set_ylabel("nats per token")
+            if len(lines) > 1:
+                axes.legend(frameon=False)
+        else:
+            steps, values = lines[name]
+            axes.set_title(name.removeprefix("eval_").replace("_", " "))
+            axes.set_ylabel("score")
+            _mark_best(axes, steps, values)
+        axes.margins(x=0.03, y=0.12)
+    if title:
+        figure.suptitle(title, fontweight="bold")
+    return finish(figure, path)
+
+
+def _mark_best(axes: Any, steps: list[float], values: list[float]) -> None:
+    best = max(range(len(values)), key=values.__getitem__)
+    right = steps[best] > (steps[0] + steps[-1]) / 2
+    axes.annotate(
+        f"{values[best]:.3g}",
+        (steps[best], values[best]),
+        xytext=(-4 if right else 4, 7),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        fontsize=9,
+        color=GREY,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- pictures and outputs
+
+
+def choose(scores: Sequence[float], each: int) -> dict[str, list[int]]:
+    """Indices of the `each` best, middle and worst, best first; fewer where there are not so many, none twice."""
+    order = sorted(range(len(scores)), key=lambda index: scores[index], reverse=True)
+    each = max(1, min(each, len(order) // 3))
+    start = (len(order) - each) // 2
+    groups = {"best": order[:each], "middle": order[start : start + each], "worst": order[-each:]}
+    taken: set[int] = set()
+    for name, group in groups.items():
+        groups[name] = [index for index in group if index not in taken]
+        taken.update(groups[name])
+    return {name: group for name, group in groups.items() if group}
+
+
+def plot_sheet(
+    images: Sequence[Any],
+    outputs: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    scores: Sequence[float],
+    path: str | Path | None = None,
+    *,
+    each: int = 1,
+    score_name: str = "score",
+    title: str | None = None,
+) -> Any:
+    """
+    Pictures with what the model said of them and what was expected: the best, the middle and the worst by a score.
+
+    Args:
+        images: paths, PIL pictures or arrays.
+        outputs: what the model said of each.
+        references: what was expected of each; of several the first is shown.
+        scores: one number for each, the higher the better (`caption_scores(...)["cider"]`).
+        path: where the PNG goes.
+        each: how many of the best, of the middle and of the worst.
+        score_name: how the score is called.
+        title: over all.
+
+    Raises:
+        ValueError: if the numbers of images, outputs, references and scores differ, or are none.
+    """
+    counts = {len(images), len(outputs), len(references), len(scores)}
+    if len(counts) > 1 or counts == {0}:
+        raise ValueError(
+            f"{len(images)} images, {len(outputs)} outputs, {len(references)} references and {len(scores)} scores: "
+            "give one of each for every picture."
+        )
+    groups = choose(scores, each)
+    columns = max(len(group) for group in groups.values()) if each > 1 else len(groups)
+    rows = len(groups) if each > 1 else 1
+    width = 3.9
+    figure = new_figure(max(6.0, width * columns), 4.9 * rows + (0.4 if title else 0))
+    for row, (name, group) in enumerate(groups.items()):
+        for column, index in enumerate(group):
+            place = row * columns + column + 1 if rows > 1 else row + 1
+            axes = figure.add_subplot(rows, columns, place)
+            show_picture(axes, images[index])
+            axes.set_title(f"{name}  ({score_name} {scores[index]:.2f})", fontsize=12, fontweight="bold", loc="left")
+            expected = references[index] if isinstance(references[index], str) else references[index][0]
+            lines = _wrapped("model", outputs[index]) + "\n" + _wrapped("person", expected)
+            axes.set_xlabel(lines, loc="left", fontsize=10.5, linespacing=1.35)
+    if title:
+        figure.suptitle(title, fontweight="bold")
+    return finish(figure, path)
+
+
+def _wrapped(who: str, text: str, width: int = 40) -> str:
+    lines = textwrap.wrap(f"{who}: {' '.join(text.split())}", width, subsequent_indent="    ")
+    return "\n".join(lines if len(lines) <= 4 else [*lines[:3], lines[3][: width - 1] + "…"])
+
+
+# ----------------------------------------------------------------------------------------------- prefix length and score
+
+
+def plot_prefix_length(
+    scores: Mapping[int, float | Sequence[float]],
+    path: str | Path | None = None,
+    *,
+    score_name: str = "score",
+    blind: float | Sequence[float] | None = None,
+    title: str | None = "How long a prefix is worth its price",
+) -> Any:
+    """
+    Score against prefix length.
+
+    Args:
+        scores: by prefix length, one number, or one per seed: then their mean and standard deviation are drawn, and each.
+        path: where the PNG goes.
+        score_name: how the score is called, with its unit.
+        blind: the score where pictures are shuffled: what the words alone can do.
+        title: over all.
+
+    Raises:
+        ValueError: if there are no scores, or a length is no positive number.
+    """
+    runs = {length: _several(values) for length, values in sorted(scores.items())}
+    if not runs or any(length < 1 or not values for length, values in runs.items()):
+        raise ValueError(f"scores={dict(scores)!r} must hold at least one score for each prefix length of 1 or more.")
+    figure = new_figure(6.4, 4.2)
+    axes = plain_axes(figure.add_subplot())
+    lengths, means = list(runs), [mean(values) for values in runs.values()]
+    spread = [stdev(values) if len(values) > 1 else 0.0 for values in runs.values()]
+    seeds = max(len(values) for values in runs.values())
+    axes.set_xscale("log", base=2)
+    label = score_name if seeds == 1 else f"mean ± standard deviation of {seeds} seeds"
+    axes.errorbar(
+        lengths, means, yerr=spread if any(spread) else None, color=BLUE, marker="o", linewidth=1.8, capsize=4, label=label
+    )
+    if seeds > 1:
+        points = [(length, value) for length, values in runs.items() for value in values]
+        axes.scatter(*zip(*points, strict=True), s=16, color=BLUE, alpha=0.35, linewidths=0, label="each seed")
+    if blind is not None:
+        axes.axhline(mean(_several(blind)), color=RED, linestyle="--", linewidth=1.6, label="blind (pictures shuffled)")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("prefix length (vectors per image)")
+    axes.set_ylabel(score_name)
+    axes.margins(x=0.06, y=0.14)
+    if seeds > 1 or blind is not None:
+        axes.legend(frameon=False, fontsize=9.5)
+    if title:
+        axes.set_title(title)
+    return finish(figure, path)
+
+
+def _several(values: float | Sequence[float]) -> list[float]:
+    return [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
+
+
+__all__ = ["curves", "plot_prefix_length", "plot_sheet", "plot_training", "read_history"]
