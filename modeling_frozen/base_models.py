@@ -385,6 +385,6 @@ def skips_padding(language_model: PreTrainedModel) -> bool:
 
 __all__ = [
     "build_language_model", "find_feature_extractor", "find_image_processor", "find_placeholder_ids",
-    "fingerprint", "is_headless", "language_model_geometry", "load_base_model", "max_learned_positions", "probe_language_model",
-    "skips_padding", "text_half", "verify_fingerprint", "word_embedding_norm",
+    "fingerprint", "is_headless", "language_model_geometry", "load_base_model", "max_learned_positions",
+    "probe_language_model", "skips_padding", "text_half", "verify_fingerprint", "word_embedding_norm",
 ]  # fmt: skip

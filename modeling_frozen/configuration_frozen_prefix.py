@@ -453,9 +453,9 @@ class FrozenPrefixConfig(PreTrainedConfig):
                 "(`text_headless=True`): take a language model that writes, or leave the weight out."
             )
         for part, count in self.unlocked_layers.items():
-            if part not in PARTS or part == "connector" or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            if part not in PARTS[1:] or isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(
-                    f"`unlocked_layers={self.unlocked_layers}` must say of some of {[one for one in PARTS if one != 'connector']} "
+                    f"`unlocked_layers={self.unlocked_layers}` must say of some of {list(PARTS[1:])} "
                     "how many of their last layers train, at least 1."
                 )
 
