@@ -1,0 +1,56 @@
+"""The processor of a checkpoint that holds a model and no processor.
+
+Pipelines save and push their model, tokenizer and image processor one by one, and not the processor that holds them;
+and `model.save_pretrained` alone writes no processor either. What such a folder lacks is all in the model's config, and
+in the parents that it records.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
+
+
+# Part -> what loads it, and a file by which it is known to be there.
+_PARTS = {
+    "image_processor": (AutoImageProcessor, "preprocessor_config.json"),
+    "feature_extractor": (AutoFeatureExtractor, "preprocessor_config.json"),
+    "tokenizer": (AutoTokenizer, "tokenizer_config.json"),
+}
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+
+
+class FromModelFilesMixin(ProcessorMixin):
+    """Lets a processor's `from_pretrained` do without `processor_config.json` where a frozen-prefix model lies."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; without `processor_config.json` the processor is that of the model there, with those of its
+        parts that were saved beside it."""
+        name = pretrained_model_name_or_path
+        shared = {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key) is not None}
+        place = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key) is not None}
+
+        def lacks(file: str) -> bool:
+            quiet = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
+            options = {f"_raise_exceptions_for_{key}": value for key, value in quiet.items()}
+            return cached_file(name, file, **shared, **place, **options) is None
+
+        if not lacks("processor_config.json") or lacks("config.json"):
+            return super().from_pretrained(name, *args, **kwargs)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs.get("trust_remote_code"), **shared, **place)
+        if config.model_type != "frozen-prefix":
+            return super().from_pretrained(name, *args, **kwargs)
+        wanted = {"image": "image_processor", "audio": "feature_extractor"}
+        parts: dict[str, Any] = {}
+        for part in ("tokenizer", *(wanted[medium] for medium in config.media if medium in wanted)):
+            auto_class, file = _PARTS[part]
+            if not lacks(file):
+                parts[part] = auto_class.from_pretrained(name, **shared, **place)
+        saved = getattr(parts.get("tokenizer"), "special_tokens_map", {})
+        tokens = {key: saved[key] for key in ("image_token", "video_token", "audio_token") if key in saved}
+        return cls.from_model(config, **parts, **tokens, **shared)
+
+
+__all__ = ["FromModelFilesMixin"]
