@@ -110,7 +110,7 @@ def _draw_maps(result: "ImageAttention", title: str, layers: Any, max_words: int
         elif index <= len(titles):
             there = result.maps(layers)[index - 1]
             there = there / there.max().clamp(min=1e-12)
-            place.imshow(grey)
+            place.imshow(0.4 + 0.6 * grey)
             # Cells, not a smooth cloud: the model knows no finer places.
             drawn = place.imshow(
                 there, cmap=colours, vmin=0, vmax=1, alpha=0.62, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
@@ -118,7 +118,7 @@ def _draw_maps(result: "ImageAttention", title: str, layers: Any, max_words: int
             place.set_title(titles[index - 1], fontsize=11, fontweight="bold")
     bar = figure.colorbar(drawn, ax=axes, location="right", shrink=0.8, aspect=25, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["none", "half", "most"])
-    bar.set_label("attention to the place, within each word")
+    bar.set_label("attention, within each word")
     if result.kind != "gated":
         note = "Percentages: the part of the word's whole attention that goes to the image."
         figure.supxlabel(note, fontsize=9.5, color=GREY)

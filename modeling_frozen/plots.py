@@ -98,9 +98,10 @@ def read_history(history: Any) -> list[dict[str, float]]:
     if isinstance(history, str | Path):
         path = Path(history)
         if path.is_dir():
-            found = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
-            found = [file for file in found if file.is_file()]
-            path = max(found, key=lambda file: file.stat().st_mtime, default=path / "trainer_state.json")
+            of_checkpoints = path.glob("checkpoint-*/trainer_state.json")
+            newest = max(of_checkpoints, key=lambda file: int(file.parent.name.rpartition("-")[2]), default=None)
+            own = path / "trainer_state.json"  # of a checkpoint, or of `trainer.save_state()`
+            path = own if own.is_file() or newest is None else newest
         if not path.is_file():
             raise ValueError(f"{path} is not there: give a Trainer, its log_history, or a folder with a checkpoint.")
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
@@ -175,18 +176,18 @@ def plot_training(
             steps, values = lines[name]
             axes.set_title(name.removeprefix("eval_").replace("_", " "))
             axes.set_ylabel("score")
-            _mark_best(axes, steps, values)
+            _mark_highest(axes, steps, values)
         axes.margins(x=0.03, y=0.12)
     if title:
         figure.suptitle(title, fontweight="bold")
     return finish(figure, path)
 
 
-def _mark_best(axes: Any, steps: list[float], values: list[float]) -> None:
+def _mark_highest(axes: Any, steps: list[float], values: list[float]) -> None:
     best = max(range(len(values)), key=values.__getitem__)
     right = steps[best] > (steps[0] + steps[-1]) / 2
     axes.annotate(
-        f"{values[best]:.3g}",
+        f"highest: {values[best]:.3g}",
         (steps[best], values[best]),
         xytext=(-4 if right else 4, 7),
         textcoords="offset points",
@@ -249,12 +250,14 @@ def plot_sheet(
     columns = max(len(group) for group in groups.values()) if each > 1 else len(groups)
     rows = len(groups) if each > 1 else 1
     width = 3.9
-    figure = new_figure(max(6.0, width * columns), 4.9 * rows + (0.4 if title else 0))
+    figure = new_figure(max(6.0, width * columns), 4.9 * rows + (0.5 if title else 0))
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
     for row, (name, group) in enumerate(groups.items()):
         for column, index in enumerate(group):
             place = row * columns + column + 1 if rows > 1 else row + 1
             axes = figure.add_subplot(rows, columns, place)
             show_picture(axes, images[index])
+            axes.set_anchor("N")  # titles in one line, whatever the pictures' shapes
             axes.set_title(f"{name}  ({score_name} {scores[index]:.2f})", fontsize=12, fontweight="bold", loc="left")
             expected = references[index] if isinstance(references[index], str) else references[index][0]
             lines = _wrapped("model", outputs[index]) + "\n" + _wrapped("person", expected)

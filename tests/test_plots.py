@@ -1,0 +1,128 @@
+"""The figures of a training: what they draw is what was logged."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from modeling_frozen.plots import choose, curves, plot_prefix_length, plot_sheet, plot_training, read_history
+from tests.tiny import rows
+
+
+HISTORY = [
+    {"loss": 4.0, "grad_norm": 1.5, "learning_rate": 1e-3, "epoch": 0.5, "step": 5},
+    {"loss": 3.0, "grad_norm": 1.2, "learning_rate": 5e-4, "epoch": 1.0, "step": 10},
+    {"eval_loss": 3.5, "eval_cider": 0.4, "eval_runtime": 2.0, "eval_samples_per_second": 9.0, "epoch": 1.0, "step": 10},
+    {"loss": 2.0, "grad_norm": float("nan"), "learning_rate": 0.0, "epoch": 2.0, "step": 20},
+    {"eval_loss": 3.2, "eval_cider": 0.3, "eval_runtime": 2.0, "eval_samples_per_second": 9.0, "epoch": 2.0, "step": 20},
+    {"train_runtime": 9.0, "train_loss": 3.0, "total_flos": 1e9, "epoch": 2.0, "step": 20},
+]
+
+
+def texts(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def drawn(axes: Any) -> list[tuple[list[float], list[float]]]:
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+
+
+def test_curves_hold_losses_and_metrics_and_no_bookkeeping() -> None:
+    assert curves(HISTORY) == {
+        "loss": ([5, 10, 20], [4.0, 3.0, 2.0]),
+        "eval_loss": ([10, 20], [3.5, 3.2]),
+        "eval_cider": ([10, 20], [0.4, 0.3]),
+    }
+
+
+def test_training_curves_are_drawn_as_logged(tmp_path: Path) -> None:
+    figure = plot_training(HISTORY, tmp_path / "curves.png", title="A run")
+    loss, cider = figure.axes
+    assert drawn(loss) == [([5, 10, 20], [4.0, 3.0, 2.0]), ([10, 20], [3.5, 3.2])]
+    assert drawn(cider) == [([10, 20], [0.4, 0.3])]
+    assert loss.get_ylabel() == "nats per token" and loss.get_xlabel() == cider.get_xlabel() == "optimizer steps"
+    assert {"training", "evaluation", "A run", "cider", "highest: 0.4"} <= set(texts(figure))
+    # Told apart without colours.
+    assert len({(line.get_linestyle(), line.get_marker()) for line in loss.lines}) == 2
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 1000
+    assert len(plot_training(HISTORY, metrics=[]).axes) == 1
+    with pytest.raises(ValueError, match=r"Not logged: \['eval_bleu'\]. There are \['eval_cider'\]"):
+        plot_training(HISTORY, metrics=["eval_bleu"])
+
+
+def test_histories_are_read_from_wherever_they_are(tmp_path: Path) -> None:
+    for step in (20, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        rows = [row for row in HISTORY if row["step"] <= step]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=HISTORY))
+    newest = tmp_path / "checkpoint-20"
+    for source in (trainer, trainer.state, tmp_path, str(newest), newest / "trainer_state.json"):
+        assert curves(read_history(source)) == curves(HISTORY)
+    assert len(read_history(tmp_path / "checkpoint-10")) == 3
+    with pytest.raises(ValueError, match="nowhere is not there: give a Trainer"):
+        read_history(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no step: train first"):
+        read_history([])
+
+
+def test_best_middle_and_worst() -> None:
+    scores = [0.5, 0.9, 0.1, 0.7, 0.3, 0.8, 0.2]
+    assert choose(scores, 1) == {"best": [1], "middle": [0], "worst": [2]}
+    assert choose(scores, 2) == {"best": [1, 5], "middle": [3, 0], "worst": [6, 2]}
+    assert choose([0.1, 0.9], 3) == {"best": [1], "worst": [0]}
+    assert choose([0.1], 1) == {"best": [0]}
+
+
+@pytest.mark.parametrize(("count", "each", "pictures"), [(7, 1, 3), (7, 2, 6), (1, 2, 1)])
+def test_a_sheet_shows_pictures_with_both_texts(tmp_path: Path, count: int, each: int, pictures: int) -> None:
+    images = [row["image"] for row in rows(count)]
+    outputs = [f"it costs $5 or ${i}" for i in range(count)]
+    references = [[f"picture {i}", "another"] for i in range(count)]
+    scores = [((i * 3) % 7) / 7 for i in range(count)]
+    figure = plot_sheet(images, outputs, references, scores, tmp_path / "sheet.png", each=each, score_name="CIDEr")
+    assert len(figure.axes) == pictures
+    best = figure.axes[0]
+    index = max(range(count), key=scores.__getitem__)
+    assert best.get_title(loc="left") == f"best  (CIDEr {scores[index]:.2f})"
+    assert best.get_xlabel() == f"model: it costs $5 or ${index}\nperson: picture {index}"
+    assert best.images[0].get_array().shape == (18, 20, 3)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.width > 800
+    with pytest.raises(ValueError, match=f"{count} images, 0 outputs"):
+        plot_sheet(images, [], references, scores)
+
+
+def test_long_texts_are_cut_where_they_would_run_into_the_next() -> None:
+    (row,) = rows(1)
+    figure = plot_sheet([row["image"]], ["word " * 100], ["short"], [1.0])
+    lines = figure.axes[0].get_xlabel().split("\n")
+    assert len(lines) == 5 and lines[3].endswith("…") and max(map(len, lines)) <= 44
+
+
+def test_prefix_length_against_score(tmp_path: Path) -> None:
+    figure = plot_prefix_length({8: [0.4, 0.6], 2: [0.2, 0.2]}, tmp_path / "length.png", score_name="CIDEr", blind=[0.1, 0.2])
+    (axes,) = figure.axes
+    means = axes.containers[0].lines[0]
+    assert (list(means.get_xdata()), list(means.get_ydata())) == ([2, 8], [0.2, 0.5])
+    points = axes.collections[-1].get_offsets().tolist()
+    assert points == [[2, 0.2], [2, 0.2], [8, 0.4], [8, 0.6]]
+    blind = next(line for line in axes.lines if line.get_label().startswith("blind"))
+    assert list(blind.get_ydata()) == pytest.approx([0.15, 0.15])
+    assert axes.get_ylabel() == "CIDEr" and "mean ± standard deviation of 2 seeds" in texts(figure)
+    assert len(plot_prefix_length({1: 0.1, 4: 0.5}).axes) == 1
+    with pytest.raises(ValueError, match="at least one score for each prefix length"):
+        plot_prefix_length({0: 0.5})
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "frozen-prefix\[plots\]"'):
+        plot_training(HISTORY)
