@@ -16,14 +16,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import modelcard
 
 
-PIPELINE_TAG = "image-text-to-text"
-
 _MAX_LOG_ROWS = 20
 
 # Conditions that a results file of the examples holds beside the scores themselves, in the order of the table.
 _CONDITIONS = {
     "sighted": "this model",
-    "blind": "blind (image replaced)",
+    "blind": "blind ({medium} replaced)",
     "random_connector": "random connector",
     "language_model": "language model alone",
 }
@@ -150,7 +148,13 @@ def _dataset_line(label: str, facts: Mapping[str, Any]) -> str | None:
     return f"- {label}: {line}"
 
 
-def eval_results(metrics: Mapping[str, Any] | None, dataset: Mapping[str, Any]) -> list[EvalResult]:
+def _condition(key: str, medium: str) -> str:
+    return _CONDITIONS.get(key, key).format(medium=medium)
+
+
+def eval_results(
+    metrics: Mapping[str, Any] | None, dataset: Mapping[str, Any], task_type: str, task_name: str, medium: str = "image"
+) -> list[EvalResult]:
     """One entry per score and condition: a score stands nowhere without its blind baseline, where that is known."""
     conditions = _conditions(metrics)
     title = str(dataset.get("name") or "unnamed dataset")
@@ -159,11 +163,11 @@ def eval_results(metrics: Mapping[str, Any] | None, dataset: Mapping[str, Any]) 
         for condition in (key for key in conditions if name in conditions[key]):
             value = conditions[condition][name]
             number, spread = _number(value), _spread(value)
-            label = "" if condition == "sighted" else f", {_CONDITIONS.get(condition, condition)}"
+            label = "" if condition == "sighted" else f", {_condition(condition, medium)}"
             results.append(
                 EvalResult(
-                    task_type=PIPELINE_TAG,
-                    task_name="Image-Text-to-Text",
+                    task_type=task_type,
+                    task_name=task_name,
                     dataset_type=str(dataset.get("id") or re.sub(r"[^\w.-]+", "-", title).strip("-").lower()),
                     dataset_name=title,
                     dataset_config=dataset.get("config"),
@@ -178,14 +182,16 @@ def eval_results(metrics: Mapping[str, Any] | None, dataset: Mapping[str, Any]) 
     return results
 
 
-def evaluation_text(metrics: Mapping[str, Any] | None, dataset: Mapping[str, Any]) -> str:
+def evaluation_text(metrics: Mapping[str, Any] | None, dataset: Mapping[str, Any], medium: str = "image") -> str:
     conditions = _conditions(metrics)
     if not conditions["sighted"]:
         return (
             "No scores were recorded. When you measure some, put the blind baseline beside each: the same questions "
-            "with the image replaced."
+            f"with the {medium} replaced."
         )
-    columns = list(dict.fromkeys([*_CONDITIONS, *conditions]))
+    # Those that belong beside every score show that they lack; others stand where they were measured.
+    known = [key for key in _CONDITIONS if key in conditions or key in ("blind", "random_connector")]
+    columns = list(dict.fromkeys([*known, *conditions]))
     rows = [[name, *(_shown(conditions.get(key, {}).get(name)) for key in columns)] for name in conditions["sighted"]]
     notes = {key: value for key, value in (metrics or {}).items() if "sighted" in metrics and key != "dataset"}
     lines = [_dataset_line("measured on", dataset)]
@@ -193,9 +199,9 @@ def evaluation_text(metrics: Mapping[str, Any] | None, dataset: Mapping[str, Any
     lines += [f"- {key}: {without_path(value)}" for key, value in notes.items()]
     paragraphs = [
         "\n".join(line for line in lines if line),
-        _table(["metric", *(_CONDITIONS.get(key, key.replace("_", " ")) for key in columns)], rows),
-        "Blind is the same model when each image is replaced: what it guesses from the words alone. Only what lies "
-        "above it was seen. A random connector shows what training gave.",
+        _table(["metric", *(_condition(key, medium).replace("_", " ") for key in columns)], rows),
+        f"Blind is the same model when each {medium} is replaced: what it guesses from the words alone. Only what lies "
+        f"above it was {'heard' if medium == 'sound' else 'seen'}. A random connector shows what training gave.",
     ]
     if not conditions.get("blind"):
         paragraphs.append("The blind baseline was not measured, so nobody can tell how much of this was seen.")
@@ -253,6 +259,6 @@ def training_text(training: Any, dataset: Mapping[str, Any]) -> str:
 
 
 __all__ = [
-    "PIPELINE_TAG", "base_name", "dataset_facts", "eval_results", "evaluation_text", "hub_id", "over_seeds",
+    "base_name", "dataset_facts", "eval_results", "evaluation_text", "hub_id", "over_seeds",
     "training_text", "without_path",
 ]  # fmt: skip

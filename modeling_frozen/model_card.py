@@ -31,7 +31,6 @@ from .card_edits import (
     split_card,
 )
 from .card_results import (
-    PIPELINE_TAG,
     base_name,
     dataset_facts,
     eval_results,
@@ -40,8 +39,8 @@ from .card_results import (
     over_seeds,
     training_text,
 )
+from .card_usage import card_usage, connector_rows, media_written, organs, use_block
 from .connectors import CONNECTORS
-from .hub import AUTO_MAP
 
 
 logger = logging.get_logger(__name__)
@@ -175,21 +174,6 @@ def _connector_source(connector_type: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
-def _use_block(auto_class: str | None, source: str, first: str, options: str) -> str:
-    is_generative = auto_class == "AutoModelForImageTextToText"
-    lines = ["from PIL import Image"] if is_generative else []
-    lines += [f"from transformers import {auto_class}, AutoProcessor", "", *([first, ""] if first else [])]
-    lines.append(f'model = {auto_class}.from_pretrained("{source}"{options})')
-    lines.append(f'processor = AutoProcessor.from_pretrained("{source}"{options})')
-    if is_generative:
-        lines += [
-            'image = Image.open("photo.jpg")  # any picture',
-            'inputs = processor(images=image, text="<image>\\nQuestion: what is it? Answer:", return_tensors="pt")',
-            "print(processor.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True))",
-        ]
-    return "\n".join(lines)
-
-
 def _bytes_text(folder: Path, model: Any) -> str:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     about = ""
@@ -244,20 +228,18 @@ def _generate(
     if chosen.get("license"):
         licence = {key: value for key, value in chosen.items() if key.startswith("license")}
         licence_note = f"This repository is under `{chosen.get('license_name') or chosen['license']}`."
-    served = [auto for auto, target in AUTO_MAP.items() if target.endswith(f".{type(inner).__name__}")]
-    generates = "AutoModelForImageTextToText" in served
-    auto_class = "AutoModelForImageTextToText" if generates else next(iter(served), None)
+    usage = card_usage(inner)
 
     title = _title(folder, repo_id)
     given = dataset_facts(dataset)
     measured = dataset_facts((metrics or {}).get("dataset")) or given
-    results = eval_results(metrics, measured)
+    results = eval_results(metrics, measured, usage.task_type, usage.task_name, usage.medium)
     ids = list(dict.fromkeys(facts["id"] for facts in (given, measured) if facts.get("id")))
     data = ModelCardData(
         **licence,
         language=chosen.get("language"),
         library_name="transformers",  # the library that loads it: the Hub's own snippets are its
-        pipeline_tag=PIPELINE_TAG if generates else None,
+        pipeline_tag=usage.pipeline_tag,
         base_model=[parent.repo_id for parent in parents if parent.repo_id] or None,
         base_model_relation=None,
         datasets=chosen.get("datasets") or ids or None,
@@ -266,8 +248,12 @@ def _generate(
         model_name=title if results else None,
         eval_results=results or None,
     )
-    trained = [part for part in ("connector", *_PARENT_TITLES) if part in config.trainable]
-    trained_parts = ["connector" if part == "connector" else _PARENT_TITLES[part] for part in trained]
+    unlocked = getattr(config, "unlocked_layers", None) or {}
+    trained = [part for part in ("connector", *_PARENT_TITLES) if part in config.trainable or unlocked.get(part)]
+    own = "connector and head" if usage.head else "connector"
+    titles = {part: f"{title} (last {unlocked[part]} layers)" if unlocked.get(part) else title
+              for part, title in _PARENT_TITLES.items()}
+    trained_parts = [own if part == "connector" else titles[part] for part in trained]
     if data.base_model:
         data["base_model_relation"] = "adapter" if set(trained) <= {"connector"} else "finetune"
     idle = {
@@ -278,12 +264,6 @@ def _generate(
     saved = set(config.saved_parts or ()) | set(trained)
     fetched = [p for p in parents if p.part not in saved and getattr(config, f"{p.part}_base_model") is not None]
     gated = config.fusion == "cross_attention"
-    vector = "vector" if gated else "prefix vector"
-    count, plural = config.prefix_length, "" if config.prefix_length in (1, None) else "s"
-    prefix = f"{count or 'one'} {vector}{plural}{'' if count else ' per position'}"
-    positions = f"{config.num_positions} positions" if config.num_positions else "a varying number of positions"
-    positions = "one pooled vector" if config.vision_feature_select_strategy == "pooled" else positions
-    options = {**CONNECTORS[config.connector_type].options(), **(config.connector_config or {})}
     gates = ", ".join(f"`{key}={value!r}`" for key, value in (config.cross_attention_config or {}).items())
     card = ModelCard.from_template(
         data,
@@ -291,26 +271,23 @@ def _generate(
         title=title,
         source=repo_id or "path/to/this/folder",
         model_class=type(inner).__name__,
-        auto_class=auto_class,
-        use=lambda first, last: _use_block(auto_class, repo_id or "path/to/this/folder", first, last),
+        usage=usage,
+        organs=organs(config).capitalize(),
+        use=lambda first, last: use_block(inner, usage, repo_id or "path/to/this/folder", first, last),
+        written=" and each ".join(f"{medium} is written as {prefix}" for medium, prefix in media_written(config)),
         frozen=set(trained) <= {"connector"},
         fetched=[parent.title for parent in fetched],
         parents=parents,
         local_parents=[parent for parent in fetched if parent.repo_id is None],
         licence_note=licence_note,
-        connector_type=config.connector_type,
-        connector_source=_connector_source(config.connector_type),
-        connector_options=", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "none",
-        prefix=prefix,
+        connectors=connector_rows(config, _connector_source),
         gated=gated,
         gate_options=gates or "defaults",
-        reads=f"{positions} of width {config.vision_width} (`vision_feature_layer={config.vision_feature_layer}`)",
-        embedding_dim=config.embedding_dim,
         trained_parts=trained_parts,
         trainable_parameters=f"{trainable:,}",
         all_parameters=f"{total:,}",
         checkpoint_bytes=_bytes_text(folder, inner),
-        evaluation=kept.get("Evaluation") or evaluation_text(metrics, measured),
+        evaluation=kept.get("Evaluation") or evaluation_text(metrics, measured, usage.medium),
         training=kept.get("Training") or training_text(training, given),
         versions=_versions(),
     )
