@@ -158,7 +158,7 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
                 options=config.cross_attention_config,
             )
         # What trains stays in fp32 whatever the parents' dtype is: in half precision its updates would be lost.
-        trained = {"connector": self.connector, "audio_connector": self.audio_connector, "cross_attention": self.cross_attention}
+        trained = {name: getattr(self, name) for name in ("connector", "audio_connector", "cross_attention")}
         self._keep_in_fp32_modules_strict = {name for name, part in trained.items() if part is not None and part.state_dict()}
         self.post_init()
         self._settle()
@@ -426,7 +426,7 @@ class FrozenPrefixForConditionalGeneration(
                 Made from the mask where the language model takes them, so that left padding is right.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, embedding_dim)`, *optional*).
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
-                -100 where nothing is to be learnt. Causal models: aligned with `input_ids`, shifted inside.
+                -100, or a placeholder, where nothing is to be learnt. Causal models: aligned with `input_ids`, shifted inside.
                 Encoder-decoders: what the decoder is to write.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): as in the library; 0 keeps all.
             mm_encoder_outputs (`dict`, *optional*):
@@ -470,6 +470,8 @@ class FrozenPrefixForConditionalGeneration(
         if labels is None and self.training and num_items_in_batch is not None:
             _warn_of_labels_taken_away()
         if labels is not None:
+            # No word stands at a placeholder: collators that copy ids into labels would have it learnt, or overrun the head.
+            labels = labels.masked_fill(self.model.placeholders(labels), IGNORE_INDEX)
             kwargs.setdefault("use_cache", False)
             if skip_logits and is_plain_cross_entropy(self.loss_function):
                 path = headless_path(language_model)

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
 from modeling_frozen.connectors import CONNECTORS
 from tests.library_suites import LEFT_OUT, SUITES
-from tests.tiny import join, rows, save_parents, text_config, vision_config
+from tests.tiny import WORDS, join, rows, save_parents, text_config, vision_config
 
 
 Eyes = FrozenPrefixForConditionalGeneration
@@ -230,6 +230,19 @@ def test_compiled_in_training_it_gives_the_same_gradients() -> None:
         found.append([p.grad.clone() for p in model.model.connector.parameters()])
     for plain, compiled in zip(*found, strict=True):
         torch.testing.assert_close(plain, compiled, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spare", [7, 0])
+def test_ids_copied_into_labels_teach_no_placeholder(tmp_path: Path, spare: int) -> None:
+    """As many collators do; with no spare row in the head, the placeholder's id would overrun it."""
+    save_parents(tmp_path, text={"vocab_size": len(WORDS) + spare})
+    model, _ = join(tmp_path)
+    batch = inputs(model)
+    for mode in (True, False):
+        model.train(mode)
+        copied = model(**batch, labels=batch["input_ids"]).loss
+        named = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
+        assert torch.equal(copied, model(**batch, labels=named).loss)
 
 
 # --------------------------------------------------------------------------------------------------------- the config
