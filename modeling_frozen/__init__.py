@@ -17,6 +17,7 @@ _EXPORTS = {
     "CONNECTORS": "connectors",
     "DataCollatorForFrozenPrefix": "data_collator",
     "DataCollatorForFrozenPrefixClassification": "classification_collator",
+    "DataCollatorForFrozenPrefixRetrieval": "retrieval_collator",
     "FrozenPrefixCausalLMOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixConfig": "configuration_frozen_prefix",
     "FrozenPrefixForConditionalGeneration": "modeling_frozen_prefix",
@@ -28,6 +29,7 @@ _EXPORTS = {
     "FrozenPrefixModelOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixPreTrainedModel": "modeling_frozen_prefix_pretrained",
     "FrozenPrefixProcessor": "processors",
+    "cache_vision_features": "feature_cache",
 }
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .configuration_frozen_prefix import FrozenPrefixConfig
     from .connectors import CONNECTORS
     from .data_collator import DataCollatorForFrozenPrefix
+    from .feature_cache import cache_vision_features
     from .hub_callback import FrozenPrefixHubCallback
     from .modeling_frozen_prefix import (
         FrozenPrefixCausalLMOutputWithPast,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
     from .modeling_frozen_prefix_retrieval import FrozenPrefixForImageTextRetrieval, FrozenPrefixImageTextOutput
     from .processors import FrozenPrefixProcessor
+    from .retrieval_collator import DataCollatorForFrozenPrefixRetrieval
 
 
 def __getattr__(name: str) -> Any:
@@ -66,6 +70,7 @@ __all__ = [
     "CONNECTORS",
     "DataCollatorForFrozenPrefix",
     "DataCollatorForFrozenPrefixClassification",
+    "DataCollatorForFrozenPrefixRetrieval",
     "FrozenPrefixCausalLMOutputWithPast",
     "FrozenPrefixConfig",
     "FrozenPrefixForConditionalGeneration",
@@ -78,4 +83,5 @@ __all__ = [
     "FrozenPrefixPreTrainedModel",
     "FrozenPrefixProcessor",
     "__version__",
+    "cache_vision_features",
 ]

@@ -300,10 +300,14 @@ class FrozenPrefixConfig(PreTrainedConfig):
         return (self.media[0], "text") if self.fused_inputs is None else tuple(self.fused_inputs)
 
     @property
+    def text_reads_ahead(self) -> bool:
+        """Whether the text model's hidden states of a word know the words behind it."""
+        return bool(self.is_encoder_decoder or getattr(self.text_config, "is_decoder", True) is False)
+
+    @property
     def resolved_text_pooling(self) -> str:
         """`text_pooling`, or its default for the language model."""
-        reads_ahead = self.is_encoder_decoder or getattr(self.text_config, "is_decoder", True) is False
-        return self.text_pooling or ("mean" if reads_ahead else "last")
+        return self.text_pooling or ("mean" if self.text_reads_ahead else "last")
 
     @property
     def num_image_tokens(self) -> int | None:

@@ -91,6 +91,11 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: FrozenPrefixConfig):
+        if config.text_pooling == "cls" and not config.text_reads_ahead:
+            raise ValueError(
+                '`text_pooling="cls"` reads the first word, which in a model that reads in one direction knows nothing of the '
+                'others, so all texts would be the same: take "last", "mean" or "ret".'
+            )
         if config.text_width is None:
             config.text_width = probe_text_width(config.text_config, config.text_headless)
         if config.projection_dim is None:

@@ -1,0 +1,468 @@
+"""Matching pictures and texts: any text model, a lock on either side, CLIP's conventions, and all the usual routes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+from modeling_frozen import (
+    DataCollatorForFrozenPrefixRetrieval,
+    FrozenPrefixConfig,
+    FrozenPrefixForConditionalGeneration,
+    FrozenPrefixForImageTextRetrieval,
+    FrozenPrefixModel,
+    FrozenPrefixProcessor,
+)
+from modeling_frozen.feature_cache import cache_vision_features
+from modeling_frozen.metrics import retrieval_compute_metrics
+from modeling_frozen.retrieval import class_embeddings, embed_images, embed_texts, evaluate_retrieval, zero_shot_classify
+from tests.tiny import COLOURS, WORDS, rows, save_parents, text_config, tokenizer, vision_config
+
+
+Retrieval = FrozenPrefixForImageTextRetrieval
+
+SMALL = {"vocab_size": len(WORDS) + 7, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT_MODELS: dict[str, Any] = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **SMALL)),
+    # projects both ends: its words are 16 wide, its layers 32, its last hidden states 16
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, do_layer_norm_before=False, **SMALL,
+        )
+    ),
+    "bert": lambda: BertModel(
+        BertConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64,
+            **SMALL,
+        )
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(
+            d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+            vocab_size=len(WORDS) + 7, pad_token_id=0, eos_token_id=2,
+        )
+    ),
+}  # fmt: skip
+
+
+def parents(folder: Path, text: str | None = None) -> tuple[str, str]:
+    tower, words = save_parents(folder)
+    if text is not None:
+        words = str(folder / text)
+        torch.manual_seed(0)
+        TEXT_MODELS[text]().save_pretrained(words)
+        tokenizer().save_pretrained(words)
+    return tower, words
+
+
+def matcher(folder: Path, text: str | None = None, **options: Any) -> tuple[Retrieval, FrozenPrefixProcessor]:
+    tower, words = parents(folder, text)
+    torch.manual_seed(0)
+    model = Retrieval.from_vision_text_pretrained(tower, words, **{"projection_dim": 16, **options})
+    return model, FrozenPrefixProcessor.from_model(model)
+
+
+def inputs(processor: FrozenPrefixProcessor, side: str = "right", count: int = 4) -> dict[str, torch.Tensor]:
+    texts = ["a red square .", "green", "a blue picture that is a square", "black square"][:count]
+    read = processor.tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+    images = processor(images=[row["image"] for row in rows(count)], return_tensors="pt")
+    return {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"], **images}
+
+
+def parts_saved(folder: Path) -> set[str]:
+    names = load_file(folder / "model.safetensors")
+    return {name.split(".")[1] if name.startswith("model.") else name.split(".")[0] for name in names}
+
+
+# -------------------------------------------------------------------------------------------------------- text models
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls", "ret"])
+@pytest.mark.parametrize("text", [None, *TEXT_MODELS])
+def test_padding_on_either_side_changes_nothing(tmp_path: Path, text: str | None, pooling: str) -> None:
+    if pooling == "cls" and text not in ("bert", "t5"):
+        with pytest.raises(ValueError, match="all texts would be the same"):
+            matcher(tmp_path, text, text_pooling=pooling)
+        return
+    model, processor = matcher(tmp_path, text, text_pooling=pooling)
+    assert model.config.text_headless == (text == "bert")
+    alone = []
+    for one in ["a red square .", "green", "a blue picture that is a square", "black square"]:
+        alone.append(model.get_text_features(**processor.tokenizer([one], return_tensors="pt")).pooler_output)
+    for side in ("left", "right"):
+        batch = inputs(processor, side)
+        found = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+        torch.testing.assert_close(found, torch.cat(alone), atol=2e-5, rtol=1e-4)
+    assert found.shape == (4, 16) and not torch.allclose(found[0], found[1])
+
+
+def test_pooling_reads_the_place_it_names(tmp_path: Path) -> None:
+    """Against hidden states of the language model itself."""
+    model, processor = matcher(tmp_path, text_pooling="last")
+    ids = processor.tokenizer(["a red square ."], return_tensors="pt")["input_ids"]
+    states = model.model.language_model.model(ids).last_hidden_state[0]
+    for pooling, pooled in {"last": states[-1], "mean": states.mean(0)}.items():
+        model.config.text_pooling = pooling
+        torch.testing.assert_close(model.get_text_features(ids).pooler_output[0], model.text_projection(pooled))
+
+
+def test_ret_is_read_behind_the_words(tmp_path: Path) -> None:
+    model, processor = matcher(tmp_path, text_pooling="ret")
+    ids = processor.tokenizer(["a red square ."], return_tensors="pt")["input_ids"]
+    language_model = model.model.language_model
+    words = torch.cat([language_model.get_input_embeddings()(ids), model.contrastive_head.ret[None, None]], dim=1)
+    state = language_model.model(inputs_embeds=words).last_hidden_state[0, -1]
+    torch.testing.assert_close(model.get_text_features(ids).pooler_output[0], model.text_projection(state))
+    norms = language_model.get_input_embeddings().weight.norm(dim=-1)
+    torch.testing.assert_close(model.contrastive_head.ret.norm(), norms.median(), rtol=0.05, atol=0)
+    assert model.train()(**inputs(processor)).loss.backward() is None
+    assert model.contrastive_head.ret.grad.abs().sum() > 0
+
+
+def test_a_text_half_of_a_dual_model_serves(tmp_path: Path) -> None:
+    tower, _ = parents(tmp_path)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(text_config={**small, **SMALL}, vision_config=vision_config().to_dict(), projection_dim=8)
+    whole = CLIPModel(config).eval()
+    whole.save_pretrained(tmp_path / "clip")
+    tokenizer().save_pretrained(tmp_path / "clip")
+    model = Retrieval.from_vision_text_pretrained(tower, str(tmp_path / "clip"), text_pooling="last")
+    assert type(model.model.language_model).__name__ == "CLIPTextModel" and model.config.text_headless
+    ids = torch.tensor([[1, 4, 5, 6]])
+    found = model.get_text_features(ids).last_hidden_state
+    torch.testing.assert_close(found, whole.text_model(input_ids=ids).last_hidden_state)
+    model.save_pretrained(tmp_path / "out")
+    assert parts_saved(tmp_path / "out") == {"connector", "contrastive_head"}
+    again = Retrieval.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.get_text_features(ids).pooler_output, model.get_text_features(ids).pooler_output)
+
+
+def test_what_only_reads_does_not_write(tmp_path: Path) -> None:
+    model, _ = matcher(tmp_path, "bert")
+    with pytest.raises(ValueError, match="reads texts and writes none"):
+        _ = model.generator
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="reads and doesn't write"):
+        FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="lacks|reads ahead"):
+        FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(*parents(tmp_path, "bert"))
+    with pytest.raises(ValueError, match="only reads"):
+        matcher(tmp_path, "bert", caption_loss_weight=1.0)
+
+
+# -------------------------------------------------------------------------------------------------------- conventions
+
+
+def test_outputs_are_those_of_clip(tmp_path: Path) -> None:
+    model, processor = matcher(tmp_path)
+    batch = inputs(processor)
+    out = model(**batch)
+    assert out.loss is None and list(out.keys())[:4] == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
+    images = nn.functional.normalize(model.get_image_features(batch["pixel_values"]).pooler_output, dim=-1)
+    texts = nn.functional.normalize(model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output, dim=-1)
+    torch.testing.assert_close(out.image_embeds, images)
+    torch.testing.assert_close(out.logits_per_image, images @ texts.T * model.logit_scale.exp())
+    assert torch.equal(out.logits_per_text, out.logits_per_image.T)
+    prefix = model.model.get_image_features(batch["pixel_values"]).pooler_output
+    torch.testing.assert_close(images, nn.functional.normalize(model.visual_projection(torch.stack(prefix).mean(1)), dim=-1))
+    as_tuple = model(**batch, return_dict=False, return_loss=True)
+    torch.testing.assert_close(as_tuple[1], out.logits_per_image)
+    # two images, four texts: fine to look at, no pairs to learn from
+    assert model(**{**batch, "pixel_values": batch["pixel_values"][:2]}).logits_per_image.shape == (2, 4)
+    with pytest.raises(ValueError, match="takes pairs"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:2]}, return_loss=True)
+    with pytest.raises(ValueError, match="no `input_ids` were given"):
+        model(pixel_values=batch["pixel_values"])
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip", "triplet"])
+def test_every_loss_learns_to_match(tmp_path: Path, loss: str) -> None:
+    model, processor = matcher(tmp_path, contrastive_loss_type=loss)
+    assert (model.logit_bias is not None) == (loss == "siglip")
+    batch = inputs(processor)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert model.eval()(**batch).logits_per_image.argmax(-1).tolist() == [0, 1, 2, 3]
+
+
+def test_an_image_of_several_texts_is_encoded_once(tmp_path: Path) -> None:
+    model, processor = matcher(tmp_path)
+    batch = inputs(processor)
+    twice = {**batch, "pixel_values": batch["pixel_values"][[0, 1, 0, 1]]}
+    shared = {**batch, "pixel_values": batch["pixel_values"][:2], "image_index": torch.tensor([0, 1, 0, 1])}
+    plain = model(**twice, return_loss=True)
+    named = model(**twice, return_loss=True, image_ids=torch.tensor([5, 6, 5, 6]))
+    once = model(**shared, return_loss=True)
+    torch.testing.assert_close(once.logits_per_text, plain.logits_per_text)
+    torch.testing.assert_close(once.loss, named.loss)
+    assert not torch.isclose(once.loss, plain.loss)
+
+
+# ------------------------------------------------------------------------------------------------------------ the lock
+
+
+LOCKS = [
+    (("connector",), {}, {"connector", "contrastive_head"}),
+    (("text",), {}, {"language_model"}),
+    (("connector", "text"), {}, {"connector", "contrastive_head", "language_model"}),
+    (("vision",), {}, {"vision_tower"}),
+    (("connector",), {"text": 1}, {"connector", "contrastive_head", "language_model"}),
+    (("connector",), {"vision": 1}, {"connector", "contrastive_head", "vision_tower"}),
+]
+
+
+@pytest.mark.parametrize(("trainable", "unlocked", "learns"), LOCKS)
+def test_only_what_is_unlocked_learns_and_it_is_saved(
+    tmp_path: Path, trainable: tuple[str, ...], unlocked: dict[str, int], learns: set[str]
+) -> None:
+    model, processor = matcher(tmp_path, trainable=trainable, unlocked_layers=unlocked)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = inputs(processor)
+    for _ in range(2):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
+    parts = {name.removeprefix("model.").split(".")[0] for name in changed}
+    assert parts == learns
+    if unlocked:
+        first = [name for name in changed if "layers.0." in name]
+        last = [name for name in changed if "layers.1." in name]
+        assert last and not first and not any("embed" in name for name in changed)
+    model.eval().save_pretrained(tmp_path / "out")
+    assert parts_saved(tmp_path / "out") == {"connector", "contrastive_head"} | (learns & {"language_model", "vision_tower"})
+    again = Retrieval.from_pretrained(tmp_path / "out")
+    assert torch.equal(again(**batch).logits_per_text, model(**batch).logits_per_text)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == {name for name, parameter in again.named_parameters() if parameter.requires_grad}
+
+
+def test_unlocked_layers_work_in_train_mode_and_others_do_not(tmp_path: Path) -> None:
+    model, _ = matcher(tmp_path, unlocked_layers={"vision": 1})
+    layers = model.train().model.vision_tower.encoder.layers
+    assert layers[1].self_attn.training and not layers[0].self_attn.training
+    with pytest.raises(ValueError, match="has 2 layers, so 3 of them"):
+        matcher(tmp_path, unlocked_layers={"vision": 3})
+    with pytest.raises(ValueError, match="must say of some of"):
+        FrozenPrefixConfig(unlocked_layers={"connector": 1})
+
+
+def test_what_the_text_side_never_uses_does_not_train(tmp_path: Path) -> None:
+    """The decoder of T5, an untied head: distributed training would wait for their gradients."""
+    for text in ("t5", None):
+        model, processor = matcher(tmp_path, text, trainable=("connector", "text"))
+        model.train()(**inputs(processor)).loss.backward()
+        assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        language_model = model.model.language_model
+        assert not language_model.lm_head.weight.requires_grad or language_model.config.tie_word_embeddings
+
+
+def test_a_step_from_the_store_runs_no_tower(tmp_path: Path) -> None:
+    """LiT from stored features costs the text side alone, and gives the same."""
+    model, processor = matcher(tmp_path, trainable=("connector", "text"))
+    data = Dataset.from_list([{"image": row["image"], "text": row["text"]} for row in rows(4)])
+    stored = cache_vision_features(data, model, processor, cache_dir=tmp_path / "store", dtype="float32", num_workers=0)
+    collate = DataCollatorForFrozenPrefixRetrieval(processor)
+    expected = model.train()(**collate(list(data))).loss
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    batch = collate(list(stored))
+    assert "vision_features" in batch and "pixel_values" not in batch
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert not calls
+
+
+# -------------------------------------------------------------------------------------------- routes: Auto, pipeline, Trainer
+
+
+def test_one_checkpoint_serves_every_class(tmp_path: Path) -> None:
+    model, processor = matcher(tmp_path)
+    model.save_pretrained(tmp_path / "out")
+    batch = inputs(processor)
+    again = AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "out")
+    assert isinstance(again, Retrieval)
+    assert torch.equal(again(**batch).logits_per_text, model(**batch).logits_per_text)
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "out"), FrozenPrefixModel)
+    writer = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    prompt = processor(images=rows(1)[0]["image"], text="a", return_tensors="pt")
+    expected = model.generator.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(writer.generate(**prompt, max_new_tokens=4, do_sample=False), expected)
+    assert "contrastive_head.logit_scale" not in writer.state_dict()
+    # a captioner is a good start: its connector, and projections that are new, not left empty
+    writer.save_pretrained(tmp_path / "eyes")
+    started = Retrieval.from_pretrained(tmp_path / "eyes", projection_dim=8, text_pooling="ret")
+    assert torch.equal(started.model.connector.output.weight, model.model.connector.output.weight)
+    assert started(**batch).logits_per_text.isfinite().all()
+    torch.testing.assert_close(started.logit_scale.item(), 2.6592)
+    assert started.contrastive_head.ret.norm() > 0.1
+
+
+def test_the_library_s_pipeline_by_path(tmp_path: Path) -> None:
+    model, processor = trained(tmp_path)
+    model.save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "out"))
+    image = rows(1)[0]["image"]
+    found = classify(image, candidate_labels=list(COLOURS), hypothesis_template="a {} square .")
+    assert found[0]["label"] == "red"
+    mine = zero_shot_classify(model, processor, [image], list(COLOURS), ["a {} square ."])[0]
+    torch.testing.assert_close(found[0]["score"], mine.max().item(), atol=1e-4, rtol=1e-3)
+
+
+def trained(folder: Path) -> tuple[Retrieval, FrozenPrefixProcessor]:
+    """A model that tells four colours apart."""
+    model, processor = matcher(folder, trainable=("connector", "text"))
+    set_seed(0)
+    arguments = TrainingArguments(
+        str(folder / "run"), max_steps=30, per_device_train_batch_size=4, learning_rate=3e-3, report_to=[],
+        remove_unused_columns=False, save_strategy="no", disable_tqdm=True, use_cpu=True, eval_strategy="steps", eval_steps=30,
+    )  # fmt: skip
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=rows(8),
+        eval_dataset=rows(4),
+        data_collator=DataCollatorForFrozenPrefixRetrieval(processor),
+        compute_metrics=retrieval_compute_metrics(ks=(1,)),
+    )
+    first = trainer.evaluate()
+    trainer.train()
+    last = trainer.evaluate()
+    assert last["eval_loss"] < first["eval_loss"]  # it is there: `return_loss` and no label names
+    assert last["eval_text_to_image_recall_at_1"] == last["eval_image_to_text_recall_at_1"] == 1
+    return model.eval(), processor
+
+
+def test_trainer_learns_to_find_and_to_classify_what_it_was_not_told(tmp_path: Path) -> None:
+    model, processor = trained(tmp_path)
+    squares = [row["image"] for row in rows(4)]
+    found = evaluate_retrieval(model, processor, squares, [[row["text"], row["text"]] for row in rows(4)], ks=(1, 2))
+    assert found["text_to_image_recall_at_1"] == 1 and found["image_to_text_recall_at_1"] == 1
+    scores = zero_shot_classify(model, processor, squares, list(COLOURS), ["a {} square .", "a picture that is {}"])
+    assert scores.argmax(-1).tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(scores.sum(-1), torch.ones(4))
+    templates = ["a {} square .", "a picture that is {}"]
+    classes = class_embeddings(model, processor, ["red", "blue"], templates)
+    each = embed_texts(model, processor, [template.format("red") for template in templates])
+    torch.testing.assert_close(classes[0], nn.functional.normalize(each.mean(0), dim=-1))
+    torch.testing.assert_close(
+        zero_shot_classify(model, processor, squares, classes),
+        zero_shot_classify(model, processor, squares, ["red", "blue"], templates),
+    )
+    assert embed_images(model, processor, squares, batch_size=3).shape == (4, 16)
+    with pytest.raises(ValueError, match="lack `{}`"):
+        class_embeddings(model, processor, ["red"], ["a photo"])
+
+
+# --------------------------------------------------------------------------------------------------- describing as well
+
+
+def test_one_connector_describes_and_finds(tmp_path: Path) -> None:
+    model, processor = matcher(tmp_path, text_pooling="ret", caption_loss_weight=0.5, contrastive_loss_weight=2.0)
+    collate = DataCollatorForFrozenPrefixRetrieval(processor, captions=True)
+    batch = collate(rows(8))
+    out = model(**batch)
+    torch.testing.assert_close(out.loss, 2.0 * out.contrastive_loss + 0.5 * out.caption_loss)
+    alone = model.generator(
+        input_ids=batch["caption_input_ids"], attention_mask=batch["caption_attention_mask"],
+        labels=batch["caption_targets"], pixel_values=batch["pixel_values"],
+    )  # fmt: skip
+    torch.testing.assert_close(out.caption_loss, alone.loss)
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    frozen = [p for p in model.model.language_model.parameters() if p.grad is not None or p.requires_grad]
+    assert not frozen
+    model.eval().save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    assert parts_saved(tmp_path / "out") == {"connector", "contrastive_head"}
+    finder = Retrieval.from_pretrained(tmp_path / "out")
+    squares = [row["image"] for row in rows(4)]
+    found = evaluate_retrieval(finder, processor, squares, [row["text"] for row in rows(4)], ks=(1,))
+    assert found["text_to_image_recall_at_1"] == 1
+    writer = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    batch = processor(images=squares, text=[""] * 4, return_tensors="pt")
+    written = writer.generate(**batch, max_new_tokens=5, do_sample=False)
+    texts = processor.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert sum(colour in text for colour, text in zip(COLOURS, texts, strict=True)) >= 3
+    with pytest.raises(ValueError, match="asks for captions"):
+        finder(**DataCollatorForFrozenPrefixRetrieval(processor)(rows(4)))
+
+
+def test_the_generator_shares_all_and_changes_nothing(tmp_path: Path) -> None:
+    model, _ = matcher(tmp_path, trainable=("connector", "text"))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    keys = set(model.state_dict())
+    model.train()
+    assert model.generator is model.generator and model.generator.model is model.model and model.generator.training
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()} and keys == set(model.state_dict())
+    assert not model.eval().generator.training
+    assert isinstance(model.generator, PreTrainedModel) and model.generator.generation_config.eos_token_id == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ collator
+
+
+def test_the_collator_knows_which_pairs_show_one_image(tmp_path: Path) -> None:
+    _, processor = matcher(tmp_path)
+    collate = DataCollatorForFrozenPrefixRetrieval(processor)
+    red, copy, blue = (Image.new("RGB", (16, 16), COLOURS[name]) for name in ("red", "red", "blue"))
+    texts = ["a red square .", ["red", "square"], "blue"]
+    batch = collate([{"image": image, "text": text} for image, text in zip((red, copy, blue), texts, strict=True)])
+    ids = batch["image_ids"].tolist()
+    assert ids[0] == ids[1] != ids[2] and batch["return_loss"] is True
+    same = collate([{"image": red, "text": "a"}, {"image": red, "text": "square"}])
+    assert same["image_index"].tolist() == [0, 0] and len(same["pixel_values"]) == 1
+    named = collate([{"image": red, "text": "a", "image_id": 4}, {"image": copy, "text": "a", "image_id": "x"}])
+    assert named["image_ids"][0] == 4 != named["image_ids"][1]
+    assert (batch["input_ids"] != processor.image_token_id).all()
+    with pytest.raises(ValueError, match="Row 0 has 2 images"):
+        collate([{"image": [red, blue], "text": "a"}])
+
+
+def test_a_constructed_model_comes_back(tmp_path: Path) -> None:
+    config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), text_config(), projection_dim=12)
+    model = Retrieval(config).eval()
+    assert model.visual_projection.weight.shape == (12, 32) and model.logit_scale.item() == pytest.approx(2.6592)
+    model.save_pretrained(tmp_path / "out")
+    ids = torch.tensor([[4, 5, 6]])
+    again = Retrieval.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.get_text_features(ids).pooler_output, model.get_text_features(ids).pooler_output)
+    half = Retrieval.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert half.logit_scale.dtype == half.model.connector.output.weight.dtype == torch.float32
+    assert half.model.language_model.dtype == torch.bfloat16 and half.get_text_features(ids).pooler_output.isfinite().all()
