@@ -9,7 +9,7 @@ that each question gets by itself.
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,9 +91,10 @@ class PrefixCache:
             The words so far, placeholders among them, padded on the left.
         logits (`torch.FloatTensor` of shape `(rows, vocabulary)`, *optional*): for the word after.
         cache (`DynamicCache`, *optional*): keys and values of the words so far; take [`past_key_values`] to use it.
-        media (`list[dict[str, list[torch.Tensor]]]`, *optional*):
-            For language models whose cache can't be kept (recurrent, encoder-decoder, gated cross-attention): each row's
-            encoded media. The towers are not run again; the words are.
+        media (`list[dict[str, list[torch.Tensor]]]`):
+            Each row's encoded media, by modality. Language models whose cache can't be kept (recurrent, encoder-decoder,
+            gated cross-attention), and ways of decoding that want a cache of their own, read the words again with them;
+            the towers never run again.
         encoder_outputs (`ModelOutput`, *optional*): of encoder-decoders.
     """
 
@@ -101,7 +102,7 @@ class PrefixCache:
     attention_mask: torch.LongTensor
     logits: torch.FloatTensor | None = None
     cache: DynamicCache | None = None
-    media: list[dict[str, list[torch.Tensor]]] | None = None
+    media: list[dict[str, list[torch.Tensor]]] = field(default_factory=list)
     encoder_outputs: ModelOutput | None = None
 
     def __len__(self) -> int:
@@ -126,7 +127,7 @@ class PrefixCache:
             attention_mask=_pick(self.attention_mask, rows),
             logits=None if self.logits is None else _pick(self.logits, rows),
             cache=None if self.cache is None else _copied(self.cache, rows),
-            media=None if self.media is None else [self.media[row] for row in rows.tolist()],
+            media=[self.media[0 if len(self.media) == 1 else row] for row in rows.tolist()],
             encoder_outputs=encoder_outputs,
         )
 
@@ -166,6 +167,14 @@ def _by_row(model: Any, input_ids: torch.LongTensor, encoded: dict[str, ModelOut
                 own.append(next(rest))
             row[modality] = own
     return rows
+
+
+def _joined(
+    rows: list[dict[str, list[torch.Tensor]]], more: list[dict[str, list[torch.Tensor]]]
+) -> list[dict[str, list[torch.Tensor]]]:
+    return [
+        {key: [*old.get(key, []), *new.get(key, [])] for key in {**old, **new}} for old, new in zip(rows, more, strict=True)
+    ]
 
 
 def _together(rows: Iterable[dict[str, list[torch.Tensor]]]) -> dict[str, BaseModelOutputWithPooling]:
@@ -246,24 +255,18 @@ class PrefixCacheMixin:
             raise TypeError(f"`encode_prefix` takes words and media, and not {sorted(inputs)}.")
         if prefix_cache is None:
             input_ids, mask = _left(input_ids, mask)
-            if self.config.is_encoder_decoder or self.model.cross_attention is not None or not self._may_keep_cache():
-                return self._without_cache(input_ids, mask, _by_row(self, input_ids, encoded))
-            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-            if not _can_be_shared(cache):
-                return self._without_cache(input_ids, mask, _by_row(self, input_ids, encoded))
-            cache.activate_past_recording()
-            empty = PrefixCache(input_ids[:, :0], mask[:, :0], cache=cache)
-            return self._extended(empty, input_ids, mask, encoded)
+            media = _by_row(self, input_ids, encoded)
+            cache = self._new_cache()
+            if cache is None:
+                return self._without_cache(input_ids, mask, media)
+            empty = PrefixCache(input_ids[:, :0], mask[:, :0], cache=cache, media=[{} for _ in input_ids])
+            return self._extended(empty, input_ids, mask, encoded, media)
         prefix, input_ids, mask = self._after(prefix_cache, input_ids, mask, may_begin=not encoded)
+        media = _by_row(self, input_ids, encoded)
         if prefix.cache is not None:
-            return self._extended(prefix, input_ids, mask, encoded)
-        more = _by_row(self, input_ids, encoded)
-        media = [
-            {key: [*old.get(key, []), *new.get(key, [])] for key in {**old, **new}}
-            for old, new in zip(prefix.media, more, strict=True)
-        ]
+            return self._extended(prefix, input_ids, mask, encoded, media)
         together = torch.cat([prefix.input_ids, input_ids], dim=1), torch.cat([prefix.attention_mask, mask], dim=1)
-        return self._without_cache(*_left(*together), media)
+        return self._without_cache(*_left(*together), _joined(prefix.media, media))
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, prefix_cache: PrefixCache | None = None, **kwargs: Any):
@@ -342,8 +345,16 @@ class PrefixCacheMixin:
 
     # ------------------------------------------------------------------------------------------------ the parts of it
 
-    def _may_keep_cache(self) -> bool:
-        return self.model.keeps_cache and not self.model.is_recurrent
+    def _new_cache(self) -> DynamicCache | None:
+        """An empty cache that can be kept, whose windows forget nothing; `None` for a language model without one."""
+        model = self.model
+        if self.config.is_encoder_decoder or model.cross_attention is not None or model.is_recurrent or not model.keeps_cache:
+            return None
+        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        if not _can_be_shared(cache):
+            return None
+        cache.activate_past_recording()
+        return cache
 
     def _processed(
         self, images: Any, text: Any, processor: Any, prefix_cache: PrefixCache | None, inputs: dict[str, Any]
@@ -416,7 +427,12 @@ class PrefixCacheMixin:
         return prefix
 
     def _extended(
-        self, prefix: PrefixCache, input_ids: torch.LongTensor, mask: torch.LongTensor, encoded: dict[str, ModelOutput]
+        self,
+        prefix: PrefixCache,
+        input_ids: torch.LongTensor,
+        mask: torch.LongTensor,
+        encoded: dict[str, ModelOutput],
+        media: list[dict[str, list[torch.Tensor]]],
     ) -> PrefixCache:
         """Reads more words, padded on the right so that they follow the prefix, and then moves the padding to the left."""
         lengths, begun = mask.sum(-1), prefix.attention_mask.sum(-1)
@@ -451,7 +467,7 @@ class PrefixCacheMixin:
                 if layer.is_initialized:
                     layer.keys, layer.values = _shift(layer.keys, by, 2), _shift(layer.values, by, 2)
             whole, whole_mask = _left(whole, whole_mask)
-        return PrefixCache(whole, whole_mask, logits=logits, cache=cache)
+        return PrefixCache(whole, whole_mask, logits=logits, cache=cache, media=_joined(prefix.media, media))
 
     def _continued(
         self, prefix: PrefixCache, question: torch.LongTensor | None, mask: torch.Tensor | None, kwargs: dict[str, Any]
@@ -464,6 +480,8 @@ class PrefixCacheMixin:
                 f"`{given[0]}` was passed beside `prefix_cache`, which holds what was encoded: leave it out, or, for another "
                 "picture, go on by `encode_prefix(..., prefix_cache=...)` first."
             )
+        if self._wants_its_own_cache(kwargs):
+            prefix = replace(prefix, cache=None)
         if question is None or question.shape[1] == 0:
             return self._continued_without_question(prefix)
         prefix, question, mask = self._after(prefix, question, self._mask_of(question, mask))
@@ -481,13 +499,20 @@ class PrefixCacheMixin:
             rest = mask * (columns < lengths[:, None] - 1)
             final = question.gather(1, lengths[:, None] - 1)
             pad = self.generation_config.pad_token_id or 0
-            prefix = self._extended(prefix, question.masked_fill(rest == 0, pad)[:, :-1], rest[:, :-1], {})
+            prefix = self._extended(prefix, question.masked_fill(rest == 0, pad)[:, :-1], rest[:, :-1], {}, [{}] * len(rest))
             question, mask = final, torch.ones_like(final)
         return {
             "input_ids": torch.cat([prefix.input_ids, question], dim=1),
             "attention_mask": torch.cat([prefix.attention_mask, mask], dim=1),
             "past_key_values": prefix.past_key_values,
         }
+
+    def _wants_its_own_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Assisted decoding starts from an empty cache; static, quantised and offloaded ones are made by the library."""
+        config = kwargs.get("generation_config") or self.generation_config
+        names = ("prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation")
+        asked = [kwargs.get(name, getattr(config, name, None)) for name in names]
+        return kwargs.get("assistant_model") is not None or any(value is not None for value in asked)
 
     def _continued_without_question(self, prefix: PrefixCache) -> dict[str, Any]:
         words = {"input_ids": prefix.input_ids, "attention_mask": prefix.attention_mask}
