@@ -205,7 +205,8 @@ class Connector(nn.Module):
         if frames > 1:  # most connectors read positions as a set, which has no time in it
             hidden = hidden + _code_of_time(frames, hidden).repeat_interleave(hidden.shape[1] // frames, dim=0)
         prefix = self.output(self._mix(self.input_dropout(hidden), attention_mask))
-        return self.output_dropout(prefix.reshape(len(features), -1, self.embedding_dim))
+        # Not `len`: exported, it would make a constant of the number of images.
+        return self.output_dropout(prefix.reshape(features.shape[0], -1, self.embedding_dim))
 
     def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The middle: (images, positions, vision_width) to (images, positions or prefix_length, any width)."""
@@ -378,7 +379,7 @@ class TransformerConnector(_Reader):
         self._add_queries(hidden_size)
 
     def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        hidden = torch.cat([self.queries.expand(len(hidden), -1, -1), self.project(hidden)], dim=1)
+        hidden = torch.cat([self.queries.expand(hidden.shape[0], -1, -1), self.project(hidden)], dim=1)
         padding = None if attention_mask is None else nn.functional.pad(~attention_mask, (self.prefix_length, 0))
         for layer in self.layers:
             hidden = layer(hidden, src_key_padding_mask=padding)
@@ -443,7 +444,7 @@ class ResamplerConnector(_Reader):
         self._add_queries(hidden_size)
 
     def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        context, queries = self.project(hidden), self.queries.expand(len(hidden), -1, -1)
+        context, queries = self.project(hidden), self.queries.expand(hidden.shape[0], -1, -1)
         padding = None if attention_mask is None else nn.functional.pad(~attention_mask, (self.prefix_length, 0))
         for layer in self.layers:
             queries = layer(queries, context, padding)
@@ -492,7 +493,7 @@ class QFormerConnector(_Reader):
 
     def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         return self.qformer(
-            query_embeds=self.queries.expand(len(hidden), -1, -1),
+            query_embeds=self.queries.expand(hidden.shape[0], -1, -1),
             encoder_hidden_states=hidden,
             encoder_attention_mask=attention_mask,
         ).last_hidden_state
@@ -520,7 +521,7 @@ class LSTMLayer(nn.Module):
         self.state_gates = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        state = hidden.new_zeros(1, len(hidden), self.hidden_size)
+        state = hidden.new_zeros(1, hidden.shape[0], self.hidden_size)
         # input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
         weights = (self.input_gates.weight, self.state_gates.weight)
         inputs = torch.cat([hidden, valid], dim=-1)
@@ -555,7 +556,7 @@ class LSTMConnector(_Reader):
             order = attention_mask.int().argsort(dim=1, stable=True)[..., None]
             valid = attention_mask[..., None].gather(1, order).to(hidden.dtype)
             hidden = hidden.gather(1, order.expand_as(hidden)) * valid
-        hidden = torch.cat([hidden, self.queries.to(hidden.dtype).expand(len(hidden), -1, -1)], dim=1)
+        hidden = torch.cat([hidden, self.queries.to(hidden.dtype).expand(hidden.shape[0], -1, -1)], dim=1)
         valid = nn.functional.pad(valid, (0, 0, 0, self.prefix_length), value=1.0)
         for layer in self.layers:
             hidden = self.dropout(layer(hidden, valid))

@@ -1,0 +1,193 @@
+"""Models for other runtimes: tower and connector, and the language model that reads what they write, as graphs.
+
+The library's exporters (`transformers.exporters`) do the work; here is what they are given. The frozen prefix makes the
+cut for them: an image becomes `(prefix_length, embedding_dim)` numbers once, in one graph, and from there on there is
+nothing but an ordinary language model that is fed embeddings.
+
+    exported = export_image_encoder(model, "eyes-onnx", sample_inputs=processor(images=image, return_tensors="pt"))
+    prefix = exported(pixel_values=pixel_values)["image_embeds"]
+
+Needs the extra `export`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from .vision_towers import _default_shape, encode_images
+
+
+# Name here -> the library's. ".pt2" is the file that torch.export writes.
+FORMATS = {"onnx": "onnx", "pt2": "dynamo", "dynamo": "dynamo", "openvino": "openvino", "executorch": "executorch"}
+
+_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
+
+class ImageEncoder(nn.Module):
+    """Tower and connector alone: pixel values in, prefixes out, all tensors (`get_image_features` gives lists)."""
+
+    def __init__(self, model: FrozenPrefixPreTrainedModel):
+        super().__init__()
+        base, config = model.base_model, model.config
+        self.vision_tower, self.connector = base.vision_tower, base.connector
+        self.options = {
+            "layer": config.vision_feature_layer,
+            "select_strategy": config.vision_feature_select_strategy,
+            "num_leading_tokens": config.num_leading_tokens,
+        }
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args: as the processor gives them.
+
+        Returns:
+            `image_embeds` `(images, prefix_length, embedding_dim)`; and, from a tower whose positions vary by image under
+            a connector that keeps them, `image_embeds_mask` `(images, positions)`, true where there is a vector.
+        """
+        given = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        given = {name: value for name, value in given.items() if value is not None}
+        features, mask, _ = encode_images(self.vision_tower, pixel_values, **self.options, **given)
+        outputs = {"image_embeds": self.connector(features, attention_mask=mask)}
+        if mask is not None and not self.connector.reads_positions:
+            outputs["image_embeds_mask"] = mask
+        return outputs
+
+
+def _exporter(format: str, config_kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is not known; choose one of {sorted(FORMATS)}.")
+    try:
+        from transformers.exporters.auto import AutoExportConfig, AutoHfExporter
+
+        exporter = AutoHfExporter.from_config(AutoExportConfig.from_dict({"export_format": FORMATS[format]}))
+    except ImportError as error:
+        raise ImportError(
+            f"Exporting to {format!r} needs packages that are not installed here: pip install 'frozen-prefix[export]'. {error}"
+        ) from error
+    return exporter, exporter.config_class(dynamic=True, **config_kwargs)
+
+
+def _two_rows(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    # A traced size of one would be taken for a constant.
+    return {name: value if len(value) > 1 else torch.cat([value, value]) for name, value in inputs.items()}
+
+
+def export_image_encoder(
+    model: FrozenPrefixPreTrainedModel,
+    save_directory: str | Path | None = None,
+    *,
+    format: str = "onnx",
+    sample_inputs: Mapping[str, Any] | None = None,
+    **config_kwargs: Any,
+) -> Any:
+    """
+    Exports tower and connector as one graph, for any number of images.
+
+    Args:
+        model ([`FrozenPrefixPreTrainedModel`]): any frozen-prefix model with eyes, in eval mode.
+        save_directory (`str`, *optional*): where to write it, in the library's layout (`model.onnx`, `export.json`, …).
+        format (`str`, defaults to `"onnx"`): `"onnx"`, `"pt2"` (`torch.export`), `"openvino"` or `"executorch"`.
+        sample_inputs (`Mapping`, *optional*):
+            What the processor gives for an image; other keys than the tower's inputs are left aside. The graph takes
+            pictures of this size. Left out: random ones of the size in the tower's config, which may not be the
+            processor's (DINOv2's says 518, its processor makes 224).
+        config_kwargs: of the library's config for the format: `opset_version`, `optimize`, `quantizer`, ….
+
+    Returns:
+        `transformers.exporters.ExportedModel`: call it with `pixel_values` (and what else the tower takes); its
+        `image_embeds` is `(images, prefix_length, embedding_dim)`.
+
+    Raises:
+        ValueError: a model without eyes or without its tower, an unknown format, a size that the connector was not made for.
+        ImportError: without the extra `export`.
+    """
+    config, tower = model.config, getattr(model.base_model, "vision_tower", None)
+    if tower is None:
+        raise ValueError("This model has no vision tower to export, or it is not loaded.")
+    if model.training:
+        raise ValueError("The model is in train mode, and dropout would go into the graph: call model.eval() first.")
+    exporter, export_config = _exporter(format, config_kwargs)
+    if sample_inputs is None:
+        shape = _default_shape(tower)
+        if len(shape) != 3:
+            raise ValueError(
+                f"{type(tower).__name__} takes patches: pass sample_inputs=processor(images=…, return_tensors='pt')."
+            )
+        sample_inputs = {"pixel_values": torch.zeros(2, *shape)}
+    inputs = {name: sample_inputs[name].to(tower.device) for name in _IMAGE_INPUTS if sample_inputs.get(name) is not None}
+    if "pixel_values" not in inputs:
+        raise ValueError(f"sample_inputs has no pixel_values, but {sorted(sample_inputs)}: give an image to the processor.")
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.float32)
+    inputs = _two_rows(inputs)
+
+    encoder = ImageEncoder(model).eval()
+    with torch.no_grad():
+        written = encoder(**inputs)["image_embeds"]
+    if config.prefix_length is not None and written.shape[1] != config.prefix_length:
+        raise ValueError(
+            f"From images of shape {tuple(inputs['pixel_values'].shape[1:])} {written.shape[1]} vectors come, but the model "
+            f"has prefix_length={config.prefix_length}: pass sample_inputs=processor(images=…, return_tensors='pt')."
+        )
+    images = torch.export.Dim("images", min=1)
+    export_config.dynamic_shapes = {name: {0: images} for name in inputs}
+    exported = exporter.export(encoder, inputs, export_config)
+    if save_directory is not None:
+        exported.save_pretrained(save_directory)
+    return exported
+
+
+def export_prefill(
+    model: FrozenPrefixPreTrainedModel,
+    save_directory: str | Path | None = None,
+    *,
+    format: str = "onnx",
+    **config_kwargs: Any,
+) -> Any:
+    """
+    Exports the language model's first step: embeddings of prefix and words in, logits and key-value cache out.
+
+    Args:
+        model ([`FrozenPrefixPreTrainedModel`]): with a causal language model and `fusion="prefix"`.
+        save_directory, format, config_kwargs: as in [`export_image_encoder`].
+
+    Returns:
+        `transformers.exporters.ExportedModel`: call it with `inputs_embeds` `(batch, sequence, embedding_dim)` and
+        `attention_mask` `(batch, sequence)` of any size (and `position_ids` where the language model takes them: counted
+        from the first word that is not padding); its output has `logits` and `past_key_values`.
+
+    Raises:
+        ValueError: an encoder-decoder, or layers with cross-attention between them.
+        ImportError: without the extra `export`.
+    """
+    config, language_model = model.config, model.base_model.language_model
+    if config.is_encoder_decoder or config.fusion != "prefix":
+        what = "is an encoder-decoder" if config.is_encoder_decoder else f"has fusion={config.fusion!r}"
+        raise ValueError(
+            f"This model {what}: its language model is more than a reader of embeddings. Export its stages with "
+            "`transformers.exporters`: HfExporter.export_for_generation(model, inputs, config)."
+        )
+    exporter, export_config = _exporter(format, config_kwargs)
+    embeds = model.get_input_embeddings()(torch.zeros(2, 5, dtype=torch.long, device=language_model.device))
+    mask = torch.ones(2, 5, dtype=torch.long, device=language_model.device)
+    inputs = {"inputs_embeds": embeds.detach(), "attention_mask": mask}
+    ready = model.base_model.language_inputs(language_model, None, embeds, mask, None, None, {"use_cache": True})
+    if "position_ids" in ready:
+        inputs["position_ids"] = ready["position_ids"]
+    batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=2)
+    export_config.dynamic_shapes = {name: {0: batch, 1: sequence} for name in inputs}
+    exported = exporter.export(language_model, {**inputs, "use_cache": bool(ready.get("use_cache", False))}, export_config)
+    if save_directory is not None:
+        exported.save_pretrained(save_directory)
+    return exported
+
+
+__all__ = ["FORMATS", "ImageEncoder", "export_image_encoder", "export_prefill"]
