@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .feature_store import StoredImage
 
 
 IGNORE_INDEX = -100
@@ -68,10 +71,18 @@ class DataCollatorForFrozenPrefix:
             `prompt_column="question"`.
         pad_to_multiple_of: pad sequences to a multiple of it.
         is_encoder_decoder: whether the model is an encoder-decoder. Default: what the processor says.
+        share_images: process and encode an image of several samples of a batch once: the same object, path, bytes, or
+            index in a store. The model's results are the same. Turn it off where something cuts batches up row by row
+            (`dispatch_batches`, which accelerate sets for an `IterableDataset` in several processes; `nn.DataParallel`).
+
+    Rows of [`cache_vision_features`] hold features in place of images, and no image is opened for them.
 
     Returns: a dict of `input_ids`, `attention_mask` (batch, sequence), padded on the right; `labels` of the same
     shape, -100 where nothing is learnt (encoder-decoder: (batch, target), the decoder's ids); `pixel_values`
-    (images, C, H, W) in reading order, with whatever else the image processor makes; none in a batch without images.
+    (images, C, H, W) in reading order, with whatever else the image processor makes; none in a batch without images. Where
+    it saves something, `pixel_values` hold distinct images and `image_index` (images,) says which of them stands where. Of
+    stored images `vision_features` (images, positions, vision_width) in their place, in the dtype of the store, with
+    `vision_features_mask` (images, positions) where positions vary.
 
     Errors: ValueError that names the row, the numbers and the way out.
     """
@@ -85,6 +96,7 @@ class DataCollatorForFrozenPrefix:
     messages_column: str = "messages"
     pad_to_multiple_of: int | None = None
     is_encoder_decoder: bool | None = None
+    share_images: bool = True
 
     def __post_init__(self) -> None:
         tokenizer = self.processor.tokenizer
@@ -135,7 +147,21 @@ class DataCollatorForFrozenPrefix:
 
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
         """Model inputs of all images of the batch, in reading order. Override it to take features from elsewhere."""
-        return dict(self.processor(images=images, return_tensors="pt"))
+        index = None
+        if self.share_images:
+            places: dict[Any, int] = {}
+            index = [places.setdefault(_identity(image), len(places)) for image in images]
+            distinct = {place: image for place, image in zip(index, images, strict=True)}
+            index = torch.tensor(index) if len(distinct) < len(images) else None
+            images = [distinct[place] for place in range(len(distinct))]
+        stored = sum(isinstance(image, StoredImage) for image in images)
+        if stored not in (0, len(images)):
+            raise ValueError(
+                f"{stored} of the {len(images)} images of a batch are stored features, the others images: train on rows "
+                "of one kind, by `cache_vision_features` on all."
+            )
+        batch = stack_features(images) if stored else dict(self.processor(images=images, return_tensors="pt"))
+        return batch if index is None else {**batch, "image_index": index}
 
     @staticmethod
     def _labels(example: _Example) -> list[int]:
@@ -355,6 +381,35 @@ class DataCollatorForFrozenPrefix:
                 ids = [*ids, tokenizer.eos_token_id]
             targets.append(list(ids[: self.max_length]))
         return targets
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+def _identity(image: Any) -> Any:
+    """Equal for images that are surely the same: by object, path, bytes or place in a store."""
+    if isinstance(image, StoredImage | str | bytes):
+        return image
+    if isinstance(image, Mapping):
+        data, path = image.get("bytes"), image.get("path")
+        return (type(data), data) if isinstance(data, bytes) else path if isinstance(path, str) else id(image)
+    return id(image)
+
+
+def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
+    """Stored images as `vision_features` (images, positions, vision_width), padded to the longest, and, where positions
+    vary, `vision_features_mask` (images, positions)."""
+    loaded = [image.load() for image in images]
+    features = [one for one, _ in loaded]
+    widths = {(one.shape[1], one.dtype) for one in features}
+    if len(widths) > 1:
+        raise ValueError(f"A batch holds features of several widths or dtypes, {sorted(map(str, widths))}: of several stores.")
+    length = max(len(one) for one in features)
+    if all(mask is None and len(one) == length for one, mask in loaded):
+        return {"vision_features": torch.stack(features)}
+    masks = [torch.ones(len(one), dtype=torch.bool) if mask is None else mask for one, mask in loaded]
+    return {
+        "vision_features": torch.stack([nn.functional.pad(one, (0, 0, 0, length - len(one))) for one in features]),
+        "vision_features_mask": torch.stack([nn.functional.pad(mask, (0, length - len(mask))) for mask in masks]),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- chats

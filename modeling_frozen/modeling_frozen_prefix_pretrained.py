@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .adapter_folders import AdapterFolder, then_load_adapter
 from .audio_towers import probe_audio_tower
+from .base_model_unloading import BaseModelUnloadingMixin
 from .base_models import (
     HUB_OPTIONS,
     find_feature_extractor,
@@ -29,7 +31,7 @@ from .connector_switching import ConnectorSwitchingMixin
 from .connectors import Connector
 from .cross_attention import GatedCrossAttention, check_decoder, decoder_layers
 from .heads import Head
-from .hub import AUTO_MAP, complete_repository
+from .hub import AUTO_MAP, complete_copy, complete_repository
 from .unlocking import last_layers
 
 
@@ -101,7 +103,7 @@ class _Recomputed:
         return self.layer._gradient_checkpointing_func(functools.partial(self.plain, **kwargs), *args)
 
 
-class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
+class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMixin, PreTrainedModel):
     """
     What all frozen-prefix models share: freezing, small checkpoints, parents that are refilled and checked on loading.
 
@@ -220,12 +222,15 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
                 inner._frozen_prefix_samples = _samples(inner)
             self.base_model._parts_with_home = self.base_model._parts_with_home | {part}
 
-    def _finish_attaching(self) -> None:
+    def _gather_from_parents(self) -> None:
         # Tied keys, no-split and fp32 modules of the parents are gathered by post_init; weights are there already.
         with no_init_weights():
             if self.base_model is not self:
                 self.base_model.post_init()
             self.post_init()
+
+    def _finish_attaching(self) -> None:
+        self._gather_from_parents()
         self._settle()
         self._keys_to_ignore_on_save = self._keys_with_home()
 
@@ -248,15 +253,19 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
 
     # ------------------------------------------------------------------------------------------------- saving
 
-    def _keys_with_home(self) -> set[str]:
-        """Exactly the names in the state dict that need not be saved: of parents that can be refilled and never
-        trained, and of connectors that are loaded but not in use."""
-        trained = set(self.config.trainable)
+    def changed_parts(self) -> set[str]:
+        """Parts that train, or whose weights somebody changed since they were loaded."""
+        changed = set(self.config.trainable)
         for module in self.modules():
             part = getattr(module, "_frozen_prefix_part", None)
             if part is not None and (_trains(module) or _changed(module)):
-                trained.add(part)
-        skipped = self.base_model._parts_with_home - trained
+                changed.add(part)
+        return changed
+
+    def _keys_with_home(self) -> set[str]:
+        """Exactly the names in the state dict that need not be saved: of parents that can be refilled and never
+        trained, and of connectors that are loaded but not in use."""
+        skipped = self.base_model._parts_with_home - self.changed_parts()
         keys = self._keys_of_idle_connectors()
         for name, module in self.named_modules(remove_duplicate=False):
             if getattr(module, "_frozen_prefix_part", None) in skipped:
@@ -276,10 +285,18 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         Args:
             save_directory (`str`): folder; made if absent.
             include_base_models (`bool`, defaults to `False`):
-                Write both parents too, for a self-contained copy. Parents that were trained, or have no repository or
-                folder of their own, are always written whole.
+                Write both parents too, and the code and processor with them: a self-contained copy, which loads without
+                this package too (`trust_remote_code=True`). Parents that were trained, or have no repository or folder of
+                their own, are always written whole.
             args, kwargs: as `PreTrainedModel.save_pretrained`.
         """
+        if include_base_models:
+            for part, attribute in PARENTS.items():
+                if getattr(self.config, f"{part}_config") is not None and getattr(self.base_model, attribute) is None:
+                    raise ValueError(
+                        f"`include_base_models=True` writes the {part} tower too, and it is not loaded: "
+                        f'`model.load_base_model("{part}")` first.'
+                    )
         with_home = self._keys_of_idle_connectors() if include_base_models else self._keys_with_home()
         left_out = {part for part in PARENTS if any(key.startswith(self._key_prefix(part)) for key in with_home)}
         self.config.saved_parts = ("connector", *(part for part in self._parents() if part not in left_out))
@@ -289,6 +306,8 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self._keys_to_ignore_on_save = self._keys_with_home()
+        if include_base_models and kwargs.get("is_main_process", True):
+            complete_copy(save_directory, self)
 
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # Every way of pushing a model ends here.
@@ -302,6 +321,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
     # ------------------------------------------------------------------------------------------------ loading
 
     @classmethod
+    @then_load_adapter
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | None,
@@ -309,6 +329,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         vision_base_model: str | None = None,
         text_base_model: str | None = None,
         audio_base_model: str | None = None,
+        load_vision_tower: bool = True,
         **kwargs: Any,
     ) -> "FrozenPrefixPreTrainedModel":
         """
@@ -318,6 +339,9 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
             pretrained_model_name_or_path (`str`): id on the Hub or folder of the checkpoint.
             vision_base_model, text_base_model, audio_base_model (`str`, *optional*):
                 Another place, or another model, for that parent. It is taken as the user says and recorded.
+            load_vision_tower (`bool`, defaults to `True`):
+                `False` leaves the tower where it is, for a model that is given `vision_features`; see
+                [`cache_vision_features`] and [`load_base_model`].
             kwargs: as `PreTrainedModel.from_pretrained`. `dtype`, `device_map` and the options about reaching the Hub
                 go on to the parents; `quantization_config` to the language model; options prefixed with `vision_`,
                 `text_` or `audio_` to that parent alone, for example `text_device_map="auto"`.
@@ -336,15 +360,29 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         if pretrained_model_name_or_path is None:  # weights come as a state dict: everything is in it
             model, info = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
         else:
-            with _leave_out(frozenset(overrides)):
+            if not load_vision_tower and "vision" in overrides:
+                raise ValueError("`load_vision_tower=False` and `vision_base_model` contradict each other: leave one out.")
+            left_out = frozenset() if load_vision_tower else frozenset({"vision"})
+            with _leave_out(left_out.union(overrides)):
                 model, info = super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
                 )
             model._refuse_missing(pretrained_model_name_or_path, info)
-            model._refill(pretrained_model_name_or_path, overrides, options)
+            if left_out and "vision" in (PARENTS if model.config.saved_parts is None else model.config.saved_parts):
+                raise ValueError(
+                    f"The checkpoint `{pretrained_model_name_or_path}` holds the vision tower itself, so it can't be left "
+                    "where it is: load the model without `load_vision_tower=False`."
+                )
+            model._refill(pretrained_model_name_or_path, overrides, options, left_out)
         model._finish_attaching()
         model.eval()
         return (model, info) if with_info else model
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; for a folder of an adapter, which `from_pretrained` takes too, once the parents are there."""
+        if _replaced_parts.get() is None:
+            return super().load_adapter(*args, **kwargs)
+        raise AdapterFolder(self.name_or_path, args, kwargs)
 
     @classmethod
     def _split_part_options(cls, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -401,9 +439,14 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
                 "or save it again."
             )
 
-    def _refill(self, name: str, overrides: dict[str, str], options: dict[str, dict[str, Any]]) -> None:
+    def _refill(
+        self, name: str, overrides: dict[str, str], options: dict[str, dict[str, Any]], left_out: frozenset[str]
+    ) -> None:
         for part, attribute in PARENTS.items():
             if getattr(self.base_model, attribute, None) is not None or getattr(self.config, f"{part}_config") is None:
+                continue
+            if part in left_out:
+                self.base_model._parts_with_home = self.base_model._parts_with_home | {part}
                 continue
             record = getattr(self.config, f"{part}_base_model")
             if record is None and part not in overrides:
@@ -490,6 +533,7 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         image_token: str = "<image>",
         video_token: str = "<video>",
         audio_token: str = "<audio>",
+        load_vision_tower: bool = True,
         **kwargs: Any,
     ) -> "FrozenPrefixPreTrainedModel":
         """
@@ -506,6 +550,8 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
             image_token, video_token, audio_token (`str`, defaults to `"<image>"`, `"<video>"`, `"<audio>"`):
                 Word that stands for an image (video, sound) in texts; its id is looked up in, or would be added to, the
                 tokenizer. Videos are taken where `num_frames` is given.
+            load_vision_tower (`bool`, defaults to `True`):
+                `False` takes down where the tower is, and leaves its weights there.
             kwargs:
                 Keys of [`FrozenPrefixConfig`] (`connector_type`, `prefix_length`, `connector_config`, `trainable`, …) and
                 options of `from_pretrained` as described there (`dtype`, `device_map`, `text_attn_implementation`, …).
@@ -516,6 +562,13 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
         Raises:
             ValueError: if the two can't be joined, naming both widths or lengths and the way out.
         """
+        for parent in (vision_model_name_or_path, text_model_name_or_path, audio_model_name_or_path):
+            if isinstance(parent, nn.Module) and not isinstance(parent, PreTrainedModel):
+                raise ValueError(
+                    f"A {type(parent).__name__} is no model of the library: give an id, a folder or a PreTrainedModel. "
+                    "Of a PEFT model, merge_and_unload() gives one; adapters that can't be merged (prompts) are put on the "
+                    "joined model."
+                )
         given = {
             part: parent if isinstance(parent, PreTrainedModel) else str(parent)
             for part, parent in (
@@ -526,6 +579,9 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
             if parent is not None
         }
         options = cls._split_part_options(kwargs)
+        if not load_vision_tower:
+            cls._refuse_without_home("vision", given.get("vision"))
+            options["vision"]["device_map"] = "meta"
         fields = set(FrozenPrefixConfig.__dataclass_fields__)
         config_options = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
         for key in (*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "attn_implementation"):
@@ -572,7 +628,10 @@ class FrozenPrefixPreTrainedModel(ConnectorSwitchingMixin, PreTrainedModel):
             embedding_dim=language_model_geometry(language_model).embedding_dim,
             **config_options,
         )
-        return cls._from_parts(config, loaded)
+        model = cls._from_parts(config, loaded)
+        if not load_vision_tower:
+            model.unload_base_model("vision")
+        return model
 
     @classmethod
     def _from_parts(
