@@ -29,6 +29,7 @@ _EXPORTS = {
     "FrozenPrefixModelOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixPreTrainedModel": "modeling_frozen_prefix_pretrained",
     "FrozenPrefixProcessor": "processors",
+    "PrefixCache": "prefix_cache",
     "cache_vision_features": "feature_cache",
 }
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .modeling_frozen_prefix_classification import FrozenPrefixForSequenceClassification
     from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
     from .modeling_frozen_prefix_retrieval import FrozenPrefixForImageTextRetrieval, FrozenPrefixImageTextOutput
+    from .prefix_cache import PrefixCache
     from .processors import FrozenPrefixProcessor
     from .retrieval_collator import DataCollatorForFrozenPrefixRetrieval
 
@@ -82,6 +84,7 @@ __all__ = [
     "FrozenPrefixModelOutputWithPast",
     "FrozenPrefixPreTrainedModel",
     "FrozenPrefixProcessor",
+    "PrefixCache",
     "__version__",
     "cache_vision_features",
 ]

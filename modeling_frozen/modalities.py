@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .audio_towers import encode_audio
 from .base_models import language_model_geometry
 from .connectors import Connector
-from .prefix_merging import counts_fit, describe_mismatch
+from .prefix_merging import counts_fit, describe_mismatch, reads_in_chunks
 from .vision_towers import encode_images
 
 
@@ -305,6 +305,8 @@ class MediaMixin:
             placeholder = torch.full((1, 1), index, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.embed_words(placeholder)).all(-1)
         lengths = [len(vectors) for vectors in image_features]
+        if reads_in_chunks.get():
+            lengths = [1] * sum(lengths)
         counts = mask.sum(-1)
         # Equal lengths let a device check all samples at once; only variable ones need the samples' counts on the
         # host.

@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
+from .answer_scoring import AnswerScoringMixin
 from .assisted_decoding import AssistedDecodingMixin
 from .audio_towers import build_audio_tower
 from .base_models import build_language_model, language_model_geometry, max_learned_positions, skips_padding
@@ -356,7 +357,12 @@ def _fields(output_class: type, outputs: ModelOutput) -> dict[str, Any]:
 
 
 class FrozenPrefixForConditionalGeneration(
-    MediaGenerationMixin, PrefixCacheMixin, AssistedDecodingMixin, FrozenPrefixPreTrainedModel, GenerationMixin
+    MediaGenerationMixin,
+    PrefixCacheMixin,
+    AnswerScoringMixin,
+    AssistedDecodingMixin,
+    FrozenPrefixPreTrainedModel,
+    GenerationMixin,
 ):
     """
     Frozen tower, connector and frozen language model, with its head: trains by `Trainer`, writes by `generate()`.

@@ -1,4 +1,4 @@
-"""Encode a picture once and ask it many questions: prefixes whose keys and values are kept, and scores of answers over them.
+"""Encode a picture once and ask it many questions: prefixes whose keys and values are kept.
 
 A question costs what a text-only question costs, for neither the towers nor the language model read the prefix again. What
 is kept is never written into: caches of the library grow by concatenation, so each question gets a new list of layers over
@@ -8,7 +8,7 @@ that each question gets by itself.
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .modalities import MEDIA_INPUTS, take_media
-from .prefix_merging import pad_right
+from .prefix_merging import pad_right, reads_in_chunks
 
 
 Rows = int | slice | Sequence[int] | torch.Tensor
@@ -177,7 +177,7 @@ def _joined(
     ]
 
 
-def _together(rows: Iterable[dict[str, list[torch.Tensor]]]) -> dict[str, BaseModelOutputWithPooling]:
+def media_together(rows: Iterable[dict[str, list[torch.Tensor]]]) -> dict[str, BaseModelOutputWithPooling]:
     flat: dict[str, list[torch.Tensor]] = {}
     for row in rows:
         for modality, tensors in row.items():
@@ -185,20 +185,20 @@ def _together(rows: Iterable[dict[str, list[torch.Tensor]]]) -> dict[str, BaseMo
     return {key: BaseModelOutputWithPooling(pooler_output=tensors) for key, tensors in flat.items() if tensors}
 
 
-def _left(input_ids: torch.LongTensor, mask: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+def padded_left(input_ids: torch.LongTensor, mask: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Padding moved to the left; columns of nothing but padding are left out."""
     order = (mask != 0).int().argsort(dim=-1, stable=True)
     start = int(mask.shape[1] - mask.sum(-1).max())
     return input_ids.gather(1, order)[:, start:], mask.gather(1, order)[:, start:]
 
 
-def _right(input_ids: torch.LongTensor, mask: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+def padded_right(input_ids: torch.LongTensor, mask: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
     input_ids, _, mask = pad_right(input_ids, None, mask)
     end = int(mask.sum(-1).max())
     return input_ids[:, :end], mask[:, :end]
 
 
-def _mask_or_none(mask: torch.Tensor) -> torch.Tensor | None:
+def mask_or_none(mask: torch.Tensor) -> torch.Tensor | None:
     """No mask where nothing is masked, as `generate()` has it: attention is faster so."""
     return None if bool((mask != 0).all()) else mask
 
@@ -207,7 +207,7 @@ def _mask_or_none(mask: torch.Tensor) -> torch.Tensor | None:
 
 
 class PrefixCacheMixin:
-    """`encode_prefix`, `generate(prefix_cache=...)` and `score` of [`FrozenPrefixForConditionalGeneration`]."""
+    """`encode_prefix` and `generate(prefix_cache=...)` of [`FrozenPrefixForConditionalGeneration`]."""
 
     @torch.no_grad()
     def encode_prefix(
@@ -254,7 +254,7 @@ class PrefixCacheMixin:
         if inputs:
             raise TypeError(f"`encode_prefix` takes words and media, and not {sorted(inputs)}.")
         if prefix_cache is None:
-            input_ids, mask = _left(input_ids, mask)
+            input_ids, mask = padded_left(input_ids, mask)
             media = _by_row(self, input_ids, encoded)
             cache = self._new_cache()
             if cache is None:
@@ -266,7 +266,7 @@ class PrefixCacheMixin:
         if prefix.cache is not None:
             return self._extended(prefix, input_ids, mask, encoded, media)
         together = torch.cat([prefix.input_ids, input_ids], dim=1), torch.cat([prefix.attention_mask, mask], dim=1)
-        return self._without_cache(*_left(*together), _joined(prefix.media, media))
+        return self._without_cache(*padded_left(*together), _joined(prefix.media, media))
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, prefix_cache: PrefixCache | None = None, **kwargs: Any):
@@ -290,58 +290,6 @@ class PrefixCacheMixin:
                 {**kwargs, **self._continued(prefix_cache, question, kwargs.pop("attention_mask", None), kwargs)},
             )
         return super().generate(inputs, *args, **kwargs)
-
-    @torch.no_grad()
-    def score(
-        self,
-        candidates: Sequence[Any] | torch.LongTensor,
-        *,
-        tokenizer: Any = None,
-        candidates_mask: torch.Tensor | None = None,
-        prefix_cache: PrefixCache | None = None,
-        reduction: str = "sum",
-        batch_size: int = 32,
-        **inputs: Any,
-    ) -> torch.FloatTensor:
-        """
-        Log-likelihood of each candidate answer after each prompt: for multiple choice, zero-shot classification, re-ranking.
-        The prompt is read once, whatever the number of candidates.
-
-        Args:
-            candidates (`list[str]`, `list[list[int]]`, or `torch.LongTensor` of shape `(candidates, length)`):
-                The answers, the same for each prompt; or a list of such lists, one for each prompt. Strings are tokenised
-                as they stand, without special tokens.
-            tokenizer: for strings.
-            candidates_mask (`torch.Tensor` of shape `(candidates, length)`, *optional*):
-                0 where a tensor of candidates is padded, on either side.
-            prefix_cache (`PrefixCache`, *optional*): of [`encode_prefix`]; the prompt, or what comes before it.
-            reduction (`str`, defaults to `"sum"`): `"sum"` over an answer's tokens, or their `"mean"`.
-            batch_size (`int`, defaults to 32): answers that are read at a time.
-            inputs: the prompt, as [`encode_prefix`] takes it; left out where `prefix_cache` is the whole prompt.
-
-        Returns:
-            `torch.FloatTensor` of shape `(prompts, candidates)`; -inf past a shorter list's end.
-        """
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f'`reduction="{reduction}"` should be "sum" or "mean".')
-        if prefix_cache is None or any(value is not None for value in inputs.values()):
-            prefix_cache = self.encode_prefix(prefix_cache=prefix_cache, **inputs)
-        answers = _answers(candidates, candidates_mask, tokenizer, len(prefix_cache))
-        scores = torch.full((len(prefix_cache), max(map(len, answers))), -float("inf"), device=self.device)
-        pairs = [(row, column) for row, own in enumerate(answers) for column in range(len(own))]
-        pairs.sort(key=lambda pair: len(answers[pair[0]][pair[1]]))  # little padding in a batch
-        for start in range(0, len(pairs), batch_size):
-            chunk = pairs[start : start + batch_size]
-            rows, columns = torch.tensor(chunk, device=self.device).T
-            targets = torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(answers[row][column]) for row, column in chunk], batch_first=True, padding_value=-1
-            ).to(self.device)
-            real = targets >= 0
-            targets = targets.clamp(min=0)
-            logits = self._answer_logits(prefix_cache, rows, targets, real).float()
-            found = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).masked_fill(~real, 0.0).sum(-1)
-            scores[rows, columns] = found / real.sum(-1) if reduction == "mean" else found
-        return scores
 
     # ------------------------------------------------------------------------------------------------ the parts of it
 
@@ -393,9 +341,9 @@ class PrefixCacheMixin:
         """As many rows of the prefix as there are questions, and what comes after it, padded on the right. Placeholders
         without new pictures mean that whole prompts were given, which begin with the prefix."""
         prefix = prefix._for(len(input_ids))
-        input_ids, mask = _right(input_ids, mask)
+        input_ids, mask = padded_right(input_ids, mask)
         if may_begin and bool(self.model.placeholders(input_ids).any()):
-            start, start_mask = _right(prefix.input_ids, prefix.attention_mask)
+            start, start_mask = padded_right(prefix.input_ids, prefix.attention_mask)
             width = min(start.shape[1], input_ids.shape[1])
             same = ((input_ids[:, :width] == start[:, :width]) & (mask[:, :width] != 0)) | (start_mask[:, :width] == 0)
             begun = start_mask.sum(-1)
@@ -408,7 +356,7 @@ class PrefixCacheMixin:
                     "`encode_prefix(..., prefix_cache=...)` first."
                 )
             columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-            return prefix, *_right(input_ids, mask * (columns[None] >= begun[:, None]))
+            return prefix, *padded_right(input_ids, mask * (columns[None] >= begun[:, None]))
         return prefix, input_ids, mask
 
     def _without_cache(
@@ -418,7 +366,7 @@ class PrefixCacheMixin:
         if self.config.is_encoder_decoder:
             made = self._maybe_prepare_encoder_kwargs_for_generation(
                 input_ids,
-                {"attention_mask": mask, "mm_encoder_outputs": _together(media)},
+                {"attention_mask": mask, "mm_encoder_outputs": media_together(media)},
                 "input_ids",
                 self.generation_config,
             )
@@ -446,7 +394,7 @@ class PrefixCacheMixin:
         whole_mask = torch.cat([prefix.attention_mask, mask], dim=1)
         outputs = self(
             input_ids=input_ids,
-            attention_mask=_mask_or_none(whole_mask),
+            attention_mask=mask_or_none(whole_mask),
             position_ids=position_ids,
             past_key_values=cache,
             mm_encoder_outputs=encoded,
@@ -466,7 +414,7 @@ class PrefixCacheMixin:
             for layer in cache.layers:
                 if layer.is_initialized:
                     layer.keys, layer.values = _shift(layer.keys, by, 2), _shift(layer.values, by, 2)
-            whole, whole_mask = _left(whole, whole_mask)
+            whole, whole_mask = padded_left(whole, whole_mask)
         return PrefixCache(whole, whole_mask, logits=logits, cache=cache, media=_joined(prefix.media, media))
 
     def _continued(
@@ -489,8 +437,10 @@ class PrefixCacheMixin:
         if prefix.cache is None:
             if self.config.is_encoder_decoder and not bool(lengths.any()):
                 return self._continued_without_question(prefix)
-            ids, mask = _left(torch.cat([prefix.input_ids, question], dim=1), torch.cat([prefix.attention_mask, mask], dim=1))
-            return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": _together(prefix.media)}
+            ids, mask = padded_left(
+                torch.cat([prefix.input_ids, question], dim=1), torch.cat([prefix.attention_mask, mask], dim=1)
+            )
+            return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": media_together(prefix.media)}
         if not bool((lengths > 0).all()):
             raise ValueError("Each question needs a word at least: pass one, or encode the prefix without its last word.")
         if bool((lengths != lengths[0]).any()):
@@ -522,7 +472,7 @@ class PrefixCacheMixin:
             states = type(prefix.encoder_outputs)(last_hidden_state=prefix.encoder_outputs.last_hidden_state)
             return {**words, "attention_mask": mask, "encoder_outputs": states}
         if prefix.cache is None:
-            return {**words, "mm_encoder_outputs": _together(prefix.media)}
+            return {**words, "mm_encoder_outputs": media_together(prefix.media)}
         if bool(self.model.placeholders(prefix.input_ids[:, -1]).any()):
             raise ValueError(
                 "The prefix ends with a picture and no question was asked: pass a word at least, or call `generate` on the "
@@ -534,44 +484,6 @@ class PrefixCacheMixin:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length -= 1
         return {**words, "past_key_values": _narrow(cache)}
-
-    def _answer_logits(
-        self, prefix: PrefixCache, rows: torch.Tensor, targets: torch.LongTensor, real: torch.BoolTensor
-    ) -> torch.FloatTensor:
-        """`(answers, length, vocabulary)`: what the model expects at each token of the answers."""
-        some = prefix._select(rows)
-        if some.encoder_outputs is not None:
-            start = self.generation_config.decoder_start_token_id
-            if start is None:
-                raise ValueError("The generation config has no `decoder_start_token_id`, so no answer can begin: set it.")
-            begin = torch.full_like(targets[:, :1], start)
-            return self(
-                encoder_outputs=some.encoder_outputs,
-                attention_mask=pad_right(None, None, some.attention_mask)[2],  # as the encoder saw it
-                decoder_input_ids=torch.cat([begin, targets[:, :-1]], dim=1),
-                use_cache=False,
-            ).logits
-        if some.cache is not None:
-            first = some.logits[:, None].to(self.device)
-            if targets.shape[1] == 1:
-                return first
-            begun = some.attention_mask.sum(-1)
-            fed = real[:, 1:].long()  # the last token of each answer expects nothing
-            mask = torch.cat([some.attention_mask, fed], dim=1)
-            outputs = self(
-                input_ids=targets[:, :-1],
-                attention_mask=_mask_or_none(mask),
-                position_ids=begun[:, None] + torch.arange(targets.shape[1] - 1, device=mask.device)[None],
-                past_key_values=some.past_key_values,
-                use_cache=True,
-            )
-            return torch.cat([first, outputs.logits.to(first.device)], dim=1)
-        ids, mask = _right(torch.cat([some.input_ids, targets], dim=1), torch.cat([some.attention_mask, real.long()], dim=1))
-        logits = self(input_ids=ids, attention_mask=mask, mm_encoder_outputs=_together(some.media), use_cache=False).logits
-        begun = some.attention_mask.sum(-1)
-        columns = begun[:, None] - 1 + torch.arange(targets.shape[1], device=begun.device)[None]
-        columns = columns.clamp(max=logits.shape[1] - 1)
-        return logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
 
     # ------------------------------------------------------------------------------------------- generate()'s hooks
 
@@ -595,6 +507,20 @@ class PrefixCacheMixin:
                     cache.batch_repeat_interleave(repeats)
         return made
 
+    def _prefill(
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        encoded = model_kwargs.get("mm_encoder_outputs")
+        if generation_config.prefill_chunk_size is None or not encoded or input_ids.numel() == 0:
+            return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+        for modality, output in encoded.items():
+            self.get_placeholder_mask(input_ids, None, output.pooler_output, modality)
+        token = reads_in_chunks.set(True)
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+        finally:
+            reads_in_chunks.reset(token)
+
     def _without_what_is_cached(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Leaves encoded media out whose placeholders a passed cache has read already, so that a dialogue goes on from
         `past_key_values` with all its pictures passed again."""
@@ -614,38 +540,14 @@ class PrefixCacheMixin:
                     read -= len(next(rest))
                 row[modality] = list(rest)
             kept.append(row)
-        return {**model_kwargs, "mm_encoder_outputs": _together(kept)}
+        return {**model_kwargs, "mm_encoder_outputs": media_together(kept)}
 
 
-def _answers(candidates: Any, mask: torch.Tensor | None, tokenizer: Any, rows: int) -> list[list[list[int]]]:
-    """Token ids of each answer of each row."""
-    if isinstance(candidates, torch.Tensor):
-        mask = torch.ones_like(candidates) if mask is None else mask
-        shared = [ids[real.bool()].tolist() for ids, real in zip(candidates, mask, strict=True)]
-        answers = [shared] * rows
-    else:
-        candidates = [ids.tolist() if isinstance(ids, torch.Tensor) else ids for ids in candidates]
-        first = candidates[0] if candidates else None
-        nested = isinstance(first, (list, tuple)) and bool(first) and not isinstance(first[0], int)
-        if nested and len(candidates) != rows:
-            raise ValueError(
-                f"{len(candidates)} lists of candidates were given for {rows} prompt(s): one for each, or one for all."
-            )
-        answers = [list(_tokenized(own, tokenizer)) for own in (candidates if nested else [candidates])]
-        answers = answers if nested else answers * rows
-    if not answers or any(not own or any(not ids for ids in own) for own in answers):
-        raise ValueError("Each prompt needs a candidate at least, and each candidate a token.")
-    return answers
-
-
-def _tokenized(candidates: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]:
-    for candidate in candidates:
-        if isinstance(candidate, str):
-            if tokenizer is None:
-                raise ValueError("Models hold no tokenizer: pass `tokenizer=processor.tokenizer` with strings, or token ids.")
-            yield tokenizer(candidate, add_special_tokens=False)["input_ids"]
-        else:
-            yield candidate.tolist() if isinstance(candidate, torch.Tensor) else list(candidate)
-
-
-__all__ = ["PrefixCache", "PrefixCacheMixin"]
+__all__ = [
+    "PrefixCache",
+    "PrefixCacheMixin",
+    "mask_or_none",
+    "media_together",
+    "padded_left",
+    "padded_right",
+]

@@ -1,11 +1,16 @@
 """Small pieces of putting a prefix among words: counting placeholders, positions under padding, and logits processors that
 meet a placeholder's id past the vocabulary."""
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.generation import LogitsProcessorList
+
+
+# Set while `generate()` reads a prompt in chunks, which cut pictures in two; the whole was counted before.
+reads_in_chunks: ContextVar[bool] = ContextVar("reads_in_chunks", default=False)
 
 
 def counts_fit(counts: list[int], lengths: list[int]) -> bool:
