@@ -1,0 +1,97 @@
+"""examples/classify.py: drawn scenes and rows of one's own; what it writes, and that it sees."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from safetensors.torch import load_file
+
+from modeling_frozen import FrozenPrefixForSequenceClassification
+from tests.tiny import COLOURS, rows, save_parents
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Trainer pickles its arguments
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return module
+
+
+example = load_example("classify")
+SMALL = '{"num_layers": 1, "num_heads": 2, "hidden_size": 16}'
+
+
+def run(**options: object) -> dict:
+    options = {"use_cpu": True, "disable_tqdm": True, "connector_config": SMALL, "prefix_length": 2, **options}
+    return example.main([word for name, value in options.items() for word in (f"--{name}", *str(value).split("|"))])
+
+
+@pytest.fixture(scope="module")
+def own_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Squares whose class is their colour, by name."""
+    folder = tmp_path_factory.mktemp("squares")
+    data = [{"photo": row["image"], "words": "what colour", "class": list(COLOURS)[i % 4]} for i, row in enumerate(rows(16))]
+    features = Features({"photo": Image(), "words": Value("string"), "class": Value("string")})
+    splits = {"train": data, "test": data[:8]}
+    for name, split in DatasetDict({k: Dataset.from_list(v, features=features) for k, v in splits.items()}).items():
+        split.to_parquet(folder / f"{name}.parquet")
+    return str(folder)
+
+
+def test_rows_of_ones_own_are_learnt_by_their_pictures(own_rows: str, tmp_path: Path) -> None:
+    vision, text = save_parents(tmp_path)
+    folder = tmp_path / "out"
+    results = run(
+        vision=vision, text=text, dataset=own_rows, output_dir=folder, num_train_epochs=20, learning_rate=1e-2, balanced=True,
+        image_column="photo", text_column="words", label_column="class", per_device_train_batch_size=8,
+    )  # fmt: skip
+    assert results["sighted"]["accuracy"] == results["sighted"]["f1"] == 1
+    assert results["blind"]["accuracy"] < 0.7 and results["random_connector"]["accuracy"] < 0.7
+    assert json.loads((folder / "results.json").read_text()) == results
+    names = {name.split(".")[0] for name in load_file(folder / "model.safetensors")}
+    assert names == {"model", "classifier"}
+    model = FrozenPrefixForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == dict(enumerate(sorted(COLOURS))) and model.config.class_weights == [1.0] * 4
+    card = (folder / "README.md").read_text()
+    assert "| accuracy | 1 |" in card and "tells one of 4 classes by image and text" in card
+
+
+def test_drawn_scenes(tmp_path: Path) -> None:
+    results = run(
+        output_dir=tmp_path / "out", train_rows=32, test_rows=16, tower_steps=2, language_model_steps=2, max_steps=2,
+        fused_inputs="image|text",
+    )  # fmt: skip
+    assert set(results) == {"sighted", "blind", "random_connector"}
+    assert all(set(one) == {"accuracy", "f1", "loss"} for one in results.values())
+
+
+def test_no_picture_keeps_its_place_and_every_text_does() -> None:
+    data = example.draw_rows(9, True, 0)
+    shuffled = example.blind(data, "image", 0)
+    assert [row["text"] for row in shuffled] == data["text"] and [row["label"] for row in shuffled] == data["label"]
+    assert all(list(a["image"].getdata()) != list(b["image"].getdata()) for a, b in zip(data, shuffled, strict=True))
+
+
+@pytest.mark.slow
+def test_picture_and_question_together_tell_what_neither_tells_alone(tmp_path: Path) -> None:
+    found = {}
+    options = {"connector_config": example.Arguments().connector_config, "prefix_length": 8}
+    parents: dict[str, object] = {}
+    for inputs in ("image|text", "image", "text"):
+        folder = tmp_path / inputs.replace("|", "_")
+        found[inputs] = run(output_dir=folder, fused_inputs=inputs, **options, **parents)
+        parents = parents or {"vision": folder / "tower", "text": folder / "language_model"}
+    both = found["image|text"]["sighted"]["accuracy"]
+    assert both > 0.8 and both > max(found[one]["sighted"]["accuracy"] for one in ("image", "text")) + 0.3
+    assert found["image|text"]["blind"]["accuracy"] < 0.45
