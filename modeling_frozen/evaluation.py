@@ -40,11 +40,13 @@ def _caption_rows(predictions: Sequence[str], references: Sequence[Sequence[str]
 
 def _answer_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, list[float]]:
     pairs = [([one], [list(some)]) for one, some in zip(predictions, references, strict=True)]
-    return {
-        "vqa_accuracy": vqa_scores(predictions, references),
+    scores = {
         "exact_match": [exact_match(*pair) for pair in pairs],
         "token_f1": [token_f1(*pair) for pair in pairs],
     }
+    if all(len(some) > 3 for some in references):  # with fewer people the official rule can't reach 1
+        scores = {"vqa_accuracy": vqa_scores(predictions, references), **scores}
+    return scores
 
 
 # What is scored over the whole split, and the scores of single rows whose mean that is.
@@ -125,7 +127,8 @@ def evaluate(
         model: a `FrozenPrefixForConditionalGeneration`; it is in eval mode meanwhile.
         processor: its `FrozenPrefixProcessor`.
         dataset: rows with an image (or a list of images; None for none), maybe a prompt, and references.
-        task (`str`): "captioning" (BLEU, ROUGE-L, CIDEr-D) or "vqa" (VQA accuracy, exact match, token F1).
+        task (`str`): "captioning" (BLEU, ROUGE-L, CIDEr-D) or "vqa" (exact match, token F1, and
+            VQA accuracy where every question has more than three answers).
         kinds: which of `KINDS`; "sighted" must be among them.
         image_column, prompt_column, references_column:
             Names of the columns. References: one string, a list of them, or VQA's list of `{"answer": …}`; by default the

@@ -104,6 +104,9 @@ def test_answers_of_vqa(joined: tuple[Any, Any]) -> None:
     result = evaluate(*joined, data, task="vqa", kinds=("sighted", "blind"), postprocess=lambda text: "red", **GENERATE)
     assert result.scores["sighted"] == {"vqa_accuracy": 1.0, "exact_match": 1.0, "token_f1": 1.0}
     result = evaluate(*joined, data, task="vqa", kinds=("sighted", "blind"), **GENERATE)
+    one = [{**row, "answers": ["red"]} for row in data]
+    alone = evaluate(*joined, one, task="vqa", kinds=("sighted",), postprocess=lambda text: "red", **GENERATE)
+    assert alone.scores["sighted"] == {"exact_match": 1.0, "token_f1": 1.0}
     given = [["red"] * 10] * 4
     for name, score in (("vqa_accuracy", vqa_accuracy), ("exact_match", exact_match), ("token_f1", token_f1)):
         assert result.scores["sighted"][name] == pytest.approx(score(result.predictions["sighted"], given))

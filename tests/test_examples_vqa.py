@@ -1,0 +1,54 @@
+"""The question-answering script: a few steps on tiny parents, with LoRA, and on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import save_parents
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = str(ROOT / "examples" / "train_vqa.py")
+
+
+def run(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> dict:
+    tower, words = save_parents(folder / "parents")
+    command = [sys.executable, *launcher, SCRIPT, "--vision", tower, "--text", words, "--output_dir", str(folder / "out")]
+    command += [
+        "--rows",
+        "24",
+        "--test_rows",
+        "8",
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "4",
+        "--use_cpu",
+        "true",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_it_trains_saves_and_scores(tmp_path: Path, rank: int) -> None:
+    if rank:
+        pytest.importorskip("peft")
+    results = run(tmp_path, "--lora_rank", str(rank))
+    assert results["rows"] == 8 and set(results) >= {"sighted", "blind", "random_connector", "language_model"}
+    saved = {file.name for file in (tmp_path / "out" / "eyes").iterdir()}
+    assert ("adapter_model.safetensors" if rank else "model.safetensors") in saved
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 32 and json.loads(lines[0])["references"]
+
+
+@pytest.mark.slow
+def test_on_two_processes(tmp_path: Path) -> None:
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0")
+    assert run(tmp_path, launcher=launcher)["rows"] == 8
