@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .adapter_folders import AdapterFolder, then_load_adapter
+from .adapter_folders import AdapterFolder, own_names, then_load_adapter
 from .audio_towers import probe_audio_tower
 from .base_model_unloading import BaseModelUnloadingMixin
 from .base_models import (
@@ -381,7 +381,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As the library's; for a folder of an adapter, which `from_pretrained` takes too, once the parents are there."""
         if _replaced_parts.get() is None:
-            return super().load_adapter(*args, **kwargs)
+            return super().load_adapter(*args, **{**own_names(self), **kwargs})
         raise AdapterFolder(self.name_or_path, args, kwargs)
 
     @classmethod
