@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Auto class -> file and class that serve it; goes into config.json, so that the library finds the code beside it.
 AUTO_MAP = {
@@ -60,6 +63,25 @@ def write_code(folder: str | Path, auto_map: dict[str, str] | None = None) -> li
             whole.replace(target)
         written.append(target)
     return written
+
+
+def complete_copy(folder: str | Path, model: Any) -> None:
+    """Adds to a folder with a whole model, parents included, what makes it self-contained: code, and where none lies there
+    yet a processor. That is the one of the model's recorded parents, as long as they can be reached; save your own
+    processor into the folder, before or after, where you changed it."""
+    write_code(folder)
+    if (Path(folder) / "processor_config.json").is_file():
+        return
+    try:
+        module = importlib.import_module(".processors", __package__)
+    except ImportError:  # this file runs from the Hub, where all lies flat
+        module = importlib.import_module(".processing_frozen_prefix", __package__)
+    try:
+        processor = module.FrozenPrefixProcessor.from_model(model)
+    except ValueError as error:
+        logger.warning(f"{folder} has no processor yet: save yours into it, processor.save_pretrained(folder). {error}")
+    else:
+        processor.save_pretrained(folder)
 
 
 def complete_repository(folder: str | Path, model: Any, repo_id: str | None = None) -> None:
