@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .heads import Head
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def lora_config(model: FrozenPrefixPreTrainedModel, **options: Any) -> "LoraConfig":
     """
-    A `LoraConfig` that adapts the linear layers of the language model and trains and saves the connector whole.
+    A `LoraConfig` that adapts the linear layers of the language model and trains and saves connector and head whole.
 
     PEFT's own `target_modules="all-linear"` would wrap the tower and the connector as well, and freeze the connector.
 
@@ -46,7 +47,9 @@ def lora_config(model: FrozenPrefixPreTrainedModel, **options: Any) -> "LoraConf
     # A pattern is matched whole, so it names the language model and nothing else.
     defaults = {"target_modules": rf".*language_model\..*\.({'|'.join(leaves)})", "modules_to_save": parts}
     if not any(True for name in parts for _ in getattr(base, name).parameters()):
-        defaults["modules_to_save"] = None  # the identity connector has nothing to save
+        parts.clear()  # the identity connector has nothing to save
+    parts += [name for name, child in model.named_children() if isinstance(child, Head)]
+    defaults["modules_to_save"] = parts or None
     return LoraConfig(**{**defaults, **options})
 
 

@@ -305,7 +305,7 @@ class MediaMixin:
             placeholder = torch.full((1, 1), index, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.embed_words(placeholder)).all(-1)
         lengths = [len(vectors) for vectors in image_features]
-        if reads_in_chunks.get():
+        if not torch.compiler.is_compiling() and reads_in_chunks.get():
             lengths = [1] * sum(lengths)
         counts = mask.sum(-1)
         # Equal lengths let a device check all samples at once; only variable ones need the samples' counts on the
@@ -428,7 +428,7 @@ class MediaMixin:
         as distributed training and `backward()` itself require."""
         total: Any = 0.0
         for part in parts:
-            if not isinstance(part, Connector):
+            if hasattr(part, "zero"):  # asked of the part, for PEFT may have wrapped it
                 total = total + part.zero()
                 continue
             parameter = next(part.parameters())

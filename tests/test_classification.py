@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from modeling_frozen import (
     FrozenPrefixForSequenceClassification,
     FrozenPrefixProcessor,
 )
+from modeling_frozen.hub import write_code
 from modeling_frozen.metrics import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
 from modeling_frozen.pooling import pool_text
@@ -469,6 +473,61 @@ def test_the_librarys_pipelines(tmp_path: Path) -> None:
         best = probabilities.argmax().item()
         assert found[0]["label"] == model.config.id2label[best]
         assert found[0]["score"] == pytest.approx(probabilities[best].item(), abs=1e-5)
+
+
+def test_lora_trains_the_head_as_well(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from modeling_frozen.lora import lora_config
+
+    model, processor = join(tmp_path)
+    tuned = peft.get_peft_model(model, lora_config(model, r=2, task_type="SEQ_CLS"))
+    trained = {name for name, p in tuned.named_parameters() if p.requires_grad}
+    assert {"lora_A", "connector", "classifier"} == {
+        next(part for part in ("lora_A", "lora_B", "connector", "classifier") if part in name).replace("_B", "_A")
+        for name in trained
+    }
+    tuned.train()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(0.1)
+    inputs = inputs_of(processor)
+    tuned(**inputs, labels=torch.arange(4)).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in tuned.named_parameters() if name in trained)
+    tuned.eval()
+    tuned.save_pretrained(tmp_path / "lora")
+    again = peft.PeftModel.from_pretrained(join(tmp_path)[0], tmp_path / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**inputs).logits, tuned(**inputs).logits)
+
+
+REMOTE = """
+import json, sys
+from transformers import AutoModelForSequenceClassification, AutoProcessor
+from PIL import Image
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = processor(images=Image.new("RGB", (20, 18), (220, 30, 30)), text="a picture", return_tensors="pt")
+print(json.dumps([type(model).__module__, model(**inputs).logits[0].tolist()]))
+"""
+
+
+def test_people_without_the_package(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    folder = tmp_path / "pushed"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_code(folder)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(folder)], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    module, logits = json.loads(done.stdout.splitlines()[-1])
+    assert module.startswith("transformers_modules.")
+    inputs = processor(images=Image.new("RGB", (20, 18), (220, 30, 30)), text="a picture", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(logits), model(**inputs).logits[0])
 
 
 # --- Collating -------------------------------------------------------------------------------------------------------
