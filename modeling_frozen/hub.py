@@ -73,12 +73,9 @@ def complete_copy(folder: str | Path, model: Any) -> None:
     if (Path(folder) / "processor_config.json").is_file():
         return
     try:
-        module = importlib.import_module(".processors", __package__)
-    except ImportError:  # this file runs from the Hub, where all lies flat
-        module = importlib.import_module(".processing_frozen_prefix", __package__)
-    try:
-        processor = module.FrozenPrefixProcessor.from_model(model)
-    except ValueError as error:
+        # Where this file runs from the Hub there is no such folder, and the processor's own code may not be loaded.
+        processor = importlib.import_module(".processors", __package__).FrozenPrefixProcessor.from_model(model)
+    except (ImportError, ValueError) as error:
         logger.warning(f"{folder} has no processor yet: save yours into it, processor.save_pretrained(folder). {error}")
     else:
         processor.save_pretrained(folder)

@@ -32,6 +32,7 @@ from .connectors import Connector
 from .cross_attention import GatedCrossAttention, check_decoder, decoder_layers
 from .heads import Head
 from .hub import AUTO_MAP, complete_copy, complete_repository
+from .part_dtypes import PartDtypesMixin, asked_dtypes
 from .unlocking import last_layers
 
 
@@ -103,7 +104,7 @@ class _Recomputed:
         return self.layer._gradient_checkpointing_func(functools.partial(self.plain, **kwargs), *args)
 
 
-class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMixin, PreTrainedModel):
+class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMixin, PartDtypesMixin, PreTrainedModel):
     """
     What all frozen-prefix models share: freezing, small checkpoints, parents that are refilled and checked on loading.
 
@@ -363,7 +364,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
             if not load_vision_tower and "vision" in overrides:
                 raise ValueError("`load_vision_tower=False` and `vision_base_model` contradict each other: leave one out.")
             left_out = frozenset() if load_vision_tower else frozenset({"vision"})
-            with _leave_out(left_out.union(overrides)):
+            with _leave_out(left_out.union(overrides)), asked_dtypes(options):
                 model, info = super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
                 )
