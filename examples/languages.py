@@ -1,0 +1,102 @@
+"""The little world of `shapes.py` told in English, German, French and Czech, and a language model of all four.
+
+The model reads the same scene in several languages after one another, so it can translate, but it never meets a picture. In
+some of its texts the first sentence lacks the colour: then it can only guess the colour of the next.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from shapes import Scene, _optimize, split_scenes
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+LANGUAGES = ("English", "German", "French", "Czech")
+HIDDEN = "[?]"  # stands for a colour that a sentence doesn't tell
+
+# Words that agree with the shape's gender: German by masculine, neuter, feminine; French by masculine, feminine.
+_GERMAN = {
+    "small": ("ein kleiner", "ein kleines", "eine kleine"), "large": ("ein großer", "ein großes", "eine große"),
+    "red": ("roter", "rotes", "rote"), "green": ("grüner", "grünes", "grüne"), "blue": ("blauer", "blaues", "blaue"),
+    "yellow": ("gelber", "gelbes", "gelbe"), "purple": ("lilafarbener", "lilafarbenes", "lilafarbene"),
+    "orange": ("oranger", "oranges", "orange"), "white": ("weißer", "weißes", "weiße"),
+    "brown": ("brauner", "braunes", "braune"),
+    "circle": ("Kreis", 0), "square": ("Quadrat", 1), "triangle": ("Dreieck", 1), "cross": ("Kreuz", 1),
+    "diamond": ("Raute", 2), "ring": ("Ring", 0),
+    "at the top left": "oben links", "at the top right": "oben rechts", "in the middle": "in der Mitte",
+    "at the bottom left": "unten links", "at the bottom right": "unten rechts",
+}  # fmt: skip
+_FRENCH = {
+    "small": ("un petit", "une petite"), "large": ("un grand", "une grande"),
+    "red": ("rouge", "rouge"), "green": ("vert", "verte"), "blue": ("bleu", "bleue"), "yellow": ("jaune", "jaune"),
+    "purple": ("violet", "violette"), "orange": ("orange", "orange"), "white": ("blanc", "blanche"),
+    "brown": ("brun", "brune"),
+    "circle": ("cercle", 0), "square": ("carré", 0), "triangle": ("triangle", 0), "cross": ("croix", 1),
+    "diamond": ("losange", 0), "ring": ("anneau", 0),
+    "at the top left": "en haut à gauche", "at the top right": "en haut à droite", "in the middle": "au milieu",
+    "at the bottom left": "en bas à gauche", "at the bottom right": "en bas à droite",
+}  # fmt: skip
+_CZECH = {  # all shapes are masculine
+    "small": "malý", "large": "velký", "red": "červený", "green": "zelený", "blue": "modrý", "yellow": "žlutý",
+    "purple": "fialový", "orange": "oranžový", "white": "bílý", "brown": "hnědý", "circle": "kruh", "square": "čtverec",
+    "triangle": "trojúhelník", "cross": "kříž", "diamond": "kosočtverec", "ring": "prstenec",
+    "at the top left": "vlevo nahoře", "at the top right": "vpravo nahoře", "in the middle": "uprostřed",
+    "at the bottom left": "vlevo dole", "at the bottom right": "vpravo dole",
+}  # fmt: skip
+
+
+def tell(scene: Scene, language: str, hide_colour: bool = False) -> str:
+    """The scene as a sentence of the language; words stand apart."""
+    if language == "English":
+        size, colour, shape, place = f"a {scene.size}", scene.colour, scene.shape, scene.place
+    elif language == "Czech":
+        size, colour, shape, place = (_CZECH[one] for one in (scene.size, scene.colour, scene.shape, scene.place))
+    else:
+        words = _GERMAN if language == "German" else _FRENCH
+        shape, gender = words[scene.shape]
+        size, colour, place = words[scene.size][gender], words[scene.colour][gender], words[scene.place]
+    colour = HIDDEN if hide_colour else colour
+    order = (size, shape, colour, place) if language == "French" else (size, colour, shape, place)
+    return " ".join([*order, "."])
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per word of all four languages."""
+    texts = [tell(scene, one) for half in split_scenes() for scene in half for one in LANGUAGES]
+    names = [*LANGUAGES, ":", HIDDEN]
+    words = ["<pad>", "<s>", "</s>", *sorted({*names, *(word for text in texts for word in text.split())})]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+
+
+def train_language_model(folder: Path, steps: int, seed: int) -> None:
+    """A small Llama on texts that tell one scene in two languages after each other."""
+    torch.manual_seed(seed)
+    rng, tokenizer, (known, _) = random.Random(seed), make_tokenizer(), split_scenes()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.08,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+    def text() -> str:
+        scene, (first, second) = rng.choice(known), rng.sample(LANGUAGES, 2)
+        start = tell(scene, first, hide_colour=rng.random() < 0.3)
+        return f"{first} : {start} {second} : {tell(scene, second)} </s>"
+
+    def loss_of_step(_: int) -> torch.Tensor:
+        batch = tokenizer([text() for _ in range(32)], return_tensors="pt", padding=True, padding_side="right")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+
+    _optimize(model, steps, 3e-3, "language model (sentences of four languages)", loss_of_step)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

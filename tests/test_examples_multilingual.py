@@ -1,0 +1,70 @@
+"""The four languages: sentences that agree with their shapes' gender, and the script on tiny parents."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Image
+
+from tests.tiny import rows, save_parents
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def languages(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import languages
+
+    return languages
+
+
+def test_sentences_of_each_language(languages) -> None:
+    from shapes import Scene, split_scenes
+
+    cross = Scene("large", "green", "cross", "in the middle")
+    assert languages.tell(cross, "English") == "a large green cross in the middle ."
+    assert languages.tell(cross, "German") == "ein großes grünes Kreuz in der Mitte ."
+    assert languages.tell(cross, "French") == "une grande croix verte au milieu ."
+    assert languages.tell(cross, "Czech") == "velký zelený kříž uprostřed ."
+    assert languages.tell(cross, "French", hide_colour=True) == "une grande croix [?] au milieu ."
+    tokenizer = languages.make_tokenizer()
+    for half in split_scenes():
+        for scene in half:
+            for language in languages.LANGUAGES:
+                ids = tokenizer(languages.tell(scene, language), add_special_tokens=False)["input_ids"]
+                assert tokenizer.unk_token_id not in ids
+
+
+def run(folder: Path, *options: str) -> dict:
+    tower, words = save_parents(folder / "parents")
+    command = [sys.executable, str(ROOT / "examples" / "train_multilingual.py"), "--vision", tower, "--text", words]
+    command += ["--output_dir", str(folder / "out"), "--max_steps", "2", "--pictures", "4", "--test_pictures", "3"]
+    command += ["--max_new_tokens", "4", "--use_cpu", "true", *options]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def test_it_trains_and_scores_each_language_beside_blind(tmp_path: Path) -> None:
+    results = run(tmp_path)
+    assert set(results) == {f"{t} {n}" for t in ("caption", "translation") for n in ("English", "German", "French", "Czech")}
+    assert all(set(scores) == {"sighted", "blind"} and "bleu_4" in scores["blind"] for scores in results.values())
+
+
+def test_texts_and_photos_from_two_datasets(tmp_path: Path) -> None:
+    texts = [{"en": f"a {i} .", "de": f"ein {i} .", "photo": f"{i}.jpg" if i % 2 else None} for i in range(8)]
+    for split in ("train", "test"):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        Dataset.from_list(texts).to_parquet(tmp_path / "texts" / f"{split}.parquet")
+    photos = Dataset.from_dict({"image": [row["image"] for row in rows(8)], "image_id": [f"{i}.jpg" for i in range(8)]})
+    (tmp_path / "photos").mkdir()
+    photos.cast_column("image", Image()).to_parquet(tmp_path / "photos" / "train.parquet")
+    options = ["--dataset", str(tmp_path / "texts"), "--columns", "en", "de", "--images", str(tmp_path / "photos")]
+    results = run(tmp_path, *options, "--image_key", "photo")
+    assert set(results) == {f"{t} {n}" for t in ("caption", "translation") for n in ("English", "German")}
