@@ -88,7 +88,8 @@ class BaseModelUnloadingMixin:
             raise ValueError(f"This model has no {part} tower.")
         return attribute
 
-    def _refuse_without_home(self, part: str, parent: str | PreTrainedModel | None) -> None:
+    @staticmethod
+    def _refuse_without_home(part: str, parent: str | PreTrainedModel | None) -> None:
         if not isinstance(parent, str):
             raise ValueError(
                 f"`load_{part}_tower=False` leaves the tower where it is, so name its repository or folder; got "

@@ -355,7 +355,7 @@ class _Work:
     def _run(
         self, tower: nn.Module, loader: Iterable[Any], device: torch.device
     ) -> Iterator[tuple[list[bytes], torch.Tensor, torch.Tensor | None]]:
-        """Features on the host; those of a batch come when the device is at work on the next."""
+        """Features on the host; those of a batch come when a GPU is at work on the next."""
         config, waiting = self.base.config, None
         for digests, inputs in loader:
             inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
@@ -367,23 +367,20 @@ class _Work:
                 num_leading_tokens=config.num_leading_tokens,
                 **inputs,
             )
-            features, event = features.to(self.store.dtype), None
-            if device.type == "cuda":
-                on_host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
-                features = on_host.copy_(features, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(device))
+            features, mask = features.to(self.store.dtype), None if mask is None else mask.cpu()
+            if device.type != "cuda":
+                yield digests, features.cpu(), mask
+                continue
+            on_host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
             if waiting is not None:
-                yield self._arrived(*waiting)
-            waiting = digests, features, mask, event
+                waiting[1].synchronize()
+                yield waiting[0]
+            waiting = (digests, on_host, mask), event
         if waiting is not None:
-            yield self._arrived(*waiting)
-
-    @staticmethod
-    def _arrived(digests: list[bytes], features: torch.Tensor, mask: torch.Tensor | None, event: Any) -> tuple[Any, ...]:
-        if event is not None:
-            event.synchronize()
-        return digests, features.cpu(), None if mask is None else mask.cpu()
+            waiting[1].synchronize()
+            yield waiting[0]
 
     def indices(self, wanted: Iterable[bytes]) -> dict[bytes, int]:
         """Where the images are, when every process has done its part."""

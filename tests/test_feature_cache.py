@@ -1,0 +1,678 @@
+"""The tower runs once per distinct image, what it made is kept and found again by all it depends on, and training from it is
+training without it."""
+
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from modeling_frozen import (
+    DataCollatorForFrozenPrefix,
+    FrozenPrefixForConditionalGeneration,
+    FrozenPrefixProcessor,
+    cache_vision_features,
+)
+from modeling_frozen.data_collator import stack_features
+from modeling_frozen.feature_cache import StoredImage, VisionFeatures, store_key
+from modeling_frozen.feature_store import FeatureStore
+from modeling_frozen.vision_towers import encode_images
+from tests.tiny import join, rows, save_parents
+
+
+ROOT = Path(__file__).parents[1]
+PICTURE = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+Eyes = FrozenPrefixForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parents")
+    save_parents(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(parents: Path) -> tuple[Eyes, FrozenPrefixProcessor]:
+    """For the checks that change nothing in it."""
+    return join(parents)
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (18, 20, 3), dtype=np.uint8))
+
+
+def captioned(images: int = 4, captions: int = 3) -> datasets.Dataset:
+    """Rows (image, caption), each image in several of them, not side by side."""
+    texts = [f"a {row['text'].split()[1]} square ." for row in rows(images * captions)]
+    return datasets.Dataset.from_list(
+        [{"image": noise(index % images), "text": text} for index, text in enumerate(texts)], features=PICTURE
+    )
+
+
+@contextmanager
+def seen(model: Eyes) -> Iterator[list[int]]:
+    """How many images the tower was given, call by call."""
+    counts: list[int] = []
+    tower = model.model.vision_tower
+    hook = tower.register_forward_pre_hook(lambda _, args, kwargs: counts.append(len(args[0])), with_kwargs=True)
+    yield counts
+    hook.remove()
+
+
+def store(pair: tuple[Any, Any], dataset: Any, folder: Path, **options: Any) -> Any:
+    return cache_vision_features(dataset, *pair, cache_dir=folder, **{"num_workers": 0, "dtype": "float32", **options})
+
+
+@torch.no_grad()
+def tower_features(pair: tuple[Any, Any], images: list[Any]) -> torch.Tensor:
+    model, processor = pair
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    return encode_images(model.model.vision_tower, pixels, num_leading_tokens=model.config.num_leading_tokens)[0]
+
+
+# --------------------------------------------------------------------------------------------------- distinct images
+
+
+def test_each_distinct_image_once_and_found_again(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    with seen(pair[0]) as counts:
+        first = store(pair, captioned(), tmp_path, batch_size=3)
+        assert counts == [3, 1]
+        store(pair, captioned(captions=1), tmp_path)  # another dataset, the same pictures
+        store(pair, captioned(images=6), tmp_path)
+        assert counts == [3, 1, 2]
+    assert [row["image"].index for row in first][:8] == [0, 1, 2, 3] * 2
+    wanted = tower_features(pair, [noise(seed) for seed in range(4)])
+    for row, own in zip(first, [*wanted, *wanted], strict=False):
+        features, mask = row["image"].load()
+        assert mask is None
+        torch.testing.assert_close(features, own)
+
+
+def test_lists_gaps_paths_and_bytes(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    for seed in range(2):
+        noise(seed).save(tmp_path / f"{seed}.png")
+    paths = [str(tmp_path / f"{seed}.png") for seed in range(2)]
+    as_bytes = [{"bytes": Path(path).read_bytes(), "path": None} for path in paths]
+    as_paths = [{"bytes": None, "path": path} for path in paths]
+    listed = datasets.Features({"images": datasets.List(datasets.Image()), "text": datasets.Value("string")})
+    values = [[as_bytes[0], as_paths[1], None], None, [as_paths[0]], []]
+    texts = ["<image> a <image> square .", "a square .", "a square .", "is"]
+    with seen(pair[0]) as counts:
+        out = store(
+            pair,
+            datasets.Dataset.from_list(
+                [{"images": value, "text": text} for value, text in zip(values, texts, strict=True)], features=listed
+            ),
+            tmp_path / "store",
+        )
+        strings = store(pair, datasets.Dataset.from_dict({"image": [paths[1], paths[0], None]}), tmp_path / "store")
+        assert counts == [2]
+    index = [None if row["images"] is None else [one and one.index for one in row["images"]] for row in out]
+    assert index == [[0, 1, None], None, [0], []]
+    assert [row["image"] and row["image"].index for row in strings] == [1, 0, None]
+    batch = DataCollatorForFrozenPrefix(pair[1])(list(out))
+    assert batch["vision_features"].shape[0] == 2 and batch["image_index"].tolist() == [0, 1, 0]
+
+
+def test_images_that_lie_in_no_file_are_known_by_their_pixels(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    noise(0).save(tmp_path / "a.png")
+    noise(0).save(tmp_path / "b.bmp")  # other bytes
+    import base64
+
+    text = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    with seen(pair[0]) as counts:
+        out = store(pair, datasets.Dataset.from_dict({"image": [text, text]}), tmp_path / "store")
+    assert counts == [1] and out[0]["image"] == out[1]["image"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers: int, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    dataset = captioned(images=12)
+    alone = store(pair, dataset, tmp_path / "alone", batch_size=2)
+    helped = store(pair, dataset, tmp_path / "helped", batch_size=2, num_workers=workers)
+    for one, other in zip(alone, helped, strict=True):
+        assert torch.equal(one["image"].load()[0], other["image"].load()[0]) and one["text"] == other["text"]
+
+
+# ------------------------------------------------------------------------------------------- what a dataset is still
+
+
+def test_it_stays_a_dataset(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    dataset = captioned()
+    out = store(pair, dataset, tmp_path / "store")
+    assert isinstance(out, datasets.Dataset) and out["text"][:] == dataset["text"][:]
+    place = {row["image"].index: index for index, row in enumerate(out) if index < 4}
+
+    def same(changed: Any, original: Any) -> None:
+        for mine, its in zip(changed, original, strict=True):
+            assert mine["text"].lower() == its["text"]
+            wanted = its["image"].convert("RGB").tobytes()
+            assert noise(place[mine["image"].index]).tobytes() == wanted
+
+    same(out.shuffle(seed=3).select(range(5)), dataset.shuffle(seed=3).select(range(5)))
+    parts, wanted = (one.train_test_split(0.25, seed=1) for one in (out, dataset))
+    same(parts["train"], wanted["train"])
+    same(out.map(lambda row: {"text": row["text"].upper()}), dataset)
+    same(datasets.concatenate_datasets([out, out]), datasets.concatenate_datasets([dataset, dataset]))
+    same(store(pair, dataset.shuffle(seed=2), tmp_path / "store"), dataset.shuffle(seed=2))
+    same(pickle.loads(pickle.dumps(out)), dataset)
+    same(out.to_iterable_dataset(), dataset)
+    out.save_to_disk(tmp_path / "saved")
+    same(datasets.load_from_disk(tmp_path / "saved"), dataset)
+    splits = store(pair, datasets.DatasetDict(a=dataset, b=dataset.select([1])), tmp_path / "store")
+    assert isinstance(splits, datasets.DatasetDict) and splits["b"][0]["image"] == out[1]["image"]
+    assert isinstance(splits["a"].features["image"], VisionFeatures)
+    alone = store(pair, dataset.select_columns("image"), tmp_path / "store")
+    assert alone.column_names == ["image"] and len(alone) == len(dataset)
+
+
+def test_nothing_is_held_in_memory(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    out = store(pair, captioned(images=200, captions=1), tmp_path, images_per_shard=50)
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("*.arrow"))
+    assert stored > 200 * 4 * 32 * 4
+    again = pickle.loads(pickle.dumps(out))
+    before = pa.total_allocated_bytes()
+    assert torch.stack([row["image"].load()[0] for row in again]).isfinite().all()
+    assert pa.total_allocated_bytes() - before < stored / 10
+    assert len(pickle.dumps(out)) < stored / 10
+    table = FeatureStore(out[0]["image"].store)._table(0)
+    assert isinstance(table, datasets.table.MemoryMappedTable)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("bfloat16", 2e-2), ("float16", 2e-3), ("float32", 1e-6)])
+def test_dtypes(dtype: str, close: float, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    out = store(pair, captioned(captions=1), tmp_path, dtype=dtype)
+    features = out[2]["image"].load()[0]
+    assert features.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(features.float(), tower_features(pair, [noise(2)])[0], atol=close, rtol=close)
+    data = FeatureStore(out[0]["image"].store)._table(0).column("features").to_pylist()
+    assert len(data[0]) == features.numel() * getattr(torch, dtype).itemsize
+
+
+# ---------------------------------------------------------------------------------------------- views and augmentation
+
+
+def crop(image: Image.Image) -> Image.Image:
+    left, top = int(torch.randint(8, ())), random.randrange(8)
+    return image.crop((left, top, left + 10, top + int(np.random.randint(8, 11))))
+
+
+def test_views_are_drawn_once_and_read_at_random(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    options = {"views": 3, "augment": crop}
+    with seen(pair[0]) as counts:
+        out = store(pair, captioned(), tmp_path / "a", batch_size=6, **options)
+        assert counts == [6, 6]
+        again = store(pair, captioned(images=5), tmp_path / "b", batch_size=1, num_workers=2, **options)
+        other = store(pair, captioned(), tmp_path / "a", seed=1, **options)
+    assert random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]
+
+    def views(row: Any) -> torch.Tensor:
+        return torch.stack([StoredImage(row["image"].store, row["image"].index, view).load()[0] for view in range(3)])
+
+    three = views(out[1])
+    assert min((three[a] - three[b]).abs().max() for a, b in ((0, 1), (0, 2), (1, 2))) > 1e-3
+    torch.testing.assert_close(three, views(again[1]))  # whatever batches, workers and other images
+    assert (three - views(other[1])).abs().amax((1, 2)).min() > 1e-3
+    torch.manual_seed(5)
+    drawn = [out[1]["image"].view for _ in range(60)]
+    torch.manual_seed(5)
+    assert drawn == [out[1]["image"].view for _ in range(60)] and set(drawn) == {0, 1, 2}
+    kept = store(pair, captioned(), tmp_path / "a", plain_view=True, **options)
+    torch.testing.assert_close(views(kept[1])[0], tower_features(pair, [noise(1)])[0])
+    torch.testing.assert_close(views(kept[1])[1:], three[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": crop}, "one draw for ever: pass `views=k`"),
+        ({"views": 2}, "equal copies"),
+        ({"plain_view": True}, "pass `augment`"),
+        ({"views": 0}, "views=0"),
+        ({"dtype": "int8"}, "'int8': features are stored in one of bfloat16"),
+        ({"image_column": "photo"}, "no column 'photo', but .*'image', 'text'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict, message: str, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        store(pair, captioned(), tmp_path, **options)
+
+
+def test_other_refusals(pair: tuple[Any, Any], parents: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`set_transform`"):
+        store(pair, captioned().with_transform(lambda row: row), tmp_path)
+    with pytest.raises(ValueError, match="type list can't be stored"):
+        store(pair, rows(2), tmp_path)
+    with pytest.raises(ValueError, match="holds stored features already"):
+        store(pair, store(pair, captioned(), tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="The vision tower trains"):
+        store(join(parents, trainable=("connector", "vision")), captioned(), tmp_path)
+    stored, plain = store(pair, captioned(), tmp_path)[0], captioned()[1]
+    with pytest.raises(ValueError, match="1 of the 2 images of a batch are stored"):
+        DataCollatorForFrozenPrefix(pair[1])([stored, plain])
+    with pytest.raises(ValueError, match="no store of features at .*Run `cache_vision_features` again"):
+        StoredImage(str(tmp_path / "gone"), 0).load()
+
+
+# -------------------------------------------------------------------------------------------------------- the key
+
+
+def _other_tower(folder: Path) -> str:
+    torch.manual_seed(7)
+    from transformers import CLIPImageProcessorPil, CLIPVisionModel
+
+    from tests.tiny import vision_config
+
+    CLIPVisionModel(vision_config()).save_pretrained(folder)
+    CLIPImageProcessorPil.from_pretrained(folder.parent / "tower").save_pretrained(folder)
+    return str(folder)
+
+
+def _key_parts() -> dict[str, Callable[..., Any]]:
+    def config(**values: Any) -> Callable[..., Any]:
+        def change(model: Eyes, processor: Any, options: dict) -> None:
+            for name, value in values.items():
+                setattr(model.config, name, value)
+
+        return change
+
+    def record(**values: Any) -> Callable[..., Any]:
+        return lambda model, processor, options: model.config.vision_base_model.update(values)
+
+    return {
+        "layer": config(vision_feature_layer=-2),
+        "strategy": config(vision_feature_select_strategy="full"),
+        "id": record(name_or_path="elsewhere/tower"),
+        "commit": record(revision="0" * 40),
+        "fingerprint": record(fingerprint="1" * 64),
+        "preprocessing": lambda model, processor, options: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3]),
+        "stored dtype": lambda model, processor, options: options.update(dtype="float16"),
+        "tower's dtype": lambda model, processor, options: model.model.vision_tower.to(torch.bfloat16),
+        "weights": lambda model, processor, options: model.model.vision_tower.post_layernorm.weight.data.mul_(2),
+        "a deep weight": lambda model, processor, options: next(model.model.vision_tower.encoder.parameters()).data.mul_(2),
+        "augmentation": lambda model, processor, options: options.update(augment=crop, views=2),
+    }
+
+
+@pytest.mark.parametrize("part", _key_parts())
+def test_a_store_of_another_key_is_never_read(part: str, parents: Path, tmp_path: Path) -> None:
+    model, processor = join(parents)
+    options: dict[str, Any] = {}
+    first = store((model, processor), captioned(), tmp_path)
+    _key_parts()[part](model, processor, options)
+    with seen(model) as counts:
+        second = store((model, processor), captioned(), tmp_path, **options)
+        assert sum(counts) == 4 * options.get("views", 1)
+        again = store((model, processor), captioned(), tmp_path, **options)
+        assert sum(counts) == 4 * options.get("views", 1)
+    assert second[0]["image"].store == again[0]["image"].store != first[0]["image"].store
+
+
+def test_an_image_that_changed_is_another(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    path = tmp_path / "0.png"
+    noise(0).save(path)
+    dataset = datasets.Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image())
+    first = store(pair, dataset, tmp_path / "store")[0]["image"].load()[0]
+    noise(1).save(path)
+    second = store(pair, dataset, tmp_path / "store")[0]["image"].load()[0]
+    torch.testing.assert_close(torch.stack([first, second]), tower_features(pair, [noise(0), noise(1)]))
+
+
+def test_a_tower_without_a_home_is_known_by_its_weights(parents: Path, tmp_path: Path) -> None:
+    from transformers import CLIPVisionModel
+
+    keys = []
+    for seed in (0, 0, 1):
+        tower = CLIPVisionModel.from_pretrained(parents / "tower")
+        tower.post_layernorm.weight.data.add_(seed)
+        model = Eyes.from_vision_text_pretrained(tower, str(parents / "words"), connector_type="mlp")
+        keys.append(store_key(model, join(parents)[1], "float32"))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_key_that_was_changed_by_hand_is_refused(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    folder = Path(store(pair, captioned(), tmp_path)[0]["image"].store)
+    (folder / "key.json").write_text((folder / "key.json").read_text().replace('"layer": -1', '"layer": -3'))
+    with pytest.raises(ValueError, match="was changed: delete the folder"):
+        store(pair, captioned(), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- kills, and many processes
+
+
+RUN = """
+import sys, time
+from pathlib import Path
+import datasets, torch
+datasets.disable_progress_bars()
+from modeling_frozen import cache_vision_features
+from tests.test_feature_cache import captioned
+from tests.tiny import join
+
+if __name__ == "__main__":
+    parents, folder, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    model, processor = join(parents)
+    def call(module, args, kwargs):
+        print(f"tower {len(args[0])}\\n", end="", flush=True)  # in one piece, beside other processes
+        time.sleep(pause)
+    model.model.vision_tower.register_forward_pre_hook(call, with_kwargs=True)
+    options = {"batch_size": 2, "images_per_shard": 2, "num_workers": 1, "dtype": "float32", "cache_dir": folder}
+    out = cache_vision_features(captioned(images=20), model, processor, **options)
+    stream = cache_vision_features(captioned(images=24).to_iterable_dataset(), model, processor, **options)
+    assert [row["image"] for row in stream][:20] == [row["image"] for row in out][:20], "other rows"
+    print(f"rows {len(out)} {len(stream)}\\n", end="", flush=True)
+"""
+
+
+def launch(*command: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+def test_a_killed_run_goes_on_where_it_was(parents: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(RUN)
+    running = launch(sys.executable, str(tmp_path / "run.py"), str(parents), str(tmp_path / "store"), "0.3")
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("store/*/0*.arrow"))) < 3 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    output, errors = running.communicate()
+    assert running.returncode == -signal.SIGKILL, errors
+    assert "rows" not in output
+    folder = next(path.parent for path in tmp_path.glob("store/*/key.json"))
+    done = len(FeatureStore(folder).indices())
+    assert 4 <= done < 20
+    with seen(pair[0]) as counts:
+        out = store(pair, captioned(images=20), tmp_path / "store")
+        assert sum(counts) == 20 - done
+    assert out[0]["image"].store == str(folder)
+    wanted = tower_features(pair, [noise(seed) for seed in range(20)])
+    torch.testing.assert_close(torch.stack([out[index]["image"].load()[0] for index in range(20)]), wanted)
+
+
+def test_an_error_keeps_what_was_done(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    noise(0).save(tmp_path / "good.png")
+    paths = [str(tmp_path / "good.png"), str(tmp_path / "bad.png")]
+    with pytest.raises(ValueError, match="bad.png"):
+        store(pair, datasets.Dataset.from_dict({"image": paths}), tmp_path / "store", batch_size=1)
+    with seen(pair[0]) as counts:
+        store(pair, datasets.Dataset.from_dict({"image": paths[:1]}), tmp_path / "store")
+    assert not counts
+
+
+def test_two_processes_share_the_work(parents: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(RUN)
+    arguments = (str(tmp_path / "run.py"), str(parents), str(tmp_path / "store"), "0")
+    # On CPUs `accelerate launch` starts one process without MPI; this is what it runs where there are GPUs.
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    running = launch(*command, *arguments)
+    output, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors[-3000:]
+    assert output.count("rows 60 72") == 2
+    assert sum(map(int, re.findall(r"tower (\d+)", output))) == 24
+    with seen(pair[0]) as counts:
+        out = store(pair, captioned(images=24), tmp_path / "store")
+    assert not counts
+    wanted = tower_features(pair, [noise(seed) for seed in range(24)])
+    torch.testing.assert_close(torch.stack([out[index]["image"].load()[0] for index in range(24)]), wanted)
+    assert len(list((tmp_path / "store" / "rows").iterdir())) == 1
+
+
+def test_writers_side_by_side_never_take_one_number(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    shelf = FeatureStore.for_key(tmp_path, store_key(*pair, "float32"))
+    writers = [shelf.writer(2) for _ in range(2)]
+    for step in range(6):
+        writers[step % 2].add([bytes([step]) * 16], torch.full((1, 4, 32), float(step)), None)
+    for writer in writers:
+        writer.close()
+    index = shelf.indices()
+    assert [shelf.read(index[bytes([step]) * 16])[0][0, 0].item() for step in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert len(set(index.values())) == 6 and not list(shelf.folder.glob("writing-*"))
+
+
+# --------------------------------------------------------------------------------------------------------- streams
+
+
+def test_a_stream_is_passed_over_once(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    passed = []
+
+    def generate() -> Iterator[dict[str, Any]]:
+        for row in captioned(images=5):
+            passed.append(1)
+            yield row
+
+    stream = datasets.IterableDataset.from_generator(generate, features=PICTURE)
+    with seen(pair[0]) as counts:
+        out = store(pair, stream, tmp_path)
+        assert sum(counts) == 5 and len(passed) == 15
+        rows_, stored = list(out), list(store(pair, captioned(images=5), tmp_path))
+        assert len(passed) == 15 and sum(counts) == 5
+    assert isinstance(out, datasets.Dataset) and rows_ == stored
+    assert (
+        store(pair, captioned(images=5).to_iterable_dataset().select_columns("image"), tmp_path)[7]["image"]
+        == stored[7]["image"]
+    )
+    unknown = store(pair, datasets.IterableDataset.from_generator(generate), tmp_path)
+    assert [row["text"] for row in unknown] == [row["text"] for row in stored]
+
+
+# ------------------------------------------------------------------------------------------- positions that vary
+
+
+def test_masks_come_back_as_they_were(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    key = {**store_key(*pair, "bfloat16"), "views": 2}
+    shelf = FeatureStore.for_key(tmp_path, key)
+    features = torch.randn(6, 5, 32).bfloat16()  # three images, two views
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1] * 5, [0, 1, 1, 0, 1], [1, 0, 0, 0, 0], [1] * 5]).bool()
+    with shelf.writer(10) as writer:
+        writer.add([b"a" * 16, b"b" * 16, b"c" * 16], features, mask)
+        writer.add([b"d" * 16], features[:2, :3], None)
+    index = shelf.indices()
+    for number, letter in enumerate([b"a", b"b", b"c"]):
+        for view in range(2):
+            found, there = shelf.read(index[letter * 16], view)
+            assert torch.equal(there, mask[2 * number + view])
+            assert torch.equal(found, features[2 * number + view] * there[:, None])
+    assert torch.equal(shelf.read(index[b"d" * 16], 1)[0], features[1, :3])
+    batch = stack_features([StoredImage(str(shelf.folder), index[one * 16]) for one in (b"d", b"a")])
+    assert batch["vision_features"].shape == (2, 5, 32)
+    assert batch["vision_features_mask"].tolist() == [[True] * 3 + [False] * 2] * 2
+    assert torch.equal(batch["vision_features"][0, :3], features[0, :3])
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def batches(collator: DataCollatorForFrozenPrefix, dataset: Any, order: list[int]) -> dict[str, torch.Tensor]:
+    return collator([dataset[index] for index in order])
+
+
+def test_an_image_of_several_samples_is_processed_once(pair: tuple[Any, Any], parents: Path, tmp_path: Path) -> None:
+    model, processor = join(parents)
+    shared, plain = (DataCollatorForFrozenPrefix(processor, share_images=flag) for flag in (True, False))
+    one, two = noise(0), noise(1)
+    one.save(tmp_path / "0.png")
+    path = str(tmp_path / "0.png")
+    data = Path(path).read_bytes()
+    kinds = {
+        "object": (one, one),
+        "path": (path, str(path)),
+        "bytes": (data, bytes(bytearray(data))),
+        "mapping": ({"bytes": data, "path": None}, {"bytes": bytes(bytearray(data)), "path": "elsewhere"}),
+        "mapped path": ({"bytes": None, "path": path}, {"path": path}),
+    }
+    for kind, (first, second) in kinds.items():
+        examples = [
+            {"image": first, "text": "a red square ."},
+            {"images": [two, second], "text": "a <image> is <image> blue square ."},
+            {"image": first, "text": "is a square"},
+        ]
+        short, long = shared(examples), plain(examples)
+        assert len(short["pixel_values"]) == 2 and short["image_index"].tolist() == [0, 1, 0, 0], kind
+        assert len(long["pixel_values"]) == 4 and "image_index" not in long
+        found = []
+        for batch in (short, long):
+            model.zero_grad()
+            output = model.train()(**batch, skip_logits=False)
+            output.loss.backward()
+            found.append([output.loss.detach(), output.logits.detach(), *(p.grad for p in model.model.connector.parameters())])
+        torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+    different = shared([{"image": noise(seed), "text": "a"} for seed in (0, 1)])
+    assert "image_index" not in different
+    with seen(model) as counts:
+        model(**short)
+    assert counts == [2]
+
+
+def train(folder: Path, model: Eyes, processor: Any, dataset: Any, **options: Any) -> tuple[list[float], dict]:
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, seed=1,
+        report_to=[], remove_unused_columns=False, disable_tqdm=True, use_cpu=True, save_strategy="no", **options,
+    )  # fmt: skip
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=dataset,
+        data_collator=DataCollatorForFrozenPrefix(processor),
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_from_the_store_is_training_without_it(dropout: float, parents: Path, tmp_path: Path) -> None:
+    found = []
+    for stored in (False, True):
+        torch.manual_seed(0)
+        model, processor = join(parents, connector_config={"hidden_size": 16, "dropout": dropout})
+        dataset = captioned(images=3, captions=4)
+        if stored:
+            dataset = store((model, processor), dataset, tmp_path / "store")
+            model.unload_base_model("vision")
+        options = {"dataloader_num_workers": 1} if stored and not dropout else {}
+        found.append(train(tmp_path / f"run{stored}", model, processor, dataset, **options))
+    assert found[0][0][0] > found[0][0][-1] + 0.1
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
+    assert found[0][1].keys() == found[1][1].keys()
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
+    again = Eyes.from_pretrained(tmp_path / "runTrue")
+    assert again.model.vision_tower is not None
+
+
+# -------------------------------------------------------------------------------------- a model without its tower
+
+
+@torch.no_grad()
+def test_the_tower_can_go_and_come_back(parents: Path, tmp_path: Path) -> None:
+    model, processor = join(parents)
+    inputs = processor(images=noise(0), text="a square", return_tensors="pt")
+    whole = model(**inputs).logits
+    out = store((model, processor), captioned(), tmp_path / "store")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.generation_config.max_new_tokens = 7
+    model.unload_base_model()
+    model.unload_base_model("vision")
+    assert not [name for name in model.state_dict() if "vision_tower" in name]
+    assert model.generation_config.max_new_tokens == 7
+    with pytest.raises(ValueError, match=r'load_base_model\("vision"\)'):
+        model(**inputs)
+    with pytest.raises(ValueError, match=r'load_base_model\("vision"\)'):
+        model.generate(**inputs)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    features = out[0]["image"].load()[0][None]
+    torch.testing.assert_close(model(**text, vision_features=features).logits, whole)
+    assert torch.equal(model.generate(**text, vision_features=features, max_new_tokens=3)[:, :4], inputs["input_ids"][:, :4])
+    model.save_pretrained(tmp_path / "small")
+    assert all("connector" in name for name in load_file(tmp_path / "small" / "model.safetensors"))
+    torch.testing.assert_close(Eyes.from_pretrained(tmp_path / "small")(**inputs).logits, whole)
+    with pytest.raises(ValueError, match="include_base_models=True.*load_base_model"):
+        model.save_pretrained(tmp_path / "large", include_base_models=True)
+    assert store((model, processor), captioned(), tmp_path / "store")[0] == out[0]  # all are there
+    with pytest.raises(ValueError, match="2 of 6 images are not in the store.*load_base_model"):
+        store((model, processor), captioned(images=6), tmp_path / "store")
+    model.load_base_model()
+    model.load_base_model("vision")
+    assert torch.equal(model(**inputs).logits, whole)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    assert not any(module.training for module in model.train().model.vision_tower.modules())
+    model.save_pretrained(tmp_path / "small")
+    assert all("connector" in name for name in load_file(tmp_path / "small" / "model.safetensors"))
+
+
+@torch.no_grad()
+def test_built_and_loaded_without_the_tower(parents: Path, tmp_path: Path) -> None:
+    whole, processor = join(parents)
+    stored = store((whole, processor), captioned(), tmp_path / "store")
+    torch.manual_seed(0)
+    model = Eyes.from_vision_text_pretrained(
+        str(parents / "tower"), str(parents / "words"), connector_type="mlp", load_vision_tower=False
+    )
+    assert model.model.vision_tower is None and not any(p.is_meta for p in model.parameters())
+    assert model.config.to_dict() == whole.config.to_dict()
+    assert store((model, FrozenPrefixProcessor.from_model(model)), captioned(), tmp_path / "store")[0] == stored[0]
+    model.save_pretrained(tmp_path / "saved")
+    light = Eyes.from_pretrained(tmp_path / "saved", load_vision_tower=False)
+    heavy = Eyes.from_pretrained(tmp_path / "saved")
+    assert light.model.vision_tower is None
+    light.save_pretrained(tmp_path / "again")
+    inputs = processor(images=noise(0), text="a square", return_tensors="pt")
+    light.load_base_model("vision")
+    assert torch.equal(light(**inputs).logits, heavy(**inputs).logits)
+    assert torch.equal(Eyes.from_pretrained(tmp_path / "again")(**inputs).logits, heavy(**inputs).logits)
+
+
+def test_a_tower_that_could_not_come_back_stays(parents: Path, tmp_path: Path) -> None:
+    model = join(parents)[0]
+    model.model.vision_tower.post_layernorm.weight.data.mul_(2)
+    with pytest.raises(ValueError, match="was trained or changed, so it would be lost"):
+        model.unload_base_model("vision")
+    model = join(parents, trainable=("connector", "vision"))[0]
+    with pytest.raises(ValueError, match="was trained or changed"):
+        model.unload_base_model("vision")
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match="holds the vision tower itself"):
+        Eyes.from_pretrained(tmp_path / "trained", load_vision_tower=False)
+    from transformers import CLIPVisionModel
+
+    tower = CLIPVisionModel.from_pretrained(parents / "tower")
+    with pytest.raises(ValueError, match="has no repository or folder"):
+        Eyes.from_vision_text_pretrained(tower, str(parents / "words")).unload_base_model("vision")
+    with pytest.raises(ValueError, match="name its repository or folder; got a loaded CLIPVisionModel"):
+        Eyes.from_vision_text_pretrained(tower, str(parents / "words"), load_vision_tower=False)
+    with pytest.raises(ValueError, match="part='text': of"):
+        model.unload_base_model("text")
+    with pytest.raises(ValueError, match="has no audio tower"):
+        model.unload_base_model("audio")
+
+
+def test_another_tower_in_the_old_ones_place_is_refused(tmp_path: Path) -> None:
+    model = join(tmp_path)[0]
+    model.unload_base_model("vision")
+    _other_tower(tmp_path / "other")
+    (tmp_path / "tower" / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="has fingerprint"):
+        model.load_base_model("vision")
+    assert model.model.vision_tower is None
