@@ -2,9 +2,11 @@
 lose without it. Drawn from the data that its functions return, which have a `plot()` each.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 from .plots import BLUE, GREY, finish, new_figure, plain_axes, show_picture, shown
 
@@ -14,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def _ink(colour: Any) -> str:
-    """Black or white, whichever is read better on a colour."""
-    red, green, blue = colour[:3]
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+    """Black or white, whichever has more contrast on a colour (WCAG 2.2, relative luminance)."""
+    red, green, blue = (one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in colour[:3])
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
 def draw_nearest_words(
@@ -136,7 +138,8 @@ def _draw_bars(result: "ImageAttention", title: str, layers: Any, max_words: int
         axes.tick_params(length=2)
         axes.locator_params(axis="y", nbins=2)
     all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    all_axes[-1].set_xlabel(f"prefix vector (no places on the picture: {result.why_not_spatial})", fontsize=9.5)
+    reason = textwrap.fill(f"(no places on the picture: {result.why_not_spatial.rstrip('.')})", 72)
+    all_axes[-1].set_xlabel(f"prefix vector\n{reason}", fontsize=9.5)
     figure.supylabel("% of the word's attention", fontsize=10)
     return figure
 
@@ -185,6 +188,8 @@ def draw_sightedness(result: "Sightedness", path: str | Path | None = None, *, m
             )
     bar = figure.colorbar(colours, ax=all_axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
     bar.set_label("log-likelihood with its own picture minus with others (nats per word)")
+    for left in all_axes[:, 0]:  # beside the first line; the bar moves them
+        left.set_anchor("N")
     return finish(figure, path)
 
 
@@ -193,7 +198,8 @@ def _lay_out(sample: Any, width: float) -> list[tuple[int, float, float, str]]:
     places, row, x = [], 0, 0.0
     for word in sample.words:
         word = shown(word)
-        wide = max(0.36, 0.095 * len(word) + 0.14)
+        letters = sum(1.8 if east_asian_width(letter) in "WF" else 1.0 for letter in word)
+        wide = max(0.36, 0.095 * letters + 0.14)
         if x and x + wide > width:
             row, x = row + 1, 0.0
         places.append((row, x, wide, word))
