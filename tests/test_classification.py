@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -32,6 +33,7 @@ from modeling_frozen import (
     FrozenPrefixForSequenceClassification,
     FrozenPrefixProcessor,
 )
+from modeling_frozen.feature_cache import cache_vision_features
 from modeling_frozen.hub import write_code
 from modeling_frozen.metrics import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
@@ -178,6 +180,31 @@ def test_stored_features_and_images_of_several_samples(tmp_path: Path) -> None:
         torch.testing.assert_close(model(**inputs, pixel_values=pixels[:2], image_index=index).logits, expected)
         features = model.model.vision_tower(pixels[:2]).last_hidden_state[:, 1:]
         torch.testing.assert_close(model(**inputs, vision_features=features, image_index=index).logits, expected)
+
+
+@torch.no_grad()
+def test_rows_of_a_store_are_collated_as_their_pictures(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    stored = cache_vision_features(Dataset.from_list(rows(4)), model, processor, cache_dir=tmp_path / "store", dtype="float32")
+    collator = DataCollatorForFrozenPrefixClassification(processor)
+    seen, read = (collator([data[i] for i in range(4)]) for data in (rows(4), stored))
+    assert "pixel_values" not in read and read["labels"].tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(model(**read).logits, model(**seen).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_comes_out(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    inputs = inputs_of(processor)
+    output = model(**inputs, labels=torch.arange(4), output_hidden_states=True)
+    assert len(output.hidden_states) == 3 and output.hidden_states[-1].shape == (4, 6, 32)  # BOS and five words
+    loss, logits = model(**inputs, labels=torch.arange(4), return_dict=False)
+    assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
+    embeds = model.get_input_embeddings()(processor.tokenizer(TEXTS[3], return_tensors="pt").input_ids)
+    found = model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"][3:])
+    torch.testing.assert_close(found.logits, output.logits[3:])
+    prefix = {"image": model.model.get_image_features(inputs.pop("pixel_values"))}
+    assert torch.equal(model(**inputs, mm_encoder_outputs=prefix).logits, output.logits)
 
 
 @torch.no_grad()
