@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
     CLIPVisionModel,
     LlamaForCausalLM,
     Trainer,
@@ -39,7 +41,7 @@ from modeling_frozen.metrics import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
 from modeling_frozen.pooling import pool_text
 from tests.families_text import FAMILIES, language_model
-from tests.tiny import COLOURS, WORDS, save_parents, text_config, vision_config
+from tests.tiny import COLOURS, WORDS, save_parents, text_config, tokenizer, vision_config
 
 
 Classifier = FrozenPrefixForSequenceClassification
@@ -396,6 +398,24 @@ def test_an_encoder_decoder_runs_its_encoder_alone(tmp_path: Path) -> None:
         vector = model.get_fused_features(**inputs)
     expected = nn.functional.normalize(states.mean(0), dim=-1) / 2**0.5
     torch.testing.assert_close(vector[1, 32:], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_encoder_that_writes_nothing(tmp_path: Path) -> None:
+    """BERT, from a folder of its own."""
+    tower, words = save_parents(tmp_path)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    bert = BertModel(BertConfig(vocab_size=len(WORDS) + 7, **sizes), add_pooling_layer=False).eval()
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    model = Classifier.from_vision_text_pretrained(tower, str(tmp_path / "bert"), text_pooling="cls", num_labels=3)
+    assert model.config.text_width == 24 and model.config.text_headless
+    inputs = tiny_ids(model.config)
+    with torch.no_grad():
+        states = bert(inputs["input_ids"][1:, :2]).last_hidden_state[0]
+        vector = model.get_fused_features(**inputs)
+        torch.testing.assert_close(vector[1, 24:], nn.functional.normalize(states[0], dim=-1) / 2**0.5, atol=1e-5, rtol=1e-4)
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(Classifier.from_pretrained(tmp_path / "saved").get_fused_features(**inputs), vector)
 
 
 def test_half_precision_parents_and_an_fp32_head(tmp_path: Path) -> None:
