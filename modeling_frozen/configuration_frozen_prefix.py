@@ -580,6 +580,11 @@ if __name__.startswith("transformers_modules."):
     modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault(
         FrozenPrefixConfig.model_type, "FrozenPrefixForImageTextRetrieval"
     )
+    for _names in (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ):
+        _names.setdefault(FrozenPrefixConfig.model_type, "FrozenPrefixForSequenceClassification")
 
 
 __all__ = ["FrozenPrefixConfig"]

@@ -550,28 +550,33 @@ def test_lora_trains_the_head_as_well(tmp_path: Path) -> None:
 
 REMOTE = """
 import json, sys
-from transformers import AutoModelForSequenceClassification, AutoProcessor
+from transformers import AutoModelForSequenceClassification, AutoProcessor, pipeline
 from PIL import Image
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 inputs = processor(images=Image.new("RGB", (20, 18), (220, 30, 30)), text="a picture", return_tensors="pt")
-print(json.dumps([type(model).__module__, model(**inputs).logits[0].tolist()]))
+given = ["image-classification"] if sys.argv[2:] else []
+names = [pipeline(task, model=sys.argv[2], trust_remote_code=True)(Image.new("RGB", (20, 18)))[0]["label"] for task in given]
+print(json.dumps([type(model).__module__, model(**inputs).logits[0].tolist(), names]))
 """
 
 
 def test_people_without_the_package(tmp_path: Path) -> None:
-    model, processor = join(tmp_path)
-    folder = tmp_path / "pushed"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_code(folder)
+    folders = []
+    for fused in (("image",), ("image", "text")):
+        model, processor = join(tmp_path, fused_inputs=fused)
+        folders.insert(0, str(tmp_path / f"pushed_{len(fused)}"))
+        model.save_pretrained(folders[0])
+        processor.save_pretrained(folders[0])
+        write_code(folders[0])
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(folder)], capture_output=True, text=True, cwd=tmp_path, env=environment
+        [sys.executable, "-c", REMOTE, *folders], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    module, logits = json.loads(done.stdout.splitlines()[-1])
-    assert module.startswith("transformers_modules.")
+    module, logits, names = json.loads(done.stdout.splitlines()[-1])
+    assert module.startswith("transformers_modules.") and names[0] in COLOURS
+    assert "is not supported for" not in done.stderr
     inputs = processor(images=Image.new("RGB", (20, 18), (220, 30, 30)), text="a picture", return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(logits), model(**inputs).logits[0])
