@@ -33,7 +33,8 @@ class ImageEncoder(nn.Module):
     def __init__(self, model: FrozenPrefixPreTrainedModel):
         super().__init__()
         base, config = model.base_model, model.config
-        self.vision_tower, self.connector = base.vision_tower, base.connector
+        # The exporter gives inputs the dtype of the first parameter: the connector's, which is float32 as pictures are.
+        self.connector, self.vision_tower = base.connector, base.vision_tower
         self.options = {
             "layer": config.vision_feature_layer,
             "select_strategy": config.vision_feature_select_strategy,
@@ -107,7 +108,8 @@ def export_image_encoder(
         `image_embeds` is `(images, prefix_length, embedding_dim)`.
 
     Raises:
-        ValueError: a model without eyes or without its tower, an unknown format, a size that the connector was not made for.
+        ValueError: a model without eyes or without its tower, a tower that can't be traced for any number of images, an
+            unknown format, a size that the connector was not made for.
         ImportError: without the extra `export`.
     """
     config, tower = model.config, getattr(model.base_model, "vision_tower", None)
@@ -139,7 +141,14 @@ def export_image_encoder(
         )
     images = torch.export.Dim("images", min=1)
     export_config.dynamic_shapes = {name: {0: images} for name in inputs}
-    exported = exporter.export(encoder, inputs, export_config)
+    try:
+        exported = exporter.export(encoder, inputs, export_config)
+    except torch._dynamo.exc.UserError as error:
+        raise ValueError(
+            f"{type(tower).__name__} can't be exported for any number of images: traced, it made a constant of it, as towers "
+            "do that go over the images one by one (SigLIP 2's NaFlex, which has a grid of its own for each). Join a tower "
+            "with images of one size."
+        ) from error
     if save_directory is not None:
         exported.save_pretrained(save_directory)
     return exported

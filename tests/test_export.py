@@ -1,0 +1,177 @@
+"""Exported graphs give what the model gives: any number of images, every tower and connector, read back from disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen.connectors import CONNECTORS
+from modeling_frozen.export import export_image_encoder, export_prefill
+from tests.families_vision import TOWERS, Tower, image_inputs, reason_to_skip, tiny_tower
+from tests.tiny import join, rows, text_config
+
+
+# Traced for any number of images they can't be: they go over them one by one.
+ONE_BY_ONE = {"siglip2_naflex", "siglip2_naflex_dual"}
+CAUSAL = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},  # learned positions
+    "opt": {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},  # slopes in place of positions
+    "gemma": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
+    "qwen3": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
+}
+
+
+def seeing(tower: Tower, connector: str = "resampler") -> FrozenPrefixForConditionalGeneration:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"prefix_length": 3} if CONNECTORS[connector].reads_positions else {}
+    language_model = LlamaForCausalLM(text_config())
+    if connector == "identity":
+        language_model = LlamaForCausalLM(text_config(hidden_size=tiny_tower(tower).config.hidden_size))
+    return FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        tiny_tower(tower), language_model, connector_type=connector, image_token_id=17, **options
+    )
+
+
+def check(model: FrozenPrefixForConditionalGeneration, tower: Tower, format: str, folder: Path) -> None:
+    """Exports, reads back, and compares with the model on one image and on five."""
+    from transformers.exporters import ExportedModel
+
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    exported = export_image_encoder(model, folder, format=format, sample_inputs=image_inputs(tower))
+    for source in (exported, ExportedModel.from_pretrained(folder)):
+        for images in (1, 5):
+            inputs = image_inputs(tower, images=images, seed=3)
+            expected = torch.stack(model.get_image_features(**inputs).pooler_output)
+            found = source(**inputs)["image_embeds"]
+            assert expected.std() > 1e-3 and found.shape == expected.shape
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) and after[name].requires_grad == grad for name, (value, grad) in before.items())
+
+
+def skip_without(format: str) -> None:
+    if format == "onnx":
+        for package in ("onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("clip", "pt2"), ("convnextv2", "pt2")]
+    + [slow(name, "pt2") for name in TOWERS if name not in ("clip", "convnextv2")]
+    + [slow(name, "onnx") for name in TOWERS],
+)
+def test_towers(name: str, format: str, tmp_path: Path) -> None:
+    skip_without(format)
+    if reason := reason_to_skip(TOWERS[name]):
+        pytest.skip(reason)
+    model = seeing(TOWERS[name])
+    if name in ONE_BY_ONE:
+        with pytest.raises(ValueError, match="one by one"):
+            check(model, TOWERS[name], format, tmp_path)
+    else:
+        check(model, TOWERS[name], format, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("mlp", "pt2"),
+        *(slow(name, "pt2") for name in CONNECTORS if name != "mlp"),
+        *(slow(name, "onnx") for name in CONNECTORS),
+    ],
+)
+def test_connectors(name: str, format: str, tmp_path: Path) -> None:
+    skip_without(format)
+    check(seeing(TOWERS["clip"], name), TOWERS["clip"], format, tmp_path)
+
+
+def test_other_layers_and_strategies(tmp_path: Path) -> None:
+    tower = TOWERS["clip"]
+    torch.manual_seed(0)
+    for options in ({"vision_feature_layer": [-1, -2]}, {"vision_feature_select_strategy": "pooled"}):
+        model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+            tiny_tower(tower), LlamaForCausalLM(text_config()), connector_type="linear", image_token_id=17, **options
+        )
+        check(model, tower, "pt2", tmp_path)
+
+
+def test_half_precision_parents_keep_a_full_precision_connector(tmp_path: Path) -> None:
+    model, processor = join(tmp_path, dtype=torch.bfloat16)
+    inputs = processor(images=[row["image"] for row in rows(3)], return_tensors="pt")
+    found = export_image_encoder(model, format="pt2", sample_inputs=inputs)(**inputs)["image_embeds"]
+    expected = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_images_of_the_processors_size_are_asked_for(tmp_path: Path) -> None:
+    """Without a sample the tower's own size is taken; a connector that was made for another says so."""
+    model, processor = join(tmp_path)
+    inputs = processor(images=rows(1)[0]["image"], return_tensors="pt")
+    expected = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
+    found = export_image_encoder(model, format="pt2")(**inputs)["image_embeds"]
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="no pixel_values"):
+        export_image_encoder(model, format="pt2", sample_inputs={"input_ids": torch.zeros(1, 1)})
+
+
+def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
+    model, _ = join(tmp_path)
+    with pytest.raises(ValueError, match=r"format='torchscript' is not known; choose one of .*'onnx'"):
+        export_image_encoder(model, format="torchscript")
+    with pytest.raises(ValueError, match="eval"):
+        export_image_encoder(model.train(), format="pt2")
+    across, _ = join(tmp_path, connector_type="resampler", prefix_length=3, fusion="cross_attention")
+    with pytest.raises(ValueError, match="fusion='cross_attention'.*export_for_generation"):
+        export_prefill(across, format="pt2")
+
+
+# ------------------------------------------------------------------------------------------------- the language model
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("llama", "pt2"), slow("llama", "onnx"), *(slow(name, format) for name in CAUSAL for format in ("pt2", "onnx"))],
+)
+def test_the_first_step(name: str, format: str, tmp_path: Path) -> None:
+    """From prefix and words, padded on the left, to logits and cache; then on with the cache, in torch."""
+    from transformers.exporters import ExportedModel
+
+    skip_without(format)
+    torch.manual_seed(0)
+    language_model = LlamaForCausalLM(text_config())
+    if name != "llama":
+        config = AutoConfig.for_model(name, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **CAUSAL[name])
+        language_model = AutoModelForCausalLM.from_config(config)
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        tiny_tower(TOWERS["clip"]), language_model, connector_type="resampler", prefix_length=3, image_token_id=17
+    )
+    exported = export_prefill(model, tmp_path, format=format)
+    for source in (exported, ExportedModel.from_pretrained(tmp_path)):
+        for batch, length in ((1, 4), (3, 11)):
+            ids = torch.randint(3, 16, (batch, length))
+            ids[:, 1:4] = 17
+            mask = torch.ones(batch, length, dtype=torch.long)
+            mask[0, 0] = 0
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            images = image_inputs(TOWERS["clip"], images=batch, seed=4)
+            expected = model(input_ids=ids, attention_mask=mask, use_cache=True, **images)
+            prefix = torch.cat(model.get_image_features(**images).pooler_output)
+            embeds = model.get_input_embeddings()(ids.where(ids != 17, 0)).masked_scatter((ids == 17)[..., None], prefix)
+            found = source(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
+            real = mask.bool()
+            torch.testing.assert_close(found["logits"][real], expected.logits[real], rtol=1e-3, atol=1e-3)
+            step = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
+            told = model(**step, past_key_values=expected.past_key_values).logits
+            torch.testing.assert_close(
+                model(**step, past_key_values=found["past_key_values"]).logits, told, rtol=1e-3, atol=1e-3
+            )
