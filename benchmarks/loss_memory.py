@@ -1,17 +1,18 @@
 """Peak memory and time of a training step's loss: full logits, the head where a label is, and in chunks.
 
-    python -m benchmarks.loss_memory [--repeats 3] [--json FILE] [--threads 2] [--chunks 16 64 …]
+    python -m benchmarks.loss_memory [--repeats 3] [--json FILE] [--chunks 16 64 …]
 
 Two vocabularies, two shapes of batch: 64 short captions behind a prefix of 32 vectors, and 4 long texts. Each step is
 measured in a fresh process: the peak of its resident memory above what was resident before the step (Linux counts it),
 after a step on one row that has everything loaded. Beside it stands how many rows of logits the largest tensor with a
-vocabulary axis had. The language model is small (random, hidden size 256, 4 layers), the head as in real ones; the tower is
-tiny. With `--chunks`, time and memory by chunk size instead.
+vocabulary axis had. Seconds are the processor's, of one thread, which neighbours on the machine disturb least. The
+language model is small (random, hidden size 256, 4 layers), its head as large as real ones; the tower is tiny. With
+`--chunks`, by chunk size instead.
 """
 
 import argparse
+import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -34,9 +35,9 @@ def peak_above(call) -> tuple[int, float]:
         return int(line.split()[1]) * 1024
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before, start = read("VmRSS"), time.perf_counter()
+    before, start = read("VmRSS"), time.process_time()
     call()
-    return read("VmHWM") - before, time.perf_counter() - start
+    return read("VmHWM") - before, time.process_time() - start
 
 
 def one(vocab_size: int, batch: str, way: str, chunk_size: int | None) -> dict[str, float]:
@@ -46,8 +47,7 @@ def one(vocab_size: int, batch: str, way: str, chunk_size: int | None) -> dict[s
 
     from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 
-    if threads := os.environ.get("THREADS"):
-        torch.set_num_threads(int(threads))
+    torch.set_num_threads(1)
     sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 256, "intermediate_size": 768}
     tower = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
@@ -92,13 +92,13 @@ def one(vocab_size: int, batch: str, way: str, chunk_size: int | None) -> dict[s
     peak, seconds = peak_above(lambda: step(data))
     with Largest() as largest:
         step(data)
-    return {"peak": peak, "seconds": seconds, "rows": largest.rows, "labels": rows * length, "positions": data["labels"].numel()}
+    places = {"rows": largest.rows, "labels": rows * length, "positions": data["labels"].numel()}
+    return {"peak": peak, "seconds": seconds, **places}
 
 
-def measure(*arguments: object, threads: int | None) -> dict[str, float]:
+def measure(*arguments: object) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.loss_memory", "--one", *map(str, arguments)]
-    environment = {**os.environ, **({"THREADS": str(threads)} if threads else {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -108,7 +108,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--chunks", type=int, nargs="+")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -118,24 +117,23 @@ def main() -> None:
         return
     cases = [(way, 0) for way in WAYS] if not options.chunks else [("chunked", size) for size in options.chunks]
     table = []
-    print("vocabulary  batch         way      chunk  rows of logits   peak MiB (least-most)    s (least-most)   peak/full  time/full")
-    for vocab_size in VOCABULARIES:
-        for batch in BATCHES:
-            first: dict[str, float] = {}
-            for way, chunk in cases:
-                runs = [measure(vocab_size, batch, way, chunk, threads=options.threads) for _ in range(options.repeats)]
-                peaks, seconds = ([run[name] for run in runs] for name in ("peak", "seconds"))
-                middle = {"peak": statistics.median(peaks), "seconds": statistics.median(seconds)}
-                first = first or middle
-                table.append({"vocabulary": vocab_size, "batch": batch, "way": way, "chunk_size": chunk, "runs": runs, **middle})
-                low, high = (f(peaks) / 2**20 for f in (min, max))
-                print(
-                    f"{vocab_size:>10}  {batch:<12}  {way:<8} {chunk or 'auto':>5}  {runs[0]['rows']:>6} of {runs[0]['positions']:<5}"
-                    f"  {middle['peak'] / 2**20:>7.0f} ({low:.0f}-{high:.0f})".ljust(75)
-                    + f"  {middle['seconds']:.2f} ({min(seconds):.2f}-{max(seconds):.2f})".ljust(20)
-                    + f"{middle['peak'] / first['peak']:>8.2f}  {middle['seconds'] / first['seconds']:>8.2f}",
-                    flush=True,
-                )
+    print("vocabulary  batch         way      chunk  rows of logits  peak MiB           seconds            peak  time")
+    for vocab_size, batch in itertools.product(VOCABULARIES, BATCHES):
+        first: dict[str, float] = {}
+        for way, chunk in cases:
+            runs = [measure(vocab_size, batch, way, chunk) for _ in range(options.repeats)]
+            peaks, seconds = [run["peak"] / 2**20 for run in runs], [run["seconds"] for run in runs]
+            middle = {"peak": statistics.median(peaks), "seconds": statistics.median(seconds)}
+            first = first or middle
+            table.append({"vocabulary": vocab_size, "batch": batch, "way": way, "chunk_size": chunk, "runs": runs})
+            print(
+                f"{vocab_size:>10}  {batch:<12}  {way:<8} {chunk or 'auto':>5}  "
+                + f"{runs[0]['rows']:>6} of {runs[0]['positions']:<5}  "
+                + f"{middle['peak']:.0f} ({min(peaks):.0f}-{max(peaks):.0f})".ljust(19)
+                + f"{middle['seconds']:.2f} ({min(seconds):.2f}-{max(seconds):.2f})".ljust(17)
+                + f"{middle['peak'] / first['peak']:6.2f}{middle['seconds'] / first['seconds']:6.2f}",
+                flush=True,
+            )
     if options.json:
         options.json.write_text(json.dumps(table, indent=1))
 

@@ -290,20 +290,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
             chunk, target = hidden_states[start : start + rows].detach(), targets[start : start + rows, None]
             with torch.set_grad_enabled(wanted):
                 logits = head(chunk.requires_grad_(wanted))
-            scores = logits.detach().float()
-            target = target.to(scores.device)
-            logsumexp = torch.logsumexp(scores, dim=-1, keepdim=True)
-            own = scores.gather(1, target)
-            total += (logsumexp - (1 - label_smoothing) * own).sum().to(total.device)
+            # Of all that is as large as the logits, this alone is made; it becomes their gradient in place.
+            logprobs = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+            target = target.to(logprobs.device)
+            own = logprobs.gather(1, target)
+            loss = (label_smoothing - 1) * own
             if label_smoothing:
-                total -= label_smoothing * scores.mean(dim=-1).sum().to(total.device)
+                loss -= label_smoothing * logprobs.mean(dim=-1, keepdim=True)
             if z_loss:
-                total += z_loss * logsumexp.square().sum().to(total.device)
+                logsumexp = logits.detach().gather(1, target).float() - own
+                loss += z_loss * logsumexp.square()
+            total += loss.sum().to(total.device)
             if not wanted:
                 continue
-            # Of the logits: softmax, less the target; in place, where the scores are a copy of our own.
-            shares = scores.sub_(logsumexp) if scores.dtype != logits.dtype else scores - logsumexp
-            shares.exp_()
+            shares = logprobs.exp_()
             if z_loss:
                 shares *= 1 + 2 * z_loss * logsumexp
             if label_smoothing:

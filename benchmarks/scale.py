@@ -1,0 +1,93 @@
+"""Ten times the data: time and memory of a run by Trainer, from a dataset in memory order and from a stream.
+
+    python -m benchmarks.scale [--rows 400] [--factor 10] [--repeats 3]
+
+Each run is a fresh process with tiny random parents; pictures are made as they are asked for, so that memory is the
+training's own. *Peak* is what resident memory rose above its state after the tenth step; Linux counts it. Seconds are the
+processor's, of `trainer.train()` alone, on one thread; the bound is 1.05 times the factor.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def one(source: str, count: int) -> dict[str, float]:
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from modeling_frozen import DataCollatorForFrozenPrefix
+    from tests.test_scale import LazyRows, streamed
+    from tests.tiny import join
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+    def memory(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+    class AfterTheTenth(TrainerCallback):
+        before = 0
+
+        def on_step_end(self, arguments, state, control, **kwargs) -> None:
+            if state.global_step == 10:
+                Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+                self.before = memory("VmRSS")
+
+    with tempfile.TemporaryDirectory() as folder:
+        model, processor = join(Path(folder))
+        start = AfterTheTenth()
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                folder, per_device_train_batch_size=8, max_steps=count // 8, logging_steps=10, report_to="none",
+                remove_unused_columns=False, save_strategy="no", disable_tqdm=True, use_cpu=True,
+            ),
+            train_dataset=LazyRows(count) if source == "map" else streamed(count),
+            data_collator=DataCollatorForFrozenPrefix(processor),
+            callbacks=[start],
+        )  # fmt: skip
+        began = time.process_time()
+        trainer.train()
+        return {"seconds": time.process_time() - began, "peak": memory("VmHWM") - start.before, "steps": count // 8}
+
+
+def measure(source: str, count: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.scale", "--one", source, str(count)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--factor", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.one[0], int(options.one[1]))))
+        return
+    for source in ("map", "stream"):
+        pairs = [[measure(source, options.rows * times) for times in (1, options.factor)] for _ in range(options.repeats)]
+        few_peaks, more_peaks = ([round(pair[i]["peak"] / 2**20, 1) for pair in pairs] for i in (0, 1))
+        ratios = [more["seconds"] / few["seconds"] for few, more in pairs]
+        print(
+            f"{source:<7} {options.rows} rows {statistics.median(few['seconds'] for few, _ in pairs):6.2f} s, "
+            f"{options.rows * options.factor} rows {statistics.median(more['seconds'] for _, more in pairs):6.2f} s: "
+            f"{statistics.median(ratios):.2f} times ({min(ratios):.2f}-{max(ratios):.2f}); peak above the tenth step "
+            f"{few_peaks} and {more_peaks} MiB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
