@@ -3,13 +3,13 @@
     python examples/train_captioning.py --vision TOWER --text MODEL --dataset DATASET --output_dir out --seeds 0 1 2
 
 TOWER, MODEL and DATASET are Hub ids or folders. The dataset has the splits train, validation and test, an image column
-and a column with one or several captions; rows without a caption are left out. The tower runs once per photo, then the
-connector trains from its features with `Trainer`, and the epoch of the lowest validation loss is kept. The test split
+and a column with one or several captions; rows without a caption are left out. The tower runs once per photo and crop, then
+the connector trains from its features with `Trainer`, and the epoch of the lowest validation loss is kept. The test split
 is captioned from the photos themselves by `generate()` and scored three times: *sighted*; *blind*, where the photos are
 shuffled so that none keeps its own; and with a *random connector*, which never trained.
 
-Into `--output_dir` go `results.json`, `predictions.jsonl`, a checkpoint per seed and, with `--show`, a sheet of photos
-from a dataset that may be shown. All of `TrainingArguments` are arguments too.
+Into `--output_dir` go `results.json` (with all arguments), `predictions.jsonl`, the store of features, a checkpoint per seed
+and, with `--show`, a sheet of photos from a dataset that may be shown. All of `TrainingArguments` are arguments too.
 """
 
 import json
@@ -25,11 +25,14 @@ import torch
 from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from modeling_frozen import (
+    DataCollatorForFrozenPrefix,
+    FrozenPrefixForConditionalGeneration,
+    FrozenPrefixProcessor,
+    cache_vision_features,
+)
 from modeling_frozen.metrics import caption_metrics, caption_scores
-from modeling_frozen.vision_towers import encode_images
 
 
 KINDS = ("sighted", "blind", "random_connector")
@@ -89,8 +92,8 @@ class CaptioningTrainingArguments(TrainingArguments):
 class CaptionedViews(torch.utils.data.Dataset):
     """One row per caption; each time it is read, with another view of its photo (the first alone, where there is one)."""
 
-    def __init__(self, features: torch.Tensor, captions: list[list[str]], prompt: str):
-        self.features, self.prompt = features, prompt  # (views, photos, positions, width)
+    def __init__(self, photos: Any, captions: list[list[str]], prompt: str):
+        self.photos, self.prompt = photos, prompt  # rows of `store_features`
         self.rows = [(photo, tidy(one)) for photo, some in enumerate(captions) for one in some]
 
     def __len__(self) -> int:
@@ -98,8 +101,7 @@ class CaptionedViews(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         photo, caption = self.rows[index]
-        view = torch.randint(len(self.features), ()).item()
-        return {"image": self.features[view, photo], "prompt": self.prompt, "answer": caption}
+        return {"image": self.photos[photo]["image"], "prompt": self.prompt, "answer": caption}
 
 
 def random_crop(image: Any) -> Any:
@@ -111,56 +113,30 @@ def random_crop(image: Any) -> Any:
     return image.crop((left * width, top * height, (left + wide) * width, (top + high) * height))
 
 
-class FeatureCollator(DataCollatorForFrozenPrefix):
-    """Takes rows whose image is already the tower's features (positions, width)."""
-
-    def process_images(self, images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"features": torch.stack(images)}
-
-
-class FeatureTrainer(Trainer):
-    """Trains from features: the frozen tower would only repeat itself, epoch by epoch and caption by caption."""
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        prefix = self.accelerator.unwrap_model(model).model.write_prefix(inputs["features"])
-        inputs = {name: value for name, value in inputs.items() if name != "features"}
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=prefix)}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
 def tidy(caption: str) -> str:
     """A caption as a sentence that continues a text: " a dog runs." Language models know those best."""
     words = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(caption.lower().split()))
     return f" {words.rstrip(' .')}."
 
 
-def read_split(dataset: Any, split: str, args: Arguments) -> tuple[list[Any], list[list[str]]]:
-    """Photos and their captions, a list for each."""
+def read_split(dataset: Any, split: str, args: Arguments) -> tuple[Any, list[list[str]]]:
+    """Rows with a photo, and the captions of each, a list."""
     rows = dataset[split]
     captions = [[one] if isinstance(one, str) else list(one or []) for one in rows[args.captions_column]]
     kept = [index for index, some in enumerate(captions) if some]
-    return list(rows.select(kept)[args.image_column]), [captions[index] for index in kept]
+    photos = rows.select(kept).select_columns([args.image_column]).rename_columns({args.image_column: "image"})
+    return photos, [captions[index] for index in kept]
 
 
 def in_batches(items: Sequence[Any], size: int, title: str) -> Any:
     return tqdm([items[start : start + size] for start in range(0, len(items), size)], title)
 
 
-@torch.no_grad()
-def tower_features(model: Any, processor: Any, images: list[Any], title: str) -> torch.Tensor:
-    """What the frozen tower gives the connector: (images, positions, width)."""
-    config, batches = model.config, []
-    for batch in in_batches(images, 32, title):
-        pixels = processor(images=batch, return_tensors="pt")["pixel_values"]
-        features, _, _ = encode_images(
-            model.model.vision_tower,
-            pixels.to(model.device),
-            layer=config.vision_feature_layer,
-            select_strategy=config.vision_feature_select_strategy,
-            num_leading_tokens=config.num_leading_tokens,
-        )
-        batches.append(features.cpu())
-    return torch.cat(batches)
+def store_features(model: Any, processor: Any, photos: Any, folder: Path, crops: int = 0) -> Any:
+    """Rows whose photo is what the frozen tower gives the connector, which would only repeat itself, epoch by epoch and
+    caption by caption; with crops, each read draws one of them or the photo itself."""
+    views = {"views": crops + 1, "augment": random_crop, "plain_view": True} if crops else {}
+    return cache_vision_features(photos, model, processor, cache_dir=folder, dtype="float32", **views)
 
 
 @torch.no_grad()
@@ -228,18 +204,18 @@ def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[
     """
     set_seed(training.seed)
     model, processor = build(args)
-    images, people = data["test"]
+    images, people = data["test"][0]["image"][:], data["test"][1]
     blind = shuffled(len(images), training.seed)
     written = {"random_connector": write_captions(model, processor, images, args, "random connector")}
 
     if args.start_as_words:
         start_as_words(model, processor, data["train"][1])
-    trainer = FeatureTrainer(
+    trainer = Trainer(
         model=model,
         args=training,
         train_dataset=CaptionedViews(data["features"]["train"], data["train"][1], args.prompt),
         eval_dataset=CaptionedViews(data["features"]["validation"], data["validation"][1], args.prompt),
-        data_collator=FeatureCollator(processor),
+        data_collator=DataCollatorForFrozenPrefix(processor),
         processing_class=processor,
     )
     trainer.train()
@@ -249,7 +225,7 @@ def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[
     written["blind"] = [written["sighted"][other] for other in blind]
     scores = {kind: caption_metrics(written[kind], people) for kind in KINDS}
     for kind, order in (("sighted", list(range(len(images)))), ("blind", blind)):
-        rows = CaptionedViews(data["features"]["test"][:, order], people, args.prompt)
+        rows = CaptionedViews(data["features"]["test"].select(order), people, args.prompt)
         scores[kind]["loss"] = trainer.evaluate(rows, metric_key_prefix=kind)[f"{kind}_loss"]
     return {"captions": written, "scores": scores, "model": model, "processor": processor}
 
@@ -272,7 +248,8 @@ def show_sheet(path: Path, model: Any, processor: Any, args: Arguments) -> None:
     from matplotlib import pyplot
 
     dataset = load_dataset(args.show)
-    images, people = read_split(dataset, "test", args)
+    photos, people = read_split(dataset, "test", args)
+    images = photos["image"][:]
     written = write_captions(model, processor, images, args, "to be shown")
     score = caption_scores(written, people)["cider"]
     order = sorted(range(len(images)), key=score.__getitem__, reverse=True)
@@ -299,22 +276,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     dataset = load_dataset(args.dataset)
     data: dict[str, Any] = {split: read_split(dataset, split, args) for split in ("train", "validation", "test")}
     model, processor = build(args)
-    torch.manual_seed(0)
     data["features"] = {
-        split: torch.stack(
-            [tower_features(model, processor, images, split)]
-            + [
-                tower_features(model, processor, [random_crop(image) for image in images], f"{split}, view {view + 1}")
-                for view in range(args.views if split == "train" else 0)
-            ]
-        )
-        for split, (images, _) in data.items()
+        split: store_features(model, processor, photos, output_dir / "features", args.views if split == "train" else 0)
+        for split, (photos, _) in data.items()
     }
 
     results = []
     for seed in args.seeds:
-        training = replace(training, seed=seed, output_dir=str(output_dir / f"seed-{seed}"))
-        results.append({"seed": seed, **run_seed(args, training, data)})
+        of_seed = replace(training, seed=seed, output_dir=str(output_dir / f"seed-{seed}"))
+        results.append({"seed": seed, **run_seed(args, of_seed, data)})
     with open(output_dir / "predictions.jsonl", "w", encoding="utf-8") as file:
         for one in results:
             for index, people in enumerate(data["test"][1]):
@@ -322,7 +292,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 file.write(json.dumps({"seed": one["seed"], "photo": index, **said, "people": people}) + "\n")
     if args.show:
         show_sheet(output_dir / "sheet.png", results[0]["model"], results[0]["processor"], args)
-    summary = {"arguments": vars(args), "seeds": [{"seed": one["seed"], **one["scores"]} for one in results]}
+    how = {"arguments": vars(args), "training_arguments": json.loads(training.to_json_string())}  # without tokens
+    summary = {**how, "seeds": [{"seed": one["seed"], **one["scores"]} for one in results]}
     (output_dir / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     print(table(results))
     return summary

@@ -66,6 +66,7 @@ def test_the_sighted_model_beats_both_baselines(run: tuple[dict, Path]) -> None:
 def test_what_is_written(run: tuple[dict, Path]) -> None:
     summary, folder = run
     assert json.loads((folder / "results.json").read_text()) == summary
+    assert summary["training_arguments"]["learning_rate"] == 3e-2 and summary["training_arguments"]["weight_decay"] == 0.1
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [(line["seed"], line["photo"]) for line in lines] == [(seed, i) for seed in (0, 1) for i in range(6)]
     # blind: the same captions, each at another photo
@@ -81,15 +82,19 @@ def test_the_checkpoint_is_the_connector_and_loads(run: tuple[dict, Path]) -> No
     FrozenPrefixForConditionalGeneration.from_pretrained(folder)
 
 
-def test_features_are_those_of_the_model(dataset: str, run: tuple[dict, Path]) -> None:
+def test_features_are_those_of_the_model(dataset: str, run: tuple[dict, Path], tmp_path: Path) -> None:
     args = example.Arguments(**{**run[0]["arguments"]})
     model, processor = example.build(args)
-    images = [row["image"] for row in rows(3)]
-    features = example.tower_features(model, processor, images, "")
-    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    photos, _ = example.read_split(example.load_dataset(dataset), "test", args)
+    stored = example.store_features(model, processor, photos, tmp_path)
+    features = torch.stack([row["image"].load()[0] for row in stored])
+    pixels = processor(images=photos["image"][:], return_tensors="pt")["pixel_values"]
     whole = model.get_image_features(pixels).pooler_output
     for mine, its in zip(model.model.write_prefix(features), whole, strict=True):
         torch.testing.assert_close(mine, its)
+    cropped = example.store_features(model, processor, photos, tmp_path, crops=3)
+    assert {cropped[0]["image"].view for _ in range(60)} == {0, 1, 2, 3}
+    assert example.store_features(model, processor, photos, run[1] / "features")[0]["image"].store.startswith(str(run[1]))
 
 
 def test_the_prefix_starts_as_words(run: tuple[dict, Path]) -> None:
