@@ -31,6 +31,8 @@ _EXPORTS = {
     "FrozenPrefixProcessor": "processors",
     "PrefixCache": "prefix_cache",
     "cache_vision_features": "feature_cache",
+    "export_image_encoder": "export",
+    "export_prefill": "export",
 }
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from .configuration_frozen_prefix import FrozenPrefixConfig
     from .connectors import CONNECTORS
     from .data_collator import DataCollatorForFrozenPrefix
+    from .export import export_image_encoder, export_prefill
     from .feature_cache import cache_vision_features
     from .hub_callback import FrozenPrefixHubCallback
     from .modeling_frozen_prefix import (
@@ -87,4 +90,6 @@ __all__ = [
     "PrefixCache",
     "__version__",
     "cache_vision_features",
+    "export_image_encoder",
+    "export_prefill",
 ]
