@@ -298,6 +298,40 @@ def test_rollout_of_one_layer_is_its_attention_and_of_two_by_hand() -> None:
     torch.testing.assert_close(prefix_origins(connector, features), alone.detach())
 
 
+def test_rollout_through_other_connectors_by_hand() -> None:
+    geometry = {"num_positions": 5, "vision_width": 8, "embedding_dim": 10, "prefix_length": 3}
+    options = {"num_heads": 2, "hidden_size": 16}
+    features, identity = torch.randn(1, 5, 8), torch.eye(8)
+
+    def share(origins: torch.Tensor) -> torch.Tensor:
+        return (origins[:3, 3:] / origins[:3, 3:].sum(-1, keepdim=True)).detach()
+
+    connector = build_connector("qformer", **geometry, connector_config={**options, "num_layers": 2}).eval()
+    connector.qformer.set_attn_implementation("eager")
+    output = connector.qformer(
+        query_embeds=connector.queries[None],
+        encoder_hidden_states=connector.input_norm(features),
+        output_attentions=True,
+    )
+    # The library puts the cross-attention's weights among the others' too.
+    to_queries = [one[0].mean(0) for one in output.attentions if one.shape[-1] == 3]
+    to_positions = [one[0].mean(0) for one in output.cross_attentions]
+    assert len(to_queries) == 2 and len(to_positions) == 1  # every second layer looks at the picture, the first among them
+    origins = 0.5 * identity[:3] + 0.5 * to_queries[0] @ identity[:3]
+    origins = 0.5 * origins + 0.5 * to_positions[0] @ identity[3:]
+    origins = 0.5 * origins + 0.5 * to_queries[1] @ origins
+    torch.testing.assert_close(prefix_origins(connector, features), share(origins))
+
+    connector = build_connector("transformer", **geometry, connector_config={**options, "num_layers": 2}).eval()
+    hidden = torch.cat([connector.queries[None], connector.project(connector.input_norm(features))], dim=1)
+    origins = identity
+    for layer in connector.layers:
+        normed = layer.norm1(hidden)
+        origins = 0.5 * origins + 0.5 * layer.self_attn(normed, normed, normed)[1][0] @ origins
+        hidden = layer(hidden)
+    torch.testing.assert_close(prefix_origins(connector, features), share(origins))
+
+
 def test_the_grid_of_positions() -> None:
     assert grid_of(196, 224, 224) == (14, 14)
     assert grid_of(14 * 28, 224, 448) == (14, 28)
