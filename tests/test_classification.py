@@ -41,6 +41,7 @@ from modeling_frozen.metrics import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
 from modeling_frozen.pooling import pool_text
 from tests.families_text import FAMILIES, language_model
+from tests.test_modalities import EARS
 from tests.tiny import COLOURS, WORDS, save_parents, text_config, tokenizer, vision_config
 
 
@@ -219,6 +220,37 @@ def test_several_images_of_a_sample_are_told_by_placeholders(tmp_path: Path) -> 
     torch.testing.assert_close(model.get_fused_features(**inputs)[:, :32], nn.functional.normalize(f, dim=-1) / 2**0.5)
     with pytest.raises(ValueError, match="3 images were given for 2 samples"):
         model(**{**inputs, **processor.tokenizer(["a", "a"], return_tensors="pt")})
+
+
+def test_it_compiles_as_one_graph(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    inputs = inputs_of(processor)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_sounds_are_classified_by_the_same_formula(tmp_path: Path) -> None:
+    config, kind, extractor = EARS["wav2vec2"]
+    kind(config).save_pretrained(tmp_path / "ears")
+    extractor().save_pretrained(tmp_path / "ears")
+    _, words = save_parents(tmp_path)
+    options = {"audio_prefix_length": 3, "audio_connector_config": {"num_heads": 2, "hidden_size": 16, "num_layers": 1}}
+    model = Classifier.from_vision_text_pretrained(None, words, str(tmp_path / "ears"), num_labels=3, **options)
+    assert model.config.resolved_fused_inputs == ("audio", "text")
+    sounds = list(torch.randn(2, 800).numpy())
+    processor = FrozenPrefixProcessor.from_model(model)
+    inputs = processor(audio=sounds, text=["a", "a picture"], return_tensors="pt", padding=True)
+    vector = model.get_fused_features(**inputs)
+    for i, text in enumerate(["a", "a picture"]):
+        alone = processor(audio=sounds[i], text=text, return_tensors="pt")
+        prefix = model.model.get_audio_features(
+            **{name: value for name, value in alone.items() if name.startswith("input_features")}
+        ).pooler_output[0]
+        expected = nn.functional.normalize(prefix.mean(0), dim=-1) / 2**0.5
+        torch.testing.assert_close(vector[i, :32], expected, atol=1e-4, rtol=1e-3)
+    batch = DataCollatorForFrozenPrefixClassification(processor)([{"audio": sounds[0], "text": "a", "label": 1}])
+    assert model(**batch).loss.isfinite()
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
