@@ -7,6 +7,7 @@ worker processes, while the tower runs on the batch before. Needs the package `d
 """
 
 import hashlib
+import inspect
 import os
 import time
 import warnings
@@ -240,10 +241,21 @@ def store_key(
         "views": views,
     }
     if augment is not None:
-        from datasets.fingerprint import Hasher
-
-        key["augment"] = {"function": Hasher.hash(augment), "plain_view": plain_view, "seed": seed}
+        key["augment"] = {"function": _digest_of_function(augment), "plain_view": plain_view, "seed": seed}
     return key
+
+
+def _digest_of_function(function: Any) -> str:
+    """By its state and its source, for an importable function's pickle is but its name."""
+    from datasets.fingerprint import Hasher
+
+    sources = []
+    for part in (function, type(function)):
+        try:
+            sources.append(inspect.getsource(part))
+        except (OSError, TypeError):
+            continue
+    return Hasher.hash([function, sources])
 
 
 def _digest_of_weights(tower: nn.Module) -> str:

@@ -1,6 +1,8 @@
 """The tower runs once per distinct image, what it made is kept and found again by all it depends on, and training from it is
 training without it."""
 
+import importlib
+import linecache
 import os
 import pickle
 import random
@@ -238,6 +240,21 @@ def test_views_are_drawn_once_and_read_at_random(pair: tuple[Any, Any], tmp_path
     kept = store(pair, captioned(), tmp_path / "a", plain_view=True, **options)
     torch.testing.assert_close(views(kept[1])[0], tower_features(pair, [noise(1)])[0])
     torch.testing.assert_close(views(kept[1])[1:], three[1:])
+
+
+def test_an_augmentation_that_was_rewritten_is_another(
+    pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for angle in (10, 10, 20):
+        (tmp_path / "my_augmentation.py").write_text(f"def turn(image):\n    return image.rotate({angle})\n")
+        sys.modules.pop("my_augmentation", None)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        turn = importlib.import_module("my_augmentation").turn
+        keys.append(store_key(*pair, "float32", 2, turn)["augment"])
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.parametrize(
