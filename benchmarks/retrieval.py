@@ -1,0 +1,258 @@
+"""Recall on real photos with human captions: one image side locked, none, or both, beside chance and the library's own.
+
+    python -m benchmarks.retrieval DATASET TOWER TEXT_MODEL --output retrieval.json
+
+All candidates have the same parents, pictures, captions, batches, steps and learning rates (one for new parts, a smaller one
+for parents), three seeds each:
+
+- `both frozen`: connector and projections learn, from stored features;
+- `locked image`: LiT; the text model learns as well, from stored features;
+- `nothing locked`: the tower too, from pixels;
+- `library, nothing locked` and `library, locked image`: `VisionTextDualEncoderModel`. It takes towers whose config has a
+  `hidden_size` and text models that pool for themselves; where a parent lacks one of the two, it is given here, the pooling
+  being ours (the mean over words).
+
+The gallery is the validation and test split together, with all captions. A run adds to the figures that are in `--output`
+already, so that long comparisons can be made piece by piece (`--candidates`, `--seeds`).
+"""
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import concatenate_datasets, load_dataset
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    PreTrainedModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from benchmarks import timing
+from modeling_frozen import FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
+from modeling_frozen.base_models import load_base_model
+from modeling_frozen.data_collator import stack_features
+from modeling_frozen.feature_cache import cache_vision_features
+from modeling_frozen.metrics import recall_at_k
+from modeling_frozen.pooling import pool_text
+
+
+CANDIDATES = {
+    "both frozen": ("connector",),
+    "locked image": ("connector", "text"),
+    "nothing locked": ("connector", "vision", "text"),
+    "library, locked image": ("text",),
+    "library, nothing locked": ("vision", "text"),
+}
+KS = (1, 5, 10)
+
+
+class Pooling(PreTrainedModel):
+    """A text model that pools: what `VisionTextDualEncoderModel` asks of one."""
+
+    def __init__(self, text_model: PreTrainedModel):
+        super().__init__(text_model.config)
+        self.text_model = text_model
+
+    def forward(self, input_ids, attention_mask=None, **unused) -> BaseModelOutputWithPooling:
+        states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pool_text(states, attention_mask, "mean"))
+
+
+def library_model(tower: str, words: str, dim: int) -> VisionTextDualEncoderModel:
+    vision, text = AutoModel.from_pretrained(tower), load_base_model("text", words, headless=True)[0]
+    if not hasattr(vision.config, "hidden_size"):
+        pixels = AutoImageProcessor.from_pretrained(tower)(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            vision.config.hidden_size = vision.eval()(pixels).pooler_output.flatten(1).shape[1]
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config, projection_dim=dim)
+    return VisionTextDualEncoderModel(config, vision, Pooling(text))
+
+
+class Data:
+    """Pixels, captions and ids of a split, made once."""
+
+    def __init__(self, rows: Any, processor: FrozenPrefixProcessor):
+        self.captions = [list(captions) for captions in rows["captions"]]
+        pixels = []
+        for start in range(0, len(rows), 64):
+            pixels.append(processor(images=rows[start : start + 64]["image"], return_tensors="pt")["pixel_values"].half())
+        self.pixels = torch.cat(pixels)
+        self.features: torch.Tensor | None = None
+
+    def images(self, index: torch.Tensor, stored: bool) -> dict[str, torch.Tensor]:
+        if stored:
+            return {"vision_features": self.features[index].float()}
+        return {"pixel_values": self.pixels[index].float()}
+
+
+def groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """New parts learn at one rate, parents at another."""
+    parents, new = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            old = any(part in name for part in ("vision_tower.", "language_model.", "vision_model.", "text_model."))
+            (parents if old else new).append(parameter)
+    rates = ((new, args.learning_rate), (parents, args.parents_learning_rate))
+    return [{"params": params, "lr": rate} for params, rate in rates if params]
+
+
+def train(model: nn.Module, args: argparse.Namespace, batches: Callable[[int], dict[str, Any]]) -> float:
+    optimizer = torch.optim.AdamW(groups(model, args), weight_decay=0.05)
+    warm, steps = max(1, args.steps // 10), args.steps
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: min((n + 1) / warm, 0.5 * (1 + math.cos(math.pi * n / steps)))
+    )
+    model.train()
+    if getattr(model, "locked", None) is not None:  # the library has no lock of its own
+        model.locked.eval()
+    start = time.perf_counter()
+    for step in range(steps):
+        loss = model(**batches(step), return_loss=True).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+    return (time.perf_counter() - start) / steps
+
+
+@torch.no_grad()
+def recall(model: nn.Module, data: Data, tokenizer: Any, stored: bool) -> dict[str, float]:
+    model.eval()
+    seen = [
+        model.get_image_features(**data.images(index, stored)).pooler_output.flatten(1)
+        for index in torch.arange(len(data.captions)).split(64)
+    ]
+    texts = [text for several in data.captions for text in several]
+    read = []
+    for start in range(0, len(texts), 128):
+        inputs = tokenizer(texts[start : start + 128], padding=True, padding_side="right", return_tensors="pt")
+        read.append(model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output)
+    seen, read = (nn.functional.normalize(torch.cat(one).float(), dim=-1) for one in (seen, read))
+    owner = [index for index, several in enumerate(data.captions) for _ in several]
+    return recall_at_k(seen @ read.T, owner, KS)
+
+
+def run(name: str, seed: int, args: argparse.Namespace, parts: dict[str, Any]) -> dict[str, float]:
+    trainable, stored = CANDIDATES[name], name in ("both frozen", "locked image")
+    torch.manual_seed(seed)
+    if name.startswith("library"):
+        model: Any = library_model(args.tower, args.text_model, args.projection_dim)
+        model.locked = None
+        if "vision" not in trainable:
+            model.locked = model.vision_model.requires_grad_(False)
+    else:
+        model = parts["make"](trainable)
+    tokenizer, learn = parts["processor"].tokenizer, parts["train"]
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+
+    def batch(_: int) -> dict[str, Any]:
+        nonlocal order
+        if len(order) < args.batch_size:  # whole epochs: no picture stands twice in a batch
+            order = torch.randperm(len(learn.captions), generator=generator).tolist()
+        index, order = torch.tensor(order[: args.batch_size]), order[args.batch_size :]
+        drawn = torch.randint(1000, (len(index),), generator=generator).tolist()
+        texts = [learn.captions[i][n % len(learn.captions[i])] for i, n in zip(index.tolist(), drawn, strict=True)]
+        inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        return {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            **learn.images(index, stored),
+        }
+
+    seconds = train(model, args, batch)
+    return {**recall(model, parts["test"], tokenizer, stored), "seconds_per_step": seconds}
+
+
+def chance(data: Data) -> dict[str, float]:
+    """Of an order drawn at random."""
+    images, texts = len(data.captions), sum(map(len, data.captions))
+    found = {}
+    for k in KS:
+        missed = [math.comb(texts - len(several), k) / math.comb(texts, k) for several in data.captions]
+        found[f"image_to_text_recall_at_{k}"] = 1 - statistics.mean(missed)
+        found[f"text_to_image_recall_at_{k}"] = k / images
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    columns = [f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in KS]
+    heads = [f"{way} R@{k}" for way in ("i→t", "t→i") for k in KS]
+    lines = ["| | seeds | " + " | ".join(heads) + " | s/step |", "|---" * (len(heads) + 3) + "|"]
+    lines.append("| chance | | " + " | ".join(f"{100 * results['chance'][one]:.1f}" for one in columns) + " | |")
+    for name in CANDIDATES:
+        runs = list(results["runs"].get(name, {}).values())
+        if not runs:
+            continue
+        cells = []
+        for column in columns:
+            values = [100 * one[column] for one in runs]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+        step = statistics.median(one["seconds_per_step"] for one in runs)
+        lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + f" | {step:.2f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="photos with `captions`, splits train, validation, test: id or folder")
+    parser.add_argument("tower")
+    parser.add_argument("text_model")
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--parents-learning-rate", type=float, default=2e-4)
+    parser.add_argument("--projection-dim", type=int, default=256)
+    parser.add_argument("--output", default="retrieval.json")
+    args = parser.parse_args(arguments)
+
+    def make(trainable: tuple[str, ...]) -> FrozenPrefixForImageTextRetrieval:
+        return FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(
+            args.tower, args.text_model, trainable=trainable, vision_feature_select_strategy="pooled", prefix_length=1,
+            connector_type="mlp", text_pooling="mean", projection_dim=args.projection_dim,
+        )  # fmt: skip
+
+    model = make(("connector",))
+    processor = FrozenPrefixProcessor.from_model(model)
+    splits = load_dataset(args.dataset)
+    rows = {"train": splits["train"], "test": concatenate_datasets([splits["validation"], splits["test"]])}
+    parts: dict[str, Any] = {"make": make, "processor": processor}
+    for name, split in rows.items():
+        parts[name] = Data(split, processor)
+        with tempfile.TemporaryDirectory() as folder:
+            stored = cache_vision_features(split, model, processor, cache_dir=folder, num_workers=0)
+            parts[name].features = stack_features(list(stored["image"]))["vision_features"]
+
+    output = Path(args.output)
+    settings = {key: value for key, value in vars(args).items() if key not in ("candidates", "seeds", "output")}
+    results = json.loads(output.read_text()) if output.exists() else {"settings": settings, "runs": {}}
+    if results["settings"] != settings:
+        raise ValueError(f"`{output}` holds figures of other settings ({results['settings']}): name another file.")
+    results |= {"gallery": len(rows["test"]), "chance": chance(parts["test"]), "machine": timing.machine()}
+    for seed in args.seeds:
+        for name in args.candidates:
+            results["runs"].setdefault(name, {})[str(seed)] = run(name, seed, args, parts)
+            output.write_text(json.dumps(results, indent=2) + "\n")
+            print(name, seed, {key: round(value, 4) for key, value in results["runs"][name][str(seed)].items()}, flush=True)
+    print(f"\n{len(rows['train'])} photos to learn from, {len(rows['test'])} to find\n{table(results)}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
