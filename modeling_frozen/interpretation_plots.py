@@ -42,7 +42,7 @@ def draw_nearest_words(
             fontsize=9,
             color=GREY,
         )
-    highest = max(float(values.max()), 1e-6)
+    highest = max(float(values.max()), 0.6)  # so that figures compare, and chance looks pale
     drawn = axes.imshow(values, cmap="Blues", vmin=min(0.0, float(values.min())), vmax=highest, aspect="auto")
     for row, (names, cosines) in enumerate(zip(words, values.tolist(), strict=True)):
         for column, (name, cosine) in enumerate(zip(names, cosines, strict=True)):

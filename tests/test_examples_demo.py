@@ -1,5 +1,6 @@
 """examples/demo.py in a real browser: a picture goes in, words and figures come out."""
 
+import copy
 import os
 import re
 import shutil
@@ -62,6 +63,16 @@ def test_words_stream_as_generate_writes_them(demo: Any, demo_module: Any) -> No
     assert not demo.is_chat and demo.prompt(PROMPT, as_chat=False) == PROMPT
     asked = demo.prompt(PROMPT, as_chat=True)
     assert asked.count("<image>") == 1 and asked.endswith("Assistant:") and not asked.startswith("<s>")
+
+
+def test_a_language_model_with_a_template_of_its_own_is_asked_in_it(demo: Any) -> None:
+    chatty = copy.copy(demo)
+    chatty.processor = copy.deepcopy(demo.processor)
+    # Text alone: the processor makes such a template render images.
+    chatty.processor.tokenizer.chat_template = "{% for m in messages %}{{ bos_token + '[' + m['content'] + ']' }}{% endfor %}"
+    chatty.processor.chat_template = chatty.processor._with_images(chatty.processor.tokenizer.chat_template)
+    assert chatty.is_chat and not demo.is_chat
+    assert chatty.prompt("what is", as_chat=True) == "[<image>what is]"  # BOS is the processor's to put
 
 
 def test_writing_ends_when_the_reader_goes_and_tells_what_went_wrong(demo: Any, demo_module: Any) -> None:
