@@ -194,9 +194,9 @@ def fingerprint(name_or_path: str, revision: str | None = None, **hub_options: A
                 if end - start <= _WINDOWS * _WINDOW_BYTES:
                     digest.update(data[start:end])
                 else:
-                    for window in range(_WINDOWS):
-                        at = start + window * (end - start - _WINDOW_BYTES) // (_WINDOWS - 1)
-                        digest.update(data[at : at + _WINDOW_BYTES])
+                    spread = end - start - _WINDOW_BYTES
+                    places = [start + window * spread // (_WINDOWS - 1) for window in range(_WINDOWS)]
+                    digest.update(b"".join([data[at : at + _WINDOW_BYTES] for at in places]))
                 tensors[name] = digest.digest()
     if not tensors:
         return None

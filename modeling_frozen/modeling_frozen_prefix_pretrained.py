@@ -72,10 +72,11 @@ def _trains(module: nn.Module) -> bool:
 def _samples(module: nn.Module) -> dict[str, torch.Tensor]:
     """A few values of each of the module's own plain tensors, by which a later change is noticed."""
     samples = {}
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in module._parameters.items():  # not by name from the whole: this runs on every module of a parent
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
             flat = parameter.detach().flatten()
-            samples[name] = flat[:: max(1, flat.numel() // 64)].clone()
+            # Eight runs of eight: scattered one by one, the values would cost a cache miss each.
+            samples[name] = (flat if len(flat) <= 64 else flat.as_strided((8, 8), ((len(flat) - 8) // 7, 1))).clone()
     return samples
 
 
@@ -186,11 +187,19 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
 
     def train(self, mode: bool = True) -> "FrozenPrefixPreTrainedModel":
         """Sets the mode of what trains; frozen parents keep dropout off and batch statistics still."""
-        super().train(mode)
         unlocked = set().union(*(last_layers(self._layered(part), count).modules for part, count in self._unlocked().items()))
-        for module in self.modules():
-            part = getattr(module, "_frozen_prefix_part", None)
-            if part is not None and part not in self.config.trainable and id(module) not in unlocked:
+        modules = list(self.modules())
+        stays = [
+            (part := getattr(module, "_frozen_prefix_part", None)) is not None
+            and part not in self.config.trainable
+            and id(module) not in unlocked
+            for module in modules
+        ]
+        if all(module.training is (mode and not still) for module, still in zip(modules, stays, strict=True)):
+            return self  # loading asks often, and setting it on each module takes long
+        super().train(mode)
+        for module, still in zip(modules, stays, strict=True):
+            if still and module.training:
                 module.training = False
         return self
 
@@ -233,7 +242,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
     def _finish_attaching(self) -> None:
         self._gather_from_parents()
         self._settle()
-        self._keys_to_ignore_on_save = self._keys_with_home()
+        self._keys_to_ignore_on_save = self._keys_with_home(just_loaded=True)
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -254,19 +263,19 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
 
     # ------------------------------------------------------------------------------------------------- saving
 
-    def changed_parts(self) -> set[str]:
-        """Parts that train, or whose weights somebody changed since they were loaded."""
+    def changed_parts(self, just_loaded: bool = False) -> set[str]:
+        """Parts that train, or whose weights somebody changed since they were loaded (unless that was a moment ago)."""
         changed = set(self.config.trainable)
         for module in self.modules():
             part = getattr(module, "_frozen_prefix_part", None)
-            if part is not None and (_trains(module) or _changed(module)):
+            if part is not None and part not in changed and (_trains(module) or (not just_loaded and _changed(module))):
                 changed.add(part)
         return changed
 
-    def _keys_with_home(self) -> set[str]:
+    def _keys_with_home(self, just_loaded: bool = False) -> set[str]:
         """Exactly the names in the state dict that need not be saved: of parents that can be refilled and never
         trained, and of connectors that are loaded but not in use."""
-        skipped = self.base_model._parts_with_home - self.changed_parts()
+        skipped = self.base_model._parts_with_home - self.changed_parts(just_loaded)
         keys = self._keys_of_idle_connectors()
         for name, module in self.named_modules(remove_duplicate=False):
             if getattr(module, "_frozen_prefix_part", None) in skipped:
