@@ -31,6 +31,7 @@ _EXPORTS = {
     "FrozenPrefixProcessor": "processors",
     "PrefixCache": "prefix_cache",
     "cache_vision_features": "feature_cache",
+    "export_decode": "export",
     "export_image_encoder": "export",
     "export_prefill": "export",
 }
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from .configuration_frozen_prefix import FrozenPrefixConfig
     from .connectors import CONNECTORS
     from .data_collator import DataCollatorForFrozenPrefix
-    from .export import export_image_encoder, export_prefill
+    from .export import export_decode, export_image_encoder, export_prefill
     from .feature_cache import cache_vision_features
     from .hub_callback import FrozenPrefixHubCallback
     from .modeling_frozen_prefix import (
@@ -90,6 +91,7 @@ __all__ = [
     "PrefixCache",
     "__version__",
     "cache_vision_features",
+    "export_decode",
     "export_image_encoder",
     "export_prefill",
 ]

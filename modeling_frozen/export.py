@@ -10,12 +10,14 @@ nothing but an ordinary language model that is fed embeddings.
 Needs the extra `export`.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache, PreTrainedModel
 
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from .vision_towers import _default_shape, encode_images
@@ -154,6 +156,17 @@ def export_image_encoder(
     return exported
 
 
+def _reader(model: FrozenPrefixPreTrainedModel) -> PreTrainedModel:
+    config = model.config
+    if config.is_encoder_decoder or config.fusion != "prefix":
+        what = "is an encoder-decoder" if config.is_encoder_decoder else f"has fusion={config.fusion!r}"
+        raise ValueError(
+            f"This model {what}: its language model is more than a reader of embeddings. Export its stages with "
+            "`transformers.exporters`: HfExporter.export_for_generation(model, inputs, config)."
+        )
+    return model.base_model.language_model
+
+
 def export_prefill(
     model: FrozenPrefixPreTrainedModel,
     save_directory: str | Path | None = None,
@@ -177,13 +190,7 @@ def export_prefill(
         ValueError: an encoder-decoder, or layers with cross-attention between them.
         ImportError: without the extra `export`.
     """
-    config, language_model = model.config, model.base_model.language_model
-    if config.is_encoder_decoder or config.fusion != "prefix":
-        what = "is an encoder-decoder" if config.is_encoder_decoder else f"has fusion={config.fusion!r}"
-        raise ValueError(
-            f"This model {what}: its language model is more than a reader of embeddings. Export its stages with "
-            "`transformers.exporters`: HfExporter.export_for_generation(model, inputs, config)."
-        )
+    language_model = _reader(model)
     exporter, export_config = _exporter(format, config_kwargs)
     embeds = model.get_input_embeddings()(torch.zeros(2, 5, dtype=torch.long, device=language_model.device))
     mask = torch.ones(2, 5, dtype=torch.long, device=language_model.device)
@@ -199,4 +206,42 @@ def export_prefill(
     return exported
 
 
-__all__ = ["FORMATS", "ImageEncoder", "export_image_encoder", "export_prefill"]
+def export_decode(
+    model: FrozenPrefixPreTrainedModel,
+    save_directory: str | Path | None = None,
+    *,
+    format: str = "onnx",
+    **config_kwargs: Any,
+) -> Any:
+    """
+    Exports the language model's further steps: one word and the cache in, logits and the longer cache out.
+
+    Args: as in [`export_prefill`], whose `past_key_values` the first of these steps takes.
+
+    Returns:
+        `transformers.exporters.ExportedModel`: call it with `input_ids` `(batch, 1)`, `attention_mask`
+        `(batch, past + 1)`, `past_key_values` (and `position_ids` `(batch, 1)` where the language model takes them).
+
+    Raises:
+        ValueError: as in [`export_prefill`], and a language model without a cache of keys and values.
+        ImportError: without the extra `export`.
+    """
+    language_model = _reader(model)
+    device = language_model.device
+    ids, mask = torch.zeros(2, 5, dtype=torch.long, device=device), torch.ones(2, 5, dtype=torch.long, device=device)
+    prepare = functools.partial(model.base_model.language_inputs, language_model)
+    with torch.no_grad():
+        past = getattr(language_model(**prepare(ids, None, mask, None, None, {"use_cache": True})), "past_key_values", None)
+    if not isinstance(past, Cache):
+        raise ValueError(f"{type(language_model).__name__} keeps no cache of keys and values that a graph could take.")
+    exporter, export_config = _exporter(format, config_kwargs)
+    longer = torch.cat([mask, mask[:, -1:]], dim=1)
+    ready = prepare(ids[:, :1], None, longer, None, past, {"use_cache": True})
+    # Sizes are found by the library here: those of the caches differ from model to model.
+    exported = exporter.export(language_model, ready, export_config)
+    if save_directory is not None:
+        exported.save_pretrained(save_directory)
+    return exported
+
+
+__all__ = ["FORMATS", "ImageEncoder", "export_decode", "export_image_encoder", "export_prefill"]
