@@ -6,7 +6,7 @@ padding by length), never from its id being the pad token's: where EOS pads too,
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .feature_store import StoredImage
+from .processors import load_rgb_image
 
 
 IGNORE_INDEX = -100
@@ -74,6 +75,8 @@ class DataCollatorForFrozenPrefix:
         share_images: process and encode an image of several samples of a batch once: the same object, path, bytes, or
             index in a store. The model's results are the same. Turn it off where something cuts batches up row by row
             (`dispatch_batches`, which accelerate sets for an `IterableDataset` in several processes; `nn.DataParallel`).
+        augment: random change of every image at each use, from a PIL image in RGB to such a one; also in an evaluation
+            that goes through this collator. Stored images can't be changed: give it to [`cache_vision_features`] then.
 
     Rows of [`cache_vision_features`] hold features in place of images, and no image is opened for them.
 
@@ -97,6 +100,7 @@ class DataCollatorForFrozenPrefix:
     pad_to_multiple_of: int | None = None
     is_encoder_decoder: bool | None = None
     share_images: bool = True
+    augment: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         tokenizer = self.processor.tokenizer
@@ -148,7 +152,7 @@ class DataCollatorForFrozenPrefix:
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
         """Model inputs of all images of the batch, in reading order. Override it to take features from elsewhere."""
         index = None
-        if self.share_images:
+        if self.share_images and self.augment is None:
             places: dict[Any, int] = {}
             index = [places.setdefault(_identity(image), len(places)) for image in images]
             distinct = {place: image for place, image in zip(index, images, strict=True)}
@@ -160,6 +164,13 @@ class DataCollatorForFrozenPrefix:
                 f"{stored} of the {len(images)} images of a batch are stored features, the others images: train on rows "
                 "of one kind, by `cache_vision_features` on all."
             )
+        if self.augment is not None:
+            if stored:
+                raise ValueError(
+                    "`augment` can't change stored images, which are the tower's features: store augmented views "
+                    "(`cache_vision_features(..., views=k, augment=…)`), or train from the images."
+                )
+            images = [self.augment(load_rgb_image(image)) for image in images]
         batch = stack_features(images) if stored else dict(self.processor(images=images, return_tensors="pt"))
         return batch if index is None else {**batch, "image_index": index}
 

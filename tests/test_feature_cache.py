@@ -285,6 +285,8 @@ def test_other_refusals(pair: tuple[Any, Any], parents: Path, tmp_path: Path) ->
     stored, plain = store(pair, captioned(), tmp_path)[0], captioned()[1]
     with pytest.raises(ValueError, match="1 of the 2 images of a batch are stored"):
         DataCollatorForFrozenPrefix(pair[1])([stored, plain])
+    with pytest.raises(ValueError, match="`augment` can't change stored images.*views=k"):
+        DataCollatorForFrozenPrefix(pair[1], augment=crop)([stored])
     with pytest.raises(ValueError, match="no store of features at .*Run `cache_vision_features` again"):
         StoredImage(str(tmp_path / "gone"), 0).load()
 
@@ -553,6 +555,8 @@ def test_an_image_of_several_samples_is_processed_once(pair: tuple[Any, Any], pa
             output.loss.backward()
             found.append([output.loss.detach(), output.logits.detach(), *(p.grad for p in model.model.connector.parameters())])
         torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+    augmented = DataCollatorForFrozenPrefix(processor, augment=crop)(examples)
+    assert "image_index" not in augmented and not torch.equal(*augmented["pixel_values"][[0, 3]])  # each use by itself
     different = shared([{"image": noise(seed), "text": "a"} for seed in (0, 1)])
     assert "image_index" not in different
     with seen(model) as counts:
