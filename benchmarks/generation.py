@@ -1,0 +1,137 @@
+"""Answering, side by side with the bare language model: 20 tokens, a further question on a picture, and ClipCap's loops.
+
+    python -m benchmarks.generation --output generation.json
+    python -m benchmarks.generation --text-type gpt2 --clipcap path/to/CLIP_prefix_caption
+
+The limit is the frozen language model itself, reading as many words as prefix and text have together. `--clipcap` takes a
+checkout of github.com/rmokady/CLIP_prefix_caption; its own `generate2` and `generate_beam` then run on the same GPT-2, from
+the same prefix, for the same number of tokens.
+"""
+
+import argparse
+import ast
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import logging
+
+from benchmarks.parents import Sizes, add_arguments, join, pictures, prompt, sizes_of, words
+from benchmarks.timing import Report, Timing, alternate
+from benchmarks.timing import add_arguments as add_timing_arguments
+
+
+def clipcap_functions(checkout: str) -> dict[str, Any]:
+    """`generate2` and `generate_beam` out of a checkout's `predict.py`, without what that file imports beside."""
+    tree = ast.parse((Path(checkout) / "predict.py").read_text(encoding="utf-8"))
+    wanted = ("generate2", "generate_beam")
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    space: dict[str, Any] = {"torch": torch, "np": np, "nnf": torch.nn.functional}
+    exec(compile(ast.Module(body=functions, type_ignores=[]), "predict.py", "exec"), space)
+    return {name: space[name] for name in wanted}
+
+
+def added(name: str, first: Timing, second: Timing) -> Timing:
+    return Timing(name, [a + b for a, b in zip(first.rounds, second.rounds, strict=True)])
+
+
+def main(arguments: argparse.Namespace) -> Report:
+    sizes = sizes_of(arguments)
+    report = Report(f"generate, {arguments.new_tokens} tokens", **sizes.as_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        model = join(folder, sizes).to(arguments.device)
+        with torch.inference_mode():
+            compare(model, sizes, arguments, report)
+    report.print()
+    report.save(arguments.output)
+    return report
+
+
+def compare(model: Any, sizes: Sizes, arguments: argparse.Namespace, report: Report) -> None:
+    bare, device = model.model.language_model, arguments.device
+    question = words(sizes, device=device)
+    asked = prompt(model, question)
+    image = pictures(sizes, device=device).to(model.model.vision_tower.dtype)
+    plain = words(sizes, asked.shape[1], device=device)
+    length = arguments.new_tokens
+    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+    encoded = {"image": model.get_image_features(image)}
+    prefix = model.encode_prefix(prompt(model, question[:, :0]), pixel_values=image)
+    beams = {**options, "num_beams": 5}
+    timings = alternate(
+        {
+            "from the picture": lambda: model.generate(asked, pixel_values=image, **options),
+            "encoded before": lambda: model.generate(asked, mm_encoder_outputs=encoded, **options),
+            "words alone": lambda: model.generate(plain, **options),
+            "bare": lambda: bare.generate(plain, **options),
+            "picture": lambda: model.get_image_features(image),
+            "beams": lambda: model.generate(asked, mm_encoder_outputs=encoded, **beams),
+            "bare beams": lambda: bare.generate(plain, **beams),
+            "further question": lambda: model.generate(question, prefix_cache=prefix, **options),
+            "text question": lambda: model.generate(question, **options),
+            "bare question": lambda: bare.generate(question, **options),
+        },
+        rounds=arguments.rounds,
+    )
+    limit = timings["bare"]
+    report.compare("prefix encoded before, to the bare model", timings["encoded before"], limit, bar=1.03)
+    report.compare("words alone, to the bare model", timings["words alone"], limit, bar=1.03)
+    both = added("tower and bare", timings["picture"], limit)
+    report.compare("from the picture, to encoding it and the bare model", timings["from the picture"], both, bar=1.03)
+    report.compare("5 beams, to the bare model's", timings["beams"], timings["bare beams"], bar=1.03)
+    report.compare("further question, to the text alone", timings["further question"], timings["text question"], bar=1.1)
+    report.compare("further question, to the bare model", timings["further question"], timings["bare question"], bar=1.1)
+    report.compare("further question, to asking afresh", timings["further question"], timings["from the picture"])
+    if arguments.clipcap is None:
+        print("no --clipcap: its loops are left out")
+    elif not hasattr(bare, "transformer"):
+        print(f"--clipcap needs --text-type gpt2, and not {sizes.text_type}: its loops are left out")
+    else:
+        compare_clipcap(model, sizes, arguments, report, encoded, question)
+
+
+def compare_clipcap(
+    model: Any,
+    sizes: Sizes,
+    arguments: argparse.Namespace,
+    report: Report,
+    encoded: dict[str, Any],
+    question: torch.LongTensor,
+) -> None:
+    """The same prefix through the same GPT-2, by ClipCap's loops and by ours."""
+    loops = clipcap_functions(arguments.clipcap)
+    bare, length = model.model.language_model, arguments.new_tokens
+    asked = prompt(model, question[:, :0])
+    # What their loops read of a model and a tokenizer; the stop word is one that never comes.
+    theirs = SimpleNamespace(gpt=bare, eval=bare.eval, parameters=bare.parameters)
+    embed = torch.stack(encoded["image"].pooler_output).to(bare.dtype)
+    stop = sizes.vocab_size - 1
+    reader = SimpleNamespace(encode=lambda _: [stop], decode=lambda ids: list(ids))
+    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+    calls = {
+        "ours": lambda: model.generate(asked, mm_encoder_outputs=encoded, **options),
+        "generate2": lambda: loops["generate2"](theirs, reader, embed=embed, entry_length=length),
+        "our beams": lambda: model.generate(asked, mm_encoder_outputs=encoded, **options, num_beams=5),
+        "generate_beam": lambda: loops["generate_beam"](theirs, reader, embed=embed, entry_length=length),
+    }
+    written = {name: call() for name, call in calls.items()}
+    same = list(written["generate2"]) == written["ours"][0, asked.shape[1] :].tolist()
+    print(f"ClipCap's generate2 and our greedy search write the same tokens: {same}")
+    timings = alternate(calls, rounds=arguments.rounds)
+    report.compare("caption, to ClipCap's generate2", timings["ours"], timings["generate2"])
+    report.compare("5 beams, to ClipCap's generate_beam", timings["our beams"], timings["generate_beam"])
+
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    add_timing_arguments(parser)
+    parser.add_argument("--new-tokens", type=int, default=20)
+    parser.add_argument("--clipcap", help="checkout of github.com/rmokady/CLIP_prefix_caption")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    main(parser.parse_args())

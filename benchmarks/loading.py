@@ -1,0 +1,111 @@
+"""Loading, side by side with loading the two parents by themselves; bytes of the checkpoint; what importing costs.
+
+    python -m benchmarks.loading --output loading.json
+
+Every timing is taken in a fresh Python, as a user's script meets it (with the files in the system's cache); `--warm` times it
+again and again in one process too.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmarks.timing import Report, alternate, alternate_processes
+from benchmarks.timing import add_arguments as add_timing_arguments
+
+
+TIMED = """
+import time
+import torch, transformers, modeling_frozen
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel
+transformers.utils.logging.disable_progress_bar()
+{imports}
+start = time.perf_counter()
+{load}
+print(time.perf_counter() - start)
+"""
+OURS = 'model = modeling_frozen.FrozenPrefixForConditionalGeneration.from_pretrained("{eyes}"{options})'
+BOTH = (
+    'parents = CLIPVisionModel.from_pretrained("{tower}"{options}), AutoModelForCausalLM.from_pretrained("{words}"{options})'
+)
+# Classes are imported when they are first used; that is no part of loading.
+IMPORTS = "modeling_frozen.FrozenPrefixForConditionalGeneration, transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel"
+
+IMPORTED = "import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
+
+
+def main(arguments: argparse.Namespace) -> Report:
+    # The benchmark's own process must not have imported what it measures elsewhere; it builds the parents here.
+    from benchmarks.parents import join, sizes_of
+
+    sizes = sizes_of(arguments)
+    report = Report("loading", **sizes.as_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        model = join(folder, sizes)
+        eyes = Path(folder) / "eyes"
+        model.save_pretrained(eyes)
+        places = {
+            "eyes": str(eyes),
+            "tower": model.config.vision_base_model["name_or_path"],
+            "words": model.config.text_base_model["name_or_path"],
+        }
+        connector = sum(p.numel() * p.element_size() for p in model.model.connector.parameters())
+        parents = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+        del model
+        for name, options in (("", ""), (", bfloat16", ", dtype=torch.bfloat16")):
+            code = {
+                key: TIMED.format(imports=IMPORTS, load=load.format(**places, options=options))
+                for key, load in (("ours", OURS), ("both", BOTH))
+            }
+            timings = alternate_processes(code, rounds=arguments.rounds)
+            report.compare(f"from_pretrained, to both parents{name}", timings["ours"], timings["both"], bar=1.1)
+        if arguments.warm:
+            warm(places, arguments, report)
+        written = sum(file.stat().st_size for file in eyes.iterdir())
+        report.figure("checkpoint beyond the connector", written - connector, "bytes", limit=connector, bar=64 * 1024)
+        report.figure("checkpoint", written, "bytes", limit=connector)
+        report.figure("checkpoint, to both parents' bytes", written, "bytes", limit=parents)
+    imports(arguments, report)
+    report.print()
+    report.save(arguments.output)
+    return report
+
+
+def warm(places: dict[str, str], arguments: argparse.Namespace, report: Report) -> None:
+    from transformers import AutoModelForCausalLM, CLIPVisionModel
+
+    from modeling_frozen import FrozenPrefixForConditionalGeneration
+
+    def both() -> tuple:
+        return CLIPVisionModel.from_pretrained(places["tower"]), AutoModelForCausalLM.from_pretrained(places["words"])
+
+    calls = {"ours": lambda: FrozenPrefixForConditionalGeneration.from_pretrained(places["eyes"]), "both": both}
+    timings = alternate(calls, rounds=3 * arguments.rounds)
+    report.compare("from_pretrained, to both parents, warm", timings["ours"], timings["both"], bar=1.1)
+
+
+def imports(arguments: argparse.Namespace, report: Report) -> None:
+    code = {
+        "ours": IMPORTED.format(code="import transformers, modeling_frozen"),
+        "library": IMPORTED.format(code="import transformers"),
+        "alone": IMPORTED.format(code="import modeling_frozen"),
+    }
+    timings = alternate_processes(code, rounds=3 * arguments.rounds)
+    report.compare("import transformers, modeling_frozen", timings["ours"], timings["library"])
+    above = (timings["ours"].median - timings["library"].median) * 1e3
+    report.figure("import modeling_frozen, above transformers", above, "ms", bar=50)
+    report.figure("import modeling_frozen alone", timings["alone"].median * 1e3, "ms", bar=50)
+
+
+if __name__ == "__main__":
+    from transformers import logging
+
+    from benchmarks.parents import add_arguments
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    add_timing_arguments(parser)
+    parser.add_argument("--warm", action="store_true", help="time loading in one process too")
+    main(parser.parse_args())
