@@ -40,6 +40,7 @@ setup(
         "transformers>=5.23",
     ],
     extras_require=extras,
+    entry_points={"lmms_eval.models": ["frozen_prefix = modeling_frozen.lmms_eval_model:manifest"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
