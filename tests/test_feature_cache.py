@@ -468,6 +468,29 @@ def test_writers_side_by_side_never_take_one_number(pair: tuple[Any, Any], tmp_p
     assert len(set(index.values())) == 6 and not list(shelf.folder.glob("writing-*"))
 
 
+@pytest.mark.real_data
+@torch.no_grad()
+def test_real_photos_with_five_captions_each(assets: Path, tmp_path: Path) -> None:
+    """A convolutional tower; one row per caption; the loss from the store in bf16 is that of the photos."""
+    photos = datasets.load_dataset("parquet", data_files=str(assets / "captions/flickr8k_1k/data/test-*.parquet"))["train"]
+    photos = photos.select(range(6))
+    captions = next(name for name, feature in photos.features.items() if hasattr(feature, "feature"))
+    rows_ = [(index, caption) for index, some in enumerate(photos[captions]) for caption in some]
+    dataset = photos.select([index for index, _ in rows_]).select_columns("image")
+    dataset = dataset.add_column("text", [caption for _, caption in rows_])
+    model = Eyes.from_vision_text_pretrained(
+        str(assets / "vision/mobilenet_v2_1.0_224"), str(assets / "lm/tinystories_instruct_3m_chat"), connector_type="mlp"
+    )
+    processor = FrozenPrefixProcessor.from_model(model)
+    collator = DataCollatorForFrozenPrefix(processor)
+    with seen(model) as counts:
+        out = store((model, processor), dataset, tmp_path, dtype="bfloat16", batch_size=4)
+        assert counts == [4, 2] and len(out) == 30
+    batch, plain = (collator([one[index] for index in range(0, 30, 4)]) for one in (out, dataset))
+    assert batch["vision_features"].shape == (6, 49, 1280) and batch["vision_features"].dtype == torch.bfloat16
+    torch.testing.assert_close(model(**batch).loss, model(**plain).loss, atol=5e-3, rtol=1e-3)
+
+
 # --------------------------------------------------------------------------------------------------------- streams
 
 
