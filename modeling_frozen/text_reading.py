@@ -109,12 +109,13 @@ def read_text(
 
     Returns:
         Hidden states `(batch, sequence, text_width)`, their attention mask `(batch, sequence)` (words first), and the
-        language model's output.
+        language model's output (of the distinct texts alone, unless all hidden states or attentions are asked for).
     """
     language_model = model.language_model
     skipped = model.placeholders(input_ids) if input_ids is not None and not mm_encoder_outputs else None
     input_ids, inputs_embeds, mask = pack_text(input_ids, inputs_embeds, attention_mask, skipped)
     reader = text_reader(language_model)
+    wants_all = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
     if reader is language_model:
         kwargs["output_hidden_states"] = True
     if not language_model.config.is_encoder_decoder:
@@ -122,11 +123,16 @@ def read_text(
     # A frozen model that meets words alone needs no graph; idle connectors have no part in it either.
     needs_graph = bool(mm_encoder_outputs) or (inputs_embeds is not None and inputs_embeds.requires_grad)
     needs_graph = needs_graph or any(parameter.requires_grad for parameter in language_model.parameters())
+    place = None
+    if not needs_graph and not wants_all and input_ids is not None and not torch.compiler.is_compiling():
+        # Questions and prompts repeat within a batch: each is read once.
+        first, place = _distinct(input_ids.masked_fill(mask == 0, -1))
+        input_ids = input_ids[first]
     with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph):
         outputs, _ = model.run(
             reader,
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=mask if place is None else mask[first],
             position_ids=None,
             past_key_values=None,
             inputs_embeds=inputs_embeds,
@@ -134,7 +140,16 @@ def read_text(
             media={},
             kwargs=kwargs,
         )
-    return last_hidden_state(outputs), mask, outputs
+    states = last_hidden_state(outputs)
+    return states if place is None else states[place.to(states.device)], mask, outputs
+
+
+def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each distinct row stands first, and for every row which of these it equals."""
+    distinct, place = rows.unique(dim=0, return_inverse=True)
+    order = torch.arange(len(rows), device=rows.device)
+    first = order.new_full((len(distinct),), len(rows)).scatter_reduce(0, place, order, "amin")
+    return first, place
 
 
 __all__ = ["last_hidden_state", "pack_text", "probe_text_width", "read_text", "text_reader"]

@@ -40,6 +40,7 @@ from modeling_frozen.hub import write_code
 from modeling_frozen.metrics import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
 from modeling_frozen.pooling import pool_text
+from modeling_frozen.text_reading import read_text
 from tests.families_text import FAMILIES, language_model
 from tests.test_modalities import EARS
 from tests.tiny import COLOURS, WORDS, save_parents, text_config, tokenizer, vision_config
@@ -145,6 +146,25 @@ def test_the_prompt_is_read_without_its_placeholders_unless_asked(tmp_path: Path
     for row in range(4):  # by itself as in the batch
         alone = dict(processor(images=rows()[row]["image"], text=TEXTS[row], return_tensors="pt"))
         torch.testing.assert_close(seeing(**alone).logits[0], seeing(**inputs).logits[row], atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_that_stands_several_times_is_read_once(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    words = processor.tokenizer(["a", "a picture", "a", "a", "a picture"], return_tensors="pt", padding=True)
+    lengths = []
+    model.model.language_model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    states, mask, _ = read_text(model.model, words.input_ids, None, words.attention_mask)
+    assert lengths == [2] and not states.requires_grad
+    for row, text in enumerate(["a", "a picture", "a", "a", "a picture"]):
+        alone = processor.tokenizer(text, return_tensors="pt").input_ids
+        expected = model.model.language_model.model(alone).last_hidden_state[0]
+        torch.testing.assert_close(states[row, : alone.shape[1]], expected)
+        assert mask[row].sum() == alone.shape[1]
+    model.model.language_model.requires_grad_(True)  # trained, it may have dropout, and each sample its own
+    read_text(model.model, words.input_ids, None, words.attention_mask)
+    assert lengths[-1] == 5
 
 
 @torch.no_grad()
