@@ -27,6 +27,16 @@ def test_importing_touches_neither_torch_nor_transformers() -> None:
     assert fresh(code) == "[]"
 
 
+def test_beside_transformers_it_imports_nothing_heavy() -> None:
+    """The Auto classes, torch and the processors wait until somebody asks for them."""
+    code = "import sys, transformers{}; print(sorted(m for m in sys.modules if m.split('.')[0] in {}))"
+    heavy = ("torch", "PIL", "tokenizers", "safetensors", "accelerate", "peft", "datasets")
+    library, both = (fresh(code.format(name, heavy)) for name in ("", ", modeling_frozen"))
+    assert both == library
+    models = "print([m for m in sys.modules if m.startswith('transformers.models.auto')])"
+    assert fresh(f"import sys, transformers, modeling_frozen; {models}") == "[]"
+
+
 @pytest.mark.parametrize("first", ["import modeling_frozen", "from transformers import AutoModel, AutoProcessor"])
 def test_the_auto_classes_know_the_type_whatever_is_imported_first(first: str) -> None:
     code = f"""
