@@ -8,6 +8,7 @@ that just hands these out. Whether that equals the plain way is tried once per m
 The head is frozen as a rule, so nothing but the gradient of the hidden states is wanted, and that is at hand as soon as
 a chunk's logits are: it is kept, they are dropped, and nothing is computed twice (as Liger's fused linear
 cross-entropy does, arXiv 2410.10989, section 3.2). Where something in the head trains, chunks are recomputed instead.
+Where Liger is installed, the head is on a GPU and is a linear layer and nothing else, Liger's kernels do it.
 """
 
 import difflib
@@ -30,6 +31,12 @@ OPTIONS: dict[str, Any] = {"label_smoothing": 0.0, "z_loss": 0.0, "chunk_size": 
 
 # One chunk's logits in float32; two or three tensors of that size exist at a time.
 CHUNK_BYTES = 64 * 2**20
+
+# Devices on which Liger's kernels run, if it is installed.
+LIGER_DEVICES = {"cuda"}
+
+# Language models whose logits are those of a linear layer, with nothing done to them.
+_LINEAR: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 # Language model -> where its headless base lies in it (a dotted path), or None for "take the plain way".
 _PATHS: "weakref.WeakKeyDictionary[nn.Module, str | None]" = weakref.WeakKeyDictionary()
@@ -227,16 +234,32 @@ def _is_exact(language_model: nn.Module, path: str) -> bool:
     if language_model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     try:
-        whole = call.callee(**inputs).logits[0].float()
+        whole = call.callee(**inputs).logits[0]
         if call.hidden_states is None:
             return False  # its forward doesn't go through this module's call
-        halves = torch.cat([call.logits(half) for half in call.hidden_states[0].split(2)]).float()
+        halves = torch.cat([call.logits(half) for half in call.hidden_states[0].split(2)])
         none = HeadlessCall(language_model, path, torch.zeros_like(ids, dtype=torch.bool))
         none.callee(**inputs)
     except Exception:  # whatever it is that this model does otherwise, the plain way is always open
         return False
-    tolerance = 1e-4 if call.hidden_states.dtype in (torch.float32, torch.float64) else 3e-2
-    return bool(((whole - halves).abs().max() <= tolerance * whole.abs().max()).item())
+    if _is_linear(language_model, call):
+        _LINEAR.add(language_model)
+    return _close(halves, whole)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
+    one, other = one.float(), other.float()
+    return bool(((one - other).abs().max() <= tolerance * other.abs().max()).item())
+
+
+def _is_linear(language_model: nn.Module, call: HeadlessCall) -> bool:
+    head, hidden_states = language_model.get_output_embeddings(), call.hidden_states[0]
+    if type(head) is not nn.Linear or head.weight.dtype != hidden_states.dtype or _is_wrapped(head):
+        return False
+    # Once more with logits of a thousand, where soft-capping would show.
+    wide = hidden_states * (1000 / call.logits(hidden_states).abs().max().clamp(min=1e-3))
+    return all(_close(call.logits(one).to(one.dtype), head(one)) for one in (hidden_states, wide))
 
 
 def headless_path(language_model: nn.Module) -> str | None:
@@ -322,6 +345,22 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
+def _liger(call: HeadlessCall, hidden_states: torch.Tensor) -> tuple[type[nn.Module], nn.Linear] | None:
+    """Liger's loss and the head to give it, where both fit."""
+    if hidden_states.device.type not in LIGER_DEVICES or call.language_model not in _LINEAR:
+        return None
+    head = call.language_model.get_output_embeddings()
+    # Somebody may have changed the head since it was tried, or asks for another precision than it has.
+    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not _is_wrapped(head)
+    if not plain or head.weight.dtype != hidden_states.dtype or torch.is_autocast_enabled(hidden_states.device.type):
+        return None
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss, head
+
+
 def chunked_loss(
     call: HeadlessCall,
     targets: torch.LongTensor,
@@ -340,7 +379,7 @@ def chunked_loss(
         targets (`torch.LongTensor` of shape `(kept,)`): what is to be predicted at each of its hidden states.
         vocab_size (`int`): for the size of chunks.
         num_items_in_batch, label_smoothing, z_loss: as [`language_modeling_loss`].
-        chunk_size (`int`, *optional*): labels per chunk, see [`rows_per_chunk`].
+        chunk_size (`int`, *optional*): labels per chunk, see [`rows_per_chunk`]. Given, Liger isn't used.
 
     Returns:
         `torch.Tensor` of shape `()`, equal to the plain loss, and so is its gradient.
@@ -354,6 +393,12 @@ def chunked_loss(
 
         chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
         total = sum(checkpoint(of_chunk, *pair, use_reentrant=False) for pair in chunks)
+    elif chunk_size is None and (liger := _liger(call, hidden_states)) is not None:
+        loss_class, head = liger
+        loss = loss_class(
+            ignore_index=IGNORE_INDEX, lse_square_scale=z_loss, label_smoothing=label_smoothing, reduction="sum"
+        )
+        total = loss(head.weight, hidden_states, targets, head.bias)
     else:
         total = _FrozenHeadLoss.apply(hidden_states, targets, call.logits, rows, label_smoothing, z_loss)
     return _normalized(total, len(targets), num_items_in_batch)

@@ -1,6 +1,9 @@
 """The loss: in chunks it is the plain one, for every family, value and gradient, and no large tensor of logits exists."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +275,34 @@ def test_trainer_smooths_labels_by_the_config_and_warns_of_its_own(tmp_path: Pat
     finally:
         modeling_frozen_prefix.logger.warning_once = handler
     assert seen and "loss_config" in seen[0]
+
+
+ON_LIGER = """
+import torch
+from modeling_frozen import losses
+from tests.test_losses import batch, build, check_equal, loss_and_gradients
+
+from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss as Loss
+
+calls = []
+torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: calls.append(1) if isinstance(m, Loss) else None)
+for family, fits in (("llama", True), ("gptj", True), ("gemma2", False), ("cohere", False)):
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}):
+        losses.LIGER_DEVICES.discard("cpu")
+        model = build(family).train()
+        plain = loss_and_gradients(model, **batch(), loss_config=options, skip_logits=False)
+        losses.LIGER_DEVICES.add("cpu")
+        calls.clear()
+        check_equal(plain, loss_and_gradients(model, **batch(), loss_config=options), atol=1e-4, rtol=1e-3)
+        assert bool(calls) == fits, (family, options)
+"""
+
+
+@pytest.mark.slow
+def test_ligers_kernels_where_the_head_is_a_linear_layer() -> None:
+    """On a CPU, by Triton's interpreter: it must be asked for before Triton is imported, hence a process of its own."""
+    pytest.importorskip("liger_kernel")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    folder = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", ON_LIGER], capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
