@@ -395,9 +395,7 @@ def chunked_loss(
         total = sum(checkpoint(of_chunk, *pair, use_reentrant=False) for pair in chunks)
     elif chunk_size is None and (liger := _liger(call, hidden_states)) is not None:
         loss_class, head = liger
-        loss = loss_class(
-            ignore_index=IGNORE_INDEX, lse_square_scale=z_loss, label_smoothing=label_smoothing, reduction="sum"
-        )
+        loss = loss_class(ignore_index=IGNORE_INDEX, lse_square_scale=z_loss, label_smoothing=label_smoothing, reduction="sum")
         total = loss(head.weight, hidden_states, targets, head.bias)
     else:
         total = _FrozenHeadLoss.apply(hidden_states, targets, call.logits, rows, label_smoothing, z_loss)
