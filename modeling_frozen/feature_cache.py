@@ -439,7 +439,7 @@ def _replace(dataset: Any, column: str, found: list[Found], indices: dict[bytes,
     nested = any(isinstance(one, list) for one in found)
     values = [[index(digest) for digest in one] if isinstance(one, list) else index(one) for one in found]
     feature: Any = VisionFeatures(str(store.folder), store.views)
-    feature = datasets.List(feature) if nested else feature
+    feature = [feature] if nested else feature
     rest = dataset.remove_columns(column)
     if not rest.column_names:  # nothing to stand beside
         return datasets.Dataset.from_dict({column: values}, features=datasets.Features({column: feature}), split=dataset.split)
@@ -520,9 +520,11 @@ def _write_rows(rows: Iterator[dict[str, Any]], features: Any, folder: Path) -> 
     if not row:
         temporary.unlink(missing_ok=True)
         return None
+    digest = hashlib.sha256()
     with open(temporary, "rb") as file:
-        name = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    return str(temporary.replace(folder / f"{name}.arrow"))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return str(temporary.replace(folder / f"{digest.hexdigest()[:32]}.arrow"))
 
 
 __all__ = ["StoredImage", "VisionFeatures", "cache_vision_features", "store_key"]

@@ -455,12 +455,10 @@ def _checked_index(index: torch.Tensor, count: int) -> torch.Tensor:
             f"`image_index` of shape {tuple(index.shape)} and {index.dtype} should be (images,) of integers: for every "
             "image in reading order its row in `pixel_values` or `vision_features`."
         )
-    if not torch.compiler.is_compiling() and len(index):
-        low, high = index.min().item(), index.max().item()
-        if low < 0 or high >= count:
-            raise ValueError(
-                f"`image_index` runs from {low} to {high}, but {count} distinct images were given: 0 to {count - 1}."
-            )
+    if not torch.compiler.is_compiling() and ((index < 0) | (index >= count)).any():
+        raise ValueError(
+            f"`image_index` runs from {index.min()} to {index.max()}, but {count} distinct images were given: 0 to {count - 1}."
+        )
     return index
 
 
