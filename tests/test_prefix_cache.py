@@ -332,3 +332,17 @@ def test_a_question_costs_no_copy_of_what_is_kept() -> None:
     copied = copy.deepcopy(prefix)
     model.generate(torch.tensor([words(3, 1)]), prefix_cache=copied, **GREEDY)
     assert all(torch.equal(a, b) for a, b in zip(snapshot(prefix), snapshot(copied), strict=True))
+
+
+@torch.no_grad()
+def test_words_without_a_picture_and_stored_features_are_prefixes_too() -> None:
+    model = eyes("llama")
+    start, question = words(5, 1), words(3, 2)
+    prefix = model.encode_prefix(torch.tensor([start]))
+    expected = model.generate(torch.tensor([start + question]), **GREEDY)
+    assert torch.equal(model.generate(torch.tensor([question]), prefix_cache=prefix, **GREEDY), expected)
+    seen = shared(3)
+    features = model.model.vision_tower(pictures()).last_hidden_state[:, model.config.num_leading_tokens :]
+    expected = model.generate(torch.tensor([seen + question]), pixel_values=pictures(), **GREEDY)
+    prefix = model.encode_prefix(torch.tensor([seen]), vision_features=features)
+    assert torch.equal(model.generate(torch.tensor([question]), prefix_cache=prefix, **GREEDY), expected)
