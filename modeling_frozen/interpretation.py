@@ -121,6 +121,14 @@ class NearestWords:
             for rank, (word, value) in enumerate(zip(row, values, strict=True))
         ]
 
+    def table(self, image: int = 0) -> str:
+        """One line per prefix vector of an image: its nearest words with their cosines, to be printed."""
+        lines = []
+        for position, (words, values) in enumerate(zip(self.words[image], self.similarities[image].tolist(), strict=True)):
+            cells = (f"{word.strip() or repr(word)} {value:.2f}" for word, value in zip(words, values, strict=True))
+            lines.append(f"{position:>4}  " + "  ".join(f"{cell:<16}" for cell in cells).rstrip())
+        return "\n".join(lines)
+
     def plot(self, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32) -> Any:
         """A table of one image's prefix, darker where a word is nearer; a matplotlib `Figure`, written to `path`."""
         from .interpretation_plots import draw_nearest_words

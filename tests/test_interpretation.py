@@ -80,6 +80,9 @@ def test_nearest_words_are_those_of_all_words(joined: tuple[Any, Any]) -> None:
         torch.testing.assert_close(values, expected)
         assert torch.equal(ids, order) and words == [[WORDS[i] for i in row] for row in order.tolist()]
     assert len(found.rows()) == 3 * 4 * 4 and found.rows()[5]["position"] == 1
+    lines = found.table(2).splitlines()
+    assert len(lines) == 4 and lines[3].split()[:2] == ["3", found.words[2][3][0]]
+    assert f"{float(found.similarities[2][3][1]):.2f}" in lines[3]
 
 
 def test_placeholders_and_special_tokens_are_no_words(joined: tuple[Any, Any]) -> None:
