@@ -457,7 +457,8 @@ def _checked_index(index: torch.Tensor, count: int) -> torch.Tensor:
         )
     if not torch.compiler.is_compiling() and ((index < 0) | (index >= count)).any():
         raise ValueError(
-            f"`image_index` runs from {index.min()} to {index.max()}, but {count} distinct images were given: 0 to {count - 1}."
+            f"`image_index` runs from {index.min()} to {index.max()}, but {count} distinct images were given: 0 to "
+            f"{count - 1}."
         )
     return index
 

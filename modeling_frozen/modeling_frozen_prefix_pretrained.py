@@ -23,6 +23,7 @@ from .base_models import (
     is_headless,
     language_model_geometry,
     load_base_model,
+    reads_ahead,
     verify_fingerprint,
     word_embedding_norm,
 )
@@ -32,6 +33,7 @@ from .connectors import Connector
 from .cross_attention import GatedCrossAttention, check_decoder, decoder_layers
 from .heads import Head
 from .hub import AUTO_MAP, complete_copy, complete_repository
+from .parent_changes import samples_of, trains, was_changed
 from .part_dtypes import PartDtypesMixin, asked_dtypes
 from .unlocking import last_layers
 
@@ -63,34 +65,6 @@ def parts_to_build(config: FrozenPrefixConfig) -> set[str]:
         return parts
     saved = PARENTS if config.saved_parts is None else config.saved_parts
     return parts.intersection(saved) - replaced
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-
-
-def _samples(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A few values of each of the module's own plain tensors, by which a later change is noticed."""
-    samples = {}
-    for name, parameter in module._parameters.items():  # not by name from the whole: this runs on every module of a parent
-        if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
-            flat = parameter.detach().flatten()
-            # Eight runs of eight: scattered one by one, the values would cost a cache miss each.
-            samples[name] = (flat if len(flat) <= 64 else flat.as_strided((8, 8), ((len(flat) - 8) // 7, 1))).clone()
-    return samples
-
-
-def _changed(module: nn.Module) -> bool:
-    """Whether somebody wrote into the module since it was attached (merged LoRA into it, say). Another dtype or device is no
-    change."""
-    before, now = getattr(module, "_frozen_prefix_samples", {}), _samples(module)
-    return any(
-        name in now
-        and now[name].dtype == sample.dtype
-        and now[name].shape == sample.shape
-        and not torch.equal(now[name].to(sample.device), sample)
-        for name, sample in before.items()
-    )
 
 
 class _Recomputed:
@@ -229,7 +203,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         setattr(self.config, f"{part}_base_model", record)
         if record is not None:
             for inner in module.modules():
-                inner._frozen_prefix_samples = _samples(inner)
+                inner._frozen_prefix_samples = samples_of(inner)
             self.base_model._parts_with_home = self.base_model._parts_with_home | {part}
 
     def _gather_from_parents(self) -> None:
@@ -268,7 +242,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         changed = set(self.config.trainable)
         for module in self.modules():
             part = getattr(module, "_frozen_prefix_part", None)
-            if part is not None and part not in changed and (_trains(module) or (not just_loaded and _changed(module))):
+            if part is not None and part not in changed and (trains(module) or (not just_loaded and was_changed(module))):
                 changed.add(part)
         return changed
 
@@ -608,6 +582,9 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         language_model = loaded["text"][0]
         if cls._text_headless is not False:
             config_options["text_headless"] = is_headless(language_model)
+            unsaid = config_options.get("text_pooling") is None and not hasattr(language_model.config, "is_decoder")
+            if config_options["text_headless"] and unsaid:  # DistilBERT reads ahead, CLIP's text half doesn't: ask it
+                config_options["text_pooling"] = "mean" if reads_ahead(language_model) else "last"
         hub_options = {
             part: {key: options[part][key] for key in HUB_OPTIONS if key in options[part]} for part in given
         }
