@@ -223,7 +223,7 @@ def _load_language_model(
             return _load_text_encoder(name_or_path, config=half, **kwargs)
         if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
             model = _load_text_encoder(name_or_path, config=config, **kwargs)
-            if _reads_ahead(model):
+            if reads_ahead(model):
                 return model
     elif headless:
         return _load_text_encoder(name_or_path, config=config, **kwargs)
@@ -239,7 +239,7 @@ def _load_language_model(
             "they would be random. Give a repository that holds the whole model, head included."
         )
     # Only families that can be either say whether they are decoders, and some decoders say no: so ask what it does.
-    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder and _reads_ahead(model):
+    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder and reads_ahead(model):
         raise ValueError(
             f"`{name_or_path}` ({type(model).__name__}) reads ahead: its prediction of a word depends on the words after it. "
             "Give a causal or encoder-decoder language model, or, if this one was trained as a decoder, set "
@@ -263,7 +263,8 @@ def _load_text_encoder(name_or_path: str, *, config: PreTrainedConfig, **kwargs:
     return model
 
 
-def _reads_ahead(language_model: PreTrainedModel) -> bool:
+def reads_ahead(language_model: PreTrainedModel) -> bool:
+    """Whether what a text model gives for a word depends on the word behind it."""
     ids = torch.tensor([[0, 1], [0, 2]], device=language_model.device)
     with torch.no_grad():
         outputs = language_model.eval()(input_ids=ids)
@@ -386,5 +387,5 @@ def skips_padding(language_model: PreTrainedModel) -> bool:
 __all__ = [
     "build_language_model", "find_feature_extractor", "find_image_processor", "find_placeholder_ids",
     "fingerprint", "is_headless", "language_model_geometry", "load_base_model", "max_learned_positions",
-    "probe_language_model", "skips_padding", "text_half", "verify_fingerprint", "word_embedding_norm",
+    "probe_language_model", "reads_ahead", "skips_padding", "text_half", "verify_fingerprint", "word_embedding_norm",
 ]  # fmt: skip

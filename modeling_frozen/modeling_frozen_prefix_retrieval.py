@@ -91,7 +91,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: FrozenPrefixConfig):
-        if config.text_pooling == "cls" and not config.text_reads_ahead:
+        if config.text_pooling == "cls" and not (config.text_reads_ahead or config.text_headless):
             raise ValueError(
                 '`text_pooling="cls"` reads the first word, which in a model that reads in one direction knows nothing of the '
                 'others, so all texts would be the same: take "last", "mean" or "ret".'

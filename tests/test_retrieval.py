@@ -17,6 +17,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    DistilBertConfig,
+    DistilBertModel,
     GPT2Config,
     GPT2LMHeadModel,
     OPTConfig,
@@ -62,6 +64,10 @@ TEXT_MODELS: dict[str, Any] = {
             **SMALL,
         )
     ),
+    # says nowhere whether it reads ahead, and has no class that writes
+    "distilbert": lambda: DistilBertModel(
+        DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64, **SMALL)
+    ),
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(
             d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -106,12 +112,12 @@ def parts_saved(folder: Path) -> set[str]:
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls", "ret"])
 @pytest.mark.parametrize("text", [None, *TEXT_MODELS])
 def test_padding_on_either_side_changes_nothing(tmp_path: Path, text: str | None, pooling: str) -> None:
-    if pooling == "cls" and text not in ("bert", "t5"):
+    if pooling == "cls" and text in (None, "gpt2", "opt"):
         with pytest.raises(ValueError, match="all texts would be the same"):
             matcher(tmp_path, text, text_pooling=pooling)
         return
     model, processor = matcher(tmp_path, text, text_pooling=pooling)
-    assert model.config.text_headless == (text == "bert")
+    assert model.config.text_headless == (text in ("bert", "distilbert"))
     alone = []
     for one in ["a red square .", "green", "a blue picture that is a square", "black square"]:
         alone.append(model.get_text_features(**processor.tokenizer([one], return_tensors="pt")).pooler_output)
@@ -120,6 +126,11 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path, text: str | None
         found = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
         torch.testing.assert_close(found, torch.cat(alone), atol=2e-5, rtol=1e-4)
     assert found.shape == (4, 16) and not torch.allclose(found[0], found[1])
+
+
+def test_pooling_by_default_is_the_text_model_s(tmp_path: Path) -> None:
+    for text, pooling in {None: "last", "gpt2": "last", "bert": "mean", "distilbert": "mean", "t5": "mean"}.items():
+        assert matcher(tmp_path, text)[0].config.resolved_text_pooling == pooling
 
 
 def test_pooling_reads_the_place_it_names(tmp_path: Path) -> None:
@@ -152,7 +163,8 @@ def test_a_text_half_of_a_dual_model_serves(tmp_path: Path) -> None:
     whole = CLIPModel(config).eval()
     whole.save_pretrained(tmp_path / "clip")
     tokenizer().save_pretrained(tmp_path / "clip")
-    model = Retrieval.from_vision_text_pretrained(tower, str(tmp_path / "clip"), text_pooling="last")
+    model = Retrieval.from_vision_text_pretrained(tower, str(tmp_path / "clip"))
+    assert model.config.text_pooling == "last"
     assert type(model.model.language_model).__name__ == "CLIPTextModel" and model.config.text_headless
     ids = torch.tensor([[1, 4, 5, 6]])
     found = model.get_text_features(ids).last_hidden_state
