@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, cache_utils
 from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model
 from tests.test_families import IMAGE, PREFIX, build, eyes, pictures, prompt
+from tests.tiny import WORDS, join, rows, text_config, tokenizer
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -17,6 +18,10 @@ every_decoder = pytest.mark.parametrize("family", DECODERS)
 SOME = ["gpt2", "mpt", "opt_350m", "llama", "gemma3_text", "t5"]
 some_families = pytest.mark.parametrize("family", SOME)
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+
+
+def new_cache(family: str) -> DynamicCache:
+    return DynamicCache(config=eyes(family).config.get_text_config(decoder=True))
 
 
 def keeps_cache(family: str) -> bool:
@@ -90,6 +95,17 @@ def test_an_assistant_that_cannot_see_changes_nothing(family: str, knows: str) -
 
 
 @torch.no_grad()
+def test_an_assistant_of_other_words_changes_nothing(tmp_path) -> None:
+    model, processor = join(tmp_path)
+    words = [*WORDS[:4], "another", *WORDS[4:]]
+    assistant = LlamaForCausalLM(text_config(vocab_size=len(words))).eval()
+    inputs = processor(images=rows(1)[0]["image"], text="<image> a red square that is", return_tensors="pt")
+    expected = model.generate(**inputs, **GREEDY)
+    both = {"tokenizer": processor.tokenizer, "assistant_tokenizer": tokenizer(words)}
+    assert torch.equal(model.generate(**inputs, assistant_model=assistant, **both, **GREEDY), expected)
+
+
+@torch.no_grad()
 def test_an_assistant_reads_the_words_alone() -> None:
     """Placeholders are hidden from its attention, so it proposes what it would for the text without the picture."""
     model, assistant = build("llama"), language_model("llama", seed=5)
@@ -154,18 +170,22 @@ def test_an_offloaded_cache_gives_the_same(family: str) -> None:
     assert torch.equal(offloaded, expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@every_decoder
 @torch.no_grad()
 def test_a_quantised_cache_does_as_in_the_parent(family: str) -> None:
-    model = eyes(family)
-    options = {**GREEDY, "cache_implementation": "quantized"}
-    try:
-        language_model(family).generate(prompt(images=0), **options)
-    except ImportError:
-        with pytest.raises(ImportError):
-            model.generate(prompt(), pixel_values=pictures(), **options)
-        return
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("quantised caches of this transformers need quanto or HQQ")
+    if not keeps_cache(family) or any(layer.is_sliding for layer in new_cache(family).layers):
+        pytest.skip("the library quantises no cache of this family")
+    model, words = build(family), prompt(words=12, images=0)
+    options = {**GREEDY, "use_cache": True, "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    assert torch.equal(model.generate(words, **options), model.model.language_model.generate(words, **options))
+    read: list[type] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: read.append(type(kwargs["past_key_values"]).__name__), with_kwargs=True
+    )
     assert model.generate(prompt(), pixel_values=pictures(), **options).shape == (1, prompt().shape[1] + 8)
+    assert set(read) == {"QuantizedCache"}
 
 
 @pytest.mark.parametrize(
