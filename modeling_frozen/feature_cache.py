@@ -424,8 +424,8 @@ def _hash_rows(images: Images, work: _Work) -> list[Found]:
     hashing, processes = Hashing(images), work.processes
     chunks = range(processes.rank, len(hashing), processes.count)
     part = torch.utils.data.Subset(hashing, chunks)
-    quiet = processes.rank != 0 or len(part) < 16
-    own = list(tqdm(load_in_workers(part, work.workers), "Distinct images", disable=quiet))
+    few = len(part) < 16  # hashed before workers would have started
+    own = list(tqdm(load_in_workers(part, 0 if few else work.workers), "Distinct images", disable=few or processes.rank != 0))
     parts = processes.gather(own)
     return [one for chunk in range(len(hashing)) for one in parts[chunk % processes.count][chunk // processes.count]]
 

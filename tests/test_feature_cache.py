@@ -153,6 +153,13 @@ def test_workers_change_nothing(workers: int, pair: tuple[Any, Any], tmp_path: P
         assert torch.equal(one["image"].load()[0], other["image"].load()[0]) and one["text"] == other["text"]
 
 
+def test_many_rows_are_hashed_by_workers(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    dataset = captioned(images=3).select([*range(3)] * 400)
+    with seen(pair[0]) as counts:
+        out = store(pair, dataset, tmp_path, num_workers=2)
+    assert counts == [3] and [row["image"].index for row in out] == [0, 1, 2] * 400
+
+
 # ------------------------------------------------------------------------------------------- what a dataset is still
 
 
