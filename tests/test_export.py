@@ -17,12 +17,14 @@ from tests.tiny import join, rows, text_config
 
 # Traced for any number of images they can't be: they go over them one by one.
 ONE_BY_ONE = {"siglip2_naflex", "siglip2_naflex_dual"}
+ROTARY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+ROTARY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 CAUSAL = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},  # learned positions
     "opt": {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},  # slopes in place of positions
-    "gemma": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
-    "qwen3": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
+    "gemma": {**ROTARY, "head_dim": 8},  # scales its embeddings
+    "qwen3": {**ROTARY, "head_dim": 8},
 }
 
 
