@@ -267,7 +267,8 @@ def headless_path(language_model: nn.Module) -> str | None:
     Where in the language model lies the part whose hidden states its head reads, if calling the two apart gives the logits
     of the whole: tried once per model on four words. `None` if the plain way must be taken.
     """
-    if _is_wrapped(language_model):
+    # Replicas of `nn.DataParallel` live for one step and hold no parameters by which to see what trains.
+    if _is_wrapped(language_model) or getattr(language_model, "_is_replica", False):
         return None
     if language_model not in _PATHS:
         candidates = [language_model.base_model, language_model.get_decoder()]

@@ -204,6 +204,7 @@ def test_the_language_model_is_called_as_ever_and_not_changed() -> None:
     check_equal(plain, loss_and_gradients(model, **batch()))
     assert len(calls) == 1 and calls[0][-1] == VOCAB_SIZE
     handle.remove()
+    assert headless_path(language_model) and headless_path(language_model._replicate_for_data_parallel()) is None
     model.loss_function = lambda logits, labels, **kwargs: logits.sum() * 0 + 7  # a user's own wants logits
     assert model(**batch()).loss == 7
 
