@@ -364,6 +364,8 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
                     prefixes, image_index, caption_input_ids, caption_attention_mask, caption_targets
                 )
                 loss = loss + weights[1] * caption_loss
+            elif idle := self._idle_parts():  # distributed training wants a gradient, if zero, for all that trains
+                loss = loss + self.model._zero_of(idle).to(loss.device)
         return FrozenPrefixImageTextOutput(
             loss=loss,
             logits_per_image=logits_per_text.T,
@@ -375,6 +377,13 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             contrastive_loss=contrastive_loss,
             caption_loss=caption_loss,
         )
+
+    def _idle_parts(self) -> list[nn.Module]:
+        """What trains and has no part in matching: gated blocks, the connector of sounds."""
+        parts = self.model._idle_parts({"image"})
+        gated = self.model.cross_attention
+        trains = gated is not None and any(parameter.requires_grad for parameter in gated.parameters())
+        return [*parts, gated] if trains and torch.is_grad_enabled() else parts
 
     # --------------------------------------------------------------------------------------------- describing too
 

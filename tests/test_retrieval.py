@@ -299,6 +299,14 @@ def test_what_the_text_side_never_uses_does_not_train(tmp_path: Path) -> None:
         assert not language_model.lm_head.weight.requires_grad or language_model.config.tie_word_embeddings
 
 
+def test_gated_blocks_do_not_stop_a_batch_that_matches_alone(tmp_path: Path) -> None:
+    for weight in (0.0, 1.0):
+        model, processor = matcher(tmp_path, fusion="cross_attention", caption_loss_weight=weight)
+        model.train()(**DataCollatorForFrozenPrefixRetrieval(processor, captions=weight > 0)(rows(4))).loss.backward()
+        assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert model.visual_projection.weight.grad.abs().sum() > 0
+
+
 def test_a_step_from_the_store_runs_no_tower(tmp_path: Path) -> None:
     """LiT from stored features costs the text side alone, and gives the same."""
     model, processor = matcher(tmp_path, trainable=("connector", "text"))
