@@ -119,7 +119,8 @@ def cache_vision_features(
     Returns:
         `datasets.Dataset`: the same rows. In the image column stand [`StoredImage`]s (indices into a memory map), which
         [`DataCollatorForFrozenPrefix`] turns into `vision_features`. `select`, `shuffle`, `train_test_split`, pickling and
-        dataloader workers work as ever. Columns that the caller formats by a transform of their own stay so.
+        dataloader workers work as ever. A format (`with_format("torch")`) is taken off, for stored images are no tensors yet.
+        On disk an image takes positions * vision_width values per view.
 
     Raises:
         ValueError: for a tower that trains; for an augmentation without views, or views without augmentation; for images
@@ -440,7 +441,7 @@ def _replace(dataset: Any, column: str, found: list[Found], indices: dict[bytes,
     values = [[index(digest) for digest in one] if isinstance(one, list) else index(one) for one in found]
     feature: Any = VisionFeatures(str(store.folder), store.views)
     feature = [feature] if nested else feature
-    rest = dataset.remove_columns(column)
+    rest = dataset.with_format(None).remove_columns(column)
     if not rest.column_names:  # nothing to stand beside
         return datasets.Dataset.from_dict({column: values}, features=datasets.Features({column: feature}), split=dataset.split)
     return rest.add_column(column, values, feature=feature)

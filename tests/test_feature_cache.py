@@ -188,6 +188,7 @@ def test_it_stays_a_dataset(pair: tuple[Any, Any], tmp_path: Path) -> None:
     splits = store(pair, datasets.DatasetDict(a=dataset, b=dataset.select([1])), tmp_path / "store")
     assert isinstance(splits, datasets.DatasetDict) and splits["b"][0]["image"] == out[1]["image"]
     assert isinstance(splits["a"].features["image"], VisionFeatures)
+    same(store(pair, dataset.with_format("torch"), tmp_path / "store"), dataset)
     alone = store(pair, dataset.select_columns("image"), tmp_path / "store")
     assert alone.column_names == ["image"] and len(alone) == len(dataset)
 
