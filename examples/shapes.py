@@ -6,6 +6,7 @@ seen by anybody in training.
 """
 
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -100,15 +101,15 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------- the two parents
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word."""
-    texts = [scene.sentence for half in split_scenes() for scene in half] + list(QUESTIONS)
+def make_tokenizer(more: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """One id per word; `more` are texts with words beside those of sentences and questions."""
+    texts = [scene.sentence for half in split_scenes() for scene in half] + [*QUESTIONS, *more]
     words = ["<pad>", "<s>", "</s>", *sorted({word for text in texts for word in text.split()})]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=256
     )
 
 
@@ -128,25 +129,34 @@ def _optimize(model: nn.Module, steps: int, learning_rate: float, what: str, los
     model.eval()
 
 
-def train_language_model(folder: Path, steps: int, seed: int) -> None:
-    """A small Llama on sentences, each followed by questions about it: words alone, about scenes that nobody drew."""
+def sentence_and_questions(rng: random.Random, scenes: list[Scene]) -> str:
+    """A sentence and the four questions about it, in any order, with their answers."""
+    scene = rng.choice(scenes)
+    asked = rng.sample(list(QUESTIONS), len(QUESTIONS))
+    return " ".join([scene.sentence, *(f"{question} {scene.answer(question)}" for question in asked)])
+
+
+def train_language_model(
+    folder: Path,
+    steps: int,
+    seed: int,
+    write: Callable[[random.Random, list[Scene]], str] = sentence_and_questions,
+    more: Iterable[str] = (),
+) -> None:
+    """A small Llama on texts that `write` makes of scenes that nobody drew (its other words in `more`): words alone."""
     torch.manual_seed(seed)
-    rng, tokenizer, (known, _) = random.Random(seed), make_tokenizer(), split_scenes()
+    rng, tokenizer, (known, _) = random.Random(seed), make_tokenizer(more), split_scenes()
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.08,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.08,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
         )
     )  # fmt: skip
 
-    def text() -> str:
-        scene = rng.choice(known)
-        asked = rng.sample(list(QUESTIONS), len(QUESTIONS))
-        return " ".join([scene.sentence, *(f"{question} {scene.answer(question)}" for question in asked)]) + " </s>"
-
     def loss_of_step(_: int) -> torch.Tensor:
-        batch = tokenizer([text() for _ in range(24)], return_tensors="pt", padding=True, padding_side="right")
+        texts = [f"{write(rng, known)} </s>" for _ in range(24)]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
 
