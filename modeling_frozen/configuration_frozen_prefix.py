@@ -155,6 +155,10 @@ class FrozenPrefixConfig(PreTrainedConfig):
     ```"""
 
     model_type = "frozen-prefix"
+    # What Trainer's evaluation leaves aside: caches, and hidden states of every word and position of a whole data set.
+    keys_to_ignore_at_inference = [
+        "past_key_values", "text_model_output", "vision_model_output", "contrastive_loss", "caption_loss",
+    ]  # fmt: skip
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),

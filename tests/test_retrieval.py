@@ -377,6 +377,8 @@ def trained(folder: Path) -> tuple[Retrieval, FrozenPrefixProcessor]:
         data_collator=DataCollatorForFrozenPrefixRetrieval(processor),
         compute_metrics=retrieval_compute_metrics(ks=(1,)),
     )
+    predicted = trainer.predict(rows(4)).predictions
+    assert [values.shape for values in predicted] == [(4, 4), (4, 4), (4, 16), (4, 16)]  # and no hidden states
     first = trainer.evaluate()
     trainer.train()
     last = trainer.evaluate()
