@@ -171,6 +171,7 @@ class MediaMixin:
             `mm_encoder_outputs={"audio": output}`.
         """
         self._require("audio")
+        self._refuse_unloaded("audio")
         options = {"is_longer": is_longer, **_output_flags(kwargs)}
         with _graph_of(self.audio_tower, input_features):
             features, mask, outputs = encode_audio(
@@ -207,11 +208,7 @@ class MediaMixin:
         self, pixel_values: torch.Tensor, options: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput]:
         self._require("image")
-        if self.vision_tower is None:
-            raise ValueError(
-                "The vision tower is not loaded, so this model can't look at pictures: load it by "
-                '`model.load_base_model("vision")`, or give `vision_features`, which `cache_vision_features` stores.'
-            )
+        self._refuse_unloaded("vision", ", or give `vision_features`, which `cache_vision_features` stores")
         with _graph_of(self.vision_tower, pixel_values):
             return encode_images(
                 self.vision_tower,
@@ -221,6 +218,10 @@ class MediaMixin:
                 num_leading_tokens=self.config.num_leading_tokens,
                 **{key: value for key, value in {**options, **_output_flags(kwargs)}.items() if value is not None},
             )
+
+    def _refuse_unloaded(self, part: str, or_else: str = "") -> None:
+        if getattr(self, f"{part}_tower") is None:
+            raise ValueError(f'The {part} tower is not loaded: load it by `model.load_base_model("{part}")`{or_else}.')
 
     def _require(self, modality: str) -> None:
         if modality not in self.config.media:

@@ -211,6 +211,15 @@ def test_a_model_without_its_tower_reads_features() -> None:
         model(**given, pixel_values=pixels, image_index=INDEX)
 
 
+def test_a_model_without_its_audio_tower_says_so() -> None:
+    from tests import test_modalities
+
+    model = test_modalities.build("llama")
+    model.model.audio_tower = None
+    with pytest.raises(ValueError, match=r'audio tower is not loaded: load it by `model.load_base_model\("audio"\)`\.'):
+        model.get_audio_features(test_modalities.sounds())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
