@@ -137,7 +137,7 @@ def cache_vision_features(
         raise ImportError("`cache_vision_features` needs the package `datasets`: `pip install datasets`.")
     import datasets
 
-    _check_choices(dtype, views, augment, plain_view, batch_size)
+    _check_choices(dtype, views, augment, plain_view, min(batch_size, images_per_shard))
     if isinstance(dataset, dict):
         options = dict(locals())
         names = cache_vision_features.__kwdefaults__
@@ -161,11 +161,11 @@ def cache_vision_features(
     return _from_rows(dataset, column, work)
 
 
-def _check_choices(dtype: str, views: int, augment: Any, plain_view: bool, batch_size: int) -> None:
+def _check_choices(dtype: str, views: int, augment: Any, plain_view: bool, smallest: int) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: features are stored in one of {', '.join(DTYPES)}.")
-    if views < 1 or batch_size < 1:
-        raise ValueError(f"views={views} and batch_size={batch_size} must be at least 1.")
+    if views < 1 or smallest < 1:
+        raise ValueError(f"views={views}, batch_size and images_per_shard must be at least 1.")
     if augment is not None and views == 1:
         raise ValueError(
             "`augment` draws another picture at each epoch, but a store holds what the tower saw once, so both together "

@@ -180,6 +180,8 @@ class ShardWriter:
 
         store, images = self.store, len(digests)
         features = features.to(store.dtype).contiguous()
+        if store.dtype is torch.float16 and not features.isfinite().all():
+            raise ValueError('Features of this tower are too large for float16: store them with `dtype="bfloat16"`.')
         if mask is None:
             counts = [features[0].numel() * store.views] * images
         else:

@@ -272,6 +272,7 @@ def test_an_augmentation_that_was_rewritten_is_another(
         ({"views": 2}, "equal copies"),
         ({"plain_view": True}, "pass `augment`"),
         ({"views": 0}, "views=0"),
+        ({"images_per_shard": 0}, "images_per_shard must be"),
         ({"dtype": "int8"}, "'int8': features are stored in one of bfloat16"),
         ({"image_column": "photo"}, "no column 'photo', but .*'image', 'text'"),
     ],
@@ -543,6 +544,8 @@ def test_masks_come_back_as_they_were(pair: tuple[Any, Any], tmp_path: Path) -> 
             assert torch.equal(there, mask[2 * number + view])
             assert torch.equal(found, features[2 * number + view] * there[:, None])
     assert torch.equal(shelf.read(index[b"d" * 16], 1)[0], features[1, :3])
+    with pytest.raises(ValueError, match='too large for float16: .*"bfloat16"'):
+        FeatureStore.for_key(tmp_path, {**key, "dtype": "float16"}).writer(1).add([b"e" * 16], features[:2] * 1e6, None)
     batch = stack_features([StoredImage(str(shelf.folder), index[one * 16]) for one in (b"d", b"a")])
     assert batch["vision_features"].shape == (2, 5, 32)
     assert batch["vision_features_mask"].tolist() == [[True] * 3 + [False] * 2] * 2
