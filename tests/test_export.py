@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.connectors import CONNECTORS
 from modeling_frozen.export import export_decode, export_image_encoder, export_prefill
 from tests.families_vision import TOWERS, Tower, image_inputs, reason_to_skip, tiny_tower
@@ -178,17 +178,13 @@ def test_the_first_step(name: str, format: str, tmp_path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("format", ["pt2", slow("onnx")])
-def test_three_graphs_answer_as_generate_does(format: str, tmp_path: Path) -> None:
-    """Tower and connector, first step, further steps: a batch padded on the left, word by word."""
-    skip_without(format)
-    eyes = talking(tmp_path)
-    model, images = eyes.model, [picture("red"), picture("blue")]
-    inputs = eyes.processor(images=images, text=[f"<image> {QUESTION}", "<image> a"], padding=True, return_tensors="pt")
+def three_graphs(model: Any, processor: Any, images: list[Any], texts: list[str], format: str) -> tuple[Any, Any]:
+    """What tower and connector, first step and further steps say as graphs, word by word; and what `generate` says."""
+    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    assert not mask.all()
+    assert not mask.all(), "nothing is padded"
     see = export_image_encoder(model, format=format, sample_inputs=inputs)
-    read, go_on = export_prefill(model, format=format), export_decode(model, tmp_path / "decode", format=format)
+    read, go_on = export_prefill(model, format=format), export_decode(model, format=format)
     place = (ids == model.config.image_token_id)[..., None]
     words = model.get_input_embeddings()(ids.masked_fill(place[..., 0], 0))
     embeds = words.masked_scatter(place, see(pixel_values=inputs["pixel_values"])["image_embeds"])
@@ -200,5 +196,31 @@ def test_three_graphs_answer_as_generate_does(format: str, tmp_path: Path) -> No
         past, position = outputs["past_key_values"], mask.cumsum(-1)[:, -1:] - 1
         outputs = go_on(input_ids=answer[-1], attention_mask=mask, position_ids=position, past_key_values=past)
     expected = model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
-    assert torch.equal(torch.cat(answer, dim=1), expected[:, ids.shape[1] :])
-    assert {path.suffix for path in (tmp_path / "decode").iterdir()} >= {f".{format}", ".json"}
+    return torch.cat(answer, dim=1), expected[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("format", ["pt2", slow("onnx")])
+def test_three_graphs_answer_as_generate_does(format: str, tmp_path: Path) -> None:
+    skip_without(format)
+    eyes = talking(tmp_path)
+    images, texts = [picture("red"), picture("blue")], [f"<image> {QUESTION}", "<image> a"]
+    found, expected = three_graphs(eyes.model, eyes.processor, images, texts, format)
+    assert torch.equal(found, expected) and not torch.equal(found[0], found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_real_weights_and_photos(assets: Path, format: str) -> None:
+    skip_without(format)
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        str(assets / "vision/mobilenet_v2_1.0_224"),
+        str(assets / "lm/stories260k"),
+        connector_type="resampler",
+        prefix_length=8,
+    )
+    processor = FrozenPrefixProcessor.from_model(model)
+    photos = sorted(str(path) for path in (assets / "vision/sample_photos").glob("*.jp*g"))[:2]
+    texts = ["<image> One day, there was a", "<image> A"]
+    found, expected = three_graphs(model, processor, photos, texts, format)
+    assert torch.equal(found, expected)
