@@ -153,8 +153,8 @@ def cache_vision_features(
     _refuse_trained_tower(base)
     cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix"
     store = FeatureStore.for_key(cache_dir, store_key(model, processor, dtype, views, augment, plain_view, seed))
-    work = _Work(base, processor, store, batch_size, num_workers, images_per_shard, device)
-    work.prepare = Prepare(processor, views, augment, plain_view, seed)
+    prepare = Prepare(processor, views, augment, plain_view, seed)
+    work = _Work(base, prepare, store, batch_size, num_workers, images_per_shard, device)
     column = _image_column(dataset, image_column)
     if isinstance(dataset, datasets.IterableDataset):
         return _from_stream(dataset, column, work, Path(cache_dir))
@@ -302,19 +302,17 @@ class _Processes:
 class _Work:
     """The tower, the store, and who does what."""
 
-    prepare: Prepare
-
     def __init__(
         self,
         base: nn.Module,
-        processor: Any,
+        prepare: Prepare,
         store: FeatureStore,
         batch_size: int,
         num_workers: int | None,
         images_per_shard: int,
         device: Any,
     ):
-        self.base, self.store, self.images_per_shard = base, store, images_per_shard
+        self.base, self.prepare, self.store, self.images_per_shard = base, prepare, store, images_per_shard
         self.processes = _Processes()
         self.images_per_batch = max(1, batch_size // store.views)
         if num_workers is None:
