@@ -50,7 +50,7 @@ class Arguments:
     balanced: bool = field(default=False, metadata={"help": "Weigh classes by how rare they are."})
     train_rows: int = field(default=4000, metadata={"help": "How many pictures are drawn to train."})
     test_rows: int = field(default=400, metadata={"help": "How many pictures of held-out scenes are drawn to test."})
-    tower_steps: int = field(default=600, metadata={"help": "Steps of training for the tiny tower."})
+    tower_steps: int = field(default=400, metadata={"help": "Steps of training for the tiny tower."})
     language_model_steps: int = field(default=60, metadata={"help": "Steps of training for the tiny language model."})
 
 
@@ -58,7 +58,7 @@ class Arguments:
 class ClassificationTrainingArguments(TrainingArguments):
     output_dir: str = "classifier"
     learning_rate: float = 2e-3
-    num_train_epochs: float = 5
+    num_train_epochs: float = 3
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
     lr_scheduler_type: str = "cosine"
