@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--packed_length", type=int, default=256)
     parser.add_argument("--batches", type=int, default=30, help="of one epoch")
+    parser.add_argument("--every", type=int, default=1, help="time each so manieth batch alone, and take it for the rest")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -129,7 +130,8 @@ def main() -> None:
             step(model, *batches[way][0])
         for _ in range(options.repeats):
             for way, epoch in batches.items():
-                seconds[way].append(sum(step(model, *batch) for batch in epoch))
+                timed = epoch[options.every // 2 :: options.every]
+                seconds[way].append(sum(step(model, *batch) for batch in timed) * len(epoch) / len(timed))
         print(f"prefix {prefix_length:>3}: rows of {min(lengths)}-{max(lengths)}, mean {statistics.mean(lengths):.1f}")
         for way, epoch in batches.items():
             places = sum(batch["input_ids"].numel() for batch, _ in epoch)

@@ -108,6 +108,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--chunks", type=int, nargs="+")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -118,7 +120,7 @@ def main() -> None:
     cases = [(way, 0) for way in WAYS] if not options.chunks else [("chunked", size) for size in options.chunks]
     table = []
     print("vocabulary  batch         way      chunk  rows of logits  peak MiB           seconds            peak  time")
-    for vocab_size, batch in itertools.product(VOCABULARIES, BATCHES):
+    for vocab_size, batch in itertools.product(options.vocabularies, options.batches):
         first: dict[str, float] = {}
         for way, chunk in cases:
             runs = [measure(vocab_size, batch, way, chunk) for _ in range(options.repeats)]

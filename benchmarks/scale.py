@@ -71,12 +71,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--factor", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sources", nargs="+", default=["map", "stream"])
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options.one[0], int(options.one[1]))))
         return
-    for source in ("map", "stream"):
+    for source in options.sources:
         pairs = [[measure(source, options.rows * times) for times in (1, options.factor)] for _ in range(options.repeats)]
         few_peaks, more_peaks = ([round(pair[i]["peak"] / 2**20, 1) for pair in pairs] for i in (0, 1))
         ratios = [more["seconds"] / few["seconds"] for few, more in pairs]
