@@ -115,7 +115,7 @@ class PrefixCache:
         rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
         if len(rows) == 0 or rows.min() < -len(self) or rows.max() >= len(self):
             raise IndexError(f"The prefix cache has {len(self)} rows, and not {rows.tolist()}.")
-        return self._select(rows % len(self))
+        return self._select(rows % len(self))._without_empty_columns()
 
     def _select(self, rows: torch.Tensor) -> "PrefixCache":
         encoder_outputs = self.encoder_outputs
@@ -130,6 +130,23 @@ class PrefixCache:
             media=[self.media[0 if len(self.media) == 1 else row] for row in rows.tolist()],
             encoder_outputs=encoder_outputs,
         )
+
+    def _without_empty_columns(self) -> "PrefixCache":
+        """Leaves columns out that are padding in every row, as a batch of these rows alone would have none."""
+        empty = int(self.attention_mask.shape[1] - self.attention_mask.sum(-1).max())
+        if empty == 0:
+            return self
+        cache, encoder_outputs = self.cache, self.encoder_outputs
+        if cache is not None:
+            cache = _copied(cache)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, empty:], layer.values[:, :, empty:]
+                if isinstance(layer, DynamicSlidingWindowLayer):
+                    layer.cumulative_length -= empty
+        if encoder_outputs is not None:  # encoders are padded on the right
+            encoder_outputs = type(encoder_outputs)(last_hidden_state=encoder_outputs.last_hidden_state[:, :-empty])
+        ids, mask = self.input_ids[:, empty:], self.attention_mask[:, empty:]
+        return replace(self, input_ids=ids, attention_mask=mask, cache=cache, encoder_outputs=encoder_outputs)
 
     @property
     def past_key_values(self) -> DynamicCache:
@@ -414,8 +431,11 @@ class PrefixCacheMixin:
             for layer in cache.layers:
                 if layer.is_initialized:
                     layer.keys, layer.values = _shift(layer.keys, by, 2), _shift(layer.values, by, 2)
-            whole, whole_mask = padded_left(whole, whole_mask)
-        return PrefixCache(whole, whole_mask, logits=logits, cache=cache, media=_joined(prefix.media, media))
+            whole, whole_mask = _shift(whole, by, 1), _shift(whole_mask, by, 1)
+            whole_mask = whole_mask * (torch.arange(whole_mask.shape[1], device=by.device)[None] >= by[:, None])
+            whole = whole.masked_fill(whole_mask == 0, self.generation_config.pad_token_id or 0)
+        media = _joined(prefix.media, media)
+        return PrefixCache(whole, whole_mask, logits=logits, cache=cache, media=media)._without_empty_columns()
 
     def _continued(
         self, prefix: PrefixCache, question: torch.LongTensor | None, mask: torch.Tensor | None, kwargs: dict[str, Any]

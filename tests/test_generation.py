@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, cache_utils
 from transformers.generation.configuration_utils import CompileConfig
+from transformers.utils import ModelOutput
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model
@@ -92,6 +93,22 @@ def test_an_assistant_that_cannot_see_changes_nothing(family: str, knows: str) -
         expected = model.generate(ids, pixel_values=images, **GREEDY)
         ours = model.generate(ids, pixel_values=images, assistant_model=assistant, **GREEDY)
         assert torch.equal(ours, expected)
+
+
+@torch.no_grad()
+def test_an_assistant_cannot_propose_a_picture(tmp_path) -> None:
+    """Where the placeholder is one of the vocabulary's spare ids, an assistant may well write it."""
+    model, processor = join(tmp_path)
+    assistant = copy.deepcopy(model.model.language_model)
+
+    def write_placeholders(_: object, __: object, output: ModelOutput) -> None:
+        output.logits[..., model.config.image_token_id] = 1e4
+
+    assistant.register_forward_hook(write_placeholders)
+    inputs = processor(images=rows(1)[0]["image"], text="<image> a red", return_tensors="pt")
+    assert model.config.image_token_id < assistant.config.vocab_size
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, assistant_model=assistant, **GREEDY), expected)
 
 
 @torch.no_grad()

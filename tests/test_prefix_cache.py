@@ -18,6 +18,9 @@ every_decoder = pytest.mark.parametrize("family", DECODERS)
 # One of each kind of position or cache: learned, ALiBi by mask and by column, rotary, windows, multipliers, states, encoders.
 SOME = ["gpt2", "gpt_neo", "bloom", "mpt", "opt_350m", "llama", "gemma3_text", "mamba", "rwkv", "t5", "bart"]
 some_families = pytest.mark.parametrize("family", SOME)
+every_family_slowly = pytest.mark.parametrize(
+    "family", [family if family in SOME else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+)
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
 
 
@@ -81,7 +84,7 @@ def test_questions_of_unequal_length_are_answered_as_if_asked_afresh(family: str
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(prefix), strict=True))
 
 
-@every_family
+@every_family_slowly
 @torch.no_grad()
 def test_many_pictures_each_with_their_questions(family: str) -> None:
     model = eyes(family)
@@ -91,15 +94,24 @@ def test_many_pictures_each_with_their_questions(family: str) -> None:
     images, about = pictures(2), [0, 1, 1]
     prefix = model.encode_prefix(**padded(starts), pixel_values=images)
     assert len(prefix) == 2
+    before = snapshot(prefix)
+    one_each = padded([start + question for start, question in zip(starts, questions, strict=False)])
+    expected = model.generate(**one_each, pixel_values=images, **GREEDY)
+    assert torch.equal(model.generate(**padded(questions[:2]), prefix_cache=prefix, **GREEDY), expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(prefix), strict=True))
     ours = model.generate(**padded(questions), prefix_cache=prefix[about], **GREEDY)
     afresh = padded([starts[row] + question for row, question in zip(about, questions, strict=True)])
     expected = model.generate(**afresh, pixel_values=images[about], **GREEDY)
     assert torch.equal(ours, expected)
-    one = model.generate(torch.tensor([questions[0]]), prefix_cache=prefix[1], **GREEDY)
-    assert torch.equal(one, model.generate(torch.tensor([starts[1] + questions[0]]), pixel_values=images[1:], **GREEDY))
+    for row in (0, 1):
+        one = model.generate(torch.tensor([questions[0]]), prefix_cache=prefix[row], **GREEDY)
+        afresh = torch.tensor([starts[row] + questions[0]])
+        assert torch.equal(one, model.generate(afresh, pixel_values=images[row : row + 1], **GREEDY))
+        scores = model.score(questions, prefix_cache=prefix[row])
+        torch.testing.assert_close(scores, model.score(questions, prefix_cache=prefix)[row : row + 1], atol=1e-3, rtol=1e-3)
 
 
-@every_family
+@every_family_slowly
 @torch.no_grad()
 def test_beams_and_samples_are_those_of_asking_afresh(family: str) -> None:
     model = eyes(family)
@@ -153,6 +165,8 @@ def test_the_kept_keys_go_to_generate_as_the_librarys_own(family: str) -> None:
             _ = prefix.past_key_values
         return
     before = snapshot(prefix)
+    for layer in prefix.past_key_values.layers:  # no more than `generate` itself would hold
+        assert layer.keys.shape[-2] == min(len(start), getattr(layer, "sliding_window", 1000) - 1)
     assert torch.equal(model.generate(whole, past_key_values=prefix.past_key_values, **GREEDY), expected)
     again = model.generate(whole, pixel_values=pictures(), past_key_values=prefix.past_key_values, **GREEDY)
     assert torch.equal(again, expected)
