@@ -36,18 +36,21 @@ def _digest_of_image(value: Any, mode: str | None, known: dict[str, bytes]) -> b
         path = value
     elif isinstance(value, bytes):
         data = value
-    if data is None and path is not None and path in known:
-        return known[path]
-    if data is None and path is not None and os.path.isfile(path):
-        data = Path(path).read_bytes()
+    if data is None and path is not None:
+        if path in known:
+            return known[path]
+        if os.path.isfile(path):
+            data = Path(path).read_bytes()
+    else:
+        path = None  # a mere name, which others may bear too
     if data is not None:
         digest = hashlib.blake2b(f"file {mode} ".encode(), digest_size=16)
         digest.update(data)
     else:
         image = load_rgb_image(value)
-        digest = hashlib.blake2b(f"pixels {image.size} ".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"pixels {mode} {image.size} ".encode(), digest_size=16)
         digest.update(image.tobytes())
-    if path is not None and not isinstance(value, bytes):
+    if path is not None:
         known[path] = digest.digest()
     return digest.digest()
 
