@@ -11,12 +11,24 @@ version = re.search(r'__version__ = "(.+)"', (here / "modeling_frozen/__init__.p
 
 extras = {
     "metrics": ["pycocoevalcap>=1.2"],
+    "plots": ["matplotlib>=3.7"],
     "demo": ["datasets>=3.0", "matplotlib>=3.7", "pycocoevalcap>=1.2"],
     "peft": ["peft>=0.17"],
+    "augment": ["kornia>=0.8"],
+    "search": ["datasets>=3.0", "faiss-cpu>=1.9"],
+    "serving": ["transformers[serving]>=5.23"],
+    "export": ["onnx>=1.21", "onnxruntime>=1.23", "onnxscript>=0.7"],
+    "page": ["datasets>=3.0", "gradio>=6.0", "matplotlib>=3.7"],
 }
+tested = ("metrics", "plots", "demo", "peft", "augment", "search")
 extras["test"] = sorted(
-    {*extras["metrics"], *extras["demo"], *extras["peft"], "evaluate>=0.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"}
+    {
+        *(one for name in tested for one in extras[name]),
+        *("evaluate>=0.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "scikit-learn>=1.5"),
+    }
 )
+# What the slow tests run beside: `pytest -m slow` skips what is not installed.
+extras["slow"] = sorted({*extras["serving"], *extras["export"], "openai>=2.0", "parameterized>=0.9", "trl>=1.0"})
 
 setup(
     name="frozen-prefix",
@@ -40,7 +52,10 @@ setup(
         "transformers>=5.23",
     ],
     extras_require=extras,
-    entry_points={"lmms_eval.models": ["frozen_prefix = modeling_frozen.lmms_eval_model:manifest"]},
+    entry_points={
+        "console_scripts": ["frozen-prefix = modeling_frozen.serving:main"],
+        "lmms_eval.models": ["frozen_prefix = modeling_frozen.lmms_eval_model:manifest"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
