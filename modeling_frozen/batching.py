@@ -1,9 +1,18 @@
 """Batches of rows of like length, so that little of a batch is padding: lengths by the collator's own reading of a row.
 
 `Trainer` groups rows by a column of lengths (`train_sampling_strategy="group_by_length"`); this makes the column. Grouping,
-and not packing several rows into one sequence behind a block mask, because it was measured:
+and not packing several rows into one sequence behind a block mask, because it was measured (`python -m benchmarks.batching
+--dataset … --text … --prefix 10 --every 10`, 3776 captions of Flickr8k, batches of 64). Share of a batch that is padding:
 
-BATCHING_FINDING
+| tokens of a row, prefix included       | random | grouped | packed |
+|----------------------------------------|--------|---------|--------|
+| 15-51, mean 24.9 (prefix 10)           | 35.5 % |   6.2 % |  0.7 % |
+| 54-90, mean 63.9 (prefix 49)           | 17.7 % |   2.5 % |  2.3 % |
+| 21-105, mean 44.3 (512 words, prefix 10) | 42.5 % |   7.6 % |  0.9 % |
+
+Processor time of an epoch, forward and backward, at random: 1.41, 1.25 and 1.70 of grouped. So packing has at most 7 % of
+positions left to win; the longer rows that it makes cost attention more than that (1.4 to 2.6 of grouped, with tiny
+language models, where attention weighs most), even without the block mask. It is not built.
 """
 
 import copy
