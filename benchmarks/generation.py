@@ -40,7 +40,7 @@ def added(name: str, first: Timing, second: Timing) -> Timing:
 
 def main(arguments: argparse.Namespace) -> Report:
     sizes = sizes_of(arguments)
-    report = Report(f"generate, {arguments.new_tokens} tokens", **sizes.as_dict())
+    report = Report(f"generate, {arguments.new_tokens} tokens", clock=arguments.clock, **sizes.as_dict())
     with tempfile.TemporaryDirectory() as folder:
         model = join(folder, sizes).to(arguments.device)
         with torch.inference_mode():
@@ -75,6 +75,7 @@ def compare(model: Any, sizes: Sizes, arguments: argparse.Namespace, report: Rep
             "bare question": lambda: bare.generate(question, **options),
         },
         rounds=arguments.rounds,
+        clock=arguments.clock,
     )
     limit = timings["bare"]
     report.compare("prefix encoded before, to the bare model", timings["encoded before"], limit, bar=1.03)
@@ -120,7 +121,7 @@ def compare_clipcap(
     written = {name: call() for name, call in calls.items()}
     same = list(written["generate2"]) == written["ours"][0, asked.shape[1] :].tolist()
     print(f"ClipCap's generate2 and our greedy search write the same tokens: {same}")
-    timings = alternate(calls, rounds=arguments.rounds)
+    timings = alternate(calls, rounds=arguments.rounds, clock=arguments.clock)
     report.compare("caption, to ClipCap's generate2", timings["ours"], timings["generate2"])
     report.compare("5 beams, to ClipCap's generate_beam", timings["our beams"], timings["generate_beam"])
 

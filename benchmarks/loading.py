@@ -10,7 +10,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.timing import Report, alternate, alternate_processes
+from benchmarks.timing import CLOCKS, Report, alternate, alternate_processes
 from benchmarks.timing import add_arguments as add_timing_arguments
 
 
@@ -20,9 +20,9 @@ import torch, transformers, modeling_frozen
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel
 transformers.utils.logging.disable_progress_bar()
 {imports}
-start = time.perf_counter()
+start = time.{clock}()
 {load}
-print(time.perf_counter() - start)
+print(time.{clock}() - start)
 """
 OURS = 'model = modeling_frozen.FrozenPrefixForConditionalGeneration.from_pretrained("{eyes}"{options})'
 BOTH = (
@@ -31,7 +31,7 @@ BOTH = (
 # Classes are imported when they are first used; that is no part of loading.
 IMPORTS = "modeling_frozen.FrozenPrefixForConditionalGeneration, transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel"
 
-IMPORTED = "import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
+IMPORTED = "import time; start = time.{clock}(); {code}; print(time.{clock}() - start)"
 
 
 def main(arguments: argparse.Namespace) -> Report:
@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> Report:
     from benchmarks.parents import join, sizes_of
 
     sizes = sizes_of(arguments)
-    report = Report("loading", **sizes.as_dict())
+    report = Report("loading", clock=arguments.clock, **sizes.as_dict())
     with tempfile.TemporaryDirectory() as folder:
         model = join(folder, sizes)
         eyes = Path(folder) / "eyes"
@@ -54,7 +54,9 @@ def main(arguments: argparse.Namespace) -> Report:
         del model
         for name, options in (("", ""), (", bfloat16", ", dtype=torch.bfloat16")):
             code = {
-                key: TIMED.format(imports=IMPORTS, load=load.format(**places, options=options))
+                key: TIMED.format(
+                    clock=CLOCKS[arguments.clock].__name__, imports=IMPORTS, load=load.format(**places, options=options)
+                )
                 for key, load in (("ours", OURS), ("both", BOTH))
             }
             timings = alternate_processes(code, rounds=arguments.rounds)
@@ -80,15 +82,16 @@ def warm(places: dict[str, str], arguments: argparse.Namespace, report: Report) 
         return CLIPVisionModel.from_pretrained(places["tower"]), AutoModelForCausalLM.from_pretrained(places["words"])
 
     calls = {"ours": lambda: FrozenPrefixForConditionalGeneration.from_pretrained(places["eyes"]), "both": both}
-    timings = alternate(calls, rounds=3 * arguments.rounds)
+    timings = alternate(calls, rounds=3 * arguments.rounds, clock=arguments.clock)
     report.compare("from_pretrained, to both parents, warm", timings["ours"], timings["both"], bar=1.1)
 
 
 def imports(arguments: argparse.Namespace, report: Report) -> None:
+    clock = CLOCKS[arguments.clock].__name__
     code = {
-        "ours": IMPORTED.format(code="import transformers, modeling_frozen"),
-        "library": IMPORTED.format(code="import transformers"),
-        "alone": IMPORTED.format(code="import modeling_frozen"),
+        "ours": IMPORTED.format(clock=clock, code="import transformers, modeling_frozen"),
+        "library": IMPORTED.format(clock=clock, code="import transformers"),
+        "alone": IMPORTED.format(clock=clock, code="import modeling_frozen"),
     }
     timings = alternate_processes(code, rounds=3 * arguments.rounds)
     report.compare("import transformers, modeling_frozen", timings["ours"], timings["library"])
