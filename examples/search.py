@@ -44,9 +44,9 @@ class Arguments:
     image_column: str = "image"
     caption_column: str = field(default="captions", metadata={"help": "Column of a caption, or a list of them."})
     trainable: list[str] = field(default_factory=lambda: ["connector", "text"])
-    tower_steps: int = field(default=600, metadata={"help": "Steps of training for the tiny tower."})
-    language_model_steps: int = field(default=80, metadata={"help": "Steps of training for the tiny language model."})
-    steps: int = field(default=400, metadata={"help": "Steps of training for the matcher."})
+    tower_steps: int = field(default=1000, metadata={"help": "Steps of training for the tiny tower."})
+    language_model_steps: int = field(default=110, metadata={"help": "Steps of training for the tiny language model."})
+    steps: int = field(default=200, metadata={"help": "Steps of training for the matcher."})
     batch_size: int = 64
     learning_rate: float = 1e-3
     gallery: int = field(default=96, metadata={"help": "How many pictures are searched, at most."})
