@@ -44,7 +44,9 @@ def arguments(output: Path, batch_size: int, fsdp: bool) -> TrainingArguments:
     made = TrainingArguments(
         str(output), per_device_train_batch_size=batch_size, learning_rate=1e-2, max_steps=6, logging_steps=1,
         report_to="none", remove_unused_columns=False, save_strategy="steps", save_steps=3, disable_tqdm=True,
-        use_cpu=True, seed=3, train_sampling_strategy="sequential", **options,
+        use_cpu=True, seed=3, train_sampling_strategy="sequential",
+        ddp_find_unused_parameters=False,  # DDP then waits for the gradient of every parameter that trains
+        **options,
     )  # fmt: skip
     if fsdp and made.device.type == "cpu":
         # On CPUs accelerate passes FSDP by without a word (its list of kinds of machines); the code is the same.
