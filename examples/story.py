@@ -8,12 +8,19 @@ and with the series turned round, which must give the other story: order is seen
 """
 
 import random
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from shapes import Scene, draw, split_scenes
 from tiny_world import Arguments, blinded, exact_match, join_parents, parse, tell, train_connector, write_results
 
 from modeling_frozen.metrics import caption_metrics
+
+
+@dataclass
+class StoryArguments(Arguments):
+    steps: int = 1000
 
 
 OPENINGS = ("once there was", "then came", "in the end there was")
@@ -39,7 +46,7 @@ def make_rows(scenes: list[Scene], count: int, rng: random.Random) -> list[dict[
 
 
 def main() -> dict[str, Any]:
-    args = parse(Arguments)
+    args = parse(StoryArguments)
     model, processor = join_parents(args, write, list(OPENINGS), connector_type="mlp")
     known, held_out = split_scenes()
     train_connector(model, processor, make_rows(known, args.steps * args.batch_size // 4, random.Random(args.seed)), args)
@@ -48,6 +55,7 @@ def main() -> dict[str, Any]:
     said = tell(model, processor, rows, "telling held-out series")
     blind = tell(model, processor, blinded(rows), "blind")
     turned = [{**row, "images": row["images"][::-1], "answer": " ".join(reversed_story(row["answer"]))} for row in rows]
+    told_turned = tell(model, processor, turned, "turned round")
     truth = [[row["answer"]] for row in rows]
     print(f"\nfor example\n  {said[0]}\nwhere right is\n  {rows[0]['answer']}\n")
     return write_results(
@@ -55,11 +63,26 @@ def main() -> dict[str, Any]:
         {
             "exact_match": exact_match(said, rows),
             "blind_exact_match": exact_match(blind, rows),
-            "turned_round_exact_match": exact_match(tell(model, processor, turned, "turned round"), turned),
+            "turned_round_exact_match": exact_match(told_turned, turned),
+            "sentences_right": sentences_right(said, rows),
+            "blind_sentences_right": sentences_right(blind, rows),
+            "turned_round_sentences_right": sentences_right(told_turned, turned),
             "cider": caption_metrics(said, truth)["cider"],
             "blind_cider": caption_metrics(blind, truth)["cider"],
         },
     )
+
+
+def sentences_right(said: list[str], rows: list[dict[str, Any]]) -> float:
+    """Share of all sentences that are right, word for word, in their place."""
+    right = [
+        told.strip() == true.strip()
+        for text, row in zip(said, rows, strict=True)
+        for told, true in zip_longest(
+            text.split(".")[: len(OPENINGS)], row["answer"].split(".")[: len(OPENINGS)], fillvalue=""
+        )
+    ]
+    return sum(right) / len(right)
 
 
 def reversed_story(text: str) -> list[str]:
