@@ -3,7 +3,7 @@
     python examples/train_vqa.py                                          (parents and pictures made here, see `shapes.py`)
     python examples/train_vqa.py --lora_rank 8
     python examples/train_vqa.py --vision TOWER --text MODEL --dataset DATASET --template "Question: {} Answer:"
-    accelerate launch --cpu --num_processes 2 examples/train_vqa.py       (on two processes)
+    torchrun --nproc_per_node 2 examples/train_vqa.py                     (on two processes)
 
 A dataset has the splits train and test, an image column, and `question` and `answer` columns (or `questions` and `answers`,
 lists of as many questions about the picture). Every picture is encoded once and then read from the store. The test split is

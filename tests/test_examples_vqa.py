@@ -33,6 +33,9 @@ def run(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> dict:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *options], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    # Rows of an epoch over those of two steps tell the number of processes.
+    processes = 2 if launcher else 1
+    assert f"'epoch': '{round(2 * 4 * processes / 24, 4)}'" in done.stdout, done.stdout[-2000:]
     return json.loads((folder / "out" / "results.json").read_text())
 
 
@@ -50,5 +53,5 @@ def test_it_trains_saves_and_scores(tmp_path: Path, rank: int) -> None:
 
 @pytest.mark.slow
 def test_on_two_processes(tmp_path: Path) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert run(tmp_path, launcher=launcher)["rows"] == 8
