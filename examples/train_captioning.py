@@ -14,7 +14,6 @@ and, with `--show`, a sheet of photos from a dataset that may be shown. All of `
 
 import json
 import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from modeling_frozen import (
     cache_vision_features,
 )
 from modeling_frozen.metrics import caption_metrics, caption_scores
+from modeling_frozen.plots import plot_sheet
 
 
 KINDS = ("sighted", "blind", "random_connector")
@@ -245,24 +245,13 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def show_sheet(path: Path, model: Any, processor: Any, args: Arguments) -> None:
     """The best, the middle and the worst caption of a test split, by CIDEr, as they came out."""
-    from matplotlib import pyplot
-
     dataset = load_dataset(args.show)
     photos, people = read_split(dataset, "test", args)
     images = photos["image"][:]
     written = write_captions(model, processor, images, args, "to be shown")
     score = caption_scores(written, people)["cider"]
     order = sorted(range(len(images)), key=score.__getitem__, reverse=True)
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 5.2), layout="constrained")
-    chosen = {"best": order[0], "middle": order[len(order) // 2], "worst": order[-1]}
-    for axis, (title, index) in zip(axes, chosen.items(), strict=True):
-        axis.imshow(images[index].convert("RGB"))
-        axis.set_title(f"{title} (CIDEr {score[index]:.2f})")
-        said = textwrap.fill(f"model: {written[index]}", 46)
-        axis.set_xlabel(said + "\n" + textwrap.fill(f"a person: {people[index][0].strip()}", 46), loc="left")
-        axis.set_xticks([]), axis.set_yticks([])
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    plot_sheet(images, written, people, score, path, score_name="CIDEr")
     with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
         for index in order:
             row = {"photo": index, "caption": written[index], "people": people[index], "cider": score[index]}
