@@ -286,7 +286,9 @@ class PrefixCacheMixin:
         return self._without_cache(*padded_left(*together), _joined(prefix.media, media))
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, prefix_cache: PrefixCache | None = None, **kwargs: Any):
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args: Any, prefix_cache: PrefixCache | None = None, **kwargs: Any
+    ) -> Any:
         """
         As `GenerationMixin.generate`, and with `prefix_cache` from there on.
 
