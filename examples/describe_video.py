@@ -2,8 +2,8 @@
 
     python examples/describe_video.py --output_dir video_output
 
-A shape moves from one place to another; four frames of it go through the tower, and one connector reads them together, with
-their time (`video_pooling="connector"`). The language model has read sentences about such films, and never saw a picture.
+A shape moves from one place to another; three frames of it go through the tower and the connector, one after the other. The
+language model has read sentences about such films, and never saw a picture.
 Asked are films of scenes that nobody met in training; beside the score stand those of the same model with another film
 (*blind*) and with the film run backwards, where start and end must change places.
 """
@@ -17,7 +17,12 @@ from shapes import PLACES, Scene, draw, split_scenes
 from tiny_world import Arguments, blinded, exact_match, join_parents, parse, tell, train_connector, write_results
 
 
-FRAMES = 4
+@dataclass
+class FilmArguments(Arguments):
+    steps: int = 800
+
+
+FRAMES = 3
 QUESTIONS = ("what colour ?", "what shape ?", "where from ?", "where to ?")
 
 
@@ -37,11 +42,13 @@ class Film:
         found = (self.scene.colour, self.scene.shape, self.scene.place, self.end)
         return f"{found[QUESTIONS.index(question)]} ."
 
+    @property
+    def scenes(self) -> list[Scene]:
+        """The first and the last as the film says, and one between."""
+        return [replace(self.scene, place=place) for place in (self.scene.place, "in the middle", self.end)]
+
     def frames(self, rng: random.Random) -> list[Image.Image]:
-        """The first and the last as the film says, and two between."""
-        middle = "in the middle"
-        places = [self.scene.place, middle, middle, self.end]
-        return [draw(replace(self.scene, place=place), rng) for place in places]
+        return [draw(scene, rng) for scene in self.scenes]
 
 
 def make_film(rng: random.Random, scenes: list[Scene]) -> Film:
@@ -51,10 +58,11 @@ def make_film(rng: random.Random, scenes: list[Scene]) -> Film:
 
 
 def write(rng: random.Random, scenes: list[Scene]) -> str:
-    """What the language model reads: a sentence about a film, and questions about it."""
+    """What the language model reads: the scenes of a film, a sentence about it, and questions."""
     film = make_film(rng, scenes)
     asked = rng.sample(QUESTIONS, len(QUESTIONS))
-    return " ".join([film.sentence, *(f"{question} {film.answer(question)}" for question in asked)])
+    told = [*(scene.sentence for scene in film.scenes), film.sentence]
+    return " ".join([*told, *(f"{question} {film.answer(question)}" for question in asked)])
 
 
 def make_rows(scenes: list[Scene], count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -79,16 +87,13 @@ def first_sentence(said: list[str]) -> list[str]:
 
 
 def main() -> dict[str, Any]:
-    args = parse(Arguments)
+    args = parse(FilmArguments)
     model, processor = join_parents(
         args,
         write,
         ["from to", *QUESTIONS],
         num_frames=FRAMES,
-        video_pooling="connector",
-        connector_type="resampler",
-        prefix_length=8,
-        connector_config={"hidden_size": 96, "num_heads": 4, "num_layers": 2, "position_embedding": True},
+        connector_type="mlp",
     )
     known, held_out = split_scenes()
     train_connector(model, processor, make_rows(known, args.steps * args.batch_size // 4, random.Random(args.seed)), args)

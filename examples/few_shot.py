@@ -35,7 +35,7 @@ class FewShotArguments(Arguments):
     shots: str = field(default="1,3,5", metadata={"help": "Pictures of each category, one score for each number."})
     repeats: int = field(default=1, metadata={"help": "How often the pictures of an episode are shown."})
     episodes: int = field(default=100, metadata={"help": "Episodes for each score."})
-    language_model_steps: int = 1200
+    language_model_steps: int = 600
 
 
 @dataclass
@@ -65,7 +65,7 @@ def write(rng: random.Random, scenes: list[Scene]) -> str:
     """What the language model reads: an episode in words, or a sentence with questions."""
     if rng.random() < 0.3:
         return sentence_and_questions(rng, scenes)
-    episode = make_episode(rng, scenes, ways=2, shots=rng.randint(2, 5))
+    episode = make_episode(rng, scenes, ways=2, shots=rng.randint(1, 3))
     shown = [*episode.support, (episode.query, episode.answer)]
     text = "".join(f"{scene.sentence}{QUESTION}{name} . " for scene, name in shown)
     return INDUCTION.format(names=" or ".join(episode.names)) + text.strip()

@@ -25,7 +25,7 @@ class Arguments:
     vision: str | None = field(default=None, metadata={"help": "A vision tower of your own: Hub id or folder."})
     text: str | None = field(default=None, metadata={"help": "A language model of your own: Hub id or folder."})
     tower_steps: int = field(default=500, metadata={"help": "Steps of training for the tiny tower."})
-    language_model_steps: int = field(default=300, metadata={"help": "Steps of training for the tiny language model."})
+    language_model_steps: int = field(default=200, metadata={"help": "Steps of training for the tiny language model."})
     steps: int = field(default=600, metadata={"help": "Steps of training for the connector."})
     batch_size: int = 16
     learning_rate: float = 3e-3
