@@ -218,6 +218,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--parents-learning-rate", type=float, default=2e-4)
+    parser.add_argument("--connector-type", default="linear", help="of ours; the library's image side is linear")
     parser.add_argument("--projection-dim", type=int, default=256)
     parser.add_argument("--output", default="retrieval.json")
     args = parser.parse_args(arguments)
@@ -225,7 +226,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     def make(trainable: tuple[str, ...]) -> FrozenPrefixForImageTextRetrieval:
         return FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(
             args.tower, args.text_model, trainable=trainable, vision_feature_select_strategy="pooled", prefix_length=1,
-            connector_type="mlp", text_pooling="mean", projection_dim=args.projection_dim,
+            connector_type=args.connector_type, text_pooling="mean", projection_dim=args.projection_dim,
         )  # fmt: skip
 
     model = make(("connector",))
