@@ -13,7 +13,8 @@ anew in each. How it bridges the two is what is measured; read the scores agains
 
 What comes out, honestly: in the minutes that a default run takes, so small a language model learns to answer with a name of
 the episode, and not yet to bind it (*told* in words it is near chance too, so no connector could do better). Read `told`
-first: where it is high (more `--language_model_steps`, or a `--text` of your own that learns in context), the others say something.
+first: where it is high (more `--language_model_steps`, or a `--text` of your own that learns in context), the others say
+something.
 """
 
 import random
