@@ -11,10 +11,10 @@ Nobody is trained on such episodes with pictures. The connector learns captions 
 the language model, as in the paper, must be able to learn in context, and so has read episodes in words, the names bound
 anew in each. How it bridges the two is what is measured; read the scores against chance, one in `--ways`.
 
-What comes out, honestly: in the minutes that a default run takes, so small a language model learns to answer with a name of
-the episode, and not yet to bind it (*told* in words it is near chance too, so no connector could do better). Read `told`
-first: where it is high (more `--language_model_steps`, or a `--text` of your own that learns in context), the others say
-something.
+What comes out, honestly: after a short run (250 steps of the language model, 150 of the connector, 50 episodes) 0.40 and
+0.58 are named right with 1 and 3 shots, blind 0.40 and 0.50, chance 0.50; told in words it was 0.54 and 0.60. So small and
+short-trained, the language model itself hardly binds names, and no connector could do better. Read `told` first: where it is
+high (more `--language_model_steps`, or a `--text` of your own that learns in context), the others say something.
 """
 
 import random
