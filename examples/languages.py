@@ -5,12 +5,8 @@ some of its texts the first sentence lacks the colour: then it can only guess th
 """
 
 import random
-from pathlib import Path
 
-import torch
-from shapes import Scene, _optimize, split_scenes
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from shapes import Scene, split_scenes
 
 
 LANGUAGES = ("English", "German", "French", "Czech")
@@ -62,41 +58,14 @@ def tell(scene: Scene, language: str, hide_colour: bool = False) -> str:
     return " ".join([*order, "."])
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word of all four languages."""
-    texts = [tell(scene, one) for half in split_scenes() for scene in half for one in LANGUAGES]
-    names = [*LANGUAGES, ":", HIDDEN]
-    words = ["<pad>", "<s>", "</s>", *sorted({*names, *(word for text in texts for word in text.split())})]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
-    )
+def words() -> list[str]:
+    """All sentences of all four languages, and what stands between them."""
+    sentences = [tell(scene, one) for half in split_scenes() for scene in half for one in LANGUAGES]
+    return [*LANGUAGES, ":", HIDDEN, *sentences]
 
 
-def train_language_model(folder: Path, steps: int, seed: int) -> None:
-    """A small Llama on texts that tell one scene in two languages after each other."""
-    torch.manual_seed(seed)
-    rng, tokenizer, (known, _) = random.Random(seed), make_tokenizer(), split_scenes()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.08,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-
-    def text() -> str:
-        scene, (first, second) = rng.choice(known), rng.sample(LANGUAGES, 2)
-        start = tell(scene, first, hide_colour=rng.random() < 0.3)
-        return f"{first} : {start} {second} : {tell(scene, second)} </s>"
-
-    def loss_of_step(_: int) -> torch.Tensor:
-        batch = tokenizer([text() for _ in range(32)], return_tensors="pt", padding=True, padding_side="right")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
-
-    _optimize(model, steps, 3e-3, "language model (sentences of four languages)", loss_of_step)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def write(rng: random.Random, scenes: list[Scene]) -> str:
+    """A text for the language model: one scene in two languages."""
+    scene, (first, second) = rng.choice(scenes), rng.sample(LANGUAGES, 2)
+    start = tell(scene, first, hide_colour=rng.random() < 0.3)
+    return f"{first} : {start} {second} : {tell(scene, second)}"

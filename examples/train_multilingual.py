@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, Value, load_dataset
-from languages import LANGUAGES, tell, train_language_model
-from shapes import draw, split_scenes, train_tower
+from languages import LANGUAGES, tell, words, write
+from shapes import draw, split_scenes, train_language_model, train_tower
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import (
@@ -101,16 +101,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args, training = HfArgumentParser((Arguments, MultilingualTrainingArguments)).parse_args_into_dataclasses(arguments)
     folder = Path(training.output_dir)
     set_seed(training.seed)
-    tower, words = args.vision or str(folder / "tower"), args.text or str(folder / "language_model")
+    tower, text = args.vision or str(folder / "tower"), args.text or str(folder / "language_model")
     if args.vision is None and not (Path(tower) / "config.json").is_file():
         train_tower(Path(tower), 1000, training.seed)
-    if args.text is None and not (Path(words) / "config.json").is_file():
-        train_language_model(Path(words), args.language_model_steps, training.seed)
+    if args.text is None and not (Path(text) / "config.json").is_file():
+        train_language_model(Path(text), args.language_model_steps, training.seed, write, words())
     limits = {"train": args.pictures, "test": args.test_pictures}
     data = {split: read(args, split, limit, training.seed) for split, limit in limits.items()}
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
         tower,
-        words,
+        text,
         connector_type=args.connector,
         connector_config=json.loads(args.connector_config),
         prefix_length=args.prefix_length,

@@ -24,7 +24,7 @@ def languages(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_sentences_of_each_language(languages) -> None:
-    from shapes import Scene, split_scenes
+    from shapes import Scene, make_tokenizer, split_scenes
 
     cross = Scene("large", "green", "cross", "in the middle")
     assert languages.tell(cross, "English") == "a large green cross in the middle ."
@@ -32,7 +32,7 @@ def test_sentences_of_each_language(languages) -> None:
     assert languages.tell(cross, "French") == "une grande croix verte au milieu ."
     assert languages.tell(cross, "Czech") == "velký zelený kříž uprostřed ."
     assert languages.tell(cross, "French", hide_colour=True) == "une grande croix [?] au milieu ."
-    tokenizer = languages.make_tokenizer()
+    tokenizer = make_tokenizer(languages.words())
     for half in split_scenes():
         for scene in half:
             for language in languages.LANGUAGES:
