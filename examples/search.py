@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset, load_from_disk
+from PIL import ImageOps
 from shapes import draw, split_scenes, train_language_model, train_tower
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
@@ -119,15 +120,15 @@ def recommend(index: Dataset, embeds: torch.Tensor, liked: Sequence[int], count:
 def draw_sheet(path: Path, pictures: Dataset, lines: list[tuple[str, list[int], list[str]]]) -> None:
     """One line per question: its words, then the pictures that were found, each with what is written beneath it."""
     width = max(len(found) for _, found, _ in lines)
-    figure, axes = plt.subplots(len(lines), width, figsize=(1.9 * width, 2.5 * len(lines)), squeeze=False)
+    figure, axes = plt.subplots(len(lines), width, figsize=(1.9 * width, 2.7 * len(lines)), squeeze=False)
     for line, (title, found, notes) in zip(axes, lines, strict=True):
         for axis in line:
             axis.set_axis_off()
         for axis, row, note in zip(line, found, notes, strict=False):
-            axis.imshow(pictures[int(row)]["image"])
+            axis.imshow(ImageOps.fit(pictures[int(row)]["image"].convert("RGB"), (160, 160)))
             axis.text(0.5, -0.04, note, transform=axis.transAxes, fontsize=8, ha="center", va="top")
         line[0].text(0, 1.06, title, transform=line[0].transAxes, fontsize=11, fontweight="bold", va="bottom")
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.96, bottom=0.04, wspace=0.08, hspace=0.3)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.96, bottom=0.04, wspace=0.08, hspace=0.42)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -172,7 +173,7 @@ def main() -> dict:
         results["chance_of_that"] = rest.count("red") / len(rest)
 
     lines = [(f"“{textwrap.shorten(query, 90)}”", found, [""] * 8) for query, found in zip(queries, by_words, strict=True)]
-    notes = [textwrap.fill(found[0], 24) for found in by_picture]
+    notes = [textwrap.fill(textwrap.shorten(found[0], 66), 24) for found in by_picture]
     lines += [("Words found for each picture:", chosen, notes)]
     lines += [("Three that somebody liked, and five recommended:", [*liked, *offered], ["liked"] * 3 + ["offered"] * 5)]
     draw_sheet(args.output_dir / "sheet.png", gallery, lines)
