@@ -183,6 +183,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def memory_limit() -> int:
+    """What a worker may take: most of the machine's memory, so that one which needs more ends by itself."""
+    return int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def run_apart(kind: str, folder: str, sizes: parents.Sizes, args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """[`train`] in a process of its own: memory's high-water mark never falls within one."""
     settings = {**vars(args), **sizes.as_dict(), **changes}
@@ -190,9 +195,38 @@ def run_apart(kind: str, folder: str, sizes: parents.Sizes, args: argparse.Names
     for name in (*sizes.as_dict(), "pictures", "epochs", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(settings[name])]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    if done.returncode and "not enough memory" in done.stderr:
+        return {"peak": memory_limit(), "ran_out": True}
     if done.returncode:
         raise RuntimeError(f"{kind} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(
+    name: str,
+    report: timing.Report,
+    found: dict[str, list[dict[str, Any]]],
+    memory: dict[str, dict[str, Any]],
+    args: argparse.Namespace,
+) -> None:
+    """The rows of one vocabulary."""
+    first = {kind: timing.Timing(kind, [one["epochs"][0] for one in runs]) for kind, runs in found.items()}
+    later = {kind: timing.Timing(kind, [s for one in runs for s in one["epochs"][1:]]) for kind, runs in found.items()}
+    report.compare(f"{name}: first epoch, store included", first["ours"], first["llava"], bar=1.0, unit="s", scale=1)
+    report.compare(f"{name}: later epochs", later["ours"], later["llava"], bar=1 / 3, unit="s", scale=1)
+    for what, above in (("peak memory", False), ("peak above weights", True)):
+        taken = {
+            kind: timing.Timing(kind, [one["peak"] - (one["weights"] if above else 0) for one in runs])
+            for kind, runs in found.items()
+        }
+        report.compare(f"{name}: {what}", taken["ours"], taken["llava"], bar=0.5, unit="MB", scale=1e-6)
+    if memory:
+        values = {kind: timing.Timing(kind, [one["peak"]]) for kind, one in memory.items()}
+        what = f"{name}: peak memory, batch {args.short_batch} of short captions"
+        what += " (LLaVA ran out of it)" if memory["llava"].get("ran_out") else ""
+        report.compare(what, values["ours"], values["llava"], bar=0.5, unit="MB", scale=1e-6)
+    loss = {kind: runs[0]["losses"][-1] for kind, runs in found.items()}
+    report.figure(f"{name}: loss of the last epoch", loss["ours"], "nats", limit=loss["llava"], bar=loss["llava"] * 1.001)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -208,6 +242,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     timing.add_arguments(parser, rounds=2)
     args = parser.parse_args(arguments)
     if args.worker:
+        if not torch.cuda.is_available():  # a GPU's driver reserves more addresses than there is memory
+            resource.setrlimit(resource.RLIMIT_AS, (memory_limit(), memory_limit()))
         print(json.dumps(train(args.worker, Path(args.folder), parents.sizes_of(args), args)))
         return {}
     report = timing.Report(
@@ -221,6 +257,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for turn in range(args.rounds):
                 for kind in ("ours", "llava") if turn % 2 else ("llava", "ours"):
                     found[kind].append(run_apart(kind, folder, sizes, args))
+            memory = {}
             if args.short_batch:
                 short = {
                     "text_length": 12,
@@ -230,25 +267,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 }
                 small = dataclasses.replace(sizes, text_length=12)
                 memory = {kind: run_apart(kind, folder, small, args, **short) for kind in found}
-        name = f"vocabulary {vocab_size:,}"
-        first = {kind: timing.Timing(kind, [one["epochs"][0] for one in runs]) for kind, runs in found.items()}
-        later = {kind: timing.Timing(kind, [s for one in runs for s in one["epochs"][1:]]) for kind, runs in found.items()}
-        report.compare(f"{name}: first epoch, store included", first["ours"], first["llava"], bar=1.0, unit="s", scale=1)
-        report.compare(f"{name}: later epochs", later["ours"], later["llava"], bar=1 / 3, unit="s", scale=1)
-        for what, key in (("peak memory", "peak"), ("peak above weights", None)):
-            bytes_of = {
-                kind: timing.Timing(kind, [one["peak"] - (0 if key else one["weights"]) for one in runs])
-                for kind, runs in found.items()
-            }
-            report.compare(f"{name}: {what}", bytes_of["ours"], bytes_of["llava"], bar=0.5, unit="MB", scale=1e-6)
-        if args.short_batch:
-            values = {kind: timing.Timing(kind, [one["peak"]]) for kind, one in memory.items()}
-            report.compare(
-                f"{name}: peak memory, batch {args.short_batch} of short captions",
-                values["ours"], values["llava"], bar=0.5, unit="MB", scale=1e-6,
-            )  # fmt: skip
-        loss = {kind: runs[0]["losses"][-1] for kind, runs in found.items()}
-        report.figure(f"{name}: loss of the last epoch", loss["ours"], "nats", limit=loss["llava"], bar=loss["llava"] * 1.001)
+        compare(f"vocabulary {vocab_size:,}", report, found, memory, args)
+        report.save(args.output)
     report.print()
     report.save(args.output)
     return {"rows": report.rows}
