@@ -3,7 +3,8 @@
     python -m benchmarks.loading --output loading.json
 
 Every timing is taken in a fresh Python, as a user's script meets it (with the files in the system's cache); `--warm` times it
-again and again in one process too.
+again and again in one process too. There are three things to load, not two, so the floor is the two parents and the plainest
+model that the library can load, one matrix as large as the connector: what the library's `from_pretrained` costs by itself.
 """
 
 import argparse
@@ -28,8 +29,24 @@ OURS = 'model = modeling_frozen.FrozenPrefixForConditionalGeneration.from_pretra
 BOTH = (
     'parents = CLIPVisionModel.from_pretrained("{tower}"{options}), AutoModelForCausalLM.from_pretrained("{words}"{options})'
 )
+THIRD = """
+class ThirdConfig(transformers.PreTrainedConfig):
+    model_type = "third"
+    width: int = 8
+
+class Third(transformers.PreTrainedModel):
+    config_class = ThirdConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.matrix = torch.nn.Linear(config.width, config.width, bias=False)
+        self.post_init()
+"""
+FLOOR = BOTH + '; third = Third.from_pretrained("{third}"{options})'
 # Classes are imported when they are first used; that is no part of loading.
-IMPORTS = "modeling_frozen.FrozenPrefixForConditionalGeneration, transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel"
+IMPORTS = (
+    "modeling_frozen.FrozenPrefixForConditionalGeneration, transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel" + THIRD
+)
 
 IMPORTED = "import time; start = time.{clock}(); {code}; print(time.{clock}() - start)"
 
@@ -48,19 +65,22 @@ def main(arguments: argparse.Namespace) -> Report:
             "eyes": str(eyes),
             "tower": model.config.vision_base_model["name_or_path"],
             "words": model.config.text_base_model["name_or_path"],
+            "third": str(Path(folder) / "third"),
         }
         connector = sum(p.numel() * p.element_size() for p in model.model.connector.parameters())
         parents = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+        save_third(places["third"], connector)
         del model
         for name, options in (("", ""), (", bfloat16", ", dtype=torch.bfloat16")):
             code = {
                 key: TIMED.format(
                     clock=CLOCKS[arguments.clock].__name__, imports=IMPORTS, load=load.format(**places, options=options)
                 )
-                for key, load in (("ours", OURS), ("both", BOTH))
+                for key, load in (("ours", OURS), ("both", BOTH), ("floor", FLOOR))
             }
             timings = alternate_processes(code, rounds=arguments.rounds)
             report.compare(f"from_pretrained, to both parents{name}", timings["ours"], timings["both"], bar=1.1)
+            report.compare(f"from_pretrained, to the floor{name}", timings["ours"], timings["floor"])
         if arguments.warm:
             warm(places, arguments, report)
         written = sum(file.stat().st_size for file in eyes.iterdir())
@@ -71,6 +91,16 @@ def main(arguments: argparse.Namespace) -> Report:
     report.print()
     report.save(arguments.output)
     return report
+
+
+def save_third(folder: str, size: int) -> None:
+    """A model of one square matrix of about `size` bytes."""
+    import torch
+    import transformers
+
+    space = {"torch": torch, "transformers": transformers}
+    exec(THIRD, space)
+    space["Third"](space["ThirdConfig"](width=round((size / 4) ** 0.5))).save_pretrained(folder)
 
 
 def warm(places: dict[str, str], arguments: argparse.Namespace, report: Report) -> None:
