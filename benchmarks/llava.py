@@ -195,7 +195,7 @@ def run_apart(kind: str, folder: str, sizes: parents.Sizes, args: argparse.Names
     for name in (*sizes.as_dict(), "pictures", "epochs", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(settings[name])]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
-    if done.returncode and "not enough memory" in done.stderr:
+    if done.returncode and "DefaultCPUAllocator" in done.stderr:
         return {"peak": memory_limit(), "ran_out": True}
     if done.returncode:
         raise RuntimeError(f"{kind} failed:\n{done.stderr[-3000:]}")
