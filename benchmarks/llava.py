@@ -219,12 +219,12 @@ def compare(
             kind: timing.Timing(kind, [one["peak"] - (one["weights"] if above else 0) for one in runs])
             for kind, runs in found.items()
         }
-        report.compare(f"{name}: {what}", taken["ours"], taken["llava"], bar=0.5, unit="MB", scale=1e-6)
+        report.compare(f"{name}: {what}", taken["ours"], taken["llava"], unit="MB", scale=1e-6)
     if memory:
         values = {kind: timing.Timing(kind, [one["peak"]]) for kind, one in memory.items()}
         what = f"{name}: peak memory, batch {args.short_batch} of short captions"
         what += " (LLaVA ran out of it)" if memory["llava"].get("ran_out") else ""
-        report.compare(what, values["ours"], values["llava"], bar=0.5, unit="MB", scale=1e-6)
+        report.compare(what, values["ours"], values["llava"], unit="MB", scale=1e-6)
     loss = {kind: runs[0]["losses"][-1] for kind, runs in found.items()}
     report.figure(f"{name}: loss of the last epoch", loss["ours"], "nats", limit=loss["llava"], bar=loss["llava"] * 1.001)
 
