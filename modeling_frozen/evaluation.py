@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .image_reading import digest_of_image
 from .metrics import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
 from .modeling_frozen_prefix_pretrained import CONNECTING
 
@@ -299,7 +299,7 @@ def _read(
             {
                 "index": index,
                 "images": images,
-                "keys": [content_key(image) for image in images],
+                "keys": [digest_of_image(image, None, {}).hex() for image in images],
                 "prompt": row[prompt_column] if row.get(prompt_column) is not None else prompt,
                 "references": _references(index, row, references_column),
             }
@@ -319,19 +319,6 @@ def _references(index: int, row: Mapping[str, Any], column: str | None) -> list[
         raise ValueError(f"Row {index} has no references in {list(names)} (its columns: {sorted(row)}): name the column.")
     found = [found] if isinstance(found, str) else list(found)
     return [one["answer"] if isinstance(one, Mapping) else str(one) for one in found]
-
-
-def content_key(image: Any) -> str:
-    """A name for what an image shows: equal for equal contents."""
-    if isinstance(image, Image.Image):
-        content = repr((image.mode, image.size)).encode() + image.tobytes()
-    elif isinstance(image, Mapping):
-        content = image["bytes"] if image.get("bytes") is not None else str(image["path"]).encode()
-    elif isinstance(image, str | Path):
-        content = str(image).encode()
-    else:
-        content = torch.as_tensor(image).cpu().contiguous().numpy().tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _others_pictures(rows: list[dict[str, Any]], seed: int) -> list[int]:

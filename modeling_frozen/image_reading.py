@@ -25,7 +25,7 @@ Found = bytes | list[bytes | None] | None
 _CHUNK = 64  # rows that a worker hashes at a time
 
 
-def _digest_of_image(value: Any, mode: str | None, known: dict[str, bytes]) -> bytes | None:
+def digest_of_image(value: Any, mode: str | None, known: dict[str, bytes]) -> bytes | None:
     """16 bytes that tell an image by its content: by its file, which is not decoded, else by its pixels."""
     if value is None:
         return None
@@ -116,8 +116,8 @@ class Hashing(Dataset):
 
     def of(self, value: Any) -> Found:
         if isinstance(value, list | tuple):
-            return [_digest_of_image(one, self.mode, self.known) for one in value]
-        return _digest_of_image(value, self.mode, self.known)
+            return [digest_of_image(one, self.mode, self.known) for one in value]
+        return digest_of_image(value, self.mode, self.known)
 
 
 class Prepare:

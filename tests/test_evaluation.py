@@ -99,6 +99,18 @@ def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, An
         evaluate(*joined, split(1), **GENERATE)
 
 
+def test_copies_under_another_name_are_the_same_picture(tmp_path: Path) -> None:
+    from modeling_frozen.evaluation import _read
+
+    names = ["first.png", "copy.png", "other.png"]
+    for name, colour in zip(names, ("red", "red", "blue"), strict=True):
+        Image.new("RGB", (4, 4), COLOURS[colour]).save(tmp_path / name)
+    paths = [str(tmp_path / name) for name in names]
+    for images in (paths, [{"path": path, "bytes": None} for path in paths]):
+        keys = [row["keys"] for row in _read([{"image": one, "text": "a"} for one in images], "image", "prompt", None, "")]
+        assert keys[0] == keys[1] != keys[2]
+
+
 def test_answers_of_vqa(joined: tuple[Any, Any]) -> None:
     data = [{"image": row["image"], "prompt": "what colour ?", "answers": [{"answer": "red"}] * 10} for row in split(4)]
     result = evaluate(*joined, data, task="vqa", kinds=("sighted", "blind"), postprocess=lambda text: "red", **GENERATE)
