@@ -120,6 +120,14 @@ def blind_picture(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size, (128, 128, 128))
 
 
+def tab(label: str, name: str, alt_text: str) -> gr.Image:
+    """A tab with a figure that can be enlarged and kept."""
+    with gr.Tab(label):
+        return gr.Image(
+            show_label=False, interactive=False, buttons=["download", "fullscreen"], elem_id=name, alt_text=alt_text
+        )
+
+
 def build_page(
     demo: Demo, title: str, max_new_tokens: int, pictures: list[str], questions: list[str], first_sentence: bool
 ) -> gr.Blocks:
@@ -149,30 +157,10 @@ def build_page(
                     answer = gr.Textbox(label="Sighted: sees your picture", lines=3, elem_id="answer")
                     blind = gr.Textbox(label="Blind: sees a plain grey one", lines=3, elem_id="blind")
                 with gr.Tabs():
-                    with gr.Tab("Where it looks"):
-                        looked = gr.Image(
-                            show_label=False,
-                            interactive=False,
-                            buttons=["download", "fullscreen"],
-                            elem_id="looked",
-                            alt_text="Attention of each word, drawn over the picture",
-                        )
-                    with gr.Tab("What each word owes to the picture"):
-                        owed = gr.Image(
-                            show_label=False,
-                            interactive=False,
-                            buttons=["download", "fullscreen"],
-                            elem_id="owed",
-                            alt_text="Each word of the answer on the colour of its loss in nats",
-                        )
-                    with gr.Tab("What the prefix says"):
-                        words = gr.Image(
-                            show_label=False,
-                            interactive=False,
-                            buttons=["download", "fullscreen"],
-                            elem_id="words",
-                            alt_text="The nearest words to each prefix vector, as a table",
-                        )
+                    looked = tab("Where it looks", "looked", "Attention of each word, drawn over the picture")
+                    colours = "Each word of the answer on the colour of its loss in nats"
+                    owed = tab("What each word owes to the picture", "owed", colours)
+                    words = tab("What the prefix says", "words", "The nearest words to each prefix vector, as a table")
                 note = gr.Markdown(elem_id="note")
 
         def respond(picture: Any, text: str, tokens: float, short: bool, as_chat: bool, deep: bool) -> Iterator[dict]:

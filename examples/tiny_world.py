@@ -33,6 +33,21 @@ class Arguments:
     seed: int = 0
 
 
+@dataclass
+class StoreTrainingArguments(TrainingArguments):
+    """Defaults of the examples that train a connector from stored features."""
+
+    learning_rate: float = 3e-3
+    num_train_epochs: float = 4
+    per_device_train_batch_size: int = 32
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.02
+    logging_steps: float = 50
+    save_strategy: str = "no"
+    report_to: str = "none"
+    remove_unused_columns: bool = False  # the collator reads the features
+
+
 def parse(arguments_class: type = Arguments) -> Any:
     """Arguments of the command line, and the clock started."""
     (args,) = HfArgumentParser(arguments_class).parse_args_into_dataclasses()

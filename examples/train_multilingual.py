@@ -18,7 +18,8 @@ from typing import Any
 from datasets import Dataset, Features, Image, Value, load_dataset
 from languages import LANGUAGES, tell, words, write
 from shapes import draw, split_scenes, train_language_model, train_tower
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from tiny_world import StoreTrainingArguments
+from transformers import HfArgumentParser, Trainer, set_seed
 
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
@@ -51,17 +52,8 @@ class Arguments:
 
 
 @dataclass
-class MultilingualTrainingArguments(TrainingArguments):
+class MultilingualTrainingArguments(StoreTrainingArguments):
     output_dir: str = "multilingual"
-    learning_rate: float = 3e-3
-    num_train_epochs: float = 4
-    per_device_train_batch_size: int = 32
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.02
-    logging_steps: float = 50
-    save_strategy: str = "no"
-    report_to: str = "none"
-    remove_unused_columns: bool = False  # the collator reads the features
 
 
 def told(image: Any, sentences: dict[str, str], hidden: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:

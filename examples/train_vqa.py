@@ -20,7 +20,8 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, Features, Image, Value, load_dataset
 from shapes import QUESTIONS, draw, split_scenes, train_language_model, train_tower
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from tiny_world import StoreTrainingArguments
+from transformers import HfArgumentParser, Trainer, set_seed
 
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
@@ -46,17 +47,8 @@ class Arguments:
 
 
 @dataclass
-class VQATrainingArguments(TrainingArguments):
+class VQATrainingArguments(StoreTrainingArguments):
     output_dir: str = "vqa"
-    learning_rate: float = 3e-3
-    num_train_epochs: float = 4
-    per_device_train_batch_size: int = 32
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.02
-    logging_steps: float = 50
-    save_strategy: str = "no"
-    report_to: str = "none"
-    remove_unused_columns: bool = False  # the collator reads the features
 
 
 def made_here(count: int, held_out: bool, seed: int) -> Iterable[dict[str, Any]]:
