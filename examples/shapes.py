@@ -113,7 +113,8 @@ def make_tokenizer(more: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     )
 
 
-def _optimize(model: nn.Module, steps: int, learning_rate: float, what: str, loss_of_step) -> None:
+def optimize(model: nn.Module, steps: int, learning_rate: float, what: str, loss_of_step) -> None:
+    """AdamW with one cycle of the learning rate; `loss_of_step` makes the loss of each."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     model.train()
@@ -160,21 +161,25 @@ def train_language_model(
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
 
-    _optimize(model, steps, 3e-3, "language model (sentences only)", loss_of_step)
+    optimize(model, steps, 3e-3, "language model (sentences only)", loss_of_step)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def train_tower(folder: Path, steps: int, seed: int) -> None:
-    """A small ResNet that tells the four properties of a picture apart, as numbers."""
-    torch.manual_seed(seed)
-    rng, (known, _) = random.Random(seed), split_scenes()
-    processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
+def make_tower() -> tuple[ResNetModel, ViTImageProcessorPil]:
+    """A small ResNet, untrained, (16 positions, 96 wide), and what prepares its pictures."""
     config = ResNetConfig(
         embedding_size=24, hidden_sizes=[24, 48, 96], depths=[1, 1, 1], layer_type="basic", downsample_in_first_stage=False
     )
     config.image_size = SIDE
-    model = ResNetModel(config)
+    return ResNetModel(config), ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
+
+
+def train_tower(folder: Path, steps: int, seed: int) -> None:
+    """The small ResNet, that tells the four properties of a picture apart, as numbers."""
+    torch.manual_seed(seed)
+    rng, (known, _) = random.Random(seed), split_scenes()
+    model, processor = make_tower()
     heads = nn.ModuleList(nn.Linear(96 * 16, len(names)) for names in (SIZES, COLOURS, SHAPES, PLACES))
 
     def loss_of_step(_: int) -> torch.Tensor:
@@ -185,6 +190,6 @@ def train_tower(folder: Path, steps: int, seed: int) -> None:
         losses = [nn.functional.cross_entropy(head(features), labels[:, i]) for i, head in enumerate(heads)]
         return torch.stack(losses).sum()
 
-    _optimize(nn.ModuleList([model, heads]), steps, 3e-3, "vision tower (pictures only)", loss_of_step)
+    optimize(nn.ModuleList([model, heads]), steps, 3e-3, "vision tower (pictures only)", loss_of_step)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
