@@ -78,8 +78,8 @@ def join_parents(
     return model, FrozenPrefixProcessor.from_model(model)
 
 
-def train_connector(model: Any, processor: Any, rows: list[dict[str, Any]], args: Arguments) -> None:
-    """By plain Trainer; the parents stay as they are."""
+def train_connector(model: Any, processor: Any, rows: Any, args: Arguments, callbacks: list[Any] | None = None) -> None:
+    """By plain Trainer; the parents stay as they are. `rows` are a list or a dataset, `callbacks` Trainer's."""
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -90,6 +90,7 @@ def train_connector(model: Any, processor: Any, rows: list[dict[str, Any]], args
         train_dataset=rows,
         data_collator=DataCollatorForFrozenPrefix(processor),
         processing_class=processor,
+        callbacks=callbacks,
     )  # fmt: skip
     trainer.train()
     model.eval()
