@@ -101,7 +101,7 @@ class MediaMixin:
             features, mask, outputs = self._look(pixel_values, options, kwargs)
         if image_index is not None:
             image_index = _checked_index(image_index, len(features)).to(features.device)
-            if _draws(self.connector):
+            if draws(self.connector):
                 # Dropout falls on each use by itself, as if the image had been encoded for each.
                 features, mask = features[image_index], None if mask is None else mask[image_index.to(mask.device)]
                 image_index = None
@@ -464,7 +464,7 @@ def _checked_index(index: torch.Tensor, count: int) -> torch.Tensor:
     return index
 
 
-def _draws(module: nn.Module) -> bool:
+def draws(module: nn.Module) -> bool:
     """Whether a module's output is random: it trains with dropout."""
     return module.training and any(isinstance(one, nn.Dropout) and one.p > 0 or _drops(one) for one in module.modules())
 
@@ -542,4 +542,4 @@ class MediaGenerationMixin:
         return expanded
 
 
-__all__ = ["MEDIA_INPUTS", "MediaGenerationMixin", "MediaMixin", "take_media"]
+__all__ = ["MEDIA_INPUTS", "MediaGenerationMixin", "MediaMixin", "draws", "take_media"]

@@ -42,6 +42,7 @@ from .modalities import MediaGenerationMixin, MediaMixin
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel, parts_to_build
 from .prefix_cache import PrefixCacheMixin
 from .prefix_merging import PaddedLogitsProcessorList, pad_right, position_ids_from_mask
+from .shared_reading import SharedLead, SharedReadingMixin
 from .vision_towers import build_vision_tower
 
 
@@ -125,7 +126,7 @@ class FrozenPrefixCausalLMOutputWithPast(ModelOutput):
     audio_hidden_states: torch.FloatTensor | None = None
 
 
-class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
+class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedModel):
     """
     Towers, connectors and language model; gives hidden states, without the head's logits.
 
@@ -330,9 +331,11 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         kwargs: dict[str, Any],
+        lead: SharedLead | None = None,
     ) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
         """Merges prefixes and words and calls the language model (or its headless base). `media` holds what was given of
-        `MEDIA_INPUTS`. Returns its output and the prefixes, as `image_hidden_states` and so on."""
+        `MEDIA_INPUTS`; what rows have in common by `lead` is read once, and the output is of what follows it. Returns the
+        output and the prefixes, as `image_hidden_states` and so on."""
         given_ids = input_ids  # merging takes the placeholders out
         if self.config.is_encoder_decoder and kwargs.get("encoder_outputs") is not None:
             inputs = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
@@ -340,6 +343,13 @@ class FrozenPrefixModel(MediaMixin, FrozenPrefixPreTrainedModel):
         input_ids, inputs_embeds, prefixes = self.merge(input_ids, inputs_embeds, media, mm_encoder_outputs)
         if self.config.is_encoder_decoder:
             input_ids, inputs_embeds, attention_mask = pad_right(input_ids, inputs_embeds, attention_mask)
+            if lead is not None:
+                kwargs = {**kwargs, "encoder_outputs": self.encode_alike(lead, inputs_embeds, attention_mask)}
+                outputs = callee(attention_mask=attention_mask, **kwargs, return_dict=True)
+                return outputs, {f"{modality}_hidden_states": prefix for modality, prefix in prefixes.items()}
+        elif lead is not None:
+            past_key_values = self.read_lead(lead, inputs_embeds)
+            inputs_embeds, kwargs = inputs_embeds[:, lead.length :], {**kwargs, "use_cache": True}
         inputs = self.language_inputs(
             callee, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
         )
@@ -498,8 +508,29 @@ class FrozenPrefixForConditionalGeneration(
                 logits_to_keep = targets != IGNORE_INDEX
                 targets = targets[logits_to_keep]
 
-        callee, keeps, apart = language_model, _accepts(language_model, "logits_to_keep"), None
+        media = {
+            "pixel_values": pixel_values,
+            "vision_features": vision_features,
+            "vision_features_mask": vision_features_mask,
+            "image_index": image_index,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+            "pixel_values_videos": pixel_values_videos,
+            "input_features": input_features,
+            "input_features_mask": input_features_mask,
+            "is_longer": is_longer,
+        }
+        callee, keeps, apart, lead = language_model, _accepts(language_model, "logits_to_keep"), None, None
         if path is not None:
+            # Who asks for more (a cache, attentions) wants it of every row.
+            asked = {name for name, value in kwargs.items() if value} - {"mm_token_type_ids"}
+            if image_index is not None and not asked and input_ids is not None and position_ids is past_key_values is None:
+                mm_encoder_outputs, media = self.model.encode(media, mm_encoder_outputs), {}
+                images = mm_encoder_outputs["image"]
+                lead = self.model.find_lead(input_ids, attention_mask, images, image_index, path, logits_to_keep)
+            if lead is not None and not self.config.is_encoder_decoder:
+                logits_to_keep = logits_to_keep[:, lead.length :]
             apart = HeadlessCall(language_model, path, logits_to_keep)
             callee = apart.callee
         elif keeps:
@@ -512,20 +543,9 @@ class FrozenPrefixForConditionalGeneration(
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            media={
-                "pixel_values": pixel_values,
-                "vision_features": vision_features,
-                "vision_features_mask": vision_features_mask,
-                "image_index": image_index,
-                "pixel_attention_mask": pixel_attention_mask,
-                "spatial_shapes": spatial_shapes,
-                "interpolate_pos_encoding": interpolate_pos_encoding,
-                "pixel_values_videos": pixel_values_videos,
-                "input_features": input_features,
-                "input_features_mask": input_features_mask,
-                "is_longer": is_longer,
-            },
+            media=media,
             kwargs={**kwargs, "decoder_input_ids": decoder_input_ids},
+            lead=lead,
         )
         loss, logits = None, outputs.logits
         if apart is not None:
@@ -547,6 +567,8 @@ class FrozenPrefixForConditionalGeneration(
         if targets is not None and skip_logits:
             logits = None
         fields = _fields(FrozenPrefixCausalLMOutputWithPast, outputs)
+        if lead is not None:
+            fields["past_key_values"] = None  # of our own making
         fields.update(loss=loss, logits=logits, **prefixes)
         return FrozenPrefixCausalLMOutputWithPast(**fields)
 

@@ -6,7 +6,6 @@ the same tensors. A batch of questions is laid out as `generate()` lays out any 
 that each question gets by itself.
 """
 
-import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,56 +13,16 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .kept_caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache, pick_rows
 from .modalities import MEDIA_INPUTS, take_media
 from .prefix_merging import pad_right, reads_in_chunks
 
 
 Rows = int | slice | Sequence[int] | torch.Tensor
-
-
-# ----------------------------------------------------------------------------------------------- the library's caches
-
-
-def _can_be_shared(cache: Any) -> bool:
-    """Whether growing the cache leaves the tensors in it alone. States of recurrent layers are written in place, and can't be
-    stepped in batches of unequal questions."""
-    return type(cache) is DynamicCache and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-    )
-
-
-def _pick(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    if rows is None:
-        return tensor
-    if len(tensor) == 1:  # one row for all: no copy
-        return tensor.expand(len(rows), *tensor.shape[1:])
-    return tensor.index_select(0, rows.to(tensor.device))
-
-
-def _copied(cache: DynamicCache, rows: torch.Tensor | None = None) -> DynamicCache:
-    """A cache of its own over the same tensors, or over the chosen rows of them; windows still hold all of their past."""
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in copied.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = _pick(layer.keys, rows), _pick(layer.values, rows)
-    return copied
-
-
-def _narrow(cache: DynamicCache) -> DynamicCache:
-    """Cuts sliding layers down to what they look at, as they are in `generate()`."""
-    for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
-            layer.record_past = False
-            seen = layer.sliding_window - 1
-            layer.keys, layer.values = (
-                tensor[:, :, max(0, tensor.shape[-2] - seen) :] for tensor in (layer.keys, layer.values)
-            )
-    return cache
 
 
 def _shift(tensor: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
@@ -120,13 +79,13 @@ class PrefixCache:
     def _select(self, rows: torch.Tensor) -> "PrefixCache":
         encoder_outputs = self.encoder_outputs
         if encoder_outputs is not None:
-            states = _pick(encoder_outputs.last_hidden_state, rows)
+            states = pick_rows(encoder_outputs.last_hidden_state, rows)
             encoder_outputs = type(encoder_outputs)(last_hidden_state=states)
         return PrefixCache(
-            input_ids=_pick(self.input_ids, rows),
-            attention_mask=_pick(self.attention_mask, rows),
-            logits=None if self.logits is None else _pick(self.logits, rows),
-            cache=None if self.cache is None else _copied(self.cache, rows),
+            input_ids=pick_rows(self.input_ids, rows),
+            attention_mask=pick_rows(self.attention_mask, rows),
+            logits=None if self.logits is None else pick_rows(self.logits, rows),
+            cache=None if self.cache is None else copied_cache(self.cache, rows),
             media=[self.media[0 if len(self.media) == 1 else row] for row in rows.tolist()],
             encoder_outputs=encoder_outputs,
         )
@@ -138,7 +97,7 @@ class PrefixCache:
             return self
         cache, encoder_outputs = self.cache, self.encoder_outputs
         if cache is not None:
-            cache = _copied(cache)
+            cache = copied_cache(cache)
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, empty:], layer.values[:, :, empty:]
                 if isinstance(layer, DynamicSlidingWindowLayer):
@@ -157,7 +116,7 @@ class PrefixCache:
                 "This language model's cache can't be kept (it is recurrent, an encoder-decoder, or looks at pictures by "
                 "cross-attention): pass the whole as `prefix_cache` to `generate` or `score`."
             )
-        return _narrow(_copied(self.cache))
+        return narrowed_cache(copied_cache(self.cache))
 
     def _for(self, rows: int) -> "PrefixCache":
         """As many rows as there are questions."""
@@ -273,7 +232,7 @@ class PrefixCacheMixin:
         if prefix_cache is None:
             input_ids, mask = padded_left(input_ids, mask)
             media = _by_row(self, input_ids, encoded)
-            cache = self._new_cache()
+            cache = new_kept_cache(self.model)
             if cache is None:
                 return self._without_cache(input_ids, mask, media)
             empty = PrefixCache(input_ids[:, :0], mask[:, :0], cache=cache, media=[{} for _ in input_ids])
@@ -311,17 +270,6 @@ class PrefixCacheMixin:
         return super().generate(inputs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ the parts of it
-
-    def _new_cache(self) -> DynamicCache | None:
-        """An empty cache that can be kept, whose windows forget nothing; `None` for a language model without one."""
-        model = self.model
-        if self.config.is_encoder_decoder or model.cross_attention is not None or model.is_recurrent or not model.keeps_cache:
-            return None
-        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        if not _can_be_shared(cache):
-            return None
-        cache.activate_past_recording()
-        return cache
 
     def _processed(
         self, images: Any, text: Any, processor: Any, prefix_cache: PrefixCache | None, inputs: dict[str, Any]
@@ -409,7 +357,7 @@ class PrefixCacheMixin:
             position_ids = begun[:, None] + torch.arange(input_ids.shape[1], device=mask.device)[None]
             last = (lengths - 1).clamp(min=0)
         keep = 1 if last is None or bool((last == last[0]).all()) else last.unique()
-        cache = _copied(prefix.cache)
+        cache = copied_cache(prefix.cache)
         whole_mask = torch.cat([prefix.attention_mask, mask], dim=1)
         outputs = self(
             input_ids=input_ids,
@@ -500,12 +448,12 @@ class PrefixCacheMixin:
                 "The prefix ends with a picture and no question was asked: pass a word at least, or call `generate` on the "
                 "picture itself."
             )
-        cache = _copied(prefix.cache)
+        cache = copied_cache(prefix.cache)
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length -= 1
-        return {**words, "past_key_values": _narrow(cache)}
+        return {**words, "past_key_values": narrowed_cache(cache)}
 
     # ------------------------------------------------------------------------------------------- generate()'s hooks
 
@@ -524,7 +472,7 @@ class PrefixCacheMixin:
             # Beams and several answers repeat all inputs but a cache that was passed.
             repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
             positions = model_kwargs.get("position_ids")
-            if repeats > 1 and positions is not None and _can_be_shared(cache):
+            if repeats > 1 and positions is not None and can_be_kept(cache):
                 if len(positions) == repeats * len(cache.layers[0].keys):
                     cache.batch_repeat_interleave(repeats)
         return made
