@@ -5,33 +5,23 @@
 
 The limit is the frozen language model itself, reading as many words as prefix and text have together. `--clipcap` takes a
 checkout of github.com/rmokady/CLIP_prefix_caption; its own `generate2` and `generate_beam` then run on the same GPT-2, from
-the same prefix, for the same number of tokens.
+the same prefix, for the same number of tokens: for one caption, and for those of a set of `--set-size` pictures, which they
+can only write one by one, and ours in one batch.
 """
 
 import argparse
-import ast
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import logging
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from benchmarks.clipcap_checkout import decoding_functions
 from benchmarks.parents import Sizes, add_arguments, join, pictures, prompt, sizes_of, words
 from benchmarks.timing import Report, Timing, alternate
 from benchmarks.timing import add_arguments as add_timing_arguments
-
-
-def clipcap_functions(checkout: str) -> dict[str, Any]:
-    """`generate2` and `generate_beam` out of a checkout's `predict.py`, without what that file imports beside."""
-    tree = ast.parse((Path(checkout) / "predict.py").read_text(encoding="utf-8"))
-    wanted = ("generate2", "generate_beam")
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
-    space: dict[str, Any] = {"torch": torch, "np": np, "nnf": torch.nn.functional}
-    exec(compile(ast.Module(body=functions, type_ignores=[]), "predict.py", "exec"), space)
-    return {name: space[name] for name in wanted}
 
 
 def added(name: str, first: Timing, second: Timing) -> Timing:
@@ -102,28 +92,46 @@ def compare_clipcap(
     encoded: dict[str, Any],
     question: torch.LongTensor,
 ) -> None:
-    """The same prefix through the same GPT-2, by ClipCap's loops and by ours."""
-    loops = clipcap_functions(arguments.clipcap)
-    bare, length = model.model.language_model, arguments.new_tokens
+    """The same prefixes through the same GPT-2, by ClipCap's loops and by ours: of one picture, and of a set."""
+    loops = decoding_functions(arguments.clipcap)
+    bare, length, size = model.model.language_model, arguments.new_tokens, arguments.set_size
     asked = prompt(model, question[:, :0])
     # What their loops read of a model and a tokenizer; the stop word is one that never comes.
     theirs = SimpleNamespace(gpt=bare, eval=bare.eval, parameters=bare.parameters)
-    embed = torch.stack(encoded["image"].pooler_output).to(bare.dtype)
     stop = sizes.vocab_size - 1
     reader = SimpleNamespace(encode=lambda _: [stop], decode=lambda ids: list(ids))
     options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
-    calls = {
-        "ours": lambda: model.generate(asked, mm_encoder_outputs=encoded, **options),
-        "generate2": lambda: loops["generate2"](theirs, reader, embed=embed, entry_length=length),
-        "our beams": lambda: model.generate(asked, mm_encoder_outputs=encoded, **options, num_beams=5),
-        "generate_beam": lambda: loops["generate_beam"](theirs, reader, embed=embed, entry_length=length),
-    }
-    written = {name: call() for name, call in calls.items()}
-    same = list(written["generate2"]) == written["ours"][0, asked.shape[1] :].tolist()
-    print(f"ClipCap's generate2 and our greedy search write the same tokens: {same}")
-    timings = alternate(calls, rounds=arguments.rounds, clock=arguments.clock)
-    report.compare("caption, to ClipCap's generate2", timings["ours"], timings["generate2"])
-    report.compare("5 beams, to ClipCap's generate_beam", timings["our beams"], timings["generate_beam"])
+
+    def ours(prefixes: Any, beams: int = 1) -> torch.Tensor:
+        pictures = {"image": BaseModelOutputWithPooling(pooler_output=tuple(prefixes))}
+        ids = asked.expand(len(prefixes), -1)
+        return model.generate(ids, mm_encoder_outputs=pictures, **options, num_beams=beams)[:, asked.shape[1] :]
+
+    def one_by_one(loop: str, prefixes: Any) -> list[Any]:
+        return [loops[loop](theirs, reader, embed=prefix[None], entry_length=length) for prefix in prefixes]
+
+    one = torch.stack(tuple(encoded["image"].pooler_output)).to(bare.dtype)
+    several = model.get_image_features(pictures(sizes, size, arguments.device).to(model.model.vision_tower.dtype))
+    several = torch.stack(tuple(several.pooler_output)).to(bare.dtype)
+    for what, beams, prefixes, bar, rounds, warmup in (
+        ("caption", "5 beams", one, None, arguments.rounds, 2),
+        (f"{size} captions", f"{size} captions, 5 beams", several, 0.1, min(arguments.rounds, 3), 0),
+    ):
+        pairs = [list(a) == b.tolist() for a, b in zip(one_by_one("generate2", prefixes), ours(prefixes), strict=True)]
+        print(f"{what}: ClipCap's generate2 and our greedy search write the same tokens: {sum(pairs)} of {len(pairs)}")
+        timings = alternate(
+            {
+                "ours": lambda prefixes=prefixes: ours(prefixes),
+                "generate2": lambda prefixes=prefixes: one_by_one("generate2", prefixes),
+                "our beams": lambda prefixes=prefixes: ours(prefixes, 5),
+                "generate_beam": lambda prefixes=prefixes: one_by_one("generate_beam", prefixes),
+            },
+            rounds=rounds,
+            warmup=warmup,
+            clock=arguments.clock,
+        )
+        report.compare(f"{what}, to ClipCap's generate2", timings["ours"], timings["generate2"], bar=bar)
+        report.compare(f"{beams}, to ClipCap's generate_beam", timings["our beams"], timings["generate_beam"], bar=bar)
 
 
 if __name__ == "__main__":
@@ -134,5 +142,6 @@ if __name__ == "__main__":
     add_timing_arguments(parser)
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--clipcap", help="checkout of github.com/rmokady/CLIP_prefix_caption")
+    parser.add_argument("--set-size", type=int, default=32, help="pictures of the set that ClipCap's loops caption")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     main(parser.parse_args())
