@@ -220,14 +220,18 @@ def captions(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str
     """Scores of what the model says of held-out pictures, beside those of the same model blind."""
     found = evaluate(model, processor, rows, kinds=("sighted", "blind"), num_resamples=0, max_new_tokens=16, batch_size=48)
     scores = {"CIDEr": found.scores["sighted"]["cider"], "blind CIDEr": found.scores["blind"]["cider"]}
-    said = {kind: [_first_sentence(text) for text in texts] for kind, texts in found.predictions.items()}
-    scores["exact match"] = exact_match(said["sighted"], found.references)
-    words = [row["answer"].split() for row in rows]
-    told = [[*text.split(), *[""] * 9] for text in said["sighted"]]
-    # "a large red circle at the top left ."
-    scores["shape, colour"] = statistics.fmean(b[2:4] == a[2:4] for a, b in zip(words, told, strict=True))
-    scores["size, place"] = statistics.fmean(b[1] == a[1] and b[4 : len(a)] == a[4:] for a, b in zip(words, told, strict=True))
-    return scores
+    said = [_first_sentence(text) for text in found.predictions["sighted"]]
+    scores["exact match"] = exact_match(said, found.references)
+    return scores | words_right(said, [row["answer"] for row in rows])
+
+
+def words_right(said: Sequence[str], right: Sequence[str]) -> dict[str, float]:
+    """How many captions are right in what `labels` name, and how many in the rest: "a large red circle at the top left ."."""
+    pairs = [(b.split(), a.split()) for b, a in zip(said, right, strict=True)]
+    return {
+        "shape, colour": statistics.fmean(b[2:4] == a[2:4] for b, a in pairs),
+        "size, place": statistics.fmean(b[1:2] == a[1:2] and b[4:] == a[4:] for b, a in pairs),
+    }
 
 
 def _first_sentence(text: str) -> str:
