@@ -35,8 +35,8 @@ def length_of(row: Mapping[str, Any], collator: DataCollatorForFrozenPrefix) -> 
         collator ([`DataCollatorForFrozenPrefix`]): the one that will make the batches.
 
     Returns:
-        `int`: of an encoder-decoder, those of the encoder and of the decoder together. Of a row with several texts, of
-        which the collator draws one, their mean.
+        `int`: of an encoder-decoder, those of the encoder and of the decoder together. Of a row with several texts their
+        mean.
 
     Raises:
         ValueError: as the collator, where it can't read the row.
@@ -48,8 +48,7 @@ def _lengths(rows: list[Mapping[str, Any]], collator: DataCollatorForFrozenPrefi
     examples, counts = [], []
     for index, row in enumerate(rows):
         # The collator draws one of several texts; drawing here would move its random generator.
-        several = next((one for one in (collator.answer_column, collator.text_column) if _is_list(row.get(one))), None)
-        drawn = [row] if several is None else [{**row, several: text} for text in row[several]]
+        drawn = collator.each_text(index, row)
         examples += [collator._read(index, one) for one in drawn]
         counts.append(len(drawn))
     collator._encode(examples)
@@ -60,10 +59,6 @@ def _lengths(rows: list[Mapping[str, Any]], collator: DataCollatorForFrozenPrefi
         lengths = [length + len(target) for length, target in zip(lengths, collator._targets(examples), strict=True)]
     ends = iter(lengths)
     return [round(sum(next(ends) for _ in range(count)) / count) for count in counts]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0
 
 
 def _unopened(feature: Any) -> Any:

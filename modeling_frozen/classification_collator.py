@@ -40,7 +40,7 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
         del batch["labels"]
-        labels = [row.get(self.label_column) for row in rows]
+        labels = [sample.get(self.label_column) for _, sample in self._samples(rows)]
         if any(label is not None for label in labels):
             batch["labels"] = self._stack(labels)
         return batch

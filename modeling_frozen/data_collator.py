@@ -58,7 +58,8 @@ class DataCollatorForFrozenPrefix:
     An image column holds an image, a list of images, or None for a text-only row; every row of the last two kinds must
     have it. Texts without `<image>` get one per image where the processor puts them. `text` or `answer` may be a list
     (several captions of one image): one is drawn per call from torch's global generator, so that every epoch draws
-    anew and `set_seed` repeats it.
+    anew and `set_seed` repeats it. With `all_texts` each of them is a sample, and `prompt` may be as long a list (several
+    questions about one image): the model then reads the image once for all of them.
 
     Use it with `TrainingArguments(remove_unused_columns=False)`, or Trainer drops the columns that it reads.
 
@@ -75,6 +76,8 @@ class DataCollatorForFrozenPrefix:
         share_images: process and encode an image of several samples of a batch once: the same object, path, bytes, or
             index in a store. The model's results are the same. Turn it off where something cuts batches up row by row
             (`dispatch_batches`, which accelerate sets for an `IterableDataset` in several processes; `nn.DataParallel`).
+        all_texts: take every text of a row that has several, in place of one of them; a batch then has more samples than
+            `per_device_train_batch_size` rows.
         augment: random change of every image at each use, from a PIL image in RGB to such a one; also in an evaluation
             that goes through this collator. Stored images can't be changed: give it to [`cache_vision_features`] then.
 
@@ -100,6 +103,7 @@ class DataCollatorForFrozenPrefix:
     pad_to_multiple_of: int | None = None
     is_encoder_decoder: bool | None = None
     share_images: bool = True
+    all_texts: bool = False
     augment: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -125,7 +129,7 @@ class DataCollatorForFrozenPrefix:
 
     # ------------------------------------------------------------------------------------------------------- calls
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        examples = [self._read(index, row) for index, row in enumerate(rows)]
+        examples = [self._read(index, sample) for index, sample in self._samples(rows)]
         self._encode(examples)
         for index, example in enumerate(examples):
             self._truncate(index, example)
@@ -183,6 +187,27 @@ class DataCollatorForFrozenPrefix:
         return -(-length // multiple) * multiple
 
     # -------------------------------------------------------------------------------------------------- reading rows
+    def _samples(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+        """What the batch is made of, each with the number of its row."""
+        if not self.all_texts:
+            return list(enumerate(rows))
+        return [(index, sample) for index, row in enumerate(rows) for sample in self.each_text(index, row)]
+
+    def each_text(self, index: int, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A row for each of its texts, in place of one with a list of them."""
+        column = next((one for one in (self.answer_column, self.text_column) if row.get(one) is not None), None)
+        texts, prompts = row.get(column), row.get(self.prompt_column)
+        if not isinstance(texts, list | tuple) or not texts:
+            return [row]
+        if not isinstance(prompts, list | tuple):
+            return [{**row, column: text} for text in texts]
+        if len(prompts) != len(texts):
+            raise ValueError(
+                f"Row {index} has {len(prompts)} in {self.prompt_column!r} and {len(texts)} in {column!r}: with "
+                "all_texts=True each prompt goes with one text, or give one prompt (a string) for all."
+            )
+        return [{**row, column: text, self.prompt_column: prompt} for prompt, text in zip(prompts, texts, strict=True)]
+
     def _read(self, index: int, row: Mapping[str, Any]) -> _Example:
         if row.get(self.messages_column) is not None:
             return self._read_messages(index, row)

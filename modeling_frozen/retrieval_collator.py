@@ -17,13 +17,14 @@ from .feature_store import StoredImage
 
 @dataclass
 class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
-    """Collates rows with an image column (one image each) and a `text` column (a caption, or several of which one is drawn).
+    """Collates rows with an image column (one image each) and a `text` column (a caption, or several of which one is drawn,
+    or with `all_texts` each makes a pair).
 
     Use it with `TrainingArguments(remove_unused_columns=False)`. Batches say `return_loss=True`, so that `trainer.evaluate()`
     gives a loss.
 
     Args:
-        processor, max_length, image_column, text_column, pad_to_multiple_of, share_images:
+        processor, max_length, image_column, text_column, pad_to_multiple_of, share_images, all_texts:
             As [`DataCollatorForFrozenPrefix`].
         image_id_column: name of a column that names the image by a number or a string. Where a row has none, images are told
             apart by path, content or place in a store.
@@ -42,7 +43,7 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         images, texts, ids = [], [], []
-        for index, row in enumerate(rows):
+        for index, row in self._samples(rows):
             found = self._images(index, row, required=True)
             if len(found) != 1 or not isinstance(row.get(self.text_column), str | list | tuple):
                 raise ValueError(

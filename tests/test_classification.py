@@ -648,6 +648,13 @@ def test_the_collator_makes_what_the_processor_makes_and_labels(tmp_path: Path) 
     assert batch["labels"].tolist() == [0, 1, 2] and batch["labels"].dtype == torch.long
 
 
+def test_each_text_of_a_row_has_its_label(tmp_path: Path) -> None:
+    _, processor = join(tmp_path)
+    data = [{**row, "text": [row["text"], "a"]} for row in rows(2)]
+    batch = DataCollatorForFrozenPrefixClassification(processor, all_texts=True)(data)
+    assert batch["labels"].tolist() == [0, 0, 1, 1] and batch["image_index"].tolist() == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("labels", "dtype", "shape"),
     [([1, 2], torch.long, (2,)), ([True, False], torch.long, (2,)), ([0.5, 1], torch.float, (2,)),

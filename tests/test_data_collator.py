@@ -151,6 +151,33 @@ def test_several_captions_are_drawn_by_torchs_generator():
     assert len(first[:, 1].unique()) == 3
 
 
+def test_all_texts_of_a_row_are_samples_about_one_image():
+    dog, cat = picture(), picture()
+    rows = [
+        {"image": dog, "text": ["a dog", "one"]},
+        {"image": cat, "prompt": ["what ?", "Question :"], "answer": ["a cat", "cat"]},
+        {"image": cat, "prompt": "it:", "answer": ["one", "two"]},
+        {"image": dog, "text": "dog"},
+    ]
+    collator = DataCollatorForFrozenPrefix(make(), all_texts=True)
+    batch = collator(rows)
+    texts = ["a dog", "one", "what ? a cat", "Question : cat", "it: one", "it: two", "dog"]
+    apart = [{"image": None, "text": text} for text in texts]
+    expected = [tokens(collator, row) for row in DataCollatorForFrozenPrefix(make())(apart)["input_ids"]]
+    found = [[word for word in tokens(collator, row) if word not in IMAGE3] for row in batch["input_ids"]]
+    assert [" ".join(one) for one in found] == [" ".join(one) for one in expected]
+    assert learnt(collator, batch, 2) == ["a", "cat", "</s>"] and learnt(collator, batch, 5) == ["two", "</s>"]
+    assert len(batch["pixel_values"]) == 2 and batch["image_index"].tolist() == [0, 0, 1, 1, 1, 1, 0]
+
+
+def test_prompts_that_do_not_fit_the_texts_are_refused():
+    collator = DataCollatorForFrozenPrefix(make(), all_texts=True)
+    with pytest.raises(ValueError, match="Row 0 has 1 in 'prompt' and 2 in 'answer'"):
+        collator([{"image": None, "prompt": ["what ?"], "answer": ["one", "two"]}])
+    with pytest.raises(ValueError, match="Row 1"):
+        collator([{"image": None, "text": "one"}, {"image": None, "text": []}])
+
+
 # --------------------------------------------------------------------------------------------------- prompt and answer
 def test_prompt_and_answer_learn_the_answer_alone():
     rows = [

@@ -473,6 +473,8 @@ def test_the_collator_knows_which_pairs_show_one_image(tmp_path: Path) -> None:
     named = collate([{"image": red, "text": "a", "image_id": 4}, {"image": copy, "text": "a", "image_id": "x"}])
     assert named["image_ids"][0] == 4 != named["image_ids"][1]
     assert (batch["input_ids"] != processor.image_token_id).all()
+    pairs = DataCollatorForFrozenPrefixRetrieval(processor, all_texts=True)([{"image": red, "text": ["a", "red"]}])
+    assert len(pairs["input_ids"]) == 2 and pairs["image_ids"][0] == pairs["image_ids"][1] and len(pairs["pixel_values"]) == 1
     with pytest.raises(ValueError, match="Row 0 has 2 images"):
         collate([{"image": [red, blue], "text": "a"}])
 

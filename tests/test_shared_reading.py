@@ -1,13 +1,15 @@
 """Rows of a training batch that begin alike are read once: the same loss and gradients as row by row, fewer positions read."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
-from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
 from modeling_frozen.shared_reading import best_lead, mark_images
-from tests import test_vision_features
+from tests import test_vision_features, tiny
 from tests.families_text import DECODERS, FAMILIES, VOCAB_SIZE
 
 
@@ -196,3 +198,32 @@ def test_sounds_and_films_are_like_nothing_else() -> None:
     ids = torch.tensor([[1, 8, 8, 3], [1, 8, 8, 3], [1, 9, 9, 3]])
     marks = mark_images(ids, None, {"image": 9, "video": 8}, [2], torch.tensor([0]))
     assert len(set(marks[ids == 8].tolist())) == 4 and not set(marks[ids == 8].tolist()) & set(marks[ids == 9].tolist())
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_trainer_learns_the_same_from_rows_with_many_texts_and_from_a_row_for_each(tmp_path: Path, share: bool) -> None:
+    rows = tiny.rows(4)
+    several = [{**row, "text": [row["text"], f"{row['text']} {row['text']}", "a"]} for row in rows]
+    each = [{**row, "text": text} for row in several for text in row["text"]]
+    trained = []
+    ways = (("several", several, 2, {"all_texts": True}), ("each", each, 6, {"share_images": share}))
+    tiny.save_parents(tmp_path / "parents")
+    for name, dataset, size, options in ways:
+        torch.manual_seed(0)
+        model, processor = tiny.join(tmp_path / "parents")
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                str(tmp_path / name), per_device_train_batch_size=size, train_sampling_strategy="sequential", max_steps=4,
+                gradient_accumulation_steps=2, learning_rate=1e-2, remove_unused_columns=False, report_to="none",
+                save_strategy="no", logging_steps=1, use_cpu=True, disable_tqdm=True,
+            ),
+            train_dataset=dataset,
+            data_collator=DataCollatorForFrozenPrefix(processor, **options),
+        )  # fmt: skip
+        trainer.train()
+        losses = [one["loss"] for one in trainer.state.log_history if "loss" in one]
+        trained.append((losses, model.model.connector.state_dict()))
+    assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-4)
+    for name, tensor in trained[1][1].items():
+        torch.testing.assert_close(trained[0][1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
