@@ -5,7 +5,8 @@
 Both train the same two-layer MLP on the same frozen tower and language model, from the same start, on the same rows in the
 same order, by `Trainer`, so both end at the same loss (printed). LLaVA reads every picture again for every caption of every
 epoch. Ours runs the tower once per picture into the store (its first epoch holds that too) and trains from there. Each picture
-has five captions. Peak memory is each process's own high-water mark, and that above its weights and libraries.
+has five captions. They stand together, so that those of one batch share what the language model reads of the picture; with
+`--shuffled` they don't, and then nothing but tower and head is spared. Peak memory is each process's own high-water mark, and that above its weights and libraries.
 """
 
 import argparse
@@ -160,7 +161,7 @@ def train(kind: str, folder: Path, sizes: parents.Sizes, args: argparse.Namespac
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
             remove_unused_columns=False,
-            train_sampling_strategy="sequential",
+            train_sampling_strategy="random" if args.shuffled else "sequential",
             logging_strategy="epoch",
             save_strategy="no",
             report_to="none",
@@ -194,6 +195,7 @@ def run_apart(kind: str, folder: str, sizes: parents.Sizes, args: argparse.Names
     command = [sys.executable, "-m", "benchmarks.llava", "--worker", kind, "--folder", folder]
     for name in (*sizes.as_dict(), "pictures", "epochs", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(settings[name])]
+    command += ["--shuffled"] if args.shuffled else []
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
     if done.returncode and "DefaultCPUAllocator" in done.stderr:
         return {"peak": memory_limit(), "ran_out": True}
@@ -237,6 +239,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--short-batch", type=int, default=64, help="batch of the memory figure with short captions; 0: none")
+    parser.add_argument("--shuffled", action="store_true", help="a picture's captions in any order among the others")
     parser.add_argument("--worker", choices=["ours", "llava"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     timing.add_arguments(parser, rounds=2)
