@@ -6,7 +6,8 @@ Both train the same two-layer MLP on the same frozen tower and language model, f
 same order, by `Trainer`, so both end at the same loss (printed). LLaVA reads every picture again for every caption of every
 epoch. Ours runs the tower once per picture into the store (its first epoch holds that too) and trains from there. Each picture
 has five captions. They stand together, so that those of one batch share what the language model reads of the picture; with
-`--shuffled` they don't, and then nothing but tower and head is spared. Peak memory is each process's own high-water mark, and that above its weights and libraries.
+`--shuffled` they don't, and then nothing but tower and head is spared. Peak memory is each process's own high-water mark, and
+that above its weights and libraries.
 """
 
 import argparse

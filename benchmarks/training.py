@@ -5,8 +5,8 @@
 
 Ours does the same and more: connector, merging, loss by the model, backward into the connector, optimizer. Two rows per
 vocabulary and prefix: each text with a picture of its own; and several captions a picture, where ours reads the picture once
-for all of them and the limit reads it with each. The connector is ClipCap's (an MLP from the pooled tower to the whole prefix),
-and LLaVA's (an MLP per position) where the prefix is as long as the tower's positions.
+for all of them and the limit reads it with each. The connector is ClipCap's (an MLP from the pooled tower to the whole
+prefix), and LLaVA's (an MLP per position) where the prefix is as long as the tower's positions.
 """
 
 import argparse
