@@ -16,7 +16,8 @@ either standard deviation, is `contrary` where they do so the other way round, a
 `reproduced` where all its statements hold, `partly` where some do, `not reproduced` where none does. Nothing else decides.
 
 The world is that of examples/shapes.py. Scores are of scenes that neither the tower nor the language model nor the connector
-met. What a tiny world shows is whether the mechanism is there, not how large it is with real parents.
+met. What a tiny world shows is whether the mechanism is there, not how large it is with real parents. A run adds to the
+figures that are in `--output_dir` already, so that a long one can be made piece by piece (`--only`, `--seeds`).
 """
 
 import argparse
@@ -53,6 +54,7 @@ from tiny_world import Arguments, train_connector  # isort: skip
 
 
 Run = dict[str, dict[str, float]]  # of one seed: row of the table -> column -> figure
+Panels = dict[str, dict[str, dict[Any, list[float]]]]  # name of the score -> line -> x -> a figure per seed
 
 
 # --------------------------------------------------------------------------------------------------------- what decides
@@ -129,28 +131,27 @@ def _cell(values: list[float]) -> str:
     return f"{statistics.fmean(values):.3f} ± {deviation(values):.3f}"
 
 
-def draw_lines(
-    path: Path, title: str, x_name: str, y_name: str, lines: dict[str, dict[Any, list[float]]], log_x: bool = False
-) -> None:
-    """A PNG of one panel: each line's mean over seeds at each x (numbers, or names side by side), with deviations."""
-    figure = new_figure(7.2, 4.4)
-    axes = plain_axes(figure.add_subplot())
-    names = list(dict.fromkeys(x for line in lines.values() for x in line))
-    places = {x: x if isinstance(x, int | float) else at for at, x in enumerate(names)}
+def draw_panels(path: Path, title: str, x_name: str, panels: Panels, log_x: bool = False) -> None:
+    """A PNG with a panel for each score: lines of means over seeds at each x (numbers, or names), with deviations."""
+    figure = new_figure(7.2 if len(panels) == 1 else 5.6 * len(panels), 4.4)
+    figure.suptitle(title)
     styles = [(BLUE, "-", "o"), (RED, "--", "s"), (GREEN, "-.", "^"), (ORANGE, ":", "v"), (GREY, "--", "x"), (BLUE, ":", "D")]
-    for (name, line), (colour, dash, mark) in zip(lines.items(), styles, strict=False):
-        x, y = [places[one] for one in line], [statistics.fmean(values) for values in line.values()]
-        error = [deviation(values) for values in line.values()]
-        axes.errorbar(x, y, yerr=error, color=colour, linestyle=dash, marker=mark, markersize=5, capsize=3, label=name)
-    if log_x:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks([places[one] for one in names], [str(one) for one in names])
-    axes.minorticks_off()
-    axes.set_xlabel(x_name)
-    axes.set_ylabel(y_name)
-    axes.set_title(title)
-    axes.margins(x=0.05, y=0.1)
-    axes.legend(frameon=False, fontsize=9)
+    for number, (y_name, lines) in enumerate(panels.items()):
+        axes = plain_axes(figure.add_subplot(1, len(panels), number + 1))
+        names = list(dict.fromkeys(x for line in lines.values() for x in line))
+        places = {x: x if isinstance(x, int | float) else at for at, x in enumerate(names)}
+        for (name, line), (colour, dash, mark) in zip(lines.items(), styles, strict=False):
+            x, y = [places[one] for one in line], [statistics.fmean(values) for values in line.values()]
+            error = [deviation(values) for values in line.values()]
+            axes.errorbar(x, y, yerr=error, color=colour, linestyle=dash, marker=mark, markersize=5, capsize=3, label=name)
+        if log_x:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks([places[one] for one in names], [str(one) for one in names])
+        axes.minorticks_off()
+        axes.set_xlabel(x_name)
+        axes.set_ylabel(y_name)
+        axes.margins(x=0.05, y=0.1)
+        axes.legend(frameon=False, fontsize=9)
     finish(figure, path)
 
 
@@ -242,157 +243,164 @@ def _first_sentence(text: str) -> str:
 
 
 @dataclass
-class Found:
-    """What one claim's runs say: a run per seed, the statements about them, and how to draw them."""
+class Judged:
+    """What runs of several seeds say: statements, remarks, and what is drawn of them."""
 
-    runs: list[Run]
     statements: list[Statement | Unchanged]
+    panels: Panels
+    title: str
+    x_name: str
+    log_x: bool = False
     remarks: list[str] = field(default_factory=list)
-    curves: dict[str, dict[Any, list[float]]] = field(default_factory=dict)  # by line, by x, a figure per seed
 
 
-def shots(worlds: list[World], args: argparse.Namespace, png: Path) -> Found:
-    """Frozen, figure 4: with more shots more queries are named right."""
+def measure_shots(world: World, args: argparse.Namespace) -> Run:
     from few_shot import FewShotArguments, run
 
-    runs: list[Run] = []
-    for world in tqdm(worlds, desc="few shots"):
-        folder = world.folder / "few_shot"
-        folder.mkdir(parents=True, exist_ok=True)
-        options = {key: value for key, value in (("episodes", args.episodes),) if value is not None}
-        given = FewShotArguments(folder, seed=world.seed, shots=",".join(map(str, args.shots)), **options)
-        given.begin = time.time()
-        for name in args.few_shot_options:
-            key, _, value = name.partition("=")
-            setattr(given, key, type(getattr(given, key))(value))
-        with contextlib.redirect_stdout(sys.stderr):
-            said = run(given)
-        hows = [how for how in ("sighted", "blind", "without", "told") if f"{how}_{args.shots[0]}_shots" in said]
-        rows = {how: {f"{n} shots": said[f"{how}_{n}_shots"] for n in args.shots} for how in hows}
-        runs.append(rows | {"chance": {f"{n} shots": said["chance"] for n in args.shots}})
+    folder = world.folder / "few_shot"
+    folder.mkdir(parents=True, exist_ok=True)
+    given = FewShotArguments(folder, seed=world.seed, shots=",".join(map(str, args.shots)))
+    given.begin = time.time()
+    for option in args.few_shot_options:
+        name, _, value = option.partition("=")
+        setattr(given, name, type(getattr(given, name))(value))
+    with contextlib.redirect_stdout(sys.stderr):
+        said = run(given)
+    hows = [how for how in ("sighted", "blind", "without", "told") if f"{how}_{args.shots[0]}_shots" in said]
+    rows = {how: {f"{n} shots": said[f"{how}_{n}_shots"] for n in args.shots} for how in hows}
+    return rows | {"chance": {f"{n} shots": said["chance"] for n in args.shots}}
+
+
+def judge_shots(runs: list[Run], args: argparse.Namespace) -> Judged:
     few, many = f"{args.shots[0]} shots", f"{args.shots[-1]} shots"
-    statements = [
+    statements: list[Statement | Unchanged] = [
         compare(runs, f"sighted, {many} name more than {few}", ("sighted", many), ("sighted", few)),
         compare(runs, f"{many} name more than chance", ("sighted", many), ("chance", many)),
         compare(runs, f"sighted is better than blind with {many}", ("sighted", many), ("blind", many)),
     ]
     lines = {row: {n: over_seeds(runs, row, f"{n} shots") for n in args.shots} for row in runs[0]}
-    draw_lines(png, "Shots in the prompt", "pictures of each category in the prompt", "named right", lines)
-    return Found(runs, statements)
+    return Judged(statements, {"named right": lines}, "Shots in the prompt", "pictures of each category in the prompt")
 
 
-def towers(worlds: list[World], args: argparse.Namespace, png: Path) -> Found:
-    """LiMBeR: what a linear map gets through depends on how much language the tower was trained with."""
-    runs: list[Run] = []
-    for world in worlds:
-        run: Run = {}
-        for way in tqdm(WAYS, desc=f"towers, seed {world.seed}"):
-            for connector in ("linear", "mlp"):
-                model, processor = world.join(way, connector_type=connector)
-                world.train(model, processor, world.stored(way, model, processor))
-                run[f"{way}, {connector}"] = captions(model, processor, world.held_out)
-            run[way] = {"mlp over linear": run[f"{way}, mlp"]["CIDEr"] - run[f"{way}, linear"]["CIDEr"]}
-        runs.append(run)
+def measure_towers(world: World, args: argparse.Namespace) -> Run:
+    run: Run = {}
+    for way in tqdm(WAYS, desc=f"towers, seed {world.seed}"):
+        for connector in ("linear", "mlp"):
+            model, processor = world.join(way, connector_type=connector)
+            world.train(model, processor, world.stored(way, model, processor))
+            run[f"{way}, {connector}"] = captions(model, processor, world.held_out)
+    return run
+
+
+def judge_towers(runs: list[Run], args: argparse.Namespace) -> Judged:
+    cider = {
+        (way, connector): over_seeds(runs, f"{way}, {connector}", "CIDEr") for way in WAYS for connector in ("linear", "mlp")
+    }
     order = ["language", "labels", "self-supervised", "random"]
     statements: list[Statement | Unchanged] = [
-        compare(runs, f"linear: {a} > {b} (CIDEr)", (f"{a}, linear", "CIDEr"), (f"{b}, linear", "CIDEr"))
+        Statement(f"linear: {a} > {b} (CIDEr)", cider[a, "linear"], cider[b, "linear"])
         for a, b in zip(order, order[1:], strict=False)
     ]
     statements.append(
         compare(runs, "linear, language: sighted > blind", ("language, linear", "CIDEr"), ("language, linear", "blind CIDEr"))
     )
-    column = "mlp over linear"
+    more = {way: [b - a for a, b in zip(cider[way, "linear"], cider[way, "mlp"], strict=True)] for way in WAYS}
     statements += [
-        compare(runs, f"an MLP adds more to {way} than to language", (way, column), ("language", column))
+        Statement(f"an MLP adds more over linear to {way} than to language", more[way], more["language"])
         for way in ("labels", "self-supervised")
     ]
-    came = sorted(WAYS, key=lambda way: -statistics.fmean(over_seeds(runs, f"{way}, linear", "CIDEr")))
+    came = sorted(WAYS, key=lambda way: -statistics.fmean(cider[way, "linear"]))
     lines = {
-        f"{connector}, {column}": {way: over_seeds(runs, f"{way}, {connector}", column) for way in WAYS}
+        f"{connector}{', blind' * (column != 'CIDEr')}": {way: over_seeds(runs, f"{way}, {connector}", column) for way in WAYS}
         for connector in ("linear", "mlp")
         for column in ("CIDEr", "blind CIDEr")
     }
-    draw_lines(png, "One architecture of tower, trained in five ways", "how the tower was trained", "CIDEr-D", lines)
-    return Found(runs, statements, [f"LiMBeR's order: {' > '.join(order)}; by mean CIDEr here: {' > '.join(came)}"])
+    remarks = [f"LiMBeR's order: {' > '.join(order)}; by mean CIDEr here: {' > '.join(came)}"]
+    title = "One architecture of tower, trained in five ways"
+    return Judged(statements, {"CIDEr-D": lines}, title, "how the tower was trained", remarks=remarks)
 
 
 TUNED = {"frozen": ("connector",), "LoRA": ("connector",), "tuned": ("connector", "text")}
+LOSS, TEXT = "loss, held out", "other text, after"
 
 
-def frozen(worlds: list[World], args: argparse.Namespace, png: Path) -> Found:
-    """Frozen, section 3: on few captioned pictures, with the same steps and rate, what a frozen language model saves."""
-    runs: list[Run] = []
-    lines: dict[str, dict[int, list[float]]] = {name: {} for name in TUNED}
-    for world in worlds:
-        run: Run = {}
-        rng = random.Random(world.seed + 2)
-        _, held_out = split_scenes()
-        texts = [f"{sentence_and_questions(rng, held_out)} </s>" for _ in range(200)]
-        asked = [
-            {**_row(row["scene"], row["image"], question)}
-            for row in ({"scene": scene, "image": draw(scene, rng)} for scene in rng.sample(held_out, 24))
-            for question in QUESTIONS
-        ]
-        for name in tqdm(TUNED, desc=f"frozen and tuned, seed {world.seed}"):
-            model, processor = world.join("all labels", connector_type="mlp", trainable=TUNED[name])
-            rows = world.stored("all labels", model, processor)
-            few = rows.select(range(min(args.few, len(rows))))
-            if name == "LoRA":
-                from peft import get_peft_model
+def measure_frozen(world: World, args: argparse.Namespace) -> Run:
+    run: Run = {}
+    rng = random.Random(world.seed + 2)
+    _, held_out = split_scenes()
+    texts = [f"{sentence_and_questions(rng, held_out)} </s>" for _ in range(200)]
+    asked = [
+        _row(scene, image, question)
+        for scene, image in [(scene, draw(scene, rng)) for scene in rng.sample(held_out, 24)]
+        for question in QUESTIONS
+    ]
+    for name in tqdm(TUNED, desc=f"frozen and tuned, seed {world.seed}"):
+        model, processor = world.join("all labels", connector_type="mlp", trainable=TUNED[name])
+        rows = world.stored("all labels", model, processor)
+        few = rows.select(range(min(args.few, len(rows))))
+        if name == "LoRA":
+            from peft import get_peft_model
 
-                from modeling_frozen.lora import lora_config
+            from modeling_frozen.lora import lora_config
 
-                model = get_peft_model(model, lora_config(model, r=8))
-            collator = DataCollatorForFrozenPrefix(processor)
-            before = text_perplexity(model, processor.tokenizer, texts)
-            curve = Curve(model, partial(caption_loss, collator=collator, rows=world.held_out), max(1, args.steps // 6))
-            world.train(model, processor, few, [curve])
-            learnt, met = caption_loss(model, collator, few), caption_loss(model, collator, world.held_out)
-            answers = evaluate(
-                model, processor, asked, task="vqa", kinds=("sighted", "blind"), num_resamples=0, max_new_tokens=8,
-                postprocess=_first_sentence, batch_size=48,
-            )  # fmt: skip
-            run[name] = {
-                "loss, learnt": learnt,
-                "loss, held out": met,
-                "gap": met - learnt,
-                "text before": before,
-                "text after": text_perplexity(model, processor.tokenizer, texts),
-                "answers": answers.scores["sighted"]["exact_match"],
-                "blind answers": answers.scores["blind"]["exact_match"],
-            }
-            for step, loss in curve.found.items():
-                lines[name].setdefault(step, []).append(loss)
-        runs.append(run)
+            model = get_peft_model(model, lora_config(model, r=8))
+        collator, tokenizer = DataCollatorForFrozenPrefix(processor), processor.tokenizer
+        before = text_perplexity(model, tokenizer, texts)
+        measure = {
+            LOSS: partial(caption_loss, collator=collator, rows=world.held_out),
+            TEXT: partial(text_perplexity, tokenizer=tokenizer, texts=texts),
+        }
+        curve = Curve(model, measure, max(1, args.steps // 4))
+        world.train(model, processor, few, [curve])
+        run |= {f"{name}, {step} steps": figures for step, figures in curve.found.items()}
+        end = {column: of(model) for column, of in measure.items()}
+        learnt = caption_loss(model, collator, few)
+        answers = evaluate(
+            model, processor, asked, task="vqa", kinds=("sighted", "blind"), num_resamples=0, max_new_tokens=8,
+            postprocess=_first_sentence, batch_size=48,
+        )  # fmt: skip
+        run[name] = {
+            **end,
+            "other text, before": before,
+            "loss, learnt": learnt,
+            "gap": end[LOSS] - learnt,
+            "answers": answers.scores["sighted"]["exact_match"],
+            "blind answers": answers.scores["blind"]["exact_match"],
+        }
+    return run
+
+
+def judge_frozen(runs: list[Run], args: argparse.Namespace) -> Judged:
+    before, after = (over_seeds(runs, "frozen", column) for column in ("other text, before", TEXT))
     statements: list[Statement | Unchanged] = [
-        Unchanged(
-            "frozen: the perplexity of other text is the same, to the last bit",
-            over_seeds(runs, "frozen", "text before"),
-            over_seeds(runs, "frozen", "text after"),
-        )
+        Unchanged("frozen: the perplexity of other text is the same, to the last bit", before, after)
     ]
     for name in ("tuned", "LoRA"):
         statements += [
-            compare(runs, f"{name}: other text gets more perplexing", (name, "text after"), (name, "text before")),
+            compare(runs, f"{name}: other text gets more perplexing", (name, TEXT), (name, "other text, before")),
             compare(runs, f"{name} fits its captions better than frozen", ("frozen", "loss, learnt"), (name, "loss, learnt")),
             compare(runs, f"{name} has the larger gap to held-out captions", (name, "gap"), ("frozen", "gap")),
             compare(runs, f"{name} answers fewer questions, never asked before", ("frozen", "answers"), (name, "answers")),
         ]
-    title = f"Held-out captions, {args.few} pictures to learn from"
-    draw_lines(png, title, "optimizer steps", "loss, nats per token", lines)
-    return Found(runs, statements, curves=lines)
+    steps = [int(row.split()[1]) for row in runs[0] if row.startswith("frozen, ")]
+    panels = {
+        label: {name: {step: over_seeds(runs, f"{name}, {step} steps", column) for step in steps} for name in TUNED}
+        for label, column in (("held-out captions: loss, nats per token", LOSS), ("other text: perplexity", TEXT))
+    }
+    return Judged(statements, panels, f"A language model frozen and tuned, {args.few} captioned pictures", "optimizer steps")
 
 
 class Curve(TrainerCallback):
     """Measures a model every so many steps; `found` holds the figures by step."""
 
-    def __init__(self, model: Any, measure: Callable[[Any], float], every: int):
-        self.model, self.measure, self.every, self.found = model, measure, every, {}
+    def __init__(self, model: Any, measure: dict[str, Callable[[Any], float]], every: int):
+        self.model, self.measure, self.every = model, measure, every
+        self.found: dict[int, dict[str, float]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             self.model.eval()
-            self.found[state.global_step] = self.measure(self.model)
+            self.found[state.global_step] = {name: of(self.model) for name, of in self.measure.items()}
             self.model.train()
 
 
@@ -424,75 +432,88 @@ def text_perplexity(model: Any, tokenizer: Any, texts: list[str]) -> float:
 SMALL = {"mlp": {}, "transformer": {"num_layers": 2, "num_heads": 4, "hidden_size": 96}}
 
 
-def prefix_length(worlds: list[World], args: argparse.Namespace, png: Path) -> Found:
-    """ClipCap, figure 4: score against prefix length, from one vector of the picture, as from CLIP's."""
-    runs: list[Run] = []
-    for world in worlds:
-        run: Run = {}
-        for connector, config in SMALL.items():
-            for length in tqdm(args.lengths, desc=f"{connector}, seed {world.seed}"):
-                model, processor = world.join(
-                    "all labels", connector_type=connector, connector_config=config, prefix_length=length,
-                    vision_feature_select_strategy="pooled",
-                )  # fmt: skip
-                world.train(model, processor, world.stored("all labels", model, processor))
-                parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
-                scores = captions(model, processor, world.held_out)
-                run[f"{connector}, {length}"] = {**scores, "parameters": float(parameters)}
-        runs.append(run)
+def measure_prefix_length(world: World, args: argparse.Namespace) -> Run:
+    run: Run = {}
+    for connector, config in SMALL.items():
+        for length in tqdm(args.lengths, desc=f"{connector}, seed {world.seed}"):
+            model, processor = world.join(
+                "all labels", connector_type=connector, connector_config=config, prefix_length=length,
+                vision_feature_select_strategy="pooled",
+            )  # fmt: skip
+            world.train(model, processor, world.stored("all labels", model, processor))
+            parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
+            scores = captions(model, processor, world.held_out)
+            run[f"{connector}, {length}"] = {**scores, "parameters": float(parameters)}
+    return run
+
+
+def judge_prefix_length(runs: list[Run], args: argparse.Namespace) -> Judged:
     short, long = args.lengths[0], args.lengths[-1]
-
-    def best(run: Run, connector: str) -> float:
-        return max(run[f"{connector}, {length}"]["CIDEr"] for length in args.lengths)
-
-    mean = {
-        connector: [
-            statistics.fmean(run[f"{connector}, {length}"]["CIDEr"] for length in args.lengths) for run in runs
-        ]
-        for connector in SMALL
-    }  # fmt: skip
+    cider = {c: [[run[f"{c}, {length}"]["CIDEr"] for length in args.lengths] for run in runs] for c in SMALL}
+    mean = {connector: [statistics.fmean(values) for values in cider[connector]] for connector in SMALL}
     statements: list[Statement | Unchanged] = [
         compare(runs, f"{one}: {long} vectors > {short} (CIDEr)", (f"{one}, {long}", "CIDEr"), (f"{one}, {short}", "CIDEr"))
         for one in SMALL
     ]
-    statements += [
-        Statement("the transformer beats the MLP, mean over lengths (CIDEr)", mean["transformer"], mean["mlp"]),
-        Statement(
-            "the MLP's parameters grow faster with the length",
-            *([run[f"{c}, {long}"]["parameters"] / run[f"{c}, {short}"]["parameters"] for run in runs] for c in SMALL),
-        ),
-    ]
+    statements.append(Statement("the transformer beats the MLP, mean over lengths (CIDEr)", mean["transformer"], mean["mlp"]))
     lines = {
         name: {n: over_seeds(runs, f"{c}, {n}", column) for n in args.lengths}
         for c in SMALL
         for name, column in ((c, "CIDEr"), (f"{c}, blind", "blind CIDEr"))
     }
-    draw_lines(png, "Length of the prefix", "prefix length (vectors per image)", "CIDEr-D", lines, log_x=True)
-    bests = {c: statistics.fmean(best(run, c) for run in runs) for c in SMALL}
-    return Found(runs, statements, [f"best length's CIDEr, mean over seeds: {bests}"])
+    best = {c: max(args.lengths, key=lambda n: statistics.fmean(over_seeds(runs, f"{c}, {n}", "CIDEr"))) for c in SMALL}
+    remarks = ["best length by mean CIDEr: " + ", ".join(f"{connector} {length}" for connector, length in best.items())]
+    x_name = "prefix length (vectors per image)"
+    return Judged(statements, {"CIDEr-D": lines}, "Length of the prefix", x_name, log_x=True, remarks=remarks)
 
 
-CLAIMS: dict[str, Callable[[list[World], argparse.Namespace, Path], Found]] = {
-    "shots": shots, "towers": towers, "frozen": frozen, "prefix_length": prefix_length,
-}  # fmt: skip
+@dataclass
+class Claim:
+    """What a paper says, how one seed is measured, and how runs of all seeds are judged."""
+
+    text: str
+    measure: Callable[[World, argparse.Namespace], Run]
+    judge: Callable[[list[Run], argparse.Namespace], Judged]
+
+
+CLAIMS = {
+    "shots": Claim("Frozen, figure 4: with more shots more queries are named right.", measure_shots, judge_shots),
+    "towers": Claim(
+        "LiMBeR: how much a linear map gets through depends on how much language the tower was trained with.",
+        measure_towers,
+        judge_towers,
+    ),
+    "frozen": Claim(
+        "Frozen, section 3: what a frozen language model saves, on few captioned pictures, with the same steps and rate.",
+        measure_frozen,
+        judge_frozen,
+    ),
+    "prefix_length": Claim(
+        "ClipCap, figure 4: score against prefix length, from one vector of the picture, as from CLIP's.",
+        measure_prefix_length,
+        judge_prefix_length,
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
 
-def judge(name: str, found: Found, seconds: float) -> dict[str, Any]:
-    """Prints a claim's table, statements and verdict, and gives all of it as JSON takes it."""
-    claim = (CLAIMS[name].__doc__ or "").strip()
-    verdict = verdict_of(found.statements)
-    print(f"\n{name}. {claim}\n{table(found.runs)}")
-    for one in found.statements:
+def judge(name: str, by_seed: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Prints a claim's table, statements and verdict over the seeds at hand, draws its PNG, and gives it as JSON takes it."""
+    runs = [one["table"] for one in by_seed.values()]
+    judged = CLAIMS[name].judge(runs, args)
+    verdict = verdict_of(judged.statements)
+    print(f"\n{name}. {CLAIMS[name].text}\n{table(runs)}")
+    for one in judged.statements:
         print(f"  {one.verdict:<9} {one.text}")
-    for remark in found.remarks:
+    for remark in judged.remarks:
         print(f"  {remark}")
-    print(f"  {name}: {verdict.upper()} ({seconds:.0f} seconds)", flush=True)
-    statements = [vars(one) for one in found.statements]
-    facts = {"claim": claim, "verdict": verdict, "statements": statements, "remarks": found.remarks, "curves": found.curves}
-    return {**facts, "seeds": found.runs, "seconds": round(seconds, 1)}
+    seconds = sum(one["seconds"] for one in by_seed.values())
+    print(f"  {name}: {verdict.upper()} (seeds {', '.join(by_seed)}; {seconds:.0f} seconds)", flush=True)
+    draw_panels(args.output_dir / f"{name}.png", judged.title, judged.x_name, judged.panels, judged.log_x)
+    facts = {"claim": CLAIMS[name].text, "verdict": verdict, "statements": [vars(one) for one in judged.statements]}
+    return {**facts, "remarks": judged.remarks, "seeds": by_seed}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -510,12 +531,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--held_out", type=int, default=96, help="held-out scenes that are described")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 3, 5])
-    parser.add_argument("--episodes", type=int, help="of each score of `shots` (default: the example's)")
     parser.add_argument("--few_shot_options", nargs="*", default=[], metavar="NAME=VALUE", help="of examples/few_shot.py")
     args = parser.parse_args(arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings = {key: value for key, value in settings.items() if key not in ("only", "output_dir", "parents_dir")}
+    apart = ("only", "seeds", "output_dir", "parents_dir")
+    settings = {key: value for key, value in vars(args).items() if key not in apart}
     print("  ".join(f"{key} {value}" for key, value in {**settings, **machine()}.items()))
     output = args.output_dir / "results.json"
     results = json.loads(output.read_text()) if output.exists() else {"settings": settings, "claims": {}}
@@ -525,11 +545,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         worlds = [World(args, args.parents_dir or Path(folder), seed) for seed in args.seeds]
         for name in args.only:
-            begin = time.time()
-            found = CLAIMS[name](worlds, args, args.output_dir / f"{name}.png")
-            results["claims"][name] = judge(name, found, time.time() - begin)
-            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")  # at once: a run may be cut short
-    print("\n" + "\n".join(f"{name:<14} {one['verdict']}" for name, one in results["claims"].items()))
+            by_seed = results["claims"].get(name, {}).get("seeds", {})
+            for world in worlds:
+                begin = time.time()
+                found = CLAIMS[name].measure(world, args)
+                by_seed[str(world.seed)] = {"table": found, "seconds": round(time.time() - begin, 1)}
+                # At once: a run that is cut short leaves what it found.
+                results["claims"].setdefault(name, {})["seeds"] = by_seed
+                output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            results["claims"][name] = judge(name, by_seed, args)
+            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print("\n" + "\n".join(f"{name:<14} {one.get('verdict', 'cut short')}" for name, one in results["claims"].items()))
     return results
 
 

@@ -112,7 +112,7 @@ def test_every_way_of_training_starts_from_the_same_tower(tmp_path: Path) -> Non
         train_tower_by("luck", tmp_path / "luck", 2, pictures)
 
 
-SMALL = {"tower_steps": 2, "language_model_steps": 2, "steps": 6, "pictures": 64, "held_out": 8, "few": 32, "episodes": 2}
+SMALL = {"tower_steps": 2, "language_model_steps": 2, "steps": 6, "pictures": 64, "held_out": 8, "few": 32}
 
 
 @pytest.mark.slow
@@ -120,9 +120,11 @@ def test_everything_in_small(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     pytest.importorskip("matplotlib")
     pytest.importorskip("peft")
     arguments = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    few = ["--few_shot_options", "tower_steps=2", "language_model_steps=2", "steps=2", "batch_size=2"]
+    few = ["--few_shot_options", "tower_steps=2", "language_model_steps=2", "steps=2", "batch_size=2", "episodes=2"]
     arguments += ["--lengths", "1", "2", "--shots", "1", "2", "--output_dir", str(tmp_path)]
-    results = faithfulness.main([*arguments, *few, "--seeds", "0", "1"])
+    arguments += few
+    for seeds in ("0", "1"):  # the second adds to the first
+        results = faithfulness.main([*arguments, "--seeds", seeds])
     assert json.loads((tmp_path / "results.json").read_text())["claims"].keys() == set(faithfulness.CLAIMS)
     out = capsys.readouterr().out
     for name, claim in results["claims"].items():
