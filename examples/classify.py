@@ -30,6 +30,7 @@ from modeling_frozen import (
 )
 from modeling_frozen.metrics import classification_compute_metrics
 from modeling_frozen.model_card import write_model_card
+from modeling_frozen.plots import plot_training
 
 
 @dataclass
@@ -148,6 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     results = {"random_connector": score(test_rows)}
     trainer.train()
+    plot_training(trainer, out / "training.png")
     results |= {"sighted": score(test_rows), "blind": score(blind(test_rows, args.image_column, training.seed))}
     trainer.save_model()
     processor.save_pretrained(out)

@@ -20,7 +20,7 @@ from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 import modeling_frozen  # noqa: F401  (registers the model type)
-from modeling_frozen.evaluation import KINDS, Evaluation, evaluate, over_seeds
+from modeling_frozen.evaluation import KINDS, Evaluation, evaluate, over_seeds, table_over_seeds
 
 
 @dataclass
@@ -84,11 +84,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return results[0].as_dict()
     found = over_seeds(results)
     (args.output_dir / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    names = list(next(iter(found["mean"].values())))
-    print(f"\nmean ± standard deviation over {len(results)} checkpoints\n{'':18}" + "".join(f"{name:>20}" for name in names))
-    for kind, means in found["mean"].items():
-        cells = [f"{means[name]:.3f} ± {found['std'][kind][name]:.3f}" for name in names]
-        print(kind.ljust(18) + "".join(f"{cell:>20}" for cell in cells))
+    print(f"\nmean ± standard deviation over {len(results)} checkpoints\n{table_over_seeds(found)}")
     return found
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import Scene, train_language_model, train_tower
+from shapes import Scene, build_llama, train_language_model, train_tower
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from modeling_frozen.plots import plot_training
 
 
 @dataclass
@@ -42,7 +43,8 @@ class StoreTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = 32
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.02
-    logging_steps: float = 50
+    logging_steps: float = 20
+    logging_first_step: bool = True
     save_strategy: str = "no"
     report_to: str = "none"
     remove_unused_columns: bool = False  # the collator reads the features
@@ -51,6 +53,11 @@ class StoreTrainingArguments(TrainingArguments):
 def parse(arguments_class: type = Arguments) -> Any:
     """Arguments of the command line, and the clock started."""
     (args,) = HfArgumentParser(arguments_class).parse_args_into_dataclasses()
+    return start(args)
+
+
+def start(args: Any) -> Any:
+    """Makes the folder, starts the clock and seeds everything."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     args.begin = time.time()
     set_seed(args.seed)
@@ -58,7 +65,11 @@ def parse(arguments_class: type = Arguments) -> Any:
 
 
 def join_parents(
-    args: Arguments, write: Callable[[random.Random, list[Scene]], str], words: list[str], **options: Any
+    args: Arguments,
+    write: Callable[[random.Random, list[Scene]], str],
+    words: list[str],
+    build: Callable[[int], PreTrainedModel] = build_llama,
+    **options: Any,
 ) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
     """
     Trains the two parents apart, where none were named, and joins them, frozen.
@@ -66,26 +77,28 @@ def join_parents(
     Args:
         write: makes a text for the language model of scenes that nobody drew.
         words: texts that hold its words, beside those of sentences and questions.
+        build: makes the tiny language model for a number of words.
         options: of `from_vision_text_pretrained`.
     """
     tower, text = args.vision or str(args.output_dir / "tower"), args.text or str(args.output_dir / "language_model")
     if args.vision is None:
         train_tower(Path(tower), args.tower_steps, args.seed)
     if args.text is None:
-        train_language_model(Path(text), args.language_model_steps, args.seed, write, words)
+        train_language_model(Path(text), args.language_model_steps, args.seed, write, words, build)
     set_seed(args.seed)
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(tower, text, **options)
     return model, FrozenPrefixProcessor.from_model(model)
 
 
 def train_connector(model: Any, processor: Any, rows: Any, args: Arguments, callbacks: list[Any] | None = None) -> None:
-    """By plain Trainer; the parents stay as they are. `rows` are a list or a dataset, `callbacks` Trainer's."""
+    """By plain Trainer; the parents stay as they are, and the curve goes into `training.png`. `rows` are a list or a dataset,
+    `callbacks` Trainer's."""
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             str(args.output_dir / "training"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=20, logging_steps=50,
-            remove_unused_columns=False, save_strategy="no", report_to="none", seed=args.seed,
+            learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=20, logging_steps=20,
+            logging_first_step=True, remove_unused_columns=False, save_strategy="no", report_to="none", seed=args.seed,
         ),
         train_dataset=rows,
         data_collator=DataCollatorForFrozenPrefix(processor),
@@ -93,6 +106,7 @@ def train_connector(model: Any, processor: Any, rows: Any, args: Arguments, call
         callbacks=callbacks,
     )  # fmt: skip
     trainer.train()
+    plot_training(trainer, args.output_dir / "training.png")
     model.eval()
 
 

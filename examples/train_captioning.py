@@ -5,24 +5,22 @@
 TOWER, MODEL and DATASET are Hub ids or folders. The dataset has the splits train, validation and test, an image column
 and a column with one or several captions; rows without a caption are left out. The tower runs once per photo and crop, then
 the connector trains from its features with `Trainer`, and the epoch of the lowest validation loss is kept. The test split
-is captioned from the photos themselves by `generate()` and scored three times: *sighted*; *blind*, where the photos are
-shuffled so that none keeps its own; and with a *random connector*, which never trained.
+is captioned from the photos themselves by `generate()` and scored four times: *sighted*; *blind*, where the photos are
+shuffled so that none keeps its own; with a *random connector*, which never trained; and by the *language model* alone.
 
-Into `--output_dir` go `results.json` (with all arguments), `predictions.jsonl`, the store of features, a checkpoint per seed
-and, with `--show`, a sheet of photos from a dataset that may be shown. All of `TrainingArguments` are arguments too.
+Into `--output_dir` go `results.json` (with all arguments), `training.png`, the store of features, and for each seed a
+checkpoint with its `predictions.jsonl`. With `--show`, a dataset whose photos may be shown, there are also a sheet of them
+(`sheet.png`) and what each word owes to the photo (`sightedness.png`). All of `TrainingArguments` are arguments too.
 """
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from datasets import load_dataset
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import (
@@ -31,12 +29,13 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
     cache_vision_features,
 )
-from modeling_frozen.metrics import caption_metrics, caption_scores
-from modeling_frozen.plots import plot_sheet
+from modeling_frozen.evaluation import Evaluation, evaluate, over_seeds, table_over_seeds
+from modeling_frozen.interpretation import sightedness
+from modeling_frozen.metrics import caption_scores
+from modeling_frozen.plots import plot_sheet, plot_training
 
 
-KINDS = ("sighted", "blind", "random_connector")
-SCORES = ("cider", "bleu_4", "rouge_l", "loss")
+SCORES = ("cider", "bleu_4", "rouge_l")
 
 
 @dataclass
@@ -128,10 +127,6 @@ def read_split(dataset: Any, split: str, args: Arguments) -> tuple[Any, list[lis
     return photos, [captions[index] for index in kept]
 
 
-def in_batches(items: Sequence[Any], size: int, title: str) -> Any:
-    return tqdm([items[start : start + size] for start in range(0, len(items), size)], title)
-
-
 def store_features(model: Any, processor: Any, photos: Any, folder: Path, crops: int = 0) -> Any:
     """Rows whose photo is what the frozen tower gives the connector, which would only repeat itself, epoch by epoch and
     caption by caption; with crops, each read draws one of them or the photo itself."""
@@ -155,34 +150,20 @@ def start_as_words(model: Any, processor: Any, captions: list[list[str]]) -> Non
         model.model.connector.output.weight.mul_(0.5)  # the photo then moves the words, and does not drown them
 
 
-@torch.no_grad()
-def write_captions(model: Any, processor: Any, images: list[Any], args: Arguments, title: str) -> list[str]:
-    model.eval()
-    captions: list[str] = []
-    for batch in in_batches(images, 25, title):
-        text = [processor.image_token + args.prompt] * len(batch)
-        inputs = processor(images=batch, text=text, return_tensors="pt").to(model.device)
-        output = model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=args.num_beams,
-            no_repeat_ngram_size=args.no_repeat_ngram_size,
-            length_penalty=args.length_penalty,
-            max_new_tokens=args.max_new_tokens,
-            pad_token_id=processor.tokenizer.pad_token_id,
-        )
-        start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        captions += [one.strip() for one in processor.batch_decode(output[:, start:], skip_special_tokens=True)]
-    return captions
-
-
-def shuffled(count: int, seed: int) -> list[int]:
-    """A shuffle in which nothing keeps its place: one cycle through all."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    place = [0] * count
-    for here, there in zip(order, order[1:] + order[:1], strict=True):
-        place[here] = there
-    return place
+def caption(model: Any, processor: Any, photos: Any, people: list[list[str]], args: Arguments, **options: Any) -> Evaluation:
+    """Captions photos by `generate()` and scores them beside blind ones."""
+    return evaluate(
+        model,
+        processor,
+        photos.add_column("captions", people),
+        prompt=args.prompt,
+        batch_size=25,
+        num_beams=args.num_beams,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        length_penalty=args.length_penalty,
+        max_new_tokens=args.max_new_tokens,
+        **options,
+    )
 
 
 def build(args: Arguments) -> tuple[Any, Any]:
@@ -197,17 +178,10 @@ def build(args: Arguments) -> tuple[Any, Any]:
     return model, FrozenPrefixProcessor.from_model(model)
 
 
-def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[str, Any]) -> dict[str, Any]:
-    """Trains one connector and captions the test photos three times.
-
-    Returns: for each kind `captions` and `scores`; and the trained `model` and `processor`.
-    """
+def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[str, Any]) -> tuple[Evaluation, Trainer]:
+    """Trains one connector and captions the test photos under each condition."""
     set_seed(training.seed)
     model, processor = build(args)
-    images, people = data["test"][0]["image"][:], data["test"][1]
-    blind = shuffled(len(images), training.seed)
-    written = {"random_connector": write_captions(model, processor, images, args, "random connector")}
-
     if args.start_as_words:
         start_as_words(model, processor, data["train"][1])
     trainer = Trainer(
@@ -220,42 +194,24 @@ def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[
     )
     trainer.train()
     trainer.save_model()
-
-    written["sighted"] = write_captions(model, processor, images, args, "sighted")
-    written["blind"] = [written["sighted"][other] for other in blind]
-    scores = {kind: caption_metrics(written[kind], people) for kind in KINDS}
-    for kind, order in (("sighted", list(range(len(images)))), ("blind", blind)):
-        rows = CaptionedViews(data["features"]["test"].select(order), people, args.prompt)
-        scores[kind]["loss"] = trainer.evaluate(rows, metric_key_prefix=kind)[f"{kind}_loss"]
-    return {"captions": written, "scores": scores, "model": model, "processor": processor}
+    found = caption(model, processor, *data["test"], args, seed=training.seed, output_dir=Path(training.output_dir))
+    return found, trainer
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """One line per kind: mean over seeds, and the spread (standard deviation) where there are several."""
-    lines = [f"{'':18}" + "".join(f"{name:>16}" for name in SCORES)]
-    for kind in KINDS:
-        cells = []
-        for name in SCORES:
-            values = [one["scores"][kind][name] for one in results if name in one["scores"][kind]]
-            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.3f}{spread}" if values else "-")
-        lines.append(f"{kind:18}" + "".join(f"{cell:>16}" for cell in cells))
-    return "\n".join(lines)
-
-
-def show_sheet(path: Path, model: Any, processor: Any, args: Arguments) -> None:
-    """The best, the middle and the worst caption of a test split, by CIDEr, as they came out."""
-    dataset = load_dataset(args.show)
-    photos, people = read_split(dataset, "test", args)
-    images = photos["image"][:]
-    written = write_captions(model, processor, images, args, "to be shown")
-    score = caption_scores(written, people)["cider"]
+def show(folder: Path, model: Any, processor: Any, args: Arguments) -> None:
+    """The best, the middle and the worst caption of a test split, by CIDEr, as they came out, and what words owe to photos."""
+    photos, people = read_split(load_dataset(args.show), "test", args)
+    written = caption(model, processor, photos, people, args, kinds=("sighted",), num_resamples=0).predictions["sighted"]
+    images, score = photos["image"][:], caption_scores(written, people)["cider"]
+    plot_sheet(images, written, people, score, folder / "sheet.png", score_name="CIDEr")
     order = sorted(range(len(images)), key=score.__getitem__, reverse=True)
-    plot_sheet(images, written, people, score, path, score_name="CIDEr")
-    with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
+    with open(folder / "sheet.jsonl", "w", encoding="utf-8") as file:
         for index in order:
             row = {"photo": index, "caption": written[index], "people": people[index], "cider": score[index]}
             file.write(json.dumps(row) + "\n")
+    texts = [tidy(some[0]) for some in people]
+    options = {"prompts": args.prompt} if args.prompt else {}
+    sightedness(model, processor, images, texts, **options).plot(folder / "sightedness.png")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -273,18 +229,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results = []
     for seed in args.seeds:
         of_seed = replace(training, seed=seed, output_dir=str(output_dir / f"seed-{seed}"))
-        results.append({"seed": seed, **run_seed(args, of_seed, data)})
-    with open(output_dir / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for one in results:
-            for index, people in enumerate(data["test"][1]):
-                said = {kind: one["captions"][kind][index] for kind in KINDS}
-                file.write(json.dumps({"seed": one["seed"], "photo": index, **said, "people": people}) + "\n")
-    if args.show:
-        show_sheet(output_dir / "sheet.png", results[0]["model"], results[0]["processor"], args)
+        found, trainer = run_seed(args, of_seed, data)
+        results.append(found)
+        if seed == args.seeds[0]:
+            plot_training(trainer, output_dir / "training.png")
+            if args.show:
+                show(output_dir, trainer.model, trainer.processing_class, args)
     how = {"arguments": vars(args), "training_arguments": json.loads(training.to_json_string())}  # without tokens
-    summary = {**how, "seeds": [{"seed": one["seed"], **one["scores"]} for one in results]}
+    summary = {**how, **over_seeds(results, args.seeds)}
     (output_dir / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    print(table(results))
+    print(table_over_seeds(summary, SCORES))
     return summary
 
 

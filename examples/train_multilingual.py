@@ -28,6 +28,7 @@ from modeling_frozen import (
     cache_vision_features,
 )
 from modeling_frozen.evaluation import evaluate
+from modeling_frozen.plots import plot_training
 
 
 FEATURES = Features({name: Value("string") for name in ("prompt", "answer", "language", "task")} | {"image": Image()})
@@ -118,6 +119,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     trainer.train()
     trainer.save_model(str(folder / "eyes"))
+    plot_training(trainer, folder / "training.png")
 
     results: dict[str, Any] = {}
     columns = ("bleu_4", "cider", "exact_match")

@@ -7,7 +7,9 @@
 
 A dataset has the splits train and test, an image column, and `question` and `answer` columns (or `questions` and `answers`,
 lists of as many questions about the picture). Every picture is encoded once and then read from the store. The test split is
-answered four times: sighted, blind (pictures shuffled), with a random connector, and by the language model alone.
+answered four times: sighted, blind (pictures shuffled), with a random connector, and by the language model alone. Into
+`--output_dir` go `results.json`, `predictions.jsonl`, the checkpoint, `training.png`, `sheet.png` (pictures with answers), and
+`sightedness.png` (what each word of the answers owes to the picture).
 """
 
 import random
@@ -29,7 +31,10 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
     cache_vision_features,
 )
-from modeling_frozen.evaluation import evaluate
+from modeling_frozen.evaluation import Evaluation, evaluate
+from modeling_frozen.interpretation import sightedness
+from modeling_frozen.metrics import exact_match
+from modeling_frozen.plots import plot_sheet, plot_training
 
 
 @dataclass
@@ -103,6 +108,18 @@ def read(args: Arguments, seed: int) -> dict[str, Dataset]:
     return made
 
 
+def draw_plots(folder: Path, model: Any, processor: Any, trainer: Trainer, test: Dataset, result: Evaluation) -> None:
+    """How training went, and some pictures with what was asked and said of them."""
+    plot_training(trainer, folder / "training.png")
+    few = range(min(64, len(test)))
+    images, said = test.select(few)["image"][:], result.predictions["sighted"]
+    lines = [f"{result.prompts[i]} {said[i]}" for i in few]
+    right = [exact_match([said[i]], [result.references[i]]) for i in few]
+    plot_sheet(images, lines, result.references[: len(few)], right, folder / "sheet.png", each=3, score_name="right")
+    answers = [f" {some[0]}" for some in result.references[: len(few)]]
+    sightedness(model, processor, images, answers, prompts=result.prompts[: len(few)]).plot(folder / "sightedness.png")
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args, training = HfArgumentParser((Arguments, VQATrainingArguments)).parse_args_into_dataclasses(arguments)
     folder = Path(training.output_dir)
@@ -143,6 +160,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         postprocess=lambda text: text.split(".")[0].strip(),
         max_new_tokens=args.max_new_tokens,
     )
+    draw_plots(folder, model, processor, trainer, data["test"], result)
     print(result.table())
     return result.as_dict()
 

@@ -209,6 +209,23 @@ def over_seeds(results: Sequence[Evaluation], seeds: Sequence[int] | None = None
     return found
 
 
+def table_over_seeds(found: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    """
+    One line per condition: mean, and the deviation where there are several seeds.
+
+    Args:
+        found: of [`over_seeds`].
+        names: which of the metrics; all by default.
+    """
+    mean, std, count = found["mean"], found["std"], len(found["seeds"])
+    names = list(next(iter(mean.values()))) if names is None else names
+    lines = [" " * 18 + "".join(f"{name:>18}" for name in names)]
+    for kind, values in mean.items():
+        cells = [f"{values[name]:.3f}" + (f" ± {std[kind][name]:.3f}" if count > 1 else "") for name in names]
+        lines.append(kind.ljust(18) + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
 def bootstrap(
     single: Mapping[str, Mapping[str, Sequence[float]]], num_resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, dict[str, tuple[float, float]]]:
@@ -472,4 +489,5 @@ __all__ = [
     "evaluate",
     "over_seeds",
     "random_connectors",
+    "table_over_seeds",
 ]
