@@ -65,6 +65,7 @@ class ClassificationTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.05
     logging_steps: float = 25
+    logging_first_step: bool = True
     save_strategy: str = "no"
     report_to: str = "none"
     remove_unused_columns: bool = False  # the collator reads them

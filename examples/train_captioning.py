@@ -85,6 +85,7 @@ class CaptioningTrainingArguments(TrainingArguments):
     save_total_limit: int = 1
     load_best_model_at_end: bool = True
     logging_steps: float = 20
+    logging_first_step: bool = True
     remove_unused_columns: bool = False  # the collator reads the features
 
 
