@@ -43,7 +43,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks import timing
 from benchmarks.clipcap_checkout import decoding_functions, training_code
-from examples.train_captioning import CaptionedViews, read_split, shuffled, store_features, tidy
+from benchmarks.digits import shuffled
+from examples.train_captioning import CaptionedViews, read_split, store_features, tidy
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.data_collator import stack_features
 from modeling_frozen.metrics import caption_metrics
@@ -202,7 +203,7 @@ def run(side: str, mapper: str, seed: int, args: Namespace, data: Data) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         found = (run_ours if side == "ours" else run_clipcap)(mapper, seed, args, data, folder)
     people, found["scores"] = data.captions[args.split], {}
-    other = shuffled(len(people), seed)
+    other = shuffled(len(people), seed).tolist()
     for name, written in found["captions"].items():
         found["scores"][name] = caption_metrics(written, people)
         if "control" not in name:
@@ -256,8 +257,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--mappers", nargs="+", choices=MAPPERS, default=list(MAPPERS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=20, help="steps of it")
     parser.add_argument("--rate", type=float, help="of learning, for all mappers (default: RATES)")
     parser.add_argument("--prefix-length", type=int, default=10)

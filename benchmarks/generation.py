@@ -115,7 +115,7 @@ def compare_clipcap(
     several = torch.stack(tuple(several.pooler_output)).to(bare.dtype)
     for what, beams, prefixes, bar, rounds, warmup in (
         ("caption", "5 beams", one, None, arguments.rounds, 2),
-        (f"{size} captions", f"{size} captions, 5 beams", several, 0.1, min(arguments.rounds, 3), 0),
+        (f"{size} captions", f"{size} captions, 5 beams", several, 0.1, arguments.set_rounds, 0),
     ):
         pairs = [list(a) == b.tolist() for a, b in zip(one_by_one("generate2", prefixes), ours(prefixes), strict=True)]
         print(f"{what}: ClipCap's generate2 and our greedy search write the same tokens: {sum(pairs)} of {len(pairs)}")
@@ -143,5 +143,6 @@ if __name__ == "__main__":
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--clipcap", help="checkout of github.com/rmokady/CLIP_prefix_caption")
     parser.add_argument("--set-size", type=int, default=32, help="pictures of the set that ClipCap's loops caption")
+    parser.add_argument("--set-rounds", type=int, default=2, help="timings of the set: each takes as long as all its captions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     main(parser.parse_args())
