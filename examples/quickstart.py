@@ -7,7 +7,7 @@ Two tiny parents are trained apart (`shapes.py`): a language model on sentences,
 on pictures, which never meets a word. Both are saved as ordinary folders and frozen. Then only a connector is trained,
 with `Trainer`, and describes pictures of scenes that nobody met in training, neither drawn nor told. Beside the score stand
 those of the same model *blind* (pictures shuffled) and of a *random connector*. Written to `--output_dir`: the parents,
-the checkpoint, `results.json` and `pictures.png`.
+the checkpoint, `results.json`, `training.png` and `pictures.png`.
 """
 
 import json
@@ -28,6 +28,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.metrics import caption_metrics
+from modeling_frozen.plots import plot_training
 
 
 matplotlib.use("Agg")
@@ -159,14 +160,15 @@ def main() -> dict:
         model=model,
         args=TrainingArguments(
             str(out / "training"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=20, logging_steps=50,
-            remove_unused_columns=False, save_strategy="no", report_to="none", seed=args.seed,
+            learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=20, logging_steps=20,
+            logging_first_step=True, remove_unused_columns=False, save_strategy="no", report_to="none", seed=args.seed,
         ),
         train_dataset=make_rows(known, args.steps * args.batch_size // 4, rng),
         data_collator=DataCollatorForFrozenPrefix(processor),
         processing_class=processor,
     )  # fmt: skip
     trainer.train()
+    plot_training(trainer, out / "training.png")
     model.eval()
 
     rng = random.Random(args.seed + 1)
