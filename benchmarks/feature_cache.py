@@ -4,11 +4,13 @@ batches, preprocessed beforehand and held in memory.
     python benchmarks/feature_cache.py --images 256 --rounds 5 --output feature_cache.json
 
 Timed is the whole call, from the files to the store: hashing, starting workers, decoding, preprocessing, the tower, writing.
-On a CPU, workers and tower share the cores, so the processor time of decoding can't hide; what throughput it leaves is printed.
+Where workers and tower share all cores of a CPU, the processor time of decoding can't hide; what throughput it leaves is
+printed.
 The tower has random weights, which cost what trained ones cost; the pictures are made on the fly.
 """
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
@@ -125,12 +127,13 @@ def main(arguments: list[str] | None = None) -> Report:
     per_second = args.images / timings["store"].median
     report.print()
     print(f"{per_second:.1f} images a second: {throughput:.3f} of the tower's own throughput (bar: at least {BAR})")
-    if args.device == "cpu":
+    cores = len(os.sched_getaffinity(0))
+    if args.device == "cpu" and torch.get_num_threads() >= cores:
         tower_time = timings["tower"].median / args.images
-        limit = tower_time / (tower_time + decoding / torch.get_num_threads())
+        limit = tower_time / (tower_time + decoding / cores)
         print(
             f"Decoding and preprocessing take {1e3 * decoding:.1f} ms of a core per image, the tower {1e3 * tower_time:.1f} ms of "
-            f"all {torch.get_num_threads()}: sharing these, no more than {limit:.3f} can be had"
+            f"all {cores}: no more than {limit:.3f} can be had"
         )
         report.settings |= {"decoding_seconds_of_a_core": decoding, "throughput_limit": limit}
     report.settings |= {"throughput_ratio": throughput, "throughput_ratios": ratios, "images_per_second": per_second}
