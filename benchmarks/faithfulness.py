@@ -16,8 +16,8 @@ either standard deviation, is `contrary` where they do so the other way round, a
 `reproduced` where all its statements hold, `partly` where some do, `not reproduced` where none does. Nothing else decides.
 
 The world is that of examples/shapes.py. Scores are of scenes that neither the tower nor the language model nor the connector
-met. What a tiny world shows is whether the mechanism is there, not how large it is with real parents. A run adds to the
-figures that are in `--output_dir` already, so that a long one can be made piece by piece (`--only`, `--seeds`).
+met. What a tiny world shows is whether the mechanism is there, not how large it is with real parents. A run goes on where
+one before it with the same settings and `--output_dir` was stopped, so that a long one can be made piece by piece.
 """
 
 import argparse
@@ -136,12 +136,14 @@ def draw_panels(path: Path, title: str, x_name: str, panels: Panels, log_x: bool
     figure = new_figure(7.2 if len(panels) == 1 else 5.6 * len(panels), 4.4)
     figure.suptitle(title)
     styles = [(BLUE, "-", "o"), (RED, "--", "s"), (GREEN, "-.", "^"), (ORANGE, ":", "v"), (GREY, "--", "x"), (BLUE, ":", "D")]
-    for number, (y_name, lines) in enumerate(panels.items()):
-        axes = plain_axes(figure.add_subplot(1, len(panels), number + 1))
+    for panel, (y_name, lines) in enumerate(panels.items()):
+        axes = plain_axes(figure.add_subplot(1, len(panels), panel + 1))
         names = list(dict.fromkeys(x for line in lines.values() for x in line))
-        places = {x: x if isinstance(x, int | float) else at for at, x in enumerate(names)}
-        for (name, line), (colour, dash, mark) in zip(lines.items(), styles, strict=False):
-            x, y = [places[one] for one in line], [statistics.fmean(values) for values in line.values()]
+        named = any(isinstance(x, str) for x in names)  # then nothing lies between two, and points stand side by side
+        places = {x: at if named else x for at, x in enumerate(names)}
+        for number, ((name, line), (colour, dash, mark)) in enumerate(zip(lines.items(), styles, strict=False)):
+            dash, beside = ("", 0.08 * (number - (len(lines) - 1) / 2)) if named else (dash, 0)
+            x, y = [places[one] + beside for one in line], [statistics.fmean(values) for values in line.values()]
             error = [deviation(values) for values in line.values()]
             axes.errorbar(x, y, yerr=error, color=colour, linestyle=dash, marker=mark, markersize=5, capsize=3, label=name)
         if log_x:
@@ -259,14 +261,14 @@ def measure_shots(world: World, args: argparse.Namespace) -> Run:
 
     folder = world.folder / "few_shot"
     folder.mkdir(parents=True, exist_ok=True)
-    given = FewShotArguments(folder, seed=world.seed, shots=",".join(map(str, args.shots)))
-    given.begin = time.time()
+    shots = ",".join(map(str, args.shots))
+    given = FewShotArguments(folder, seed=world.seed, ways="2", shots=shots, repeats="1")
     for option in args.few_shot_options:
         name, _, value = option.partition("=")
         setattr(given, name, type(getattr(given, name))(value))
     with contextlib.redirect_stdout(sys.stderr):
         said = run(given)
-    hows = [how for how in ("sighted", "blind", "without", "told") if f"{how}_{args.shots[0]}_shots" in said]
+    hows = [name.removesuffix(end) for name in said if name.endswith(end := f"_{args.shots[0]}_shots")]
     rows = {how: {f"{n} shots": said[f"{how}_{n}_shots"] for n in args.shots} for how in hows}
     return rows | {"chance": {f"{n} shots": said["chance"] for n in args.shots}}
 
@@ -278,7 +280,8 @@ def judge_shots(runs: list[Run], args: argparse.Namespace) -> Judged:
         compare(runs, f"{many} name more than chance", ("sighted", many), ("chance", many)),
         compare(runs, f"sighted is better than blind with {many}", ("sighted", many), ("blind", many)),
     ]
-    lines = {row: {n: over_seeds(runs, row, f"{n} shots") for n in args.shots} for row in runs[0]}
+    shown = ("told", "sighted", "blind", "swapped", "chance")
+    lines = {row: {n: over_seeds(runs, row, f"{n} shots") for n in args.shots} for row in shown if row in runs[0]}
     return Judged(statements, {"named right": lines}, "Shots in the prompt", "pictures of each category in the prompt")
 
 
@@ -547,6 +550,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for name in args.only:
             by_seed = results["claims"].get(name, {}).get("seeds", {})
             for world in worlds:
+                if str(world.seed) in by_seed:
+                    continue
                 begin = time.time()
                 found = CLAIMS[name].measure(world, args)
                 by_seed[str(world.seed)] = {"table": found, "seconds": round(time.time() - begin, 1)}
