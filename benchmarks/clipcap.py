@@ -20,7 +20,8 @@ rates stand in `RATES`, chosen on the validation split (`--split validation --ra
 for each mapper the one at which *ClipCap's* captions score best; ours takes the same.
 
 `control` is ClipCap's trained mapping, written out by our `generate()`, with "." as its end. `blind` are a side's captions,
-each scored against another photo's. A run adds to the figures in `--output`, so that it can be made piece by piece.
+each scored against another photo's. A run adds to the figures in `--output` what is not there yet, so that it can be made
+piece by piece, and goes on where it was stopped.
 """
 
 import argparse
@@ -271,7 +272,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     args.rates = {mapper: args.rate or rate for mapper, rate in RATES.items()}
 
-    output, pieces = Path(args.output), ("mappers", "sides", "seeds", "output", "rate", "store")
+    output, pieces = Path(args.output), ("mappers", "sides", "seeds", "output", "rate", "rates", "store")
     settings = {key: value for key, value in vars(args).items() if key not in pieces}
     results = json.loads(output.read_text()) if output.exists() else {"settings": settings, "runs": {}}
     if results["settings"] != settings:
@@ -282,8 +283,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for seed in args.seeds:
             for mapper in args.mappers:
                 for side in args.sides:
-                    found = run(side, mapper, seed, args, data)
-                    results["runs"].setdefault(f"{side}, {mapper}", {})[str(seed)] = found
+                    runs = results["runs"].setdefault(f"{side}, {mapper}", {})
+                    if runs.get(str(seed), {}).get("rate") == args.rates[mapper]:
+                        continue  # of an earlier call
+                    found = runs[str(seed)] = {"rate": args.rates[mapper], **run(side, mapper, seed, args, data)}
                     results["compared"] = compare(results)
                     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                     seen = {way: round(scores["cider"], 4) for way, scores in found["scores"].items()}
@@ -293,7 +296,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         one = next(iter(runs.values()))
         same = ", ".join(f"{way} {value:.1%}" for way, value in one["same"].items())
         control = f"; our generate() writes the same caption: {same}" if same else ""
-        print(f"{name}: {one['parameters']:,} parameters, {one['steps']} steps, {one['seconds_per_step']:.3f} s each{control}")
+        how = f"rate {one['rate']:g}, {one['steps']} steps, {one['seconds_per_step']:.3f} s each"
+        print(f"{name}: {one['parameters']:,} parameters, {how}{control}")
     print(f"\n{table(results)}\n")
     for row in results["compared"]:
         verdict = "met" if row["met"] else "MISSED"
