@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> Report:
         tower_time = timings["tower"].median / args.images
         limit = tower_time / (tower_time + decoding / cores)
         print(
-            f"Decoding and preprocessing take {1e3 * decoding:.1f} ms of a core per image, the tower {1e3 * tower_time:.1f} ms "
+            f"Decoding and preprocessing take {1e3 * decoding:.1f} ms of a core an image, the tower {1e3 * tower_time:.1f} ms "
             f"of all {cores}: no more than {limit:.3f} can be had"
         )
         report.settings |= {"decoding_seconds_of_a_core": decoding, "throughput_limit": limit}
