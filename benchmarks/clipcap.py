@@ -53,7 +53,7 @@ from modeling_frozen.metrics import caption_metrics
 
 MAPPERS = ("mlp", "transformer")
 SIDES = ("ours", "clipcap")
-RATES = {"mlp": 1e-3, "transformer": 1e-3}
+RATES = {"mlp": 2e-3, "transformer": 1e-3}
 BEAMS = {"greedy": 1, "beams": 5}
 SCORES = ("cider", "bleu_4", "rouge_l")
 

@@ -23,7 +23,7 @@ def test_both_sides_are_trained_and_scored(tmp_path: Path, assets: Path) -> None
         "--output": tmp_path / "clipcap.json",
         "--store": tmp_path,
     }
-    options = ["--epochs", "1", "--batch-size", "8", "--layers", "1", "--prefix-length", "2", "--max-new-tokens", "6"]
+    options = ["--epochs", "1", "--batch-size", "40", "--layers", "1", "--prefix-length", "2", "--max-new-tokens", "6"]
     command = [checkout, *[str(word) for pair in parents.items() for word in pair], *options, "--seeds", "0"]
     for mapper in clipcap.MAPPERS:  # piece by piece, into one file
         results = clipcap.main([*command, "--decodings", "greedy", "--mappers", mapper])
