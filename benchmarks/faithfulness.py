@@ -262,7 +262,8 @@ def measure_shots(world: World, args: argparse.Namespace) -> Run:
     folder = world.folder / "few_shot"
     folder.mkdir(parents=True, exist_ok=True)
     shots = ",".join(map(str, args.shots))
-    given = FewShotArguments(folder, seed=world.seed, ways="2", shots=shots, repeats="1")
+    tower = str(world.tower("all labels"))
+    given = FewShotArguments(folder, tower, seed=world.seed, ways="2", shots=shots, repeats="1", episodes=100)
     for option in args.few_shot_options:
         name, _, value = option.partition("=")
         setattr(given, name, type(getattr(given, name))(value))
