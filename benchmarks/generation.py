@@ -113,6 +113,7 @@ def compare_clipcap(
     one = torch.stack(tuple(encoded["image"].pooler_output)).to(bare.dtype)
     several = model.get_image_features(pictures(sizes, size, arguments.device).to(model.model.vision_tower.dtype))
     several = torch.stack(tuple(several.pooler_output)).to(bare.dtype)
+    plain = words(sizes, asked.shape[1], device=arguments.device)
     for what, beams, prefixes, bar, rounds, warmup in (
         ("caption", "5 beams", one, None, arguments.rounds, 2),
         (f"{size} captions", f"{size} captions, 5 beams", several, 0.1, arguments.set_rounds, 0),
@@ -125,6 +126,7 @@ def compare_clipcap(
                 "generate2": lambda prefixes=prefixes: one_by_one("generate2", prefixes),
                 "our beams": lambda prefixes=prefixes: ours(prefixes, 5),
                 "generate_beam": lambda prefixes=prefixes: one_by_one("generate_beam", prefixes),
+                "bare beams": lambda prefixes=prefixes: bare.generate(plain.expand(len(prefixes), -1), **options, num_beams=5),
             },
             rounds=rounds,
             warmup=warmup,
@@ -132,6 +134,7 @@ def compare_clipcap(
         )
         report.compare(f"{what}, to ClipCap's generate2", timings["ours"], timings["generate2"], bar=bar)
         report.compare(f"{beams}, to ClipCap's generate_beam", timings["our beams"], timings["generate_beam"], bar=bar)
+        report.compare(f"{beams}, to the bare model's from as many words", timings["our beams"], timings["bare beams"])
 
 
 if __name__ == "__main__":
