@@ -337,7 +337,7 @@ def load_base_model(
         # Quantised while loading: a choice of this session, and not what lies in the parent's repository.
         method = quantizer.quantization_config.quant_method
         record["quantization"] = str(getattr(method, "value", method))
-    return model.eval(), record
+    return model, record
 
 
 def verify_fingerprint(part: str, recorded: dict[str, Any], found: dict[str, Any]) -> None:

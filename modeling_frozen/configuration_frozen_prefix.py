@@ -6,12 +6,14 @@ once, on the meta device, by `from_vision_text_configs`, and stored, so that bui
 
 import difflib
 from collections.abc import Collection
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from packaging import version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 
 VERSION = "0.1.0"  # of the package; here, because this file goes to the Hub without the rest of it
@@ -43,6 +45,11 @@ _LIBRARY_KEYS = {
     "quantization_config", "_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions",
     "distributed_config", "custom_generate",
 }  # fmt: skip
+
+# Set while a config is read with no log to write to. The library puts each config that it reads into a log line, shown or
+# not, and to write ours takes several times as long as to read it: it is compared with defaults of all three sub-configs.
+_unsaid: ContextVar[bool] = ContextVar("unsaid", default=False)
+_library_logger = logging.get_logger("transformers.configuration_utils")
 
 _SERIALIZED_LIBRARY_KEYS = {"model_type", "auto_map", "_name_or_path", "output_attentions", "quantization_config"}
 
@@ -165,8 +172,9 @@ class FrozenPrefixConfig(PreTrainedConfig):
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    # The class before `dict`: the library's check tries one after the other, and writes a whole config into each refusal.
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
     vision_base_model: dict | None = None
     text_base_model: dict | None = None
     connector_type: str = "mlp"
@@ -186,7 +194,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
     num_frames: int | None = None
     video_pooling: Literal["none", "mean", "connector"] = "none"
     video_token_id: int | None = None
-    audio_config: dict | PreTrainedConfig | None = None
+    audio_config: PreTrainedConfig | dict | None = None
     audio_base_model: dict | None = None
     audio_connector_type: str = "resampler"
     audio_connector_config: dict | None = None
@@ -351,6 +359,17 @@ class FrozenPrefixConfig(PreTrainedConfig):
         first = next((index for index in ids if index is not None), 0)
         return first[0] if isinstance(first, list) else first
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        token = _unsaid.set(not _library_logger.isEnabledFor(logging.INFO))
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        finally:
+            _unsaid.reset(token)
+
+    def __repr__(self) -> str:
+        return type(self).__name__ if _unsaid.get() else super().__repr__()
+
     def to_dict(self) -> dict[str, Any]:
         # Tools look up every name in `sub_configs`, absent ones too; files (the diff) do without those.
         return {**dict.fromkeys(self.sub_configs), **self._known_keys(super().to_dict())}
@@ -447,9 +466,10 @@ class FrozenPrefixConfig(PreTrainedConfig):
             )
 
     def _validate_retrieval(self) -> None:
-        from .contrastive_losses import check_contrastive_loss
+        if self.contrastive_loss_type != type(self).contrastive_loss_type or self.contrastive_loss_config:
+            from .contrastive_losses import check_contrastive_loss  # which no other model needs
 
-        check_contrastive_loss(self.contrastive_loss_type, self.contrastive_loss_config)
+            check_contrastive_loss(self.contrastive_loss_type, self.contrastive_loss_config)
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"`projection_dim={self.projection_dim}` leaves no space to match in; it must be at least 1.")
         weights = {name: getattr(self, name) for name in ("contrastive_loss_weight", "caption_loss_weight")}

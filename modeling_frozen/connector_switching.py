@@ -133,6 +133,8 @@ class ConnectorSwitchingMixin:
         self._keys_to_ignore_on_save = self._keys_with_home()
 
     def _keys_of_idle_connectors(self) -> set[str]:
+        if not hasattr(self.base_model, "idle_connectors"):
+            return set()
         return {key for key in self.state_dict() if ".idle_connectors." in f".{key}"}
 
     def save_all_connectors(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

@@ -214,6 +214,8 @@ class Connector(nn.Module):
 
     def reset_parameters(self) -> None:
         """(Re)initialises every parameter, also after `to_empty()`; tensors marked as loaded are left as they are."""
+        if all(parameter.is_meta for parameter in self.parameters()):
+            return  # nothing to fill
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init.lecun_normal_(module.weight)  # keeps the variance, whatever the widths

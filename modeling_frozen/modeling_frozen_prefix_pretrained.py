@@ -114,6 +114,8 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
 
     def _settle(self) -> None:
         """Everything that depends on the parents being there: freezing, and what the outer model must know of them."""
+        if _replaced_parts.get() is not None:
+            return  # not all are there yet: `_finish_attaching` settles
         self.input_modalities = (*self.config.media, "text")
         for part in self._parents():
             self._mark(part)
@@ -140,8 +142,8 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
             if isinstance(module, CONNECTING):
                 module.requires_grad_("connector" in self.config.trainable)
             elif (part := getattr(module, "_frozen_prefix_part", None)) is not None:
-                for parameter in module.parameters(recurse=False):
-                    if parameter.is_floating_point():
+                for parameter in module._parameters.values():  # not by `parameters()`: its names take longer than the rest
+                    if parameter is not None and parameter.is_floating_point():
                         trains = part in self.config.trainable or id(parameter) in unlocked_ids
                         parameter.requires_grad_(trains and id(parameter) not in idle_ids)
         self.train(self.training)
@@ -254,12 +256,12 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         for name, module in self.named_modules(remove_duplicate=False):
             if getattr(module, "_frozen_prefix_part", None) in skipped:
                 prefix = f"{name}." if name else ""
-                keys |= {f"{prefix}{key}" for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
-                keys |= {
+                keys.update(f"{prefix}{key}" for key, tensor in module._parameters.items() if tensor is not None)
+                keys.update(
                     f"{prefix}{key}"
-                    for key, _ in module.named_buffers(recurse=False, remove_duplicate=False)
-                    if key not in module._non_persistent_buffers_set
-                }
+                    for key, tensor in module._buffers.items()
+                    if tensor is not None and key not in module._non_persistent_buffers_set
+                )
         return keys
 
     def save_pretrained(self, save_directory: str, *args: Any, include_base_models: bool = False, **kwargs: Any) -> None:
@@ -358,8 +360,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
                     "where it is: load the model without `load_vision_tower=False`."
                 )
             model._refill(pretrained_model_name_or_path, overrides, options, left_out)
-        model._finish_attaching()
-        model.eval()
+        model._finish_attaching()  # in eval mode, as the library gives it
         return (model, info) if with_info else model
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
@@ -462,7 +463,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         if language_model is not None:
             device = language_model.get_input_embeddings().weight.device
             for connector in (module for module in self.modules() if isinstance(module, CONNECTING)):
-                if device.type != "meta":
+                if device.type != "meta" and any(parameter.device != device for parameter in connector.parameters()):
                     connector.to(device)
 
     def _check_same_geometry(self, part: str, module: PreTrainedModel, name: str) -> None:

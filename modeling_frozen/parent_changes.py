@@ -5,7 +5,7 @@ from torch import nn
 
 
 def trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    return any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
 
 
 def samples_of(module: nn.Module) -> dict[str, torch.Tensor]:
