@@ -19,6 +19,7 @@ from tqdm.auto import trange
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetModel,
@@ -137,23 +138,29 @@ def sentence_and_questions(rng: random.Random, scenes: list[Scene]) -> str:
     return " ".join([scene.sentence, *(f"{question} {scene.answer(question)}" for question in asked)])
 
 
+def build_llama(vocab_size: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=96, intermediate_size=192, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.08,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
 def train_language_model(
     folder: Path,
     steps: int,
     seed: int,
     write: Callable[[random.Random, list[Scene]], str] = sentence_and_questions,
     more: Iterable[str] = (),
+    build: Callable[[int], PreTrainedModel] = build_llama,
 ) -> None:
-    """A small Llama on texts that `write` makes of scenes that nobody drew (its other words in `more`): words alone."""
+    """A small language model (`build` makes it for a number of words) on texts that `write` makes of scenes that nobody drew
+    (its other words in `more`): words alone."""
     torch.manual_seed(seed)
     rng, tokenizer, (known, _) = random.Random(seed), make_tokenizer(more), split_scenes()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.08,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    model = build(len(tokenizer))
 
     def loss_of_step(_: int) -> torch.Tensor:
         texts = [f"{write(rng, known)} </s>" for _ in range(24)]

@@ -1,4 +1,5 @@
-"""Figures of a training: its curves, a sheet of pictures with what was said of them, and prefix length against score.
+"""Figures of a training: its curves, a sheet of pictures with what was said of them, and prefix length or shots
+against score.
 
 Each function returns a matplotlib `Figure` and writes it as a PNG where it is given a path. Figures are made without
 pyplot, so that no global state is touched and threads may draw. matplotlib is an extra: `pip install
@@ -326,8 +327,53 @@ def plot_prefix_length(
     return finish(figure, path)
 
 
+# ------------------------------------------------------------------------------------------------------ shots and score
+
+
+def plot_shots(
+    scores: Mapping[str, Mapping[int, float]],
+    path: str | Path | None = None,
+    *,
+    chance: float | None = None,
+    score_name: str = "score",
+    title: str | None = "What examples in the prompt are worth",
+) -> Any:
+    """
+    Score against the number of examples in the prompt: Frozen's figure 4 (arXiv 2106.13884).
+
+    Args:
+        scores: by the name of a line (`"sighted"`, `"blind"`), its score by number of shots.
+        path: where the PNG goes.
+        chance: what guessing gives, drawn as a level line.
+        score_name: how the score is called, with its unit.
+        title: over all.
+
+    Raises:
+        ValueError: if there is no line, or one without a score or with a negative number of shots.
+    """
+    lines = {name: dict(sorted(line.items())) for name, line in scores.items()}
+    if not lines or any(not line or min(line) < 0 for line in lines.values()):
+        raise ValueError(f"scores={dict(scores)!r} must hold lines, each with a score for at least one number of shots.")
+    figure = new_figure(6.4, 4.2)
+    axes = plain_axes(figure.add_subplot())
+    styles = [(BLUE, "-", "o"), (RED, "--", "s"), (GREEN, "-.", "^"), (ORANGE, ":", "D"), (GREY, "-", "v")]
+    for index, (name, line) in enumerate(lines.items()):
+        colour, style, mark = styles[index % len(styles)]
+        axes.plot(list(line), list(line.values()), style, color=colour, marker=mark, markersize=5.5, linewidth=1.8, label=name)
+    if chance is not None:
+        axes.axhline(chance, color=GREY, linestyle=(0, (1, 2)), linewidth=1.4, label="chance")
+    axes.set_xticks(sorted({shots for line in lines.values() for shots in line}))
+    axes.set_xlabel("shots (examples of each category in the prompt)")
+    axes.set_ylabel(score_name)
+    axes.margins(x=0.06, y=0.14)
+    axes.legend(frameon=False, fontsize=9.5)
+    if title:
+        axes.set_title(title)
+    return finish(figure, path)
+
+
 def _several(values: float | Sequence[float]) -> list[float]:
     return [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
 
 
-__all__ = ["curves", "plot_prefix_length", "plot_sheet", "plot_training", "read_history"]
+__all__ = ["curves", "plot_prefix_length", "plot_sheet", "plot_shots", "plot_training", "read_history"]

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from modeling_frozen.plots import choose, curves, plot_prefix_length, plot_sheet, plot_training, read_history
+from modeling_frozen.plots import choose, curves, plot_prefix_length, plot_sheet, plot_shots, plot_training, read_history
 from tests.tiny import rows
 
 
@@ -126,3 +126,18 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "frozen-prefix\[plots\]"'):
         plot_training(HISTORY)
+
+
+def test_scores_by_shots_are_drawn_with_chance(tmp_path: Path) -> None:
+    scores = {"sighted": {3: 0.8, 1: 0.6}, "blind": {1: 0.5, 3: 0.45}}
+    (axes,) = plot_shots(scores, tmp_path / "shots.png", chance=0.5, score_name="named right").axes
+    sighted, blind, chance = drawn(axes)
+    assert (sighted, blind) == (([1, 3], [0.6, 0.8]), ([1, 3], [0.5, 0.45])) and chance[1] == [0.5, 0.5]
+    assert axes.get_ylabel() == "named right" and [text.get_text() for text in axes.get_xticklabels()] == ["1", "3"]
+    assert {"sighted", "blind", "chance"} <= {text.get_text() for text in axes.get_legend().get_texts()}
+    assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines[:2]}) == 2
+    with Image.open(tmp_path / "shots.png") as image:
+        assert image.width > 500
+    for wrong in ({}, {"sighted": {}}, {"sighted": {-1: 0.5}}):
+        with pytest.raises(ValueError, match="at least one number of shots"):
+            plot_shots(wrong)
