@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -178,15 +178,18 @@ class World:
         return self._pictures
 
     def language_model(self) -> Path:
-        path = self.folder / f"language_model_{self.args.language_model_steps}"
-        if not path.exists():
-            train_language_model(path, self.args.language_model_steps, self.seed)
-        return path
+        steps = self.args.language_model_steps
+        return self._once(f"language_model_{steps}", lambda path: train_language_model(path, steps, self.seed))
 
     def tower(self, way: str) -> Path:
-        path = self.folder / f"{way.replace(' ', '_')}_{self.args.tower_steps}_{self.args.pictures}"
+        name = f"{way.replace(' ', '_')}_{self.args.tower_steps}_{self.args.pictures}"
+        return self._once(name, lambda path: train_tower_by(way, path, self.args.tower_steps, self.pictures))
+
+    def _once(self, name: str, make: Callable[[Path], None]) -> Path:
+        path, unfinished = self.folder / name, self.folder / f"{name}.new"
         if not path.exists():
-            train_tower_by(way, path, self.args.tower_steps, self.pictures)
+            make(unfinished)
+            unfinished.rename(path)
         return path
 
     def join(self, way: str, **options: Any) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
@@ -256,8 +259,12 @@ class Judged:
     remarks: list[str] = field(default_factory=list)
 
 
-def measure_shots(world: World, args: argparse.Namespace) -> Run:
-    from few_shot import FewShotArguments, run
+def measure_shots(world: World, args: argparse.Namespace, run: Run) -> Iterator[None]:
+    from few_shot import FewShotArguments
+    from few_shot import run as run_episodes
+
+    if run:
+        return
 
     folder = world.folder / "few_shot"
     folder.mkdir(parents=True, exist_ok=True)
@@ -268,10 +275,11 @@ def measure_shots(world: World, args: argparse.Namespace) -> Run:
         name, _, value = option.partition("=")
         setattr(given, name, type(getattr(given, name))(value))
     with contextlib.redirect_stdout(sys.stderr):
-        said = run(given)
+        said = run_episodes(given)
     hows = [name.removesuffix(end) for name in said if name.endswith(end := f"_{args.shots[0]}_shots")]
-    rows = {how: {f"{n} shots": said[f"{how}_{n}_shots"] for n in args.shots} for how in hows}
-    return rows | {"chance": {f"{n} shots": said["chance"] for n in args.shots}}
+    run |= {how: {f"{n} shots": said[f"{how}_{n}_shots"] for n in args.shots} for how in hows}
+    run |= {"chance": {f"{n} shots": said["chance"] for n in args.shots}}
+    yield
 
 
 def judge_shots(runs: list[Run], args: argparse.Namespace) -> Judged:
@@ -286,14 +294,15 @@ def judge_shots(runs: list[Run], args: argparse.Namespace) -> Judged:
     return Judged(statements, {"named right": lines}, "Shots in the prompt", "pictures of each category in the prompt")
 
 
-def measure_towers(world: World, args: argparse.Namespace) -> Run:
-    run: Run = {}
+def measure_towers(world: World, args: argparse.Namespace, run: Run) -> Iterator[None]:
     for way in tqdm(WAYS, desc=f"towers, seed {world.seed}"):
         for connector in ("linear", "mlp"):
+            if f"{way}, {connector}" in run:
+                continue
             model, processor = world.join(way, connector_type=connector)
             world.train(model, processor, world.stored(way, model, processor))
             run[f"{way}, {connector}"] = captions(model, processor, world.held_out)
-    return run
+            yield
 
 
 def judge_towers(runs: list[Run], args: argparse.Namespace) -> Judged:
@@ -328,8 +337,7 @@ TUNED = {"frozen": ("connector",), "LoRA": ("connector",), "tuned": ("connector"
 LOSS, TEXT = "loss, held out", "other text, after"
 
 
-def measure_frozen(world: World, args: argparse.Namespace) -> Run:
-    run: Run = {}
+def measure_frozen(world: World, args: argparse.Namespace, run: Run) -> Iterator[None]:
     rng = random.Random(world.seed + 2)
     _, held_out = split_scenes()
     texts = [f"{sentence_and_questions(rng, held_out)} </s>" for _ in range(200)]
@@ -339,6 +347,8 @@ def measure_frozen(world: World, args: argparse.Namespace) -> Run:
         for question in QUESTIONS
     ]
     for name in tqdm(TUNED, desc=f"frozen and tuned, seed {world.seed}"):
+        if name in run:
+            continue
         model, processor = world.join("all labels", connector_type="mlp", trainable=TUNED[name])
         rows = world.stored("all labels", model, processor)
         few = rows.select(range(min(args.few, len(rows))))
@@ -371,7 +381,7 @@ def measure_frozen(world: World, args: argparse.Namespace) -> Run:
             "answers": answers.scores["sighted"]["exact_match"],
             "blind answers": answers.scores["blind"]["exact_match"],
         }
-    return run
+        yield
 
 
 def judge_frozen(runs: list[Run], args: argparse.Namespace) -> Judged:
@@ -436,10 +446,11 @@ def text_perplexity(model: Any, tokenizer: Any, texts: list[str]) -> float:
 SMALL = {"mlp": {}, "transformer": {"num_layers": 2, "num_heads": 4, "hidden_size": 96}}
 
 
-def measure_prefix_length(world: World, args: argparse.Namespace) -> Run:
-    run: Run = {}
+def measure_prefix_length(world: World, args: argparse.Namespace, run: Run) -> Iterator[None]:
     for connector, config in SMALL.items():
         for length in tqdm(args.lengths, desc=f"{connector}, seed {world.seed}"):
+            if f"{connector}, {length}" in run:
+                continue
             model, processor = world.join(
                 "all labels", connector_type=connector, connector_config=config, prefix_length=length,
                 vision_feature_select_strategy="pooled",
@@ -448,7 +459,7 @@ def measure_prefix_length(world: World, args: argparse.Namespace) -> Run:
             parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
             scores = captions(model, processor, world.held_out)
             run[f"{connector}, {length}"] = {**scores, "parameters": float(parameters)}
-    return run
+            yield
 
 
 def judge_prefix_length(runs: list[Run], args: argparse.Namespace) -> Judged:
@@ -476,7 +487,7 @@ class Claim:
     """What a paper says, how one seed is measured, and how runs of all seeds are judged."""
 
     text: str
-    measure: Callable[[World, argparse.Namespace], Run]
+    measure: Callable[[World, argparse.Namespace, Run], Iterator[None]]  # adds rows that the run lacks, piece by piece
     judge: Callable[[list[Run], argparse.Namespace], Judged]
 
 
@@ -505,7 +516,7 @@ CLAIMS = {
 
 def judge(name: str, by_seed: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """Prints a claim's table, statements and verdict over the seeds at hand, draws its PNG, and gives it as JSON takes it."""
-    runs = [one["table"] for one in by_seed.values()]
+    runs = [one["table"] for one in by_seed.values() if one.get("whole", True)]
     judged = CLAIMS[name].judge(runs, args)
     verdict = verdict_of(judged.statements)
     print(f"\n{name}. {CLAIMS[name].text}\n{table(runs)}")
@@ -518,6 +529,13 @@ def judge(name: str, by_seed: dict[str, dict[str, Any]], args: argparse.Namespac
     draw_panels(args.output_dir / f"{name}.png", judged.title, judged.x_name, judged.panels, judged.log_x)
     facts = {"claim": CLAIMS[name].text, "verdict": verdict, "statements": [vars(one) for one in judged.statements]}
     return {**facts, "remarks": judged.remarks, "seeds": by_seed}
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -551,16 +569,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for name in args.only:
             by_seed = results["claims"].get(name, {}).get("seeds", {})
             for world in worlds:
-                if str(world.seed) in by_seed:
-                    continue
-                begin = time.time()
-                found = CLAIMS[name].measure(world, args)
-                by_seed[str(world.seed)] = {"table": found, "seconds": round(time.time() - begin, 1)}
-                # At once: a run that is cut short leaves what it found.
-                results["claims"].setdefault(name, {})["seeds"] = by_seed
-                output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+                one = by_seed.setdefault(str(world.seed), {"table": {}, "seconds": 0.0, "whole": False})
+                begin, before = time.time(), one["seconds"]
+                for _ in [] if one.get("whole", True) else CLAIMS[name].measure(world, args, one["table"]):
+                    # At once: a run that is cut short leaves what it found.
+                    one["seconds"] = round(before + time.time() - begin, 1)
+                    results["claims"].setdefault(name, {})["seeds"] = by_seed
+                    write(output, results)
+                one["whole"] = True
             results["claims"][name] = judge(name, by_seed, args)
-            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write(output, results)
     print("\n" + "\n".join(f"{name:<14} {one.get('verdict', 'cut short')}" for name, one in results["claims"].items()))
     return results
 
