@@ -4,13 +4,16 @@
 
 Every timing is taken in a fresh Python, as a user's script meets it (with the files in the system's cache); `--warm` times it
 again and again in one process too. There are three things to load, not two, so beside the parents stand the parents with
-the plainest model that the library can load, one matrix as large as the connector.
+the plainest model that the library can load: a list of tensors, of the connector's shapes (the library takes its time for
+each tensor, whatever its size). `--profile` says what the rest is: the milliseconds of each step of ours, and of the
+parents' own loading by themselves.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
+from benchmarks.loading_profile import profile
 from benchmarks.timing import CLOCKS, Report, alternate, alternate_processes
 from benchmarks.timing import add_arguments as add_timing_arguments
 
@@ -32,14 +35,14 @@ BOTH = (
 THIRD = """
 class ThirdConfig(transformers.PreTrainedConfig):
     model_type = "third"
-    width: int = 8
+    shapes: list | None = None
 
 class Third(transformers.PreTrainedModel):
     config_class = ThirdConfig
 
     def __init__(self, config):
         super().__init__(config)
-        self.matrix = torch.nn.Linear(config.width, config.width, bias=False)
+        self.tensors = torch.nn.ParameterList(torch.empty(shape) for shape in config.shapes or ())
         self.post_init()
 """
 FLOOR = BOTH + '; third = Third.from_pretrained("{third}"{options})'
@@ -67,9 +70,10 @@ def main(arguments: argparse.Namespace) -> Report:
             "words": model.config.text_base_model["name_or_path"],
             "third": str(Path(folder) / "third"),
         }
+        shapes = [list(p.shape) for p in model.model.connector.parameters()]
         connector = sum(p.numel() * p.element_size() for p in model.model.connector.parameters())
         parents = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-        save_third(places["third"], connector)
+        save_third(places["third"], shapes)
         del model
         for name, options in (("", ""), (", bfloat16", ", dtype=torch.bfloat16")):
             code = {
@@ -80,7 +84,13 @@ def main(arguments: argparse.Namespace) -> Report:
             }
             timings = alternate_processes(code, rounds=arguments.rounds)
             report.compare(f"from_pretrained, to both parents{name}", timings["ours"], timings["both"], bar=1.1)
+            report.compare(f"the parents and a plain third model, to both parents{name}", timings["floor"], timings["both"])
             report.compare(f"from_pretrained, to the parents and a plain third model{name}", timings["ours"], timings["floor"])
+        if arguments.profile:
+            loads = {"ours": OURS.format(**places, options=""), "both": BOTH.format(**places, options="")}
+            for which, load in loads.items():
+                for step, seconds in profile(load, rounds=arguments.rounds, clock=arguments.clock).items():
+                    report.figure(f"{which}, {step}", seconds * 1e3, "ms")
         if arguments.warm:
             warm(places, arguments, report)
         written = sum(file.stat().st_size for file in eyes.iterdir())
@@ -93,14 +103,17 @@ def main(arguments: argparse.Namespace) -> Report:
     return report
 
 
-def save_third(folder: str, size: int) -> None:
-    """A model of one square matrix of about `size` bytes."""
+def save_third(folder: str, shapes: list[list[int]]) -> None:
+    """A model of tensors of these shapes and nothing else."""
     import torch
     import transformers
 
     space = {"torch": torch, "transformers": transformers}
     exec(THIRD, space)
-    space["Third"](space["ThirdConfig"](width=round((size / 4) ** 0.5))).save_pretrained(folder)
+    third = space["Third"](space["ThirdConfig"](shapes=shapes))
+    for tensor in third.tensors:
+        torch.nn.init.normal_(tensor)
+    third.save_pretrained(folder)
 
 
 def warm(places: dict[str, str], arguments: argparse.Namespace, report: Report) -> None:
@@ -140,5 +153,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     add_timing_arguments(parser)
+    parser.add_argument("--profile", action="store_true", help="print and keep the milliseconds of each step of loading")
     parser.add_argument("--warm", action="store_true", help="time loading in one process too")
     main(parser.parse_args())
