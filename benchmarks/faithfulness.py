@@ -516,7 +516,8 @@ CLAIMS = {
 
 def judge(name: str, by_seed: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """Prints a claim's table, statements and verdict over the seeds at hand, draws its PNG, and gives it as JSON takes it."""
-    runs = [one["table"] for one in by_seed.values() if one.get("whole", True)]
+    whole = {seed: one for seed, one in by_seed.items() if one["whole"]}
+    runs = [one["table"] for one in whole.values()]
     judged = CLAIMS[name].judge(runs, args)
     verdict = verdict_of(judged.statements)
     print(f"\n{name}. {CLAIMS[name].text}\n{table(runs)}")
@@ -524,8 +525,8 @@ def judge(name: str, by_seed: dict[str, dict[str, Any]], args: argparse.Namespac
         print(f"  {one.verdict:<9} {one.text}")
     for remark in judged.remarks:
         print(f"  {remark}")
-    seconds = sum(one["seconds"] for one in by_seed.values())
-    print(f"  {name}: {verdict.upper()} (seeds {', '.join(by_seed)}; {seconds:.0f} seconds)", flush=True)
+    seconds = sum(one["seconds"] for one in whole.values())
+    print(f"  {name}: {verdict.upper()} (seeds {', '.join(whole)}; {seconds:.0f} seconds)", flush=True)
     draw_panels(args.output_dir / f"{name}.png", judged.title, judged.x_name, judged.panels, judged.log_x)
     facts = {"claim": CLAIMS[name].text, "verdict": verdict, "statements": [vars(one) for one in judged.statements]}
     return {**facts, "remarks": judged.remarks, "seeds": by_seed}
@@ -571,7 +572,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for world in worlds:
                 one = by_seed.setdefault(str(world.seed), {"table": {}, "seconds": 0.0, "whole": False})
                 begin, before = time.time(), one["seconds"]
-                for _ in [] if one.get("whole", True) else CLAIMS[name].measure(world, args, one["table"]):
+                for _ in [] if one["whole"] else CLAIMS[name].measure(world, args, one["table"]):
                     # At once: a run that is cut short leaves what it found.
                     one["seconds"] = round(before + time.time() - begin, 1)
                     results["claims"].setdefault(name, {})["seeds"] = by_seed
