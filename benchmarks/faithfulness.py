@@ -39,7 +39,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.shape_towers import WAYS, Pictures, train_tower_by
+from benchmarks.shape_towers import WAYS, Pictures, examples, train_tower_by
 from benchmarks.timing import machine
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.evaluation import evaluate
@@ -48,10 +48,9 @@ from modeling_frozen.metrics import exact_match, perplexity
 from modeling_frozen.plots import BLUE, GREEN, GREY, ORANGE, RED, finish, new_figure, plain_axes
 
 
-# Put on the path by benchmarks/shape_towers.py.
-from shapes import QUESTIONS, Scene, draw, sentence_and_questions, split_scenes, train_language_model  # isort: skip
-from tiny_world import Arguments, train_connector  # isort: skip
-
+with examples():
+    from shapes import QUESTIONS, Scene, draw, sentence_and_questions, split_scenes, train_language_model
+    from tiny_world import Arguments, train_connector
 
 Run = dict[str, dict[str, float]]  # of one seed: row of the table -> column -> figure
 Panels = dict[str, dict[str, dict[Any, list[float]]]]  # name of the score -> line -> x -> a figure per seed
@@ -260,8 +259,9 @@ class Judged:
 
 
 def measure_shots(world: World, args: argparse.Namespace, run: Run) -> Iterator[None]:
-    from few_shot import FewShotArguments
-    from few_shot import run as run_episodes
+    with examples():
+        from few_shot import FewShotArguments
+        from few_shot import run as run_episodes
 
     if run:
         return

@@ -13,9 +13,10 @@ learning rate, and all but `self-supervised` are read for their loss by the mean
 - `random`: nothing learnt but the statistics of its batch norms, without which later layers would get nothing sensible.
 """
 
+import contextlib
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,21 +27,20 @@ from modeling_frozen import FrozenPrefixForImageTextRetrieval
 
 
 EXAMPLES = str(Path(__file__).parents[1] / "examples")
-if EXAMPLES not in sys.path:
-    sys.path.append(EXAMPLES)  # not in front: examples/evaluate.py has a package's name
 
-from shapes import (  # noqa: E402
-    COLOURS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    Scene,
-    draw,
-    make_tokenizer,
-    make_tower,
-    optimize,
-    split_scenes,
-)
+
+@contextlib.contextmanager
+def examples() -> Iterator[None]:
+    """The examples on the path, while something of theirs is imported: one of them, evaluate.py, has a package's name."""
+    sys.path.append(EXAMPLES)
+    try:
+        yield
+    finally:
+        sys.path.remove(EXAMPLES)
+
+
+with examples():
+    from shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, draw, make_tokenizer, make_tower, optimize, split_scenes
 
 
 PROPERTIES = tuple(len(names) for names in (SIZES, COLOURS, SHAPES, PLACES))  # as in `Scene.numbers`
