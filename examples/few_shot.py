@@ -52,7 +52,7 @@ class FewShotArguments(Arguments):
     shots: str = field(default="1,3,5", metadata={"help": "Pictures of each category, one score for each number."})
     repeats: str = field(default="1,3", metadata={"help": "How often the pictures are shown, where it is one of each."})
     episodes: int = field(default=200, metadata={"help": "Episodes for each score."})
-    language_model_steps: int = 400
+    language_model_steps: int = 900
     steps: int = 400
     tower_steps: int = 400
 
@@ -107,15 +107,26 @@ def in_words(scene: Scene, name: str = "") -> str:
 
 
 def write(rng: random.Random, scenes: list[Scene]) -> str:
-    """What the language model reads: an episode in words, or descriptions with questions."""
+    """
+    What the language model reads: an episode in words, or descriptions with questions.
+
+    In most texts any other words stand for the colours and shapes, so that it learns to name and to answer by what stands in
+    the text, of whatever kind: a prefix, which is no word of its own, can be read only so.
+    """
     scenes = [one for one in scenes if not is_new(one)]
-    if rng.random() < 0.3:
-        return " ".join(describe(rng, rng.choice(scenes), rng.randint(1, 2)) for _ in range(rng.randint(1, 4)))
-    ways = rng.choice((2, 2, 3, 4, 5))
-    episode = make_episode(rng, scenes, ways, 12 // ways)
-    shown = [*episode.support, (episode.query, episode.answer)]
-    text = "".join(in_words(scene, name) for scene, name in shown)
-    return (induction(episode.names) if rng.random() < 0.5 else "") + text.strip()
+    if rng.random() < 0.4:
+        text = " ".join(describe(rng, rng.choice(scenes), rng.randint(1, 2)) for _ in range(rng.randint(1, 4)))
+    else:
+        ways = rng.choice((2, 2, 3, 4, 5))
+        episode = make_episode(rng, scenes, ways, 12 // ways)
+        shown = [*episode.support, (episode.query, episode.answer)]
+        text = (induction(episode.names) if rng.random() < 0.5 else "") + "".join(in_words(*one) for one in shown).strip()
+    if rng.random() < 0.7:
+        plain = [word for values in VALUES.values() for word in values]
+        every = [word for word in (*plain, *NAMES) if word not in text.split()]
+        others = dict(zip(plain, rng.sample(every + [word for word in plain if word in text.split()], len(plain)), strict=True))
+        text = " ".join(others.get(word, word) for word in text.split())
+    return text
 
 
 def describe(rng: random.Random, scene: Scene, questions: int) -> str:
