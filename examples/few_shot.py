@@ -53,7 +53,8 @@ class FewShotArguments(Arguments):
     repeats: str = field(default="1,3", metadata={"help": "How often the pictures are shown, where it is one of each."})
     episodes: int = field(default=200, metadata={"help": "Episodes for each score."})
     language_model_steps: int = 900
-    steps: int = 400
+    steps: int = 700
+    learning_rate: float = 2e-3
     tower_steps: int = 400
 
 
@@ -123,8 +124,9 @@ def write(rng: random.Random, scenes: list[Scene]) -> str:
         text = (induction(episode.names) if rng.random() < 0.5 else "") + "".join(in_words(*one) for one in shown).strip()
     if rng.random() < 0.7:
         plain = [word for values in VALUES.values() for word in values]
-        every = [word for word in (*plain, *NAMES) if word not in text.split()]
-        others = dict(zip(plain, rng.sample(every + [word for word in plain if word in text.split()], len(plain)), strict=True))
+        there = set(text.split())
+        every = [word for word in (*plain, *NAMES) if word not in there] + [word for word in plain if word in there]
+        others = dict(zip(plain, rng.sample(every, len(plain)), strict=True))
         text = " ".join(others.get(word, word) for word in text.split())
     return text
 
