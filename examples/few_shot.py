@@ -18,10 +18,11 @@ that nobody described; and `told`, the pictures in words, which is what the lang
 
 What comes out, honestly: the language model learns in context, the pictures do not reach that. With `--ways 2 --repeats 1
 --episodes 100` the defaults, with 1, 3 and 5 shots, gave `told` 0.97, 1.00 and 1.00, but `sighted` 0.52, 0.54 and 0.40,
-`blind` 0.50, 0.48 and 0.53, where chance is 0.50: more shots do not help, so Frozen's figure is not reproduced here. In shorter
-runs (350 and 450 steps of the connector) the model always said one of the names of the episode, but not the one bound to the
-picture. Prefix vectors were three to seven times as long as words, and the second of them lay nearest to a shape, mostly the
-right one, at a cosine of 0.3 to 0.6; a smaller learning rate halved their length and did not help. Why they do not bind is open.
+`blind` 0.50, 0.48 and 0.53, where chance is 0.50: more shots do not help, so Frozen's figure is not reproduced here. In
+shorter runs (350 and 450 steps of the connector) the model always said one of the names of the episode, but not the one bound
+to the picture. Prefix vectors were three to seven times as long as words, and the second of them lay nearest to a shape,
+mostly the right one, at a cosine of 0.3 to 0.6; a smaller learning rate halved their length and did not help. Why they do
+not bind is open.
 """
 
 import random
