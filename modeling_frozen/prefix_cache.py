@@ -153,6 +153,12 @@ def _joined(
     ]
 
 
+def _are_the_same(rows: list[dict[str, list[torch.Tensor]]]) -> bool:
+    """Whether rows hold the very same tensors."""
+    held = [[(key, *map(id, tensors)) for key, tensors in row.items()] for row in rows]
+    return all(one == held[0] for one in held)
+
+
 def media_together(rows: Iterable[dict[str, list[torch.Tensor]]]) -> dict[str, BaseModelOutputWithPooling]:
     flat: dict[str, list[torch.Tensor]] = {}
     for row in rows:
@@ -481,6 +487,21 @@ class PrefixCacheMixin:
         self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
         encoded = model_kwargs.get("mm_encoder_outputs")
+        repeats = self._repeats_of_a_prompt(input_ids, generation_config, model_kwargs)
+        media = _by_row(self, input_ids, encoded) if repeats > 1 and encoded else [{}]
+        if repeats > 1 and all(_are_the_same(media[at : at + repeats]) for at in range(0, len(media), repeats)):
+            # Beams and several answers begin as the same prompt: it is read once, and its keys and values are repeated.
+            rows = len(input_ids)
+            once = {
+                name: value[::repeats] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
+                for name, value in model_kwargs.items()
+            }
+            if encoded:
+                once["mm_encoder_outputs"] = media_together(media[::repeats])
+            outputs = super()._prefill(input_ids[::repeats], generation_config, once, **kwargs)
+            outputs.past_key_values.batch_repeat_interleave(repeats)
+            outputs.logits = outputs.logits[:, -1:].repeat_interleave(repeats, dim=0)
+            return outputs
         if generation_config.prefill_chunk_size is None or not encoded or input_ids.numel() == 0:
             return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
         for modality, output in encoded.items():
@@ -490,6 +511,26 @@ class PrefixCacheMixin:
             return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
         finally:
             reads_in_chunks.reset(token)
+
+    def _repeats_of_a_prompt(
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> int:
+        """How often `generate()` has repeated each row, where reading it once is enough; else 1."""
+        repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache = model_kwargs.get("past_key_values")
+        plain = (
+            repeats > 1
+            and can_be_kept(cache)
+            and cache.get_seq_length() == 0
+            and self.model.cross_attention is None
+            and model_kwargs.get("inputs_embeds") is None
+            and generation_config.prefill_chunk_size is None
+            and not (generation_config.output_attentions or generation_config.output_hidden_states)
+        )
+        if not plain or input_ids.ndim != 2 or len(input_ids) % repeats or input_ids.shape[1] == 0:
+            return 1
+        same = input_ids.unflatten(0, (-1, repeats))
+        return repeats if bool((same == same[:, :1]).all()) else 1
 
     def _without_what_is_cached(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Leaves encoded media out whose placeholders a passed cache has read already, so that a dialogue goes on from

@@ -65,6 +65,29 @@ def test_tower_and_connector_run_once_with_an_assistant() -> None:
 
 
 @every_decoder
+@pytest.mark.parametrize("way", ["beams", "samples"])
+@torch.no_grad()
+def test_a_prompt_is_read_once_for_all_its_answers(family: str, way: str) -> None:
+    model = build(family)
+    options = {**GREEDY, "use_cache": True, **WAYS[way], "max_new_tokens": 4}
+    ids, images = torch.cat([prompt(seed=1), prompt(seed=2)]), pictures(2)
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(len(args[0])))
+    torch.manual_seed(3)
+    ours = model.generate(ids, pixel_values=images, **options)
+    assert read == [2 if keeps_cache(family) else 6, *[6] * 3]
+    torch.manual_seed(3)
+    plain = model.generate(ids, pixel_values=images, **{**options, "use_cache": False})  # each answer reads all
+    assert torch.equal(ours, plain)
+    # Of another picture each: rows of equal words are told apart.
+    torch.manual_seed(3)
+    ours = model.generate(ids[:1].expand(2, -1), pixel_values=images, **options)
+    torch.manual_seed(3)
+    plain = model.generate(ids[:1].expand(2, -1), pixel_values=images, **{**options, "use_cache": False})
+    assert torch.equal(ours, plain)
+
+
+@every_decoder
 @torch.no_grad()
 def test_each_step_reads_one_word(family: str) -> None:
     model = build(family)
