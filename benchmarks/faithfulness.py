@@ -18,6 +18,11 @@ either standard deviation, is `contrary` where they do so the other way round, a
 The world is that of examples/shapes.py. Scores are of scenes that neither the tower nor the language model nor the connector
 met. What a tiny world shows is whether the mechanism is there, not how large it is with real parents. A run goes on where
 one before it with the same settings and `--output_dir` was stopped, so that a long one can be made piece by piece.
+
+What came out. `frozen`, three seeds: partly; tuning forgets and no longer answers what it was never asked, but held-out
+captions, of the same few words, gain by it. `prefix_length`, two seeds: partly; CIDEr 3 with one vector, 7 with two, 9 with
+four and no more after; transformer and MLP are equal. `towers`, two seeds: partly, not in LiMBeR's order: labels, language,
+random, self-supervised; the contrastive tower tells size and place, and after 300 steps in batches of 48 hardly a shape.
 """
 
 import argparse
