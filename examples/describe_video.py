@@ -20,6 +20,7 @@ from tiny_world import Arguments, blinded, exact_match, join_parents, parse, tel
 @dataclass
 class FilmArguments(Arguments):
     steps: int = 800
+    language_model_steps: int = 700  # with 200 it can't yet tell where a film starts from where it ends
 
 
 FRAMES = 3
