@@ -4,13 +4,10 @@ batches, preprocessed beforehand and held in memory.
     python benchmarks/feature_cache.py --images 256 --rounds 5 --output feature_cache.json
 
 Timed is the whole call, from the files to the store: hashing, starting workers, decoding, preprocessing, the tower, writing.
-Where workers and tower share all cores of a CPU, the processor time of decoding can't hide; what throughput it leaves is
-printed.
 The tower has random weights, which cost what trained ones cost; the pictures are made on the fly.
 """
 
 import argparse
-import os
 import shutil
 import tempfile
 import time
@@ -92,12 +89,10 @@ def main(arguments: list[str] | None = None) -> Report:
         model, processor = build(folder, args)
         paths = write_pictures(folder, args.images, *args.picture)
         dataset = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
-        begin = time.process_time()
         batches = [
             processor(images=paths[start : start + args.batch_size], return_tensors="pt")["pixel_values"]
             for start in range(0, args.images, args.batch_size)
         ]
-        decoding = (time.process_time() - begin) / args.images
         tower = model.model.vision_tower
 
         @torch.no_grad()
@@ -127,15 +122,6 @@ def main(arguments: list[str] | None = None) -> Report:
     per_second = args.images / timings["store"].median
     report.print()
     print(f"{per_second:.1f} images a second: {throughput:.3f} of the tower's own throughput (bar: at least {BAR})")
-    cores = len(os.sched_getaffinity(0))
-    if args.device == "cpu" and torch.get_num_threads() >= cores:
-        tower_time = timings["tower"].median / args.images
-        limit = tower_time / (tower_time + decoding / cores)
-        print(
-            f"Decoding and preprocessing take {1e3 * decoding:.1f} ms of a core an image, the tower {1e3 * tower_time:.1f} ms "
-            f"of all {cores}: no more than {limit:.3f} can be had"
-        )
-        report.settings |= {"decoding_seconds_of_a_core": decoding, "throughput_limit": limit}
     report.settings |= {"throughput_ratio": throughput, "throughput_ratios": ratios, "images_per_second": per_second}
     report.save(args.output)
     return report
