@@ -24,8 +24,8 @@ from .modalities import draws
 # Reading in two parts has a cost of its own: it must spare at least this share of the batch's positions.
 SMALLEST_SHARE = 0.1
 
-# Language model -> by mode, whether it was seen to read the same in parts as at once.
-_TRIED: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], bool]]" = weakref.WeakKeyDictionary()
+# Language model -> by whether it is training, whether it was seen to read the same in parts as at once.
+_TRIED: "weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -181,8 +181,10 @@ class SharedReadingMixin:
         """Whether hidden states, and the gradient of what was read, are the same read in two parts as read at once, in this
         mode: tried on eight words, once."""
         language_model = self.language_model
-        mode = (language_model.training, _computes_again(language_model))
-        tried = _TRIED.setdefault(language_model, {})
+        # Adapters may have come since it was tried, and layers computed again in the backward pass keep no cache.
+        if any(_draws_or_computes_again(module) for module in language_model.modules()):
+            return False
+        tried, mode = _TRIED.setdefault(language_model, {}), language_model.training
         if mode not in tried:
             try:
                 tried[mode] = self._try_parts(reader)
@@ -192,8 +194,7 @@ class SharedReadingMixin:
 
     def _try_parts(self, reader: nn.Module) -> bool:
         encodes = self.config.is_encoder_decoder
-        # Layers that are computed again in the backward pass keep no cache.
-        if not encodes and (new_kept_cache(self) is None or _computes_again(self.language_model)):
+        if not encodes and new_kept_cache(self) is None:
             return False
         device = self.get_input_embeddings().weight.device
         ids = torch.arange(8, device=device).repeat(3, 1)
@@ -228,8 +229,9 @@ class SharedReadingMixin:
         return all(_same(one, other) for one, other in zip(*found, strict=True))
 
 
-def _computes_again(language_model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in language_model.modules())
+def _draws_or_computes_again(module: nn.Module) -> bool:
+    draws_now = isinstance(module, nn.Dropout) and module.training and module.p > 0
+    return draws_now or bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
+from modeling_frozen.lora import lora_config
 from modeling_frozen.shared_reading import best_lead, mark_images
 from tests import test_vision_features, tiny
 from tests.families_text import DECODERS, FAMILIES, VOCAB_SIZE
@@ -167,6 +168,24 @@ def test_a_language_model_that_draws_reads_each_row() -> None:
     model.train()
     given = batch()
     model(**given)
+    assert positions_read(model, given)[0] == given["input_ids"].numel()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_that_come_later_are_asked_too(dropout: float) -> None:
+    peft = pytest.importorskip("peft")
+    model, given = build().train(), batch()
+    model(**given)
+    tuned = peft.get_peft_model(model, lora_config(model, r=2, lora_dropout=dropout)).train()
+    tuned(**given)
+    shared = positions_read(model, given)[0] < given["input_ids"].numel()
+    assert shared == (dropout == 0.0)
+
+
+def test_activation_checkpointing_reads_each_row() -> None:
+    model, given = build(trainable=("connector", "text")).train(), batch()
+    model(**given)
+    model.gradient_checkpointing_enable()
     assert positions_read(model, given)[0] == given["input_ids"].numel()
 
 
