@@ -170,7 +170,7 @@ def plot_training(
         axes.set_xlabel("optimizer steps")
         if name == "loss":
             axes.set_title("Loss")
-            axes.set_ylabel("nats per token")
+            axes.set_ylabel("nats")
             if len(lines) > 1:
                 axes.legend(frameon=False)
         else:

@@ -45,7 +45,7 @@ def test_training_curves_are_drawn_as_logged(tmp_path: Path) -> None:
     loss, cider = figure.axes
     assert drawn(loss) == [([5, 10, 20], [4.0, 3.0, 2.0]), ([10, 20], [3.5, 3.2])]
     assert drawn(cider) == [([10, 20], [0.4, 0.3])]
-    assert loss.get_ylabel() == "nats per token" and loss.get_xlabel() == cider.get_xlabel() == "optimizer steps"
+    assert loss.get_ylabel() == "nats" and loss.get_xlabel() == cider.get_xlabel() == "optimizer steps"
     assert {"training", "evaluation", "A run", "cider", "highest: 0.4"} <= set(texts(figure))
     # Told apart without colours.
     assert len({(line.get_linestyle(), line.get_marker()) for line in loss.lines}) == 2
