@@ -55,7 +55,7 @@ from modeling_frozen.plots import BLUE, GREEN, GREY, ORANGE, RED, finish, new_fi
 
 with examples():
     from shapes import QUESTIONS, Scene, draw, sentence_and_questions, split_scenes, train_language_model
-    from tiny_world import Arguments, train_connector
+    from tiny_world import Arguments, first_sentence, train_connector
 
 Run = dict[str, dict[str, float]]  # of one seed: row of the table -> column -> figure
 Panels = dict[str, dict[str, dict[Any, list[float]]]]  # name of the score -> line -> x -> a figure per seed
@@ -230,7 +230,7 @@ def captions(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str
     """Scores of what the model says of held-out pictures, beside those of the same model blind."""
     found = evaluate(model, processor, rows, kinds=("sighted", "blind"), num_resamples=0, max_new_tokens=16, batch_size=48)
     scores = {"CIDEr": found.scores["sighted"]["cider"], "blind CIDEr": found.scores["blind"]["cider"]}
-    said = [_first_sentence(text) for text in found.predictions["sighted"]]
+    said = [first_sentence(text) for text in found.predictions["sighted"]]
     scores["exact match"] = exact_match(said, found.references)
     return scores | words_right(said, [row["answer"] for row in rows])
 
@@ -242,10 +242,6 @@ def words_right(said: Sequence[str], right: Sequence[str]) -> dict[str, float]:
         "shape, colour": statistics.fmean(b[2:4] == a[2:4] for b, a in pairs),
         "size, place": statistics.fmean(b[1:2] == a[1:2] and b[4:] == a[4:] for b, a in pairs),
     }
-
-
-def _first_sentence(text: str) -> str:
-    return text.split(".")[0].strip() + " ."
 
 
 # ------------------------------------------------------------------------------------------------------------ the claims
@@ -376,7 +372,7 @@ def measure_frozen(world: World, args: argparse.Namespace, run: Run) -> Iterator
         learnt = caption_loss(model, collator, few)
         answers = evaluate(
             model, processor, asked, task="vqa", kinds=("sighted", "blind"), num_resamples=0, max_new_tokens=8,
-            postprocess=_first_sentence, batch_size=48,
+            postprocess=first_sentence, batch_size=48,
         )  # fmt: skip
         run[name] = {
             **end,

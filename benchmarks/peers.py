@@ -38,10 +38,10 @@ from transformers import (
 )
 
 from benchmarks import parents, timing
+from benchmarks.training import step_of
 from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen.losses import IGNORE_INDEX, shift_for_causal_model
 
-
-IGNORE_INDEX = -100
 
 # Our names of the tower's, the language model's and the connector's parameters, and what nanoVLM calls them.
 NANOVLM_NAMES = (
@@ -177,21 +177,6 @@ def blip2_model(words: str, ours: FrozenPrefixForConditionalGeneration) -> Blip2
     return theirs.eval()
 
 
-def step_of(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """Forward, backward and update of what is not frozen; the same optimizer for all."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    model.train()
-
-    def step() -> None:
-        loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def count(model: nn.Module, trained: bool = False) -> int:
     return sum(one.numel() for one in model.parameters() if one.requires_grad or not trained)
 
@@ -272,7 +257,8 @@ def compare_nanovlm(folder: str, sizes: parents.Sizes, report: timing.Report, ar
     theirs = nanovlm_model(args.nanovlm, ours)
 
     def loss(images: torch.Tensor, labels: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
-        return theirs(images=images, targets=targets_of(labels), **batch)[1]
+        # As nanoVLM's data sets give them: each at the position before its own, for its loss shifts nothing.
+        return theirs(images=images, targets=shift_for_causal_model(labels), **batch)[1]
 
     def generate(image: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return theirs.generate(ids, image, max_new_tokens=args.new_tokens, greedy=True)
@@ -281,11 +267,6 @@ def compare_nanovlm(folder: str, sizes: parents.Sizes, report: timing.Report, ar
     more = ours.model.connector.output.bias.numel()
     calls = {"loss": loss, "generate": generate}
     compare(name, ours, theirs, theirs.MP.proj.weight, calls, report, sizes, args, more)
-
-
-def targets_of(labels: torch.Tensor) -> torch.Tensor:
-    """Labels as nanoVLM's data sets give them: each at the position before its own, for its loss shifts nothing."""
-    return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
 
 
 def compare_blip2(folder: str, sizes: parents.Sizes, report: timing.Report, args: argparse.Namespace) -> None:

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import parents, timing
-
-
-IGNORE_INDEX = -100
+from modeling_frozen.losses import IGNORE_INDEX, shift_for_causal_model
 
 
 def join(folder: Path, sizes: parents.Sizes) -> Any:
@@ -51,13 +49,14 @@ def batch_of(model: Any, sizes: parents.Sizes, rows: int, device: Any, captions:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def our_step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
+def step_of(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], float]:
+    """Forward, backward and update of what is not frozen."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)  # as Trainer does
     model.train()
 
     def step() -> float:
-        loss = model(**batch).loss
+        loss = loss_of()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -71,7 +70,7 @@ def limit_step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], float
     with torch.no_grad():
         embeds = language_model.get_input_embeddings()(batch["input_ids"].clamp(max=model.config.text_config.vocab_size - 1))
     embeds.requires_grad_(True)
-    targets = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+    targets = shift_for_causal_model(batch["labels"])
     at_labels = targets != IGNORE_INDEX
 
     def step() -> float:
@@ -106,7 +105,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 for captions, rows in ((1, args.batch_size), (args.captions, 2 * args.captions)):
                     batch = batch_of(model, sizes, rows, device, captions)
                     model.to(device)
-                    calls = {"ours": our_step(model, batch), "limit": limit_step(model, batch)}
+                    calls = {"ours": step_of(model, lambda batch=batch: model(**batch).loss), "limit": limit_step(model, batch)}
                     timings = timing.alternate(calls, rounds=args.rounds)
                     name = f"vocabulary {vocab_size:,}, prefix {prefix_length}, text {sizes.text_length}, batch {rows}"
                     name += "" if captions == 1 else f" of {captions} captions a picture"

@@ -21,7 +21,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from shapes import QUESTIONS, draw, split_scenes, train_language_model, train_tower
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from tiny_world import ExampleTrainingArguments
+from transformers import HfArgumentParser, Trainer, set_seed
 
 from modeling_frozen import (
     DataCollatorForFrozenPrefixClassification,
@@ -56,19 +57,13 @@ class Arguments:
 
 
 @dataclass
-class ClassificationTrainingArguments(TrainingArguments):
+class ClassificationTrainingArguments(ExampleTrainingArguments):
     output_dir: str = "classifier"
     learning_rate: float = 2e-3
     num_train_epochs: float = 3
-    per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.05
     logging_steps: float = 25
-    logging_first_step: bool = True
-    save_strategy: str = "no"
-    report_to: str = "none"
-    remove_unused_columns: bool = False  # the collator reads them
 
 
 def draw_rows(count: int, held_out: bool, seed: int) -> Dataset:

@@ -14,7 +14,17 @@ from typing import Any
 
 from PIL import Image
 from shapes import PLACES, Scene, draw, split_scenes
-from tiny_world import Arguments, blinded, exact_match, join_parents, parse, tell, train_connector, write_results
+from tiny_world import (
+    Arguments,
+    blinded,
+    exact_match,
+    first_sentence,
+    join_parents,
+    parse,
+    tell,
+    train_connector,
+    write_results,
+)
 
 
 @dataclass
@@ -83,10 +93,6 @@ def backwards(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "video": row["video"][::-1], "film": film, "answer": answer}
 
 
-def first_sentence(said: list[str]) -> list[str]:
-    return [text.split(".")[0].strip() + " ." for text in said]
-
-
 def main() -> dict[str, Any]:
     args = parse(FilmArguments)
     model, processor = join_parents(
@@ -100,10 +106,10 @@ def main() -> dict[str, Any]:
     train_connector(model, processor, make_rows(known, args.steps * args.batch_size // 4, random.Random(args.seed)), args)
 
     rows = make_rows(held_out, args.held_out, random.Random(args.seed + 1))
-    said = first_sentence(tell(model, processor, rows, "asking about held-out films", 20))
-    blind = first_sentence(tell(model, processor, blinded(rows), "blind", 20))
+    said = list(map(first_sentence, tell(model, processor, rows, "asking about held-out films", 20)))
+    blind = list(map(first_sentence, tell(model, processor, blinded(rows), "blind", 20)))
     turned = [backwards(row) for row in rows]
-    told_backwards = first_sentence(tell(model, processor, turned, "backwards", 20))
+    told_backwards = list(map(first_sentence, tell(model, processor, turned, "backwards", 20)))
     results: dict[str, Any] = {}
     for question in ("", *QUESTIONS):
         chosen = [i for i, row in enumerate(rows) if row["prompt"] == question]

@@ -35,8 +35,8 @@ class Arguments:
 
 
 @dataclass
-class StoreTrainingArguments(TrainingArguments):
-    """Defaults of the examples that train a connector from stored features."""
+class ExampleTrainingArguments(TrainingArguments):
+    """Defaults of the examples that take all of Trainer's arguments."""
 
     learning_rate: float = 3e-3
     num_train_epochs: float = 4
@@ -47,7 +47,7 @@ class StoreTrainingArguments(TrainingArguments):
     logging_first_step: bool = True
     save_strategy: str = "no"
     report_to: str = "none"
-    remove_unused_columns: bool = False  # the collator reads the features
+    remove_unused_columns: bool = False  # the collator reads the columns
 
 
 def parse(arguments_class: type = Arguments) -> Any:
@@ -133,6 +133,11 @@ def blinded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         other = rng.choice([one for one in asked if one["answer"] != row["answer"]] or asked)
         mixed.append({**row, **{name: other[name] for name in ("images", "video") if name in row}})
     return mixed
+
+
+def first_sentence(text: str) -> str:
+    """What is said up to the first full stop, as sentences of the little world end."""
+    return text.split(".")[0].strip() + " ."
 
 
 def exact_match(said: list[str], rows: list[dict[str, Any]]) -> float:

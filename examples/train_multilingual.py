@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, Features, Image, Value, load_dataset
 from languages import LANGUAGES, tell, words, write
 from shapes import draw, split_scenes, train_language_model, train_tower
-from tiny_world import StoreTrainingArguments
+from tiny_world import ExampleTrainingArguments, first_sentence
 from transformers import HfArgumentParser, Trainer, set_seed
 
 from modeling_frozen import (
@@ -53,7 +53,7 @@ class Arguments:
 
 
 @dataclass
-class MultilingualTrainingArguments(StoreTrainingArguments):
+class MultilingualTrainingArguments(ExampleTrainingArguments):
     output_dir: str = "multilingual"
 
 
@@ -137,10 +137,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             print(f"{task + ', ' + language:24}" + "".join(cells))
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
-
-
-def first_sentence(text: str) -> str:
-    return text.split(".")[0].strip() + " ."
 
 
 def _share_right(said: list[str], references: list[list[str]]) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, Features, Image, Value, load_dataset
 from shapes import QUESTIONS, draw, split_scenes, train_language_model, train_tower
-from tiny_world import StoreTrainingArguments
+from tiny_world import ExampleTrainingArguments
 from transformers import HfArgumentParser, Trainer, set_seed
 
 from modeling_frozen import (
@@ -52,7 +52,7 @@ class Arguments:
 
 
 @dataclass
-class VQATrainingArguments(StoreTrainingArguments):
+class VQATrainingArguments(ExampleTrainingArguments):
     output_dir: str = "vqa"
 
 

@@ -244,11 +244,12 @@ def _is_exact(language_model: nn.Module, path: str) -> bool:
         return False
     if _is_linear(language_model, call):
         _LINEAR.add(language_model)
-    return _close(halves, whole)
+    return nearly_equal(halves, whole)
 
 
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
+def nearly_equal(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-4, tolerance_in_half: float = 3e-2) -> bool:
+    """Whether two tensors differ by no more than a share of the largest value."""
+    tolerance = tolerance if one.dtype in (torch.float32, torch.float64) else tolerance_in_half
     one, other = one.float(), other.float()
     return bool(((one - other).abs().max() <= tolerance * other.abs().max()).item())
 
@@ -259,7 +260,7 @@ def _is_linear(language_model: nn.Module, call: HeadlessCall) -> bool:
         return False
     # Once more with logits of a thousand, where soft-capping would show.
     wide = hidden_states * (1000 / call.logits(hidden_states).abs().max().clamp(min=1e-3))
-    return all(_close(call.logits(one).to(one.dtype), head(one)) for one in (hidden_states, wide))
+    return all(nearly_equal(call.logits(one).to(one.dtype), head(one)) for one in (hidden_states, wide))
 
 
 def headless_path(language_model: nn.Module) -> str | None:

@@ -343,16 +343,16 @@ class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedMo
         input_ids, inputs_embeds, prefixes = self.merge(input_ids, inputs_embeds, media, mm_encoder_outputs)
         if self.config.is_encoder_decoder:
             input_ids, inputs_embeds, attention_mask = pad_right(input_ids, inputs_embeds, attention_mask)
-            if lead is not None:
-                kwargs = {**kwargs, "encoder_outputs": self.encode_alike(lead, inputs_embeds, attention_mask)}
-                outputs = callee(attention_mask=attention_mask, **kwargs, return_dict=True)
-                return outputs, {f"{modality}_hidden_states": prefix for modality, prefix in prefixes.items()}
-        elif lead is not None:
+        if lead is not None and not self.config.is_encoder_decoder:
             past_key_values = self.read_lead(lead, inputs_embeds)
             inputs_embeds, kwargs = inputs_embeds[:, lead.length :], {**kwargs, "use_cache": True}
-        inputs = self.language_inputs(
-            callee, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
-        )
+        if lead is not None and self.config.is_encoder_decoder:
+            encoded = self.encode_alike(lead, inputs_embeds, attention_mask)
+            inputs = {**kwargs, "attention_mask": attention_mask, "encoder_outputs": encoded}
+        else:
+            inputs = self.language_inputs(
+                callee, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+            )
         if self.cross_attention is not None:
             seen = prefixes.get(None)
             placeholders = None if given_ids is None else self.placeholders(given_ids)
@@ -525,7 +525,8 @@ class FrozenPrefixForConditionalGeneration(
         if path is not None:
             # Who asks for more (a cache, attentions) wants it of every row.
             asked = {name for name, value in kwargs.items() if value} - {"mm_token_type_ids"}
-            if image_index is not None and not asked and input_ids is not None and position_ids is past_key_values is None:
+            plain = not asked and position_ids is None and past_key_values is None
+            if plain and image_index is not None and input_ids is not None:
                 mm_encoder_outputs, media = self.model.encode(media, mm_encoder_outputs), {}
                 images = mm_encoder_outputs["image"]
                 lead = self.model.find_lead(input_ids, attention_mask, images, image_index, path, logits_to_keep)

@@ -153,6 +153,11 @@ def _joined(
     ]
 
 
+def _answers_of_a_prompt(generation_config: GenerationConfig) -> int:
+    """How often `generate()` repeats each row: for its beams, or for several answers."""
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+
+
 def _are_the_same(rows: list[dict[str, list[torch.Tensor]]]) -> bool:
     """Whether rows hold the very same tensors."""
     held = [[(key, *map(id, tensors)) for key, tensors in row.items()] for row in rows]
@@ -476,7 +481,7 @@ class PrefixCacheMixin:
         if getattr(cache, "_is_user_defined", False) and cache.get_seq_length() > 0:
             generation_config.use_cache = True  # some families are configured without (MPT), and would read all again
             # Beams and several answers repeat all inputs but a cache that was passed.
-            repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+            repeats = _answers_of_a_prompt(generation_config)
             positions = model_kwargs.get("position_ids")
             if repeats > 1 and positions is not None and can_be_kept(cache):
                 if len(positions) == repeats * len(cache.layers[0].keys):
@@ -516,7 +521,7 @@ class PrefixCacheMixin:
         self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> int:
         """How often `generate()` has repeated each row, where reading it once is enough; else 1."""
-        repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        repeats = _answers_of_a_prompt(generation_config)
         cache = model_kwargs.get("past_key_values")
         plain = (
             repeats > 1
