@@ -65,6 +65,10 @@ def step_of(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Call
     return step
 
 
+def our_step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
+    return step_of(model, lambda: model(**batch).loss)
+
+
 def limit_step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
     language_model = model.model.language_model
     with torch.no_grad():
@@ -105,7 +109,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 for captions, rows in ((1, args.batch_size), (args.captions, 2 * args.captions)):
                     batch = batch_of(model, sizes, rows, device, captions)
                     model.to(device)
-                    calls = {"ours": step_of(model, lambda batch=batch: model(**batch).loss), "limit": limit_step(model, batch)}
+                    calls = {"ours": our_step(model, batch), "limit": limit_step(model, batch)}
                     timings = timing.alternate(calls, rounds=args.rounds)
                     name = f"vocabulary {vocab_size:,}, prefix {prefix_length}, text {sizes.text_length}, batch {rows}"
                     name += "" if captions == 1 else f" of {captions} captions a picture"
