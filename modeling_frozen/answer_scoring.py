@@ -92,7 +92,7 @@ class AnswerScoringMixin:
                 input_ids=targets[:, :-1],
                 attention_mask=mask_or_none(mask),
                 position_ids=begun[:, None] + torch.arange(targets.shape[1] - 1, device=mask.device)[None],
-                past_key_values=some.past_key_values,
+                cache=some.past_key_values,
                 use_cache=True,
             )
             return torch.cat([first, outputs.logits.to(first.device)], dim=1)

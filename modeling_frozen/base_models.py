@@ -18,7 +18,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -27,10 +26,11 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.hub import resolve_revision
 
 from .audio_towers import load_audio_tower
+from .transformers_compat import resolve_revision
 from .vision_towers import _quiet, load_vision_tower
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from packaging import version
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
+
+from .transformers_compat import CACHE_NAMES, CompositeConfig, SubConfigSpec
 
 
 VERSION = "0.1.0"  # of the package; here, because this file goes to the Hub without the rest of it
@@ -55,7 +56,7 @@ _SERIALIZED_LIBRARY_KEYS = {"model_type", "auto_map", "_name_or_path", "output_a
 
 
 @strict
-class FrozenPrefixConfig(PreTrainedConfig):
+class FrozenPrefixConfig(CompositeConfig):
     r"""
     Configuration of a frozen vision tower, a frozen language model and the connector that joins them.
 
@@ -164,7 +165,7 @@ class FrozenPrefixConfig(PreTrainedConfig):
     model_type = "frozen-prefix"
     # What Trainer's evaluation leaves aside: caches, and hidden states of every word and position of a whole data set.
     keys_to_ignore_at_inference = [
-        "past_key_values", "text_model_output", "vision_model_output", "contrastive_loss", "caption_loss",
+        *CACHE_NAMES, "text_model_output", "vision_model_output", "contrastive_loss", "caption_loss",
     ]  # fmt: skip
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),

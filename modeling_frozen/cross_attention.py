@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .base_models import build_language_model
+from .transformers_compat import cache_of
 
 
 # Names and defaults of what `cross_attention_config` may hold.
@@ -333,7 +334,7 @@ class GatedCrossAttention(nn.ModuleList):
                 reading order; `None` for words that stand behind images of an earlier call, which their cache
                 remembers, or behind none: the language model is then called as it is.
         """
-        cache = inputs.get("past_key_values", inputs.get("cache_params"))
+        cache = cache_of(inputs)
         memory = getattr(cache, "_images_passed", None)
         if images:
             memory, sight = look(placeholders, images, memory, cache)
@@ -355,7 +356,7 @@ class GatedCrossAttention(nn.ModuleList):
                 'it does not run each of its layers once. Use `fusion="prefix"` for it.'
             )
         if images:
-            cache = outputs.get("past_key_values", outputs.get("cache_params"))
+            cache = cache_of(outputs)
             if isinstance(cache, Cache):
                 cache.__class__ = _remembering(type(cache))
                 cache._images_passed = memory

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from .transformers_compat import cache_of
 from .vision_towers import _default_shape, encode_images
 
 
@@ -231,7 +232,7 @@ def export_decode(
     ids, mask = torch.zeros(2, 5, dtype=torch.long, device=device), torch.ones(2, 5, dtype=torch.long, device=device)
     prepare = functools.partial(model.base_model.language_inputs, language_model)
     with torch.no_grad():
-        past = getattr(language_model(**prepare(ids, None, mask, None, None, {"use_cache": True})), "past_key_values", None)
+        past = cache_of(language_model(**prepare(ids, None, mask, None, None, {"use_cache": True})))
     if not isinstance(past, Cache):
         raise ValueError(f"{type(language_model).__name__} keeps no cache of keys and values that a graph could take.")
     exporter, export_config = _exporter(format, config_kwargs)

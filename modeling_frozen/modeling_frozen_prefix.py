@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig
 from transformers.generation import LogitsProcessorList
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
@@ -43,6 +47,16 @@ from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel, part
 from .prefix_cache import PrefixCacheMixin
 from .prefix_merging import PaddedLogitsProcessorList, pad_right, position_ids_from_mask
 from .shared_reading import SharedLead, SharedReadingMixin
+from .transformers_compat import (
+    CACHE,
+    AnyCacheName,
+    GenerationMixin,
+    cache_argument,
+    cached_length,
+    generation_cache,
+    slice_logits_to_keep,
+    takes_cache,
+)
 from .vision_towers import build_vision_tower
 
 
@@ -67,23 +81,19 @@ def _warn_of_labels_taken_away() -> None:
 
 
 @dataclass
-class FrozenPrefixModelOutputWithPast(ModelOutput):
+class FrozenPrefixModelOutputWithPast(AnyCacheName, BaseModelOutputWithPast):
     """
     Output of `FrozenPrefixModel`.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`):
             Of the language model (for encoder-decoders: of its decoder).
+        cache (or, before transformers 5.24, past_key_values; read it by either name), hidden_states, attentions, …:
+            as the language model gives them.
         image_hidden_states, video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
             The prefix vectors `(sum of prefix lengths, embedding_dim)` as the language model read them.
-        past_key_values (or cache_params), hidden_states, attentions, …: as the language model gives them.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    cache_params: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -96,7 +106,7 @@ class FrozenPrefixModelOutputWithPast(ModelOutput):
 
 
 @dataclass
-class FrozenPrefixCausalLMOutputWithPast(ModelOutput):
+class FrozenPrefixCausalLMOutputWithPast(AnyCacheName, CausalLMOutputWithPast):
     """
     Output of `FrozenPrefixForConditionalGeneration`.
 
@@ -104,17 +114,12 @@ class FrozenPrefixCausalLMOutputWithPast(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*): returned when `labels` are given.
         logits (`torch.FloatTensor` of shape `(batch, sequence, vocabulary)`, *optional*):
             `None` in training with labels unless `skip_logits=False`: the head then runs only where a label is.
+        cache (or, before transformers 5.24, past_key_values; read it by either name), hidden_states, attentions, …:
+            as the language model gives them.
         image_hidden_states, video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
             The prefix vectors `(sum of prefix lengths, embedding_dim)` as the language model read them.
-        past_key_values (or cache_params), hidden_states, attentions, …: as the language model gives them.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    cache_params: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -187,13 +192,13 @@ class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedMo
         inputs_embeds: torch.Tensor | None,
         attention_mask: Any,
         position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments for the language model (or its headless base), by the names that `callee` has for them."""
         names = _parameters_of(type(callee))
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        self._refuse_too_long(length, past_key_values)
+        self._refuse_too_long(length, cache)
         inputs = dict(kwargs)
         inputs.pop("mm_token_type_ids", None)
         if input_ids is not None:
@@ -213,16 +218,16 @@ class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedMo
                 inputs["position_ids"] = position_ids
         if not self.keeps_cache:
             inputs["use_cache"] = False
-        elif past_key_values is not None:
-            inputs["past_key_values" if "past_key_values" in names else "cache_params"] = past_key_values
+        elif cache is not None:
+            inputs[cache_argument(names)] = cache
         if "kwargs" not in names:
             inputs = {key: value for key, value in inputs.items() if key in names}
         return {key: value for key, value in inputs.items() if value is not None}
 
-    def _refuse_too_long(self, length: int, past_key_values: Cache | None) -> None:
+    def _refuse_too_long(self, length: int, cache: Cache | None) -> None:
         if torch.compiler.is_compiling() or self._max_positions is None:
             return
-        past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
+        past = cached_length(cache)
         if length + past > self._max_positions:
             raise ValueError(
                 f"The input is {length + past} long, prefix included, but the language model has {self._max_positions} "
@@ -260,13 +265,14 @@ class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedMo
         return max_learned_positions(self.language_model)
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
@@ -295,7 +301,7 @@ class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedMo
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             media={
@@ -327,7 +333,7 @@ class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedMo
         media: dict[str, Any],
         attention_mask: Any,
         position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         inputs_embeds: torch.Tensor | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         kwargs: dict[str, Any],
@@ -338,20 +344,20 @@ class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedMo
         output and the prefixes, as `image_hidden_states` and so on."""
         given_ids = input_ids  # merging takes the placeholders out
         if self.config.is_encoder_decoder and kwargs.get("encoder_outputs") is not None:
-            inputs = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+            inputs = {"attention_mask": attention_mask, cache_argument(_parameters_of(type(callee))): cache, **kwargs}
             return callee(**inputs, return_dict=True), {}
         input_ids, inputs_embeds, prefixes = self.merge(input_ids, inputs_embeds, media, mm_encoder_outputs)
         if self.config.is_encoder_decoder:
             input_ids, inputs_embeds, attention_mask = pad_right(input_ids, inputs_embeds, attention_mask)
         if lead is not None and not self.config.is_encoder_decoder:
-            past_key_values = self.read_lead(lead, inputs_embeds)
+            cache = self.read_lead(lead, inputs_embeds)
             inputs_embeds, kwargs = inputs_embeds[:, lead.length :], {**kwargs, "use_cache": True}
         if lead is not None and self.config.is_encoder_decoder:
             encoded = self.encode_alike(lead, inputs_embeds, attention_mask)
             inputs = {**kwargs, "attention_mask": attention_mask, "encoder_outputs": encoded}
         else:
             inputs = self.language_inputs(
-                callee, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+                callee, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs
             )
         if self.cross_attention is not None:
             seen = prefixes.get(None)
@@ -407,13 +413,14 @@ class FrozenPrefixForConditionalGeneration(
         self.model.language_model.set_output_embeddings(new_embeddings)
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -525,7 +532,7 @@ class FrozenPrefixForConditionalGeneration(
         if path is not None:
             # Who asks for more (a cache, attentions) wants it of every row.
             asked = {name for name, value in kwargs.items() if value} - {"mm_token_type_ids"}
-            plain = not asked and position_ids is None and past_key_values is None
+            plain = not asked and position_ids is None and cache is None
             if plain and image_index is not None and input_ids is not None:
                 mm_encoder_outputs, media = self.model.encode(media, mm_encoder_outputs), {}
                 images = mm_encoder_outputs["image"]
@@ -541,7 +548,7 @@ class FrozenPrefixForConditionalGeneration(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             media=media,
@@ -569,7 +576,7 @@ class FrozenPrefixForConditionalGeneration(
             logits = None
         fields = _fields(FrozenPrefixCausalLMOutputWithPast, outputs)
         if lead is not None:
-            fields["past_key_values"] = None  # of our own making
+            fields[CACHE] = None  # of our own making
         fields.update(loss=loss, logits=logits, **prefixes)
         return FrozenPrefixCausalLMOutputWithPast(**fields)
 
@@ -594,8 +601,9 @@ class FrozenPrefixForConditionalGeneration(
         if not self.model.keeps_cache:
             generation_config.use_cache = model_kwargs["use_cache"] = False
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if "past_key_values" in model_kwargs and not _accepts(self.model.language_model, "past_key_values"):
-            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        name = generation_cache(_parameters_of(type(self.model.language_model)))
+        if name != CACHE and CACHE in model_kwargs:
+            model_kwargs[name] = model_kwargs.pop(CACHE)
 
     def create_masks_for_generate(self, config: FrozenPrefixConfig, **kwargs: Any) -> Any:
         """The masks of compilable caches, as the language model itself makes them (ALiBi wants them 2-D)."""

@@ -35,6 +35,7 @@ from .heads import Head
 from .hub import AUTO_MAP, complete_copy, complete_repository
 from .parent_changes import samples_of, trains, was_changed
 from .part_dtypes import PartDtypesMixin, asked_dtypes
+from .transformers_compat import CACHE_NAMES
 from .unlocking import last_layers
 
 
@@ -94,7 +95,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _no_split_modules = []
     # One checkpoint serves all classes: each leaves the others' heads aside.
     _keys_to_ignore_on_load_unexpected = [r"^contrastive_head\.", r"^classifier\."]

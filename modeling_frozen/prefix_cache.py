@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from .kept_caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache, pick_rows
 from .modalities import MEDIA_INPUTS, take_media
 from .prefix_merging import pad_right, reads_in_chunks
+from .transformers_compat import CACHE, CACHE_NAMES, cache_of, cached_length, take_cache
 
 
 Rows = int | slice | Sequence[int] | torch.Tensor
@@ -278,7 +279,8 @@ class PrefixCacheMixin:
                 None,
                 {**kwargs, **self._continued(prefix_cache, question, kwargs.pop("attention_mask", None), kwargs)},
             )
-        return super().generate(inputs, *args, **kwargs)
+        cache = take_cache(kwargs)  # under whichever name, now under this release's
+        return super().generate(inputs, *args, **kwargs, **({} if cache is None else {CACHE: cache}))
 
     # ------------------------------------------------------------------------------------------------ the parts of it
 
@@ -374,7 +376,7 @@ class PrefixCacheMixin:
             input_ids=input_ids,
             attention_mask=mask_or_none(whole_mask),
             position_ids=position_ids,
-            past_key_values=cache,
+            cache=cache,
             mm_encoder_outputs=encoded,
             logits_to_keep=keep,
             use_cache=True,
@@ -403,7 +405,7 @@ class PrefixCacheMixin:
     ) -> dict[str, Any]:
         """What `generate()` is called with to go on from a prefix."""
         given = [name for names in MEDIA_INPUTS.values() for name in names if kwargs.get(name) is not None]
-        given += [name for name in ("mm_encoder_outputs", "inputs_embeds", "past_key_values") if kwargs.get(name) is not None]
+        given += [name for name in ("mm_encoder_outputs", "inputs_embeds", *CACHE_NAMES) if kwargs.get(name) is not None]
         if given:
             raise ValueError(
                 f"`{given[0]}` was passed beside `prefix_cache`, which holds what was encoded: leave it out, or, for another "
@@ -435,7 +437,7 @@ class PrefixCacheMixin:
         return {
             "input_ids": torch.cat([prefix.input_ids, question], dim=1),
             "attention_mask": torch.cat([prefix.attention_mask, mask], dim=1),
-            "past_key_values": prefix.past_key_values,
+            CACHE: prefix.past_key_values,
         }
 
     def _wants_its_own_cache(self, kwargs: dict[str, Any]) -> bool:
@@ -464,7 +466,7 @@ class PrefixCacheMixin:
             layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length -= 1
-        return {**words, "past_key_values": narrowed_cache(cache)}
+        return {**words, CACHE: narrowed_cache(cache)}
 
     # ------------------------------------------------------------------------------------------- generate()'s hooks
 
@@ -477,8 +479,8 @@ class PrefixCacheMixin:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if getattr(cache, "_is_user_defined", False) and cache.get_seq_length() > 0:
+        cache = model_kwargs.get(CACHE)
+        if getattr(cache, "_is_user_defined", False) and cached_length(cache) > 0:
             generation_config.use_cache = True  # some families are configured without (MPT), and would read all again
             # Beams and several answers repeat all inputs but a cache that was passed.
             repeats = _answers_of_a_prompt(generation_config)
@@ -504,7 +506,7 @@ class PrefixCacheMixin:
             if encoded:
                 once["mm_encoder_outputs"] = media_together(media[::repeats])
             outputs = super()._prefill(input_ids[::repeats], generation_config, once, **kwargs)
-            outputs.past_key_values.batch_repeat_interleave(repeats)
+            cache_of(outputs).batch_repeat_interleave(repeats)
             outputs.logits = outputs.logits[:, -1:].repeat_interleave(repeats, dim=0)
             return outputs
         if generation_config.prefill_chunk_size is None or not encoded or input_ids.numel() == 0:
@@ -522,7 +524,7 @@ class PrefixCacheMixin:
     ) -> int:
         """How often `generate()` has repeated each row, where reading it once is enough; else 1."""
         repeats = _answers_of_a_prompt(generation_config)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         plain = (
             repeats > 1
             and can_be_kept(cache)
@@ -540,8 +542,8 @@ class PrefixCacheMixin:
     def _without_what_is_cached(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Leaves encoded media out whose placeholders a passed cache has read already, so that a dialogue goes on from
         `past_key_values` with all its pictures passed again."""
-        cache, encoded = model_kwargs.get("past_key_values"), model_kwargs.get("mm_encoder_outputs")
-        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        cache, encoded = model_kwargs.get(CACHE), model_kwargs.get("mm_encoder_outputs")
+        past = cached_length(cache)
         mask = model_kwargs.get("attention_mask")
         whole = input_ids.ndim == 2 and not input_ids.is_floating_point() and input_ids.shape[1] > past
         if not encoded or past == 0 or not whole or (mask is not None and mask.shape[1] != input_ids.shape[1]):

@@ -134,7 +134,7 @@ def read_text(
             input_ids=input_ids,
             attention_mask=mask if place is None else mask[first],
             position_ids=None,
-            past_key_values=None,
+            cache=None,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             media={},

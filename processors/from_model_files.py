@@ -7,9 +7,11 @@ in the parents that it records.
 
 from typing import Any
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
-from transformers.processing_utils import ProcessorMixin
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
+
+from .processing_compat import ProcessorMixin
 
 
 # Part -> what loads it, and a file by which it is known to be there.

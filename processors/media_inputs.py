@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoFeatureExtractor, AutoImageProcessor
+from transformers import AutoFeatureExtractor
 from transformers.audio_utils import load_audio
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .from_model_files import FromModelFilesMixin
 from .pictures import load_rgb_image

@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, VideosKwargs
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import logging
@@ -23,12 +24,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .media_inputs import MediaInputsMixin
 from .pictures import load_rgb_image
+from .processing_compat import CONTROL_TOKEN_END, CONTROL_TOKEN_START
 
-
-try:  # marks control tokens that a user wrote into a chat: such an <image> is text, not a placeholder
-    from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
-except ImportError:
-    _CONTROL_TOKEN_START, _CONTROL_TOKEN_END = "\ue100", "\ue101"
 
 logger = logging.get_logger(__name__)
 
@@ -451,7 +448,7 @@ class FrozenPrefixProcessor(MediaInputsMixin):
     def count_image_tokens(self, text: str, modality: str = "image") -> int:
         """Placeholders in a text, one per image; such as a user's chat message smuggled in are not counted."""
         token = self.tokens.get(modality)
-        return 0 if token is None else len(re.findall(f"(?<!{_CONTROL_TOKEN_START}){re.escape(token)}", text))
+        return 0 if token is None else len(re.findall(f"(?<!{CONTROL_TOKEN_START}){re.escape(token)}", text))
 
     def place_images(self, text: str, num_images: int, modality: str = "image") -> str:
         """The text with one placeholder per image; unchanged where it holds any."""
@@ -603,7 +600,7 @@ class FrozenPrefixProcessor(MediaInputsMixin):
 
     @property
     def _any_placeholder(self) -> re.Pattern:
-        return re.compile(f"(?<!{_CONTROL_TOKEN_START})(?:{'|'.join(map(re.escape, self.tokens.values()))})")
+        return re.compile(f"(?<!{CONTROL_TOKEN_START})(?:{'|'.join(map(re.escape, self.tokens.values()))})")
 
     def _cut(self, index: int, text: str, max_length: int, options: dict[str, Any], lengths: Any) -> str:
         """The longest part of one text that fits, by bisection over its tokens' borders (slow tokenizer: words')."""
@@ -629,7 +626,7 @@ class FrozenPrefixProcessor(MediaInputsMixin):
             offsets = self.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
             borders = {span[0] if left else span[1] for span in offsets if span[1] > span[0]}
         borders = borders or {match.start() for match in re.finditer(r"(?<=\S)(?=\s)|(?<=\s)(?=\S)", text)}
-        marked = "|".join([f"{_CONTROL_TOKEN_START}.*?{_CONTROL_TOKEN_END}", *map(re.escape, self.tokens.values())])
+        marked = "|".join([f"{CONTROL_TOKEN_START}.*?{CONTROL_TOKEN_END}", *map(re.escape, self.tokens.values())])
         whole = [match.span() for match in re.finditer(marked, text)]
         inside = {position for start, end in whole for position in range(start + 1, end)}
         cuts = sorted(borders - inside, reverse=left)  # from the shortest part to the longest

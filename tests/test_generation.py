@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import ModelOutput
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen.transformers_compat import cache_of
 from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model
 from tests.test_families import IMAGE, PREFIX, build, eyes, pictures, prompt
 from tests.tiny import WORDS, join, rows, text_config, tokenizer
@@ -224,7 +225,7 @@ def test_a_quantised_cache_does_as_in_the_parent(family: str) -> None:
     assert torch.equal(model.generate(words, **options), model.model.language_model.generate(words, **options))
     read: list[type] = []
     model.model.language_model.register_forward_pre_hook(
-        lambda _, __, kwargs: read.append(type(kwargs["past_key_values"]).__name__), with_kwargs=True
+        lambda _, __, kwargs: read.append(type(cache_of(kwargs)).__name__), with_kwargs=True
     )
     assert model.generate(prompt(), pixel_values=pictures(), **options).shape == (1, prompt().shape[1] + 8)
     assert set(read) == {"QuantizedCache"}

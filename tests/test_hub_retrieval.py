@@ -24,7 +24,8 @@ PUSH = (
     + """
 import tempfile
 from pathlib import Path
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from modeling_frozen import FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
 from tests.tiny import save_parents
 

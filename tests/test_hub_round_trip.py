@@ -26,7 +26,8 @@ PUSH = (
     + """
 import sys, tempfile
 from pathlib import Path
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from tests.tiny import rows, save_parents

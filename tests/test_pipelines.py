@@ -254,7 +254,8 @@ def test_auto_classes_load_the_folder(eyes: Talking, auto_class: Any) -> None:
 PUSH = """
 import json, tempfile
 from pathlib import Path
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from tests.talking import talking, user
 made = talking(Path(tempfile.mkdtemp()))

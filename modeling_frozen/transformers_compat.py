@@ -1,0 +1,212 @@
+"""What differs between releases of transformers, 5.16.1 to the newest: the only place that knows, but for what processors
+need: `processing_compat.py`, for their files import none of this folder.
+
+Each question is asked of the object itself (has this output a field `cache`?) and not of a version number, so that releases
+in between are answered rightly too. Each stand-in says from which release on it can go.
+"""
+
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from transformers import Cache, PreTrainedConfig, configuration_utils, modeling_utils
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import hub
+
+
+# --------------------------------------------------------------------------------------------------- the cache's name
+
+# transformers 5.24 made one `cache` of `past_key_values` and, in recurrent models, `cache_params`.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# The name by which this release's `generate()` hands a cache on, and outputs hold it.
+CACHE = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
+
+
+def take_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """
+    Takes the cache out of keyword arguments, whichever of its names it was passed by.
+
+    Raises:
+        ValueError: if it was passed by two names.
+    """
+    passed = {name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs}
+    names = [name for name, cache in passed.items() if cache is not None]
+    if len(names) > 1:
+        raise ValueError(f"The cache was passed twice, as `{names[0]}` and as `{names[1]}`: pass it once.")
+    return passed[names[0]] if names else None
+
+
+def takes_cache(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function with a parameter `cache`, which it then takes by any of the cache's names."""
+
+    @functools.wraps(function)
+    def by_any_name(*args: Any, **kwargs: Any) -> Any:
+        if "past_key_values" in kwargs or "cache_params" in kwargs:
+            kwargs["cache"] = take_cache(kwargs)
+        return function(*args, **kwargs)
+
+    return by_any_name
+
+
+def cache_argument(parameters: Collection[str]) -> str:
+    """The name by which a model with these parameters takes its cache."""
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE)
+
+
+def cache_of(outputs: dict[str, Any]) -> Cache | None:
+    """The cache in a model's outputs, or among its keyword arguments, by whichever name it stands there."""
+    return next((outputs[name] for name in CACHE_NAMES if name in outputs.keys()), None)
+
+
+def generation_cache(parameters: Collection[str]) -> str:
+    """The name by which this release's `generate()` keeps the cache of a language model with these parameters."""
+    return "cache_params" if CACHE != "cache" and cache_argument(parameters) == "cache_params" else CACHE
+
+
+def cached_length(cache: Any) -> int:
+    """How many positions a cache holds; 0 for the states of recurrent models, which know no positions."""
+    if not isinstance(cache, Cache) or all(getattr(cache, "is_linear", [False])):
+        return 0
+    return cache.get_seq_length()
+
+
+if CACHE == "cache":
+
+    class AnyCacheName:
+        """For outputs with a cache: it is read by `cache`, and by the names of earlier releases."""
+
+else:  # before 5.24
+
+    @dataclass
+    class AnyCacheName:
+        """For outputs with a cache: that of recurrent models has another name, and `cache` reads either."""
+
+        cache_params: Cache | None = None
+
+        @property
+        def cache(self) -> Cache | None:
+            return self.cache_params if self.past_key_values is None else self.past_key_values
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+if hasattr(configuration_utils, "SubConfigSpec"):
+    SubConfigSpec = configuration_utils.SubConfigSpec
+    CompositeConfig = PreTrainedConfig
+else:  # before 5.20
+
+    class SubConfigSpec:
+        """How a sub-config is made where it is given as a `dict`, or not at all."""
+
+        def __init__(self, config_class: type, model_type: str, optional: bool = False):
+            self.config_class, self.model_type, self.optional = config_class, model_type, optional
+
+    class CompositeConfig(PreTrainedConfig):
+        """A config that makes its sub-configs by `sub_configs_defaults`."""
+
+        sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {}
+
+        def __init_subclass__(cls, *args: Any, **kwargs: Any):
+            cls.sub_configs = {key: spec.config_class for key, spec in cls.sub_configs_defaults.items()}
+            super().__init_subclass__(*args, **kwargs)
+
+        def __post_init__(self, **kwargs: Any):
+            for key, spec in self.sub_configs_defaults.items():
+                sub_config = getattr(self, key)
+                if isinstance(sub_config, PreTrainedConfig) or (sub_config is None and spec.optional):
+                    continue
+                options = dict(sub_config or {})
+                model_type = options.pop("model_type", spec.model_type)
+                setattr(self, key, transformers.CONFIG_MAPPING[model_type](**options))
+            super().__post_init__(**kwargs)
+
+
+# ------------------------------------------------------------------------------------------------- logits and loading
+
+if hasattr(modeling_utils, "slice_logits_to_keep"):
+    slice_logits_to_keep = modeling_utils.slice_logits_to_keep
+else:  # before 5.21
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """Of `hidden_states` (batch, sequence, width) the last positions (0: all), those of a 1-D tensor, each row's own
+        of a 2-D one, or, flattened, those where a boolean mask is true."""
+        if isinstance(logits_to_keep, int):
+            return hidden_states[:, -logits_to_keep:, :] if logits_to_keep else hidden_states
+        if logits_to_keep.ndim == 1:
+            return hidden_states[:, logits_to_keep, :]
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep]
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
+if hasattr(hub, "resolve_revision"):
+    resolve_revision = hub.resolve_revision
+else:  # before 5.18, where each file is looked up at the branch as it is then
+
+    def resolve_revision(path_or_repo_id: str, revision: str | None = None, **hub_options: Any) -> str | None:
+        return revision
+
+
+# ----------------------------------------------------------------------------------------------------------- generate()
+
+if hasattr(transformers.GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"):
+    GenerationMixin = transformers.GenerationMixin
+else:  # before 5.18, where `generate()` leaves the encoding of images to the first step's forward
+
+    class GenerationMixin(transformers.GenerationMixin):
+        """`generate()` that calls later releases' hooks for encoding before the first step."""
+
+        def _prepare_text_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return super()._prepare_encoder_decoder_kwargs_for_generation(*args, **kwargs)
+
+        def _prepare_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return self._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)
+
+        def _expand_inputs_for_generation(
+            self,
+            expand_size: int = 1,
+            is_encoder_decoder: bool = False,
+            input_ids: torch.LongTensor | None = None,
+            **model_kwargs: Any,
+        ) -> tuple[torch.LongTensor, dict[str, Any]]:
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            if not is_encoder_decoder:
+                name, tensor = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+                model_kwargs = self._maybe_prepare_encoder_kwargs_for_generation(tensor, model_kwargs, name, None)
+            encoded = model_kwargs.pop("mm_encoder_outputs", None)
+            if encoded:
+                encoded = self._expand_multimodal_outputs(input_ids, encoded, expand_size, inputs_embeds)
+            input_ids, model_kwargs = super()._expand_inputs_for_generation(
+                expand_size, is_encoder_decoder, input_ids, **model_kwargs
+            )
+            return input_ids, {**model_kwargs, "mm_encoder_outputs": encoded} if encoded else model_kwargs
+
+        def prepare_inputs_for_generation(
+            self, input_ids: torch.LongTensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        ) -> dict[str, Any]:
+            if not is_first_iteration and kwargs.get("use_cache", True):
+                kwargs.pop("mm_encoder_outputs", None)  # read already
+            return super().prepare_inputs_for_generation(
+                input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            )
+
+
+__all__ = [
+    "CACHE",
+    "CACHE_NAMES",
+    "AnyCacheName",
+    "CompositeConfig",
+    "GenerationMixin",
+    "SubConfigSpec",
+    "cache_argument",
+    "cache_of",
+    "cached_length",
+    "generation_cache",
+    "resolve_revision",
+    "slice_logits_to_keep",
+    "take_cache",
+    "takes_cache",
+]
