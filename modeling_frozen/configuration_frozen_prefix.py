@@ -17,6 +17,8 @@ from transformers.utils import logging
 from .transformers_compat import CACHE_NAMES, CompositeConfig, SubConfigSpec
 
 
+logger = logging.get_logger(__name__)
+
 VERSION = "0.1.0"  # of the package; here, because this file goes to the Hub without the rest of it
 PARTS = ("connector", "vision", "text", "audio")
 
@@ -39,13 +41,15 @@ _RETRIEVAL_KEYS = {
     "logit_bias_init_value", "contrastive_loss_weight", "caption_loss_weight", "text_headless", "unlocked_layers",
 }  # fmt: skip
 
-# What the library itself hands to a config's constructor beside the fields of the class.
+# What a config's constructor takes in transformers beside the fields of the class.
 _LIBRARY_KEYS = {
-    "model_type", "name_or_path", "_name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
-    "torch_dtype", "num_labels", "auto_map", "custom_pipelines", "_commit_hash", "per_layer_config", "fusion_config",
-    "quantization_config", "_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions",
+    "model_type", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions", "torch_dtype",
+    "num_labels", "auto_map", "custom_pipelines", "per_layer_config", "fusion_config", "quantization_config",
     "distributed_config", "custom_generate",
 }  # fmt: skip
+
+# Set while a config is read from a file, whose keys are not the user's own.
+_reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 # Set while a config is read with no log to write to. The library puts each config that it reads into a log line, shown or
 # not, and to write ours takes several times as long as to read it: it is compared with defaults of all three sub-configs.
@@ -228,7 +232,10 @@ class FrozenPrefixConfig(CompositeConfig):
     frozen_prefix_version: str | None = None
 
     def __post_init__(self, **kwargs: Any):
-        self._refuse_unknown_keys(kwargs, written_by=self.frozen_prefix_version)
+        if _reading.get():
+            self._keep_unknown_keys(kwargs)
+        else:
+            self._refuse_unknown_keys(kwargs)
         if self.vision_config is None and self.audio_config is None:
             self.vision_config = {"model_type": self.sub_configs_defaults["vision_config"].model_type}
         # The library writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own.
@@ -265,23 +272,31 @@ class FrozenPrefixConfig(CompositeConfig):
         self.validate_architecture()
 
     @classmethod
-    def _refuse_unknown_keys(
-        cls, kwargs: dict[str, Any], written_by: str | None = None, allowed: Collection[str] = _LIBRARY_KEYS
-    ) -> None:
+    def _refuse_unknown_keys(cls, kwargs: dict[str, Any], allowed: Collection[str] = _LIBRARY_KEYS) -> None:
+        """For calls by the user: a key that nothing reads is a typo."""
         for key in kwargs:
-            if key in allowed:
-                continue
-            if written_by is not None and version.parse(written_by) > version.parse(VERSION):
+            if key not in allowed and not key.startswith("_"):
                 raise ValueError(
-                    f"`{key}` is unknown to frozen-prefix {VERSION}, but this checkpoint was written by {written_by}: upgrade "
-                    "(`pip install -U frozen-prefix`), or load it by its own code with `trust_remote_code=True`."
+                    f"`{key}` is not a key of {cls.__name__}. {cls._nearest_key(key)} Options of the connector itself go into "
+                    "`connector_config`."
                 )
-            own = sorted(FrozenPrefixConfig.__annotations__)
-            nearest = difflib.get_close_matches(key, own, n=1)
-            hint = f"Did you mean `{nearest[0]}`?" if nearest else f"Valid keys are {own}."
-            raise ValueError(
-                f"`{key}` is not a key of {cls.__name__}. {hint} Options of the connector itself go into `connector_config`."
-            )
+
+    @classmethod
+    def _nearest_key(cls, key: str) -> str:
+        own = sorted(FrozenPrefixConfig.__annotations__)
+        nearest = difflib.get_close_matches(key, own, n=1)
+        return f"Did you mean `{nearest[0]}`?" if nearest else f"Valid keys are {own}."
+
+    def _keep_unknown_keys(self, kwargs: dict[str, Any]) -> None:
+        """For files: a later frozen-prefix, or transformers, may know the key, so it is kept and written back."""
+        self._unknown_keys = tuple(key for key in kwargs if key not in _LIBRARY_KEYS and not key.startswith("_"))
+        written_by = self.frozen_prefix_version
+        for key in self._unknown_keys:
+            if written_by is not None and version.parse(written_by) > version.parse(VERSION):
+                hint = f"The checkpoint was written by {written_by}: upgrade (`pip install -U frozen-prefix`) if it matters."
+            else:
+                hint = self._nearest_key(key)
+            logger.warning(f"`{key}` in this config is unknown to frozen-prefix {VERSION}: it is kept, and not used. {hint}")
 
     @property
     def connector_arguments(self) -> dict[str, Any]:
@@ -362,11 +377,12 @@ class FrozenPrefixConfig(CompositeConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        token = _unsaid.set(not _library_logger.isEnabledFor(logging.INFO))
+        unsaid, reading = _unsaid.set(not _library_logger.isEnabledFor(logging.INFO)), _reading.set(True)
         try:
             return super().from_dict(config_dict, **kwargs)
         finally:
-            _unsaid.reset(token)
+            _unsaid.reset(unsaid)
+            _reading.reset(reading)
 
     def __repr__(self) -> str:
         return type(self).__name__ if _unsaid.get() else super().__repr__()
@@ -380,7 +396,7 @@ class FrozenPrefixConfig(CompositeConfig):
 
     def _known_keys(self, serialized: dict[str, Any]) -> dict[str, Any]:
         # Tools hang attributes on configs (Trainer sets `use_cache`); written down, they would be unknown keys.
-        known = _SERIALIZED_LIBRARY_KEYS.union(self.__dataclass_fields__)
+        known = _SERIALIZED_LIBRARY_KEYS.union(self.__dataclass_fields__, self.__dict__.get("_unknown_keys", ()))
         known -= (set() if "video" in self.media else _VIDEO_KEYS) | (set() if "audio" in self.media else _AUDIO_KEYS)
         known -= set() if self.loss_config else {"loss_config"}
         known -= {key for key in _CLASSIFIER_KEYS if serialized.get(key) in (None, False, "prefix", {})}

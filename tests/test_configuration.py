@@ -1,5 +1,8 @@
 """The config: what it refuses, what it stores, and that it comes back as it went."""
 
+import copy
+import json
+
 import pytest
 from transformers import AutoConfig, CLIPConfig, GPT2Config, OPTConfig, T5Config, ViTConfig
 
@@ -103,13 +106,30 @@ def test_a_model_that_writes_no_words_is_refused() -> None:
         FrozenPrefixConfig.from_vision_text_configs(vision_config(), ViTConfig())
 
 
-def test_unknown_keys_in_a_file_are_refused(tmp_path) -> None:
-    config = make()
-    config.save_pretrained(tmp_path)
+def test_unknown_keys_in_a_file_warn_are_kept_and_written_back(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    make().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(file.read_text().replace('"prefix_length"', '"prefx_length"'))
-    with pytest.raises(ValueError, match="prefix_length"):
-        AutoConfig.from_pretrained(tmp_path)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prefx_length": 7, "written_by_a_later_release": {"a": 1}}))
+    for _ in range(2):
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert "`prefx_length`" in caplog.text and "Did you mean `prefix_length`?" in caplog.text
+        assert "`written_by_a_later_release`" in caplog.text
+        config.save_pretrained(tmp_path)
+        caplog.clear()
+    written = json.loads(file.read_text())
+    assert (written["prefx_length"], written["written_by_a_later_release"]) == (7, {"a": 1})
+    assert json.loads(copy.deepcopy(config).to_json_string())["prefx_length"] == 7
+    with pytest.raises(ValueError, match="Did you mean `prefix_length`"):
+        FrozenPrefixConfig(prefx_length=7)
+
+
+def test_what_tools_hang_on_a_config_is_not_written(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make()
+    config.use_cache = False  # as Trainer does
+    config.save_pretrained(tmp_path)
+    assert "use_cache" not in json.loads((tmp_path / "config.json").read_text())
+    AutoConfig.from_pretrained(tmp_path)
+    assert not caplog.records
 
 
 def test_gpt2_names_its_positions_otherwise() -> None:
