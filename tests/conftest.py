@@ -1,6 +1,8 @@
 """Shared by all tests: one thread per process, no network, and the folder of real weights where there is one."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,30 @@ def assets() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of real data: name it by FROZEN_PREFIX_ASSETS")
     return folder
+
+
+class _Deprecations(logging.Handler):
+    """transformers says most of what it deprecates in log lines, once a process."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            self.said.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated_is_used(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("old_names"):
+        yield
+        return
+    heard, logger = _Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(heard)
+    yield
+    logger.removeHandler(heard)
+    assert not heard.said
 
 
 @pytest.fixture(autouse=True)

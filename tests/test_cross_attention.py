@@ -11,6 +11,7 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from modeling_frozen.cross_attention import decoder_layers, probe_decoder
+from modeling_frozen.transformers_compat import cache_of
 from tests.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
 from tests.test_families import IMAGE, pictures
 from tests.test_families import prompt as families_prompt
@@ -434,32 +435,31 @@ def test_images_need_their_placeholders() -> None:
 def test_a_kept_cache_is_asked_many_questions(family: str) -> None:
     """Read once, copied, its rows repeated and chosen: what was seen goes with it."""
     model = eyes(family)
-    name = "past_key_values" if family != "mamba" else "cache_params"
     ids, images = torch.cat([prompt(images=2, seed=1), prompt(words=7, images=1, seed=2)]), pictures(3)
     read = model(ids, images, use_cache=True)
     words = torch.tensor([[7, 8], [9, 10]])
     whole = model(torch.cat([ids, words], dim=1), images).logits[:, -2:]
-    for cache in (copy.deepcopy(read[name]), copy.deepcopy(read[name])):
+    for cache in (copy.deepcopy(cache_of(read)), copy.deepcopy(cache_of(read))):
         mask = torch.ones(2, ids.shape[1] + 1)
-        first = model(words[:, :1], **{name: cache}, attention_mask=mask).logits
+        first = model(words[:, :1], cache=cache, attention_mask=mask).logits
         mask = torch.ones(2, ids.shape[1] + 2)
-        second = model(words[:, 1:], **{name: cache}, attention_mask=mask).logits
+        second = model(words[:, 1:], cache=cache, attention_mask=mask).logits
         torch.testing.assert_close(torch.cat([first, second], dim=1), whole, atol=2e-4, rtol=1e-3)
     if family == "mamba":
         return
-    cache = copy.deepcopy(read[name])
+    cache = copy.deepcopy(cache_of(read))
     cache.batch_repeat_interleave(2)
     repeated = model(words.repeat_interleave(2, dim=0), past_key_values=cache).logits
     torch.testing.assert_close(repeated, whole.repeat_interleave(2, dim=0), atol=2e-4, rtol=1e-3)
-    cache = copy.deepcopy(read[name])
+    cache = copy.deepcopy(cache_of(read))
     cache.reorder_cache(torch.tensor([1, 0]))
     torch.testing.assert_close(model(words.flip(0), past_key_values=cache).logits.flip(0), whole, atol=2e-4, rtol=1e-3)
-    cache = copy.deepcopy(read[name])
+    cache = copy.deepcopy(cache_of(read))
     cache.batch_select_indices(torch.tensor([1]))
     torch.testing.assert_close(model(words[1:], past_key_values=cache).logits, whole[1:], atol=2e-4, rtol=1e-3)
     with pytest.raises(ValueError, match="2 rows.*images of 1"):
         model(words, past_key_values=cache)
-    model(words, past_key_values=read[name])
+    model(words, past_key_values=cache_of(read))
     assert torch.equal(model(as_read(ids)).logits, model.model.language_model(as_read(ids)).logits)
 
 
@@ -475,7 +475,7 @@ def test_a_conversation_of_images_grows_and_is_cropped() -> None:
     cache, said = None, []
     for turn, pixel_values in zip(turns, own, strict=True):
         outputs = model(turn, pixel_values, past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
+        cache = outputs.cache
         said.append(outputs.logits)
     torch.testing.assert_close(torch.cat(said, dim=1), whole, atol=2e-4, rtol=1e-3)
     cache.crop(turns[0].shape[1] - whole.shape[1])  # back to after the first image: the others were never seen

@@ -274,17 +274,17 @@ def test_a_dialogue_goes_on_from_its_cache(family: str) -> None:
     model = eyes(family)
     ids, images = torch.cat([prompt(seed=1), prompt(seed=2)]), pictures(2)
     first = model.generate(ids, pixel_values=images, return_dict_in_generate=True, **{**GREEDY, "use_cache": True})
-    assert isinstance(first.past_key_values, DynamicCache)
+    assert isinstance(cache_of(first), DynamicCache)
     more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]] * 2)], dim=1)
     whole = {**GREEDY, "attention_mask": torch.ones_like(more)}
     expected = model.generate(more, pixel_values=images, **whole)
     for again in ({}, {"pixel_values": images}):
-        kept = copy.deepcopy(first.past_key_values)
+        kept = copy.deepcopy(cache_of(first))
         assert torch.equal(model.generate(more, past_key_values=kept, **again, **whole), expected)
     if family in ("llama", "gpt2", "bloom"):
         beams = {**whole, "num_beams": 2, "max_new_tokens": 3}
         expected = model.generate(more, pixel_values=images, **beams)
-        kept = copy.deepcopy(first.past_key_values)
+        kept = copy.deepcopy(cache_of(first))
         assert torch.equal(model.generate(more, past_key_values=kept, **beams), expected)
 
 

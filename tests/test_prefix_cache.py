@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen.transformers_compat import cache_of
 from tests import families_text
 from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE
 from tests.test_families import IMAGE, PREFIX, build, eyes, pictures
@@ -193,7 +194,7 @@ def test_a_dialogue_goes_on_with_another_picture(family: str) -> None:
             torch.tensor([first]), pixel_values=images[:1], return_dict_in_generate=True, **{**GREEDY, "max_new_tokens": 1}
         )
         whole = torch.tensor([first + second + question])
-        kept = turn.past_key_values
+        kept = cache_of(turn)
         assert torch.equal(model.generate(whole, pixel_values=images, past_key_values=kept, **GREEDY), expected)
 
 

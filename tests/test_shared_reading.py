@@ -195,7 +195,7 @@ def test_who_asks_for_more_gets_it_of_every_row() -> None:
     shape = given["input_ids"].shape
     states = model(**given, output_hidden_states=True).hidden_states
     assert all(one.shape[:2] == shape for one in states)
-    assert model(**given, use_cache=True).past_key_values.get_seq_length() == shape[1]
+    assert model(**given, use_cache=True).cache.get_seq_length() == shape[1]
     assert model(**given, skip_logits=False).logits.shape[:2] == shape
     assert model.eval()(**given).logits.shape[:2] == shape
 
