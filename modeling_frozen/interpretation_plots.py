@@ -43,7 +43,7 @@ def draw_nearest_words(
             color=GREY,
         )
     highest = max(float(values.max()), 0.6)  # so that figures compare, and chance looks pale
-    drawn = axes.imshow(values, cmap="Blues", vmin=min(0.0, float(values.min())), vmax=highest, aspect="auto")
+    drawn = axes.imshow(values.numpy(), cmap="Blues", vmin=min(0.0, float(values.min())), vmax=highest, aspect="auto")
     for row, (names, cosines) in enumerate(zip(words, values.tolist(), strict=True)):
         for column, (name, cosine) in enumerate(zip(names, cosines, strict=True)):
             name = shown(name)
@@ -107,15 +107,15 @@ def _draw_maps(result: "ImageAttention", title: str, layers: Any, max_words: int
     for index, place in enumerate(axes.flat):
         place.set_axis_off()
         if index == 0:
-            place.imshow(result.picture.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            place.imshow(result.picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             place.set_title("what the tower saw", fontsize=10, color=GREY)
         elif index <= len(titles):
             there = result.maps(layers)[index - 1]
             there = there / there.max().clamp(min=1e-12)
-            place.imshow(0.4 + 0.6 * grey)
+            place.imshow((0.4 + 0.6 * grey).numpy())
             # Cells, not a smooth cloud: the model knows no finer places.
             drawn = place.imshow(
-                there, cmap=colours, vmin=0, vmax=1, alpha=0.62, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+                there.numpy(), cmap=colours, vmin=0, vmax=1, alpha=0.62, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
             )
             place.set_title(titles[index - 1], fontsize=11, fontweight="bold")
     bar = figure.colorbar(drawn, ax=axes, location="right", shrink=0.8, aspect=25, pad=0.02)
@@ -133,7 +133,7 @@ def _draw_bars(result: "ImageAttention", title: str, layers: Any, max_words: int
     figure.suptitle(title, fontsize=12)
     all_axes = figure.subplots(len(titles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, name, bars in zip(all_axes, titles, values, strict=True):
-        plain_axes(axes).bar(range(len(bars)), bars, color=BLUE, width=0.8)
+        plain_axes(axes).bar(range(len(bars)), bars.tolist(), color=BLUE, width=0.8)
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11, fontweight="bold")
         axes.tick_params(length=2)
         axes.locator_params(axis="y", nbins=2)

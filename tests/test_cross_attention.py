@@ -15,7 +15,7 @@ from modeling_frozen.transformers_compat import cache_of
 from tests.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
 from tests.test_families import IMAGE, pictures
 from tests.test_families import prompt as families_prompt
-from tests.tiny import join
+from tests.tiny import join, recompute_activations
 
 
 Eyes = FrozenPrefixForConditionalGeneration
@@ -276,7 +276,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str) -> None:
         if enable and not model.model.language_model.supports_gradient_checkpointing:
             return
         if enable:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             loss = model(ids, pictures(2), labels=ids.masked_fill(ids == IMAGE, -100)).loss
         saved.append(sum(kept))
@@ -296,7 +296,7 @@ def test_checkpointed_layers_that_train_see_the_images_again(family: str) -> Non
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if enable:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
         model(ids, pictures(2), labels=ids.masked_fill(ids == IMAGE, -100)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert set(connecting(model)) < set(gradients[0]) == set(gradients[1])

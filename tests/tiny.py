@@ -70,6 +70,11 @@ def join(folder: Path, **options: Any) -> tuple[FrozenPrefixForConditionalGenera
     return model, FrozenPrefixProcessor.from_model(model)
 
 
+def recompute_activations(model: Any) -> None:
+    """Activation checkpointing, by the name that it has in this transformers (`gradient_…` before 5.23)."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+
+
 def rows(count: int = 8) -> list[dict[str, Any]]:
     """Plain squares of one colour, and the sentence that names it."""
     names = list(COLOURS)
