@@ -1,13 +1,28 @@
-"""Packaging. `processors/` stands at the top of the repository and is installed as `modeling_frozen.processors`."""
+"""Packaging. `processors/` and `model_card.md` stand at the top of the repository and are installed inside the package, as
+`modeling_frozen.processors` and `modeling_frozen/model_card.md`.
+"""
 
 import re
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "modeling_frozen/__init__.py").read_text(encoding="utf-8")).group(1)
+
+class BuildWithTemplate(build_py):
+    """Puts the template of model cards into the package; in an editable install it is read where it stands."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_file("model_card.md", str(Path(self.build_lib, "modeling_frozen", "model_card.md")))
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), "model_card.md"]
+
 
 extras = {
     "metrics": ["pycocoevalcap>=1.2"],
@@ -41,7 +56,8 @@ setup(
     python_requires=">=3.10",
     packages=["modeling_frozen", "modeling_frozen.processors"],
     package_dir={"modeling_frozen": "modeling_frozen", "modeling_frozen.processors": "processors"},
-    package_data={"modeling_frozen": ["py.typed", "model_card.md"]},
+    package_data={"modeling_frozen": ["py.typed"]},
+    cmdclass={"build_py": BuildWithTemplate},
     install_requires=[
         "accelerate>=1.1",
         "huggingface_hub>=1.5",

@@ -31,9 +31,9 @@ _HERE = Path(__file__).parent
 
 
 def _source(module: str) -> Path | None:
-    # Flat on the Hub, the processor in a folder of its own here.
-    candidates = (_HERE / f"{module}.py", _HERE / "processors" / f"{module}.py")
-    return next((path for path in candidates if path.is_file()), None)
+    # Flat on the Hub; here the processor has a folder of its own, which in a checkout lies beside the package.
+    folders = (_HERE, _HERE / "processors", _HERE.parent / "processors")
+    return next((path for folder in folders if (path := folder / f"{module}.py").is_file()), None)
 
 
 def write_code(folder: str | Path, auto_map: dict[str, str] | None = None) -> list[Path]:

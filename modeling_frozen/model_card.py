@@ -47,6 +47,8 @@ logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
+if not TEMPLATE.is_file():  # in a checkout it lies at the top
+    TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 TAGS = ("frozen-prefix", "visual-prefix")
 
 _PARENT_TITLES = {"vision": "vision tower", "audio": "audio tower", "text": "language model"}

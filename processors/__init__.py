@@ -5,6 +5,7 @@ any folder of that name beside a user's script.
 """
 
 from .processing_frozen_prefix import (
+    DEFAULT_CHAT_TEMPLATE,
     INTERLEAVED_CHAT_TEMPLATE,
     FrozenPrefixProcessor,
     FrozenPrefixProcessorKwargs,
@@ -14,6 +15,7 @@ from .processing_frozen_prefix import (
 
 
 __all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
     "INTERLEAVED_CHAT_TEMPLATE",
     "FrozenPrefixProcessor",
     "FrozenPrefixProcessorKwargs",

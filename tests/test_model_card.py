@@ -442,18 +442,20 @@ def test_long_histories_are_thinned(eyes: tuple[Path, Any], made: tuple[Path, An
 # --- The package -----------------------------------------------------------------------------------------------------
 
 
-def test_the_wheel_holds_the_template(tmp_path: Path) -> None:
-    link = ROOT / "modeling_frozen" / "model_card.md"
-    assert os.readlink(link) == os.path.join("..", "model_card.md")
+def test_the_wheel_holds_the_template_and_one_processor(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "README.md").write_text("# Only for the description\n")
     for name in ("setup.py", "pyproject.toml", "model_card.md", "LICENSE"):
         shutil.copyfile(ROOT / name, source / name)
     for name in ("modeling_frozen", "processors"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
     done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(source / done.stdout.splitlines()[-1]) as wheel:
-        assert wheel.read("modeling_frozen/model_card.md") == (ROOT / "model_card.md").read_bytes()
+        names = [name for name in wheel.namelist() if ".dist-info/" not in name]
+        assert len(names) == len(set(names)) and all(name.startswith("modeling_frozen/") for name in names)
+        top = {ROOT / "model_card.md", *(ROOT / "processors").glob("*.py")}
+        for path in top:
+            assert wheel.read(f"modeling_frozen/{path.relative_to(ROOT).as_posix()}") == path.read_bytes()

@@ -92,9 +92,36 @@ print(modeling_frozen.FrozenPrefixProcessor.__module__)
     assert fresh(code, tmp_path) == "modeling_frozen.processors.processing_frozen_prefix"
 
 
-def test_the_link_points_where_it_should() -> None:
-    link = ROOT / "modeling_frozen" / "processors"
-    assert link.is_symlink() and link.readlink() == Path("../processors")
+def test_there_are_no_symbolic_links() -> None:
+    """Git writes them as text files where links can't be made, as on Windows."""
+    folders = (ROOT, *(ROOT / name for name in ("modeling_frozen", "processors", "examples", "benchmarks", "tests")))
+    assert not [path for folder in folders for path in folder.iterdir() if path.is_symlink()]
+
+
+@pytest.mark.parametrize("first", ["modeling_frozen", "modeling_frozen.processors", "modeling_frozen.processors.pictures"])
+def test_one_copy_of_the_processors_runs_from_the_top(first: str) -> None:
+    """In a checkout, whichever name is imported first, and in a process that starts from nothing but a pickle."""
+    code = f"""
+import {first}
+import pickle, sys
+import modeling_frozen
+from modeling_frozen.processors import FrozenPrefixProcessor, load_rgb_image
+from modeling_frozen.processors.pictures import load_rgb_image as same
+assert modeling_frozen.FrozenPrefixProcessor is FrozenPrefixProcessor and same is load_rgb_image
+assert modeling_frozen.processors is sys.modules["modeling_frozen.processors"]
+assert pickle.loads(pickle.dumps(FrozenPrefixProcessor)) is FrozenPrefixProcessor
+print({{name: module.__file__ for name, module in sys.modules.items() if "processing_frozen_prefix" in name}})
+"""
+    here = ROOT / "processors" / "processing_frozen_prefix.py"
+    assert fresh(code) == str({"modeling_frozen.processors.processing_frozen_prefix": str(here)})
+
+
+def test_static_tools_find_the_processors() -> None:
+    """They can follow `modeling_frozen.processors` to the top of a checkout, but none of its modules."""
+    for path in [*SOURCES, *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not re.match(r"(modeling_frozen\.)?processors\.", node.module or ""), (path, ast.unparse(node))
 
 
 def hub_files() -> list[Path]:
