@@ -61,7 +61,14 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    try:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    except Exception as error:
+        from .torch_builds import explain
+
+        if (explained := explain(error)) is not None:
+            raise explained from error
+        raise
     globals()[name] = value
     return value
 

@@ -4,6 +4,7 @@ A video is a list of frames, sampled uniformly; each frame goes the way of a pic
 feature extractor's rate. Nothing is decoded without a decoder that is installed; animated pictures need only PIL.
 """
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -87,12 +88,12 @@ def _frames_of_picture(picture: Image.Image, num_frames: int, name: str) -> list
 
 
 def _decode(source: Any, num_frames: int, name: str) -> list[Image.Image]:
-    module = next((module for module in _DECODERS if _is_installed(module)), None)
+    module, broken = _find_decoder()
     if module is None:
+        unusable = "".join(f" ({decoder} is, but can't be imported: {error})" for decoder, error in broken.items())
         raise ValueError(
-            f"Can't open {name} ({_shown(source)!r}): PIL does not read it, and no video decoder is installed. "
-            f"Install "
-            f"one of {', '.join(_DECODERS)} (`pip install av`), or pass its frames: a list of pictures or a "
+            f"Can't open {name} ({_shown(source)!r}): PIL does not read it, and no video decoder is installed{unusable}. "
+            f"Install one of {', '.join(_DECODERS)} (`pip install av`), or pass its frames: a list of pictures or a "
             "4-dimensional array."
         )
     if hasattr(source, "seek"):
@@ -125,10 +126,19 @@ def _decode(source: Any, num_frames: int, name: str) -> list[Image.Image]:
     return [load_rgb_image(frame, f"a frame of {name}") for frame in frames]
 
 
-def _is_installed(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
+def _find_decoder() -> tuple[str | None, dict[str, str]]:
+    """The first decoder that can be imported, and those before it that are installed and can't."""
+    broken: dict[str, str] = {}
+    for module in _DECODERS:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # torchcodec raises what it likes where it was built for another torch, or misses FFmpeg
+            broken[module] = str(error).partition("\n")[0]
+        else:
+            return module, broken
+    return None, broken
 
 
 def _is_frame(value: Any) -> bool:
@@ -144,7 +154,7 @@ def load_sound(sound: Any, sampling_rate: int, name: str = "sound") -> np.ndarra
     Args:
         sound: waveform at that rate (list of floats, array or tensor of shape (samples,) or (channels, samples)), the
             `{"array", "sampling_rate"}` dict of `datasets`, or path, URL or base64 string, which the library decodes
-            with torchcodec or soundfile.
+            with torchcodec, soundfile or librosa.
         sampling_rate: samples per second that the feature extractor expects.
         name: what to call it in an error, such as "sound 3".
 
@@ -167,8 +177,8 @@ def load_sound(sound: Any, sampling_rate: int, name: str = "sound") -> np.ndarra
             sound = load_audio(os.fspath(sound), sampling_rate=sampling_rate)
         except Exception as error:  # decoders and the network raise what they like
             raise ValueError(
-                f"Can't open {name} ({_shown(sound)!r}): {error}. Pass its waveform, or install torchcodec "
-                f"or soundfile."
+                f"Can't open {name} ({_shown(sound)!r}): {error}. Pass its waveform, or "
+                f"`pip install librosa` (`torchcodec` serves too, if it is built for your torch)."
             ) from error
     if hasattr(sound, "detach"):
         sound = sound.detach().cpu().float().numpy()
