@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,19 @@ import pytest
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach the Hub; Hub tests run their own server
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads of tensors this small wait for each other more than they work, and those of two workers fight for the cores:
+# three times as long. Whatever the caller's shell asks for, and before any library reads it, here and in what tests start.
+for _library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR"):
+    os.environ[f"{_library}_NUM_THREADS"] = "1"
+if "torch" in sys.modules:  # brought by another plugin of pytest, so it has read its setting
+    sys.modules["torch"].set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With several workers each takes a run of neighbours, so that what a file's tests share is made once."""
+    if getattr(config.option, "dist", "no") == "load":  # what `-n` says where `--dist` says nothing
+        config.option.dist = "worksteal"
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +57,13 @@ def _nothing_deprecated_is_used(request: pytest.FixtureRequest) -> Iterator[None
     yield
     logger.removeHandler(heard)
     assert not heard.said
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_of_fresh_pythons() -> Iterator[None]:
+    yield
+    if "tests.fresh_python" in sys.modules:
+        sys.modules["tests.fresh_python"].stop()
 
 
 @pytest.fixture(autouse=True)
