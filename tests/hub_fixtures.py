@@ -26,6 +26,8 @@ from urllib.parse import quote
 
 import pytest
 
+from tests import fresh_python
+
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a user's shell may hold and a test must not inherit.
@@ -222,23 +224,16 @@ class Hub:
         offline: bool = False,
         package: bool = True,
         **variables: str,
-    ) -> subprocess.Popen[str]:
+    ) -> fresh_python.Running:
         """Starts `code` in a fresh Python in an empty folder and returns at once; `finish` waits for it.
 
         `package=False` is a machine without modeling_frozen. Uppercase keywords are further environment variables.
         """
         env = self.env(home, token=token, offline=offline, package=package, **variables)
-        return subprocess.Popen(
-            [sys.executable, "-c", ("" if package else HIDE_PACKAGE) + textwrap.dedent(code)],
-            env=env,
-            cwd=tempfile.mkdtemp(prefix="cwd-", dir=self.folder),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        code = ("" if package else HIDE_PACKAGE) + textwrap.dedent(code)
+        return fresh_python.start("-c", code, env=env, cwd=tempfile.mkdtemp(prefix="cwd-", dir=self.folder))
 
-    def finish(self, process: subprocess.Popen[str], *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def finish(self, process: fresh_python.Running, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Waits for a spawned Python: returncode, stdout, stderr."""
         try:
             out, err = process.communicate(timeout=timeout)

@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from modeling_frozen.metrics import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
 from modeling_frozen.pooling import pool_text
 from modeling_frozen.text_reading import read_text
+from tests import fresh_python
 from tests.families_text import FAMILIES, language_model
 from tests.test_modalities import EARS
 from tests.tiny import COLOURS, WORDS, save_parents, text_config, tokenizer, vision_config
@@ -622,9 +621,7 @@ def test_people_without_the_package(tmp_path: Path) -> None:
         processor.save_pretrained(folders[0])
         write_code(folders[0])
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, *folders], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    done = fresh_python.run("-c", REMOTE, *folders, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     module, logits, names = json.loads(done.stdout.splitlines()[-1])
     assert module.startswith("transformers_modules.") and names[0] in COLOURS

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from modeling_frozen.contrastive_losses import CONTRASTIVE_LOSSES, check_contrastive_loss, triplet_loss
+from tests import fresh_python
 
 
 IDS = [7, 3, 7, 5, 9, 3]
@@ -97,8 +97,7 @@ def test_captions_of_one_image_cost_each_other_nothing() -> None:
     torch.testing.assert_close(CONTRASTIVE_LOSSES["siglip"](same, same, **with_bias, image_ids=ids), alone)
 
 
-def _process(rank: int, folder: Path, size: int) -> None:
-    torch.set_num_threads(1)
+def process(rank: int, folder: str, size: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     rows = slice(0, size) if rank == 0 else slice(size, None)
     results = []
@@ -112,14 +111,14 @@ def _process(rank: int, folder: Path, size: int) -> None:
                 value.div_(2)
             results.append(averaged)
     if rank == 0:
-        torch.save(results, folder / "results.pt")
+        torch.save(results, Path(folder) / "results.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [3, 4], ids=["equal", "of four and two"])
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path, size: int) -> None:
     """Values and every gradient: without a gradient through the gathering they would be off."""
-    multiprocessing.spawn(_process, (tmp_path, size), nprocs=2)
+    fresh_python.run_side_by_side(process, str(tmp_path), size)
     results = iter(torch.load(tmp_path / "results.pt"))
     for name, options in CASES:
         for ids in (None, IDS):

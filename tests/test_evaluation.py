@@ -1,10 +1,7 @@
 """Scores beside blind ones: what each condition shows the model, exact numbers, resuming, and the Trainer callback."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.evaluation import EvaluationCallback, bootstrap, evaluate, over_seeds, random_connectors
 from modeling_frozen.metrics import caption_metrics, exact_match, token_f1, vqa_accuracy
+from tests import fresh_python
 from tests.tiny import COLOURS, join, rows
 
 
@@ -159,9 +157,7 @@ def test_a_killed_run_goes_on_where_it_was(joined: tuple[Any, Any], tmp_path: Pa
     model.save_pretrained(tmp_path / "eyes")
     processor.save_pretrained(tmp_path / "eyes")
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "eyes"), str(out)], env=os.environ | {"PYTHONPATH": "."}
-    )
+    done = fresh_python.run("-c", KILLED, str(tmp_path / "eyes"), str(out), env=fresh_python.environment())
     assert done.returncode == -signal.SIGKILL
     path = out / "predictions.jsonl"
     first = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,15 +1,14 @@
 """examples/few_shot.py, story.py and describe_video.py: tiny runs write what they say; their worlds are what they claim."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from tests import fresh_python
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -17,9 +16,8 @@ FEW = ["--tower_steps", "2", "--language_model_steps", "2", "--steps", "2", "--h
 
 
 def run(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    command = [sys.executable, str(EXAMPLES / script), "--output_dir", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [str(EXAMPLES / script), "--output_dir", str(folder), *arguments]
+    done = fresh_python.run(*command, env=fresh_python.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((folder / "results.json").read_text())
     assert all(name in done.stdout for name in results)

@@ -1,14 +1,12 @@
 """The four languages: sentences that agree with their shapes' gender, and the script on tiny parents."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, Image
 
+from tests import fresh_python
 from tests.tiny import rows, save_parents
 
 
@@ -42,11 +40,10 @@ def test_sentences_of_each_language(languages) -> None:
 
 def run(folder: Path, *options: str) -> dict:
     tower, words = save_parents(folder / "parents")
-    command = [sys.executable, str(ROOT / "examples" / "train_multilingual.py"), "--vision", tower, "--text", words]
+    command = [str(ROOT / "examples" / "train_multilingual.py"), "--vision", tower, "--text", words]
     command += ["--output_dir", str(folder / "out"), "--max_steps", "2", "--pictures", "4", "--test_pictures", "3"]
     command += ["--max_new_tokens", "4", "--use_cpu", "true", *options]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = fresh_python.run(*command, env=fresh_python.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out" / "results.json").read_text())
 

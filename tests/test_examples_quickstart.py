@@ -1,21 +1,20 @@
 """examples/quickstart.py: it runs, writes what it says, and (slow) sees held-out pictures."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import fresh_python
 
 
 ROOT = Path(__file__).parents[1]
 
 
 def quickstart(folder: Path, *arguments: str) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output_dir", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    script = str(ROOT / "examples" / "quickstart.py")
+    done = fresh_python.run(script, "--output_dir", str(folder), *arguments, env=fresh_python.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sighted" in done.stdout and "random_connector" in done.stdout
     return json.loads((folder / "results.json").read_text())

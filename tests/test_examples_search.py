@@ -1,12 +1,11 @@
 """examples/search.py: it runs on what it makes itself, and its index finds what exact search finds."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import fresh_python
 
 
 pytest.importorskip("faiss")
@@ -14,9 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def search(folder: Path, *arguments: str) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples" / "search.py"), "--output_dir", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    script = str(ROOT / "examples" / "search.py")
+    done = fresh_python.run(script, "--output_dir", str(folder), *arguments, env=fresh_python.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "results.json").read_text())
 

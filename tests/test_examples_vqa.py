@@ -1,13 +1,11 @@
 """The question-answering script: a few steps on tiny parents, with LoRA, and on two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import fresh_python
 from tests.tiny import save_parents
 
 
@@ -17,7 +15,7 @@ SCRIPT = str(ROOT / "examples" / "train_vqa.py")
 
 def run(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> dict:
     tower, words = save_parents(folder / "parents")
-    command = [sys.executable, *launcher, SCRIPT, "--vision", tower, "--text", words, "--output_dir", str(folder / "out")]
+    command = [*launcher, SCRIPT, "--vision", tower, "--text", words, "--output_dir", str(folder / "out")]
     command += [
         "--rows",
         "24",
@@ -30,8 +28,7 @@ def run(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> dict:
         "--use_cpu",
         "true",
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+    done = fresh_python.run(*command, *options, env=fresh_python.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     # Rows of an epoch over those of two steps tell the number of processes.
     processes = 2 if launcher else 1

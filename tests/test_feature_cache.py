@@ -3,12 +3,11 @@ training without it."""
 
 import importlib
 import linecache
-import os
 import pickle
 import random
 import re
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +34,10 @@ from modeling_frozen.data_collator import stack_features
 from modeling_frozen.feature_cache import StoredImage, VisionFeatures, store_key
 from modeling_frozen.feature_store import FeatureStore
 from modeling_frozen.vision_towers import encode_images
+from tests import fresh_python
 from tests.tiny import join, rows, save_parents
 
 
-ROOT = Path(__file__).parents[1]
 PICTURE = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
 Eyes = FrozenPrefixForConditionalGeneration
 
@@ -425,14 +424,19 @@ if __name__ == "__main__":
 """
 
 
-def launch(*command: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(*arguments: str, **variables: str) -> fresh_python.Running:
+    return fresh_python.start(*arguments, env=fresh_python.environment(ACCELERATE_USE_CPU="true", **variables))
 
 
 def test_a_killed_run_goes_on_where_it_was(parents: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(RUN)
-    running = launch(sys.executable, str(tmp_path / "run.py"), str(parents), str(tmp_path / "store"), "0.3")
+    running = launch(str(tmp_path / "run.py"), str(parents), str(tmp_path / "store"), "0.3")
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("store/*/0*.arrow"))) < 3 and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -465,11 +469,15 @@ def test_an_error_keeps_what_was_done(pair: tuple[Any, Any], tmp_path: Path) -> 
 def test_two_processes_share_the_work(parents: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(RUN)
     arguments = (str(tmp_path / "run.py"), str(parents), str(tmp_path / "store"), "0")
-    # On CPUs `accelerate launch` starts one process without MPI; this is what it runs where there are GPUs.
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    running = launch(*command, *arguments)
-    output, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors[-3000:]
+    # On CPUs `accelerate launch` starts one process without MPI; where there are GPUs it runs torch's launcher, which
+    # starts each process with these variables.
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    both = [launch(*arguments, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
+    output = ""
+    for running in both:
+        said, errors = running.communicate(timeout=120)
+        assert running.returncode == 0, errors[-3000:]
+        output += said
     assert output.count("rows 60 72") == 2
     assert sum(map(int, re.findall(r"tower (\d+)", output))) == 24
     with seen(pair[0]) as counts:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fresh_python
 from tests.hub_fixtures import ROOT, Hub, hub, module_hub  # noqa: F401
 
 
@@ -400,7 +401,7 @@ def test_transformers_round_trip_then_offline(hub: Hub) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def stubborn_client(module_hub: Hub) -> Iterator[subprocess.Popen[str]]:
+def stubborn_client(module_hub: Hub) -> Iterator[fresh_python.Running]:
     """A push whose LFS upload is cut for good. The client gives up after 23 s, so it starts first and is read last."""
     module_hub.cut("PUT /lfs/models/me/stubborn/", after_bytes=100_000, times=None)
     process = module_hub.spawn(client('push("me/stubborn")', size=300_000))
@@ -482,7 +483,7 @@ class TestCutWire:
         assert [e["status"] for e in parts] == [0, 206]
         assert parts[1]["bytes_out"] < (2 << 20) + 1000
 
-    def test_upload_that_is_given_up(self, module_hub: Hub, stubborn_client: subprocess.Popen[str]) -> None:
+    def test_upload_that_is_given_up(self, module_hub: Hub, stubborn_client: fresh_python.Running) -> None:
         done = module_hub.finish(stubborn_client, timeout=120)
         assert done.returncode != 0 and "Error while uploading 'model.safetensors'" in done.stderr
         puts = [e["status"] for e in module_hub.log() if e["path"].startswith("/lfs/models/me/stubborn/")]

@@ -1,8 +1,6 @@
 """`pipeline("image-text-to-text")`: says what processor and `generate` say by hand, from a folder and from the Hub."""
 
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +22,7 @@ from transformers import (
 )
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from tests import fresh_python
 from tests.hub_fixtures import Hub, module_hub  # noqa: F401
 from tests.talking import QUESTION, TOKENS, Talking, picture, talking, user
 from tests.tiny import COLOURS, WORDS, save_parents, tokenizer
@@ -78,7 +77,7 @@ def test_it_is_given_all_its_parts(pipe: ImageTextToTextPipeline) -> None:
 def test_no_complaint_about_the_class(eyes: Talking) -> None:
     """A model that the library's tables don't list is used, after an error in the log: not ours."""
     code = f"import modeling_frozen; from transformers import pipeline; pipeline('image-text-to-text', model={eyes.path!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = fresh_python.run("-c", code, timeout=120)
     assert done.returncode == 0 and "not supported" not in done.stderr, done.stderr
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from modeling_frozen import DataCollatorForFrozenPrefixRetrieval, FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
+from tests import fresh_python
 from tests.tiny import rows, save_parents
 
 
@@ -33,11 +33,10 @@ def gradients(folder: Path, way: str, chosen: slice, wrap: bool) -> tuple[float,
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {way: gradients(folder, way, slice(4 * rank, 4 * rank + 4), wrap=True) for way in WAYS}
-    torch.save(found, folder / f"found{rank}.pt")
+    found = {way: gradients(Path(folder), way, slice(4 * rank, 4 * rank + 4), wrap=True) for way in WAYS}
+    torch.save(found, Path(folder) / f"found{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -47,7 +46,7 @@ def test_two_processes_learn_what_one_would(tmp_path: Path) -> None:
         model = FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(tower, words, projection_dim=16, **options)
         model.save_pretrained(tmp_path / way)
     FrozenPrefixProcessor.from_model(model).save_pretrained(tmp_path / "processor")
-    multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
+    fresh_python.run_side_by_side(process, str(tmp_path))
     first, second = (torch.load(tmp_path / f"found{rank}.pt") for rank in (0, 1))
     for way in WAYS:
         loss, expected = gradients(tmp_path, way, slice(None), wrap=False)

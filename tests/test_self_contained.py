@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from transformers import AutoProcessor
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from tests import fresh_python
 from tests.hub_fixtures import HIDE_PACKAGE
 from tests.talking import QUESTION, TOKENS, Talking, talking, user
 from tests.tiny import COLOURS, join
@@ -46,10 +45,8 @@ def elsewhere(folder: Path, home: Path, more: str = "") -> dict[str, Any]:
     """What the folder says on a machine without the package, without a network and with an empty cache."""
     code = ASK.format(folder=str(folder), colour=COLOURS["red"], question=QUESTION, tokens=TOKENS, more=more)
     home.mkdir(exist_ok=True)
-    env = {**os.environ, "HF_HOME": str(home / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", HIDE_PACKAGE + code], env=env, cwd=home, capture_output=True, text=True, timeout=120
-    )
+    env = {**os.environ, "HF_HOME": str(home / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = fresh_python.run("-c", HIDE_PACKAGE + code, env=env, cwd=home, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
