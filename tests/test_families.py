@@ -6,8 +6,9 @@ import functools
 import pytest
 import torch
 
-from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
+from modeling_frozen import FrozenPrefixForConditionalGeneration
 from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model, text_config
+from tests.joined import joined_config
 
 
 PREFIX = 4
@@ -20,7 +21,7 @@ def build(family: str, *, connector_type: str = "resampler", **options: object) 
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
-    config = FrozenPrefixConfig.from_vision_text_configs(
+    config = joined_config(
         vision,
         text_config(family),
         connector_type=connector_type,
@@ -32,7 +33,7 @@ def build(family: str, *, connector_type: str = "resampler", **options: object) 
     return FrozenPrefixForConditionalGeneration(config).eval()
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def eyes(family: str) -> FrozenPrefixForConditionalGeneration:
     """Shared by the checks that change nothing in it."""
     return build(family)

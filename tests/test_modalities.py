@@ -39,6 +39,7 @@ from modeling_frozen import (
 from modeling_frozen.audio_towers import encode_audio, load_audio_tower, probe_audio_tower
 from tests import tiny
 from tests.families_text import DECODERS, VOCAB_SIZE, text_config
+from tests.joined import joined_config
 
 
 PREFIX, FRAMES, SOUND = 2, 3, 3
@@ -115,12 +116,12 @@ def build(family: str, **options: Any) -> FrozenPrefixForConditionalGeneration:
         "audio_prefix_length": SOUND,
         "audio_connector_config": RESAMPLER,
     }
-    config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), text_config(family), **{**defaults, **options})
+    config = joined_config(vision_config(), text_config(family), **{**defaults, **options})
     torch.manual_seed(0)
     return FrozenPrefixForConditionalGeneration(config).eval()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def senses(family: str) -> FrozenPrefixForConditionalGeneration:
     """Shared by the checks that change nothing in it."""
     return build(family)
