@@ -478,9 +478,9 @@ class PrefixCacheMixin:
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        cache = model_kwargs.get(CACHE)  # as it was passed: where none was, the library makes one here
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get(CACHE)
-        if getattr(cache, "_is_user_defined", False) and cached_length(cache) > 0:
+        if cached_length(cache) > 0:
             generation_config.use_cache = True  # some families are configured without (MPT), and would read all again
             # Beams and several answers repeat all inputs but a cache that was passed.
             repeats = _answers_of_a_prompt(generation_config)
