@@ -509,8 +509,8 @@ def assistant_spans(
 
     Errors: ValueError where the template changes what the assistant said.
     """
-    template = processor._resolve_chat_template(None)
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+    template = processor.template_of()
+    if template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template):
         rendered, spans = render_jinja_template(
             conversations=[messages],
             chat_template=template,

@@ -18,6 +18,11 @@ else:  # before 5.23, where a call's defaults are those of its class of keywords
     class ProcessorMixin(processing_utils.ProcessorMixin):
         """A processor whose attributes `text_kwargs`, `images_kwargs`, … are the defaults of a call."""
 
+        def __init_subclass__(cls, **kwargs: Any):
+            super().__init_subclass__(**kwargs)
+            if not hasattr(cls.valid_processor_kwargs, "_defaults"):  # `apply_chat_template` reads it
+                cls.valid_processor_kwargs._defaults = {}
+
         def _merge_kwargs(self, ModelProcessorKwargs: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
             of_class = self.valid_processor_kwargs if ModelProcessorKwargs is None else ModelProcessorKwargs
             names = [name for name in of_class.__annotations__ if isinstance(getattr(self, name, None), dict)]

@@ -642,8 +642,18 @@ class FrozenPrefixProcessor(MediaInputsMixin):
         special = tuple(sorted(self.tokenizer.special_tokens_map.items()))
         return _with_media(template, tuple(self.tokens.items()), special)
 
-    def _resolve_chat_template(self, chat_template: str | None) -> str:
-        return self._with_images(super()._resolve_chat_template(chat_template))
+    def template_of(self, chat_template: str | None = None) -> str | None:
+        """The template by which `apply_chat_template(..., chat_template=...)` renders; `None` where there is none to take."""
+        own = self.chat_template
+        if isinstance(own, dict):
+            chosen = own.get("default" if chat_template is None else chat_template, chat_template)
+        else:
+            chosen = own if chat_template is None else chat_template
+        return None if chosen is None else self._with_images(chosen)
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, by a template that places images (videos, sounds) as it places text."""
+        return super().apply_chat_template(conversation, self.template_of(chat_template), *args, **kwargs)
 
 
 __all__ = [
