@@ -19,27 +19,32 @@ MODEL_TYPE = "frozen-prefix"
 CONFIG = "FrozenPrefixConfig"
 
 
-def _add(mapping: Any, class_name: str) -> None:
-    """Adds a class by name, as the library adds its own: it is imported when somebody asks for it. (`register` wants the
-    class itself, whose module may be importing the Auto classes at this very moment.)"""
-    mapping._config_mapping[MODEL_TYPE] = CONFIG
-    mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE
-    mapping._model_mapping[MODEL_TYPE] = class_name
+def _say_where(mapping: Any) -> None:
+    # Private, for `register` wants the class itself, whose module may be importing the Auto classes at this very moment, and
+    # what is added by name alone is looked for in `transformers.models`.
     mapping._modules[MODEL_TYPE.replace("-", "_")] = sys.modules[__package__]
 
 
+def _add(module: ModuleType, name: str, class_name: str) -> None:
+    """Adds a class by name, as the library adds its own: it is imported when somebody asks for it."""
+    getattr(module, f"{name}_NAMES")[MODEL_TYPE] = class_name
+    mapping = getattr(module, name)
+    mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE  # private too: made of the names once, maybe before ours was there
+    _say_where(mapping)
+
+
 def _register_config(module: ModuleType) -> None:
-    module.CONFIG_MAPPING._mapping[MODEL_TYPE] = CONFIG
-    module.CONFIG_MAPPING._modules[MODEL_TYPE.replace("-", "_")] = sys.modules[__package__]
+    module.CONFIG_MAPPING_NAMES[MODEL_TYPE] = CONFIG
+    _say_where(module.CONFIG_MAPPING)
 
 
 def _register_models(module: ModuleType) -> None:
-    _add(module.AutoModel._model_mapping, "FrozenPrefixModel")
-    for auto_class in (module.AutoModelForImageTextToText, module.AutoModelForMultimodalLM):
-        _add(auto_class._model_mapping, "FrozenPrefixForConditionalGeneration")
-    for auto_class in (module.AutoModelForSequenceClassification, module.AutoModelForImageClassification):
-        _add(auto_class._model_mapping, "FrozenPrefixForSequenceClassification")
-    _add(module.AutoModelForZeroShotImageClassification._model_mapping, "FrozenPrefixForImageTextRetrieval")
+    _add(module, "MODEL_MAPPING", "FrozenPrefixModel")
+    for name in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"):
+        _add(module, name, "FrozenPrefixForConditionalGeneration")
+    for name in ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"):
+        _add(module, name, "FrozenPrefixForSequenceClassification")
+    _add(module, "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING", "FrozenPrefixForImageTextRetrieval")
 
 
 def _register_processor(module: ModuleType) -> None:

@@ -86,6 +86,7 @@ def _whole_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 def build_audio_tower(audio_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     """A tower with random weights from its config; `kwargs` as for `AutoModel.from_config`."""
     audio_config = audio_half(audio_config)
+    # Private: `AutoModel.from_config`, the public way, gives no encoder out of an encoder-decoder.
     return audio_tower_class(audio_config)._from_config(audio_config, **kwargs)
 
 
@@ -199,7 +200,7 @@ def _positions_mask(tower: PreTrainedModel, mask: Tensor, positions: int) -> Ten
     if mask.shape[1] == positions:
         return mask.bool()
     lengths = mask.sum(-1)
-    of_tower = getattr(tower, "_get_feat_extract_output_lengths", None)
+    of_tower = getattr(tower, "_get_feat_extract_output_lengths", None)  # private: models have no other name for it
     if of_tower is not None:
         lengths = of_tower(lengths)
     else:

@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
@@ -42,6 +46,14 @@ HUB_OPTIONS = ("token", "cache_dir", "force_download", "local_files_only", "prox
 
 _WINDOWS, _WINDOW_BYTES = 16, 64
 
+# The classes that each Auto class gives, by config.
+_MAPPINGS = {
+    AutoModel: MODEL_MAPPING,
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForSeq2SeqLM: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForTextEncoding: MODEL_FOR_TEXT_ENCODING_MAPPING,
+}
+
 
 @dataclass(frozen=True)
 class LanguageModelGeometry:
@@ -55,7 +67,7 @@ class LanguageModelGeometry:
 def language_model_class(text_config: PreTrainedConfig, headless: bool = False) -> type:
     """The Auto class that gives the whole language model, head included; or one that reads texts and writes none."""
     if headless:
-        return AutoModelForTextEncoding if type(text_config) in AutoModelForTextEncoding._model_mapping else AutoModel
+        return AutoModelForTextEncoding if type(text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
     return AutoModelForSeq2SeqLM if text_config.is_encoder_decoder else AutoModelForCausalLM
 
 
@@ -79,12 +91,12 @@ def text_half(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _has_mapping(config: PreTrainedConfig) -> bool:
     auto_class = language_model_class(config)
-    return type(config) in auto_class._model_mapping or auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    return type(config) in _MAPPINGS[auto_class] or auto_class.__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def _without_pooler(text_config: PreTrainedConfig) -> dict[str, Any]:
     """Many checkpoints of encoders lack their pooler's weights, which would be random; nothing here reads them."""
-    mapping = language_model_class(text_config, headless=True)._model_mapping
+    mapping = _MAPPINGS[language_model_class(text_config, headless=True)]
     found = mapping[type(text_config)] if type(text_config) in mapping else None
     found = found[0] if isinstance(found, (list, tuple)) else found
     takes = found is not None and "add_pooling_layer" in inspect.signature(found.__init__).parameters
@@ -161,6 +173,7 @@ def find_feature_extractor(audio_name_or_path: str, **kwargs: Any) -> Any:
 
 def _weight_files(name_or_path: str, revision: str | None, **hub_options: Any) -> list[str]:
     """Paths of the safetensors that hold a parent's weights; empty if it keeps them in another format."""
+    # Private, as the library's own loaders do: an `OSError` does not tell what is missing from what is out of reach.
     optional = {"_raise_exceptions_for_missing_entries": False, "revision": revision, **hub_options}
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **optional)
     single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **optional)

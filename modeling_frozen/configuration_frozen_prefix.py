@@ -238,7 +238,8 @@ class FrozenPrefixConfig(CompositeConfig):
             self._refuse_unknown_keys(kwargs)
         if self.vision_config is None and self.audio_config is None:
             self.vision_config = {"model_type": self.sub_configs_defaults["vision_config"].model_type}
-        # The library writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own.
+        # The library writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own. (A config
+        # tells its choice by the private name alone, by which every model of the library reads it.)
         chosen = {
             name: sub_config._attn_implementation
             for name in self.sub_configs_defaults

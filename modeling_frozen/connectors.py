@@ -233,7 +233,7 @@ class Connector(nn.Module):
             init.normal_(self.queries, std=1.0)  # smaller ones start as nearly the same vector, and part more slowly
         if not any(parameter.is_meta for parameter in self.parameters()):
             # The library's own pass (`post_init`) would overwrite this with its N(0, 0.02), and it never calls a
-            # custom model's `_init_weights` for a module that holds no tensor of its own.
+            # custom model's `_init_weights` for a module that holds no tensor of its own: the private mark alone stops it.
             for module in self.modules():
                 module._is_hf_initialized = True
 

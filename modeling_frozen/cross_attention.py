@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch exports it under no public name
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.initialization import no_init_weights
@@ -313,7 +313,7 @@ class GatedCrossAttention(nn.ModuleList):
         """Lets the words pass by these blocks on their way into the layers, whenever `call` runs. Doing it twice, or
         for another composite with the same language model, changes nothing."""
         for index, layer in enumerate(layers):
-            hooks = layer._forward_pre_hooks.values()
+            hooks = layer._forward_pre_hooks.values()  # private: a module tells its hooks by no public name
             if not any(isinstance(hook, functools.partial) and hook.func is _pass_by for hook in hooks):
                 layer.register_forward_pre_hook(functools.partial(_pass_by, index), with_kwargs=True)
 
@@ -395,7 +395,7 @@ def _pass_by(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) 
     sight, hidden_states = _sight.get(), _hidden_states(args, kwargs)
     if not torch.compiler.is_compiling():
         # Whoever checkpoints a layer from outside runs it again in the backward pass, when the call is long over. What
-        # he kept are the layer's own inputs, so they carry what was seen.
+        # he kept are the layer's own inputs, so they carry what was seen. (Only a private name tells that a backward runs.)
         if sight is None and torch._C._current_graph_task_id() != -1:
             sight = getattr(hidden_states, "_frozen_prefix_sight", None)
         elif sight is not None and torch.is_grad_enabled():

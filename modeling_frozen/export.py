@@ -146,7 +146,7 @@ def export_image_encoder(
     export_config.dynamic_shapes = {name: {0: images} for name in inputs}
     try:
         exported = exporter.export(encoder, inputs, export_config)
-    except torch._dynamo.exc.UserError as error:
+    except torch._dynamo.exc.UserError as error:  # private: what `torch.export` raises has no public name
         raise ValueError(
             f"{type(tower).__name__} can't be exported for any number of images: traced, it made a constant of it, as towers "
             "do that go over the images one by one (SigLIP 2's NaFlex, which has a grid of its own for each). Join a tower "

@@ -399,7 +399,7 @@ def _make_eager(language_model: Any) -> None:
         logging.set_verbosity(verbosity)
     for module in language_model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._attn_implementation_internal = "eager"
+            module.config._attn_implementation = "eager"
 
 
 def _gated_weights(

@@ -134,6 +134,7 @@ def _with_part_replaced(module: nn.Module, path: list[str], replacement: nn.Modu
     so that other threads and other models may go on using it."""
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__.update(module.__dict__)
+    # Private: set by its public name, the part would be set in the module itself too, for both have one dictionary of them.
     part = replacement if len(path) == 1 else _with_part_replaced(module._modules[path[0]], path[1:], replacement)
     copied.__dict__["_modules"] = {**module._modules, path[0]: part}
     return copied
@@ -221,6 +222,7 @@ class HeadlessCall:
 
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether somebody changed how the module is called (device maps, offloading, hooks, compilation)."""
+    # Private: a module tells neither its hooks nor its compiled call by a public name.
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooked) or "forward" in module.__dict__ or module._compiled_call_impl is not None
 
@@ -268,7 +270,8 @@ def headless_path(language_model: nn.Module) -> str | None:
     Where in the language model lies the part whose hidden states its head reads, if calling the two apart gives the logits
     of the whole: tried once per model on four words. `None` if the plain way must be taken.
     """
-    # Replicas of `nn.DataParallel` live for one step and hold no parameters by which to see what trains.
+    # Replicas of `nn.DataParallel`, known by a private mark alone, live for one step and hold no parameters by which to see
+    # what trains.
     if _is_wrapped(language_model) or getattr(language_model, "_is_replica", False):
         return None
     if language_model not in _PATHS:

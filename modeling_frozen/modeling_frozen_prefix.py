@@ -239,7 +239,8 @@ class FrozenPrefixModel(MediaMixin, SharedReadingMixin, FrozenPrefixPreTrainedMo
     def keeps_cache(self) -> bool:
         """Whether the language model's cache is one of the library's. Others (RWKV's list of states) can't be reordered or
         stepped in batches, so such a model reads its input anew at every step."""
-        ask = getattr(self.language_model, "_supports_default_dynamic_cache", None)  # what only reads has no cache to ask of
+        # Private: the library keeps the list to itself. What only reads has no cache to ask of.
+        ask = getattr(self.language_model, "_supports_default_dynamic_cache", None)
         return ask is None or ask()
 
     @property
@@ -401,7 +402,8 @@ class FrozenPrefixForConditionalGeneration(
     def _settle(self) -> None:
         super()._settle()
         language_model, own = self.model.language_model, self.generation_config
-        # What a checkpoint says of generation holds; where it says nothing, what the language model is used to.
+        # What a checkpoint says of generation holds; where it says nothing, which the private mark alone tells, what the
+        # language model is used to.
         if language_model is not None and (own is None or own._from_model_config):
             self.generation_config = copy.deepcopy(language_model.generation_config)
             self.generation_config._from_model_config = False

@@ -77,6 +77,7 @@ class _Recomputed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.layer.training or not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
+        # Private: the library leaves the chosen function (reentrant or not, offloading) on the layer by this name alone.
         return self.layer._gradient_checkpointing_func(functools.partial(self.plain, **kwargs), *args)
 
 
@@ -101,6 +102,8 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
     _keys_to_ignore_on_load_unexpected = [r"^contrastive_head\.", r"^classifier\."]
     # Whether `from_vision_text_pretrained` takes text models that only read; None: with a head where there is one.
     _text_headless: bool | None = False
+    # Set while the word embeddings' output requires gradients.
+    _hook_of_words: Any = None
 
     # ---------------------------------------------------------------------------------------------- the parents
 
@@ -143,8 +146,8 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
             if isinstance(module, CONNECTING):
                 module.requires_grad_("connector" in self.config.trainable)
             elif (part := getattr(module, "_frozen_prefix_part", None)) is not None:
-                for parameter in module._parameters.values():  # not by `parameters()`: its names take longer than the rest
-                    if parameter is not None and parameter.is_floating_point():
+                for parameter in module.parameters(recurse=False):
+                    if parameter.is_floating_point():
                         trains = part in self.config.trainable or id(parameter) in unlocked_ids
                         parameter.requires_grad_(trains and id(parameter) not in idle_ids)
         self.train(self.training)
@@ -183,13 +186,18 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
     def enable_input_require_grads(self) -> None:
         """As the library's, on the word embeddings alone: hooked at its input too, a frozen tower would keep its whole
         graph."""
-        if getattr(self, "_require_grads_hooks", None):
-            return
-        hook = self.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
-        self._require_grads_hooks, self._require_grads_hook = [hook], hook
+        if self._hook_of_words is None:
+            words = self.get_input_embeddings()
+            self._hook_of_words = words.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+
+    def disable_input_require_grads(self) -> None:
+        """Takes that back."""
+        if self._hook_of_words is not None:
+            self._hook_of_words.remove()
+            self._hook_of_words = None
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)  # private: 5.24 renamed the public ways, which end here
         # The library's layers recompute in train mode only, and frozen parents are never in it.
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer) and hasattr(module, "_frozen_prefix_part"):
@@ -257,12 +265,11 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         for name, module in self.named_modules(remove_duplicate=False):
             if getattr(module, "_frozen_prefix_part", None) in skipped:
                 prefix = f"{name}." if name else ""
-                keys.update(f"{prefix}{key}" for key, tensor in module._parameters.items() if tensor is not None)
-                keys.update(
-                    f"{prefix}{key}"
-                    for key, tensor in module._buffers.items()
-                    if tensor is not None and key not in module._non_persistent_buffers_set
-                )
+                own = {"recurse": False, "remove_duplicate": False}
+                keys.update(f"{prefix}{key}" for key, _ in module.named_parameters(**own))
+                # Private: but for the whole state dict, which costs a gathering where it is sharded, nothing says so.
+                left_out = module._non_persistent_buffers_set
+                keys.update(f"{prefix}{key}" for key, _ in module.named_buffers(**own) if key not in left_out)
         return keys
 
     def save_pretrained(self, save_directory: str, *args: Any, include_base_models: bool = False, **kwargs: Any) -> None:
@@ -297,7 +304,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
             complete_copy(save_directory, self)
 
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # Every way of pushing a model ends here.
+        # Every way of pushing a model ends here, and in no public method.
         complete_repository(working_dir, self, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 

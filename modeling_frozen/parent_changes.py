@@ -5,13 +5,13 @@ from torch import nn
 
 
 def trains(module: nn.Module) -> bool:
-    return any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def samples_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """A few values of each of the module's own plain tensors, by which a later change is noticed."""
     samples = {}
-    for name, parameter in module._parameters.items():  # not by name from the whole: this runs on every module of a parent
+    for name, parameter in module.named_parameters(recurse=False):
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
             flat = parameter.detach().flatten()
             # Eight runs of eight: scattered one by one, the values would cost a cache miss each.

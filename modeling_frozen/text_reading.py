@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch exports it under no public name
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput

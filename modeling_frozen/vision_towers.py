@@ -123,6 +123,7 @@ def build_vision_tower(vision_config: PreTrainedConfig, **kwargs: Any) -> PreTra
         return AutoModel.from_config(vision_config, **kwargs)
     kwargs.pop("trust_remote_code", None)
     tower_class = vision_tower_class(vision_config)
+    # Private: `AutoModel.from_config`, the public way, gives no half that `AutoModel` does not list.
     return tower_class._from_config(vision_config, **vision_tower_kwargs(vision_config), **kwargs)
 
 

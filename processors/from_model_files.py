@@ -35,9 +35,17 @@ class FromModelFilesMixin(ProcessorMixin):
         place = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key) is not None}
 
         def lacks(file: str) -> bool:
-            quiet = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
-            options = {f"_raise_exceptions_for_{key}": value for key, value in quiet.items()}
-            return cached_file(name, file, **shared, **place, **options) is None
+            found = cached_file(
+                name,
+                file,
+                **shared,
+                **place,
+                # Private, as the library's own loaders do: an `OSError` does not tell these from a name that is none.
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            return found is None
 
         if not lacks("processor_config.json") or lacks("config.json"):
             return super().from_pretrained(name, *args, **kwargs)

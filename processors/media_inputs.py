@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoFeatureExtractor
+from transformers import AutoFeatureExtractor, AutoTokenizer
 from transformers.audio_utils import load_audio
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -230,9 +230,7 @@ class MediaInputsMixin(FromModelFilesMixin):
             saved["feature_extractor"] = AutoFeatureExtractor.from_pretrained(
                 pretrained_model_name_or_path, subfolder=subfolder, **options
             )
-        tokenizer = cls._load_tokenizer_from_pretrained(
-            "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **options)
         return [image_processor, tokenizer]
 
     def to_dict(self) -> dict[str, Any]:

@@ -283,9 +283,12 @@ class FrozenPrefixProcessor(MediaInputsMixin):
         for modality, token in self.tokens.items():
             added = AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
             tokenizer.add_tokens([added], True)
-            if tokenizer.special_tokens_map.get(f"{modality}_token") != token:
+            name = f"{modality}_token"
+            if tokenizer.special_tokens_map.get(name) != token:
                 # saved with it; pipelines read it
-                tokenizer._set_model_specific_special_tokens({f"{modality}_token": token})
+                if name not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+                    tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, name]
+                setattr(tokenizer, name, token)
             if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
                 raise ValueError(
                     f"The tokenizer splits {token!r} into several tokens although it was added as a special token. "
@@ -463,6 +466,7 @@ class FrozenPrefixProcessor(MediaInputsMixin):
 
         Returns: images as a flat list in reading order, text as a list of strings.
         """
+        # Private: the library's `__call__` merges its keywords after this hook only.
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
