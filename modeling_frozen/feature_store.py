@@ -144,7 +144,9 @@ class FeatureStore:
         return features, valid[view]
 
     def _tensor(self, data: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(data.copy()).view(self.dtype).view(-1, self.width)
+        copy = torch.empty(len(data), dtype=torch.uint8)  # numpy promises no address; products depend on it
+        copy.numpy()[:] = data
+        return copy.view(self.dtype).view(-1, self.width)
 
     # --------------------------------------------------------------------------------------------------- writing
 

@@ -37,6 +37,7 @@ from .parent_changes import samples_of, trains, was_changed
 from .part_dtypes import PartDtypesMixin, asked_dtypes
 from .transformers_compat import CACHE_NAMES
 from .unlocking import last_layers
+from .weight_alignment import align_weights
 
 
 # Attribute of the base model that holds each parent.
@@ -223,6 +224,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
             if self.base_model is not self:
                 self.base_model.post_init()
             self.post_init()
+        align_weights(self)  # every parent comes by here, loaded with us, before us or after us
 
     def _finish_attaching(self) -> None:
         self._gather_from_parents()
@@ -374,7 +376,9 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As the library's; for a folder of an adapter, which `from_pretrained` takes too, once the parents are there."""
         if _replaced_parts.get() is None:
-            return super().load_adapter(*args, **{**own_names(self), **kwargs})
+            loaded = super().load_adapter(*args, **{**own_names(self), **kwargs})
+            align_weights(self)
+            return loaded
         raise AdapterFolder(self.name_or_path, args, kwargs)
 
     @classmethod
