@@ -141,11 +141,7 @@ PRIVATE = [
     ),
     # --------------------------------------------------------------------------------------------------------- configs
     Private("transformers.PreTrainedConfig()._attn_implementation", "by which every model reads it; no public name reads it"),
-    Private("transformers.PreTrainedConfig()._attn_implementation_internal", CONFIG_KEY),
-    Private("transformers.PreTrainedConfig()._experts_implementation_internal", CONFIG_KEY),
     Private("transformers.PreTrainedConfig()._name_or_path", CONFIG_KEY),
-    Private("transformers.PreTrainedConfig()._output_attentions", CONFIG_KEY),
-    Private("transformers.PreTrainedConfig()._commit_hash", CONFIG_KEY, until="5.18"),
     # ------------------------------------------------------------------------------------------------------ processors
     Private("transformers.ProcessorMixin._get_arguments_from_pretrained", HOOK_OF_PROCESSOR),
     Private("transformers.ProcessorMixin._process_audio", HOOK_OF_PROCESSOR),
