@@ -1,5 +1,8 @@
 """Packaging. `processors/` and `model_card.md` stand at the top of the repository and are installed inside the package, as
 `modeling_frozen.processors` and `modeling_frozen/model_card.md`.
+
+Lower bounds are what `compat.txt` pins and the checks run with. There are no upper bounds of ours: transformers brings its own
+(5.21 and later ask for Python 3.11; on 3.10 pip takes an older one).
 """
 
 import re
@@ -11,6 +14,7 @@ from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "modeling_frozen/__init__.py").read_text(encoding="utf-8")).group(1)
+
 
 class BuildWithTemplate(build_py):
     """Puts the template of model cards into the package; in an editable install it is read where it stands."""
@@ -27,19 +31,25 @@ class BuildWithTemplate(build_py):
 extras = {
     "metrics": ["pycocoevalcap>=1.2"],
     "plots": ["matplotlib>=3.7"],
-    "demo": ["datasets>=3.0", "matplotlib>=3.7", "pycocoevalcap>=1.2"],
-    "peft": ["peft>=0.17"],
+    "peft": ["peft>=0.19.1"],
     "augment": ["kornia>=0.8"],
-    "search": ["datasets>=3.0", "faiss-cpu>=1.9"],
-    "serving": ["transformers[serving]>=5.23"],
+    "search": ["datasets>=3.4.1", "faiss-cpu>=1.9", "matplotlib>=3.7"],
+    # Decoders without torchcodec, whose builds follow those of torch. transformers reads sound with librosa before 5.22 and
+    # with soundfile and soxr since; librosa brings both.
+    "video": ["av>=12.0"],
+    "audio": ["librosa>=0.10", "soundfile>=0.13"],
+    "serving": ["transformers[serving]>=5.16.1"],
     "export": ["onnx>=1.21", "onnxruntime>=1.23", "onnxscript>=0.7"],
-    "page": ["datasets>=3.0", "gradio>=6.0", "matplotlib>=3.7"],
 }
-tested = ("metrics", "plots", "demo", "peft", "augment", "search")
+# Of examples/: quickstart.py, and demo.py, which shows the quickstart's model on a page.
+extras["quickstart"] = sorted({"datasets>=3.4.1", *extras["metrics"], *extras["plots"]})
+extras["demo"] = sorted({*extras["quickstart"], "gradio>=6.0.2"})
+extras["page"] = extras["demo"]  # its name in 0.1.0
+tested = ("quickstart", "peft", "augment", "search", "video")
 extras["test"] = sorted(
     {
         *(one for name in tested for one in extras[name]),
-        *("evaluate>=0.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "scikit-learn>=1.5"),
+        *("evaluate>=0.4.1", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "scikit-learn>=1.5"),
     }
 )
 # What the slow tests run beside: `pytest -m slow` skips what is not installed.
@@ -59,13 +69,13 @@ setup(
     package_data={"modeling_frozen": ["py.typed"]},
     cmdclass={"build_py": BuildWithTemplate},
     install_requires=[
-        "accelerate>=1.1",
+        "accelerate>=1.7",
         "huggingface_hub>=1.5",
         "numpy>=1.26",
-        "pillow>=10.0",
-        "safetensors>=0.4.3",
-        "torch>=2.11",
-        "transformers>=5.23",
+        "pillow>=10.0.1",
+        "safetensors>=0.8",
+        "torch>=2.6",
+        "transformers>=5.16.1",
     ],
     extras_require=extras,
     entry_points={
@@ -73,8 +83,11 @@ setup(
         "lmms_eval.models": ["frozen_prefix = modeling_frozen.lmms_eval_model:manifest"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )
