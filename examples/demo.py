@@ -5,7 +5,7 @@
 
 Beside the answer stands that of the same model *blind*, which is asked the same of a plain grey picture. Below: attention
 to the picture word by word, how many nats each word loses without the picture, and the words that lie nearest to the prefix.
-Needs `pip install "frozen-prefix[page]"`.
+Needs `pip install "frozen-prefix[demo]"`.
 """
 
 import random

@@ -7,7 +7,7 @@
 By default everything is made here: two tiny parents that never met (`shapes.py`), pictures of scenes, and a matcher that
 learns which sentence belongs to which picture. Its gallery holds scenes that nobody met in training. Embeddings go into a
 FAISS index through `datasets`, which is saved and loaded again. Written to `--output_dir`: the matcher, the gallery with its
-index, `results.json`, and `sheet.png`. Needs `pip install faiss-cpu datasets matplotlib`.
+index, `results.json`, and `sheet.png`. Needs `pip install "frozen-prefix[search]"`.
 """
 
 import json
