@@ -1,10 +1,13 @@
 """Shared by all tests: one thread per process, no network, and the folder of real weights where there is one."""
 
+import functools
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +67,40 @@ def _end_of_fresh_pythons() -> Iterator[None]:
     yield
     if "tests.fresh_python" in sys.modules:
         sys.modules["tests.fresh_python"].stop()
+
+
+# Where a model looks up what runs its parents, without weights, to learn their shapes.
+PROBES = (
+    ("modeling_frozen.vision_towers", "probe_vision_tower"),
+    ("modeling_frozen.base_models", "probe_language_model"),
+    ("modeling_frozen.cross_attention", "probe_decoder"),
+    ("modeling_frozen.modeling_frozen_prefix_classification", "probe_text_width"),
+    ("modeling_frozen.modeling_frozen_prefix_retrieval", "probe_text_width"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _probe_the_same_parents_once() -> Iterator[None]:
+    """Nine tenths of what it costs to build a tiny model are probing, and tests build of the same few parents again and
+    again. A test of a probe itself imports it by name, as the tests are collected: what it calls remembers nothing.
+    """
+
+    def remembered(probe: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[str, Any] = {}
+
+        @functools.wraps(probe)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            key = repr((args, kwargs))  # of a configuration or a processor: its class, and all that it says
+            if key not in known:
+                known[key] = probe(*args, **kwargs)
+            return known[key]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in PROBES:
+            patch.setattr(f"{module}.{name}", remembered(getattr(importlib.import_module(module), name)))
+        yield
 
 
 @pytest.fixture(autouse=True)

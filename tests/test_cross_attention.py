@@ -13,7 +13,6 @@ from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGenera
 from modeling_frozen.cross_attention import decoder_layers, probe_decoder
 from modeling_frozen.transformers_compat import cache_of
 from tests.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
-from tests.joined import joined_config
 from tests.test_families import IMAGE, pictures
 from tests.test_families import prompt as families_prompt
 from tests.tiny import join, recompute_activations
@@ -46,7 +45,7 @@ def open_gates(model: Eyes) -> Eyes:
 
 
 def build(family: str, *, gates: bool = True, **options: object) -> Eyes:
-    config = joined_config(VISION, text_config(family), **{**SPECIFICATION, **options})
+    config = FrozenPrefixConfig.from_vision_text_configs(VISION, text_config(family), **{**SPECIFICATION, **options})
     torch.manual_seed(0)
     model = Eyes(config).eval()
     return open_gates(model) if gates else model

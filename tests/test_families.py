@@ -6,9 +6,8 @@ import functools
 import pytest
 import torch
 
-from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model, text_config
-from tests.joined import joined_config
 
 
 PREFIX = 4
@@ -21,7 +20,7 @@ def build(family: str, *, connector_type: str = "resampler", **options: object) 
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
-    config = joined_config(
+    config = FrozenPrefixConfig.from_vision_text_configs(
         vision,
         text_config(family),
         connector_type=connector_type,

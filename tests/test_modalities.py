@@ -39,7 +39,6 @@ from modeling_frozen import (
 from modeling_frozen.audio_towers import encode_audio, load_audio_tower, probe_audio_tower
 from tests import tiny
 from tests.families_text import DECODERS, VOCAB_SIZE, text_config
-from tests.joined import joined_config
 
 
 PREFIX, FRAMES, SOUND = 2, 3, 3
@@ -116,7 +115,7 @@ def build(family: str, **options: Any) -> FrozenPrefixForConditionalGeneration:
         "audio_prefix_length": SOUND,
         "audio_connector_config": RESAMPLER,
     }
-    config = joined_config(vision_config(), text_config(family), **{**defaults, **options})
+    config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), text_config(family), **{**defaults, **options})
     torch.manual_seed(0)
     return FrozenPrefixForConditionalGeneration(config).eval()
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig
 
-from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from modeling_frozen.connectors import CONNECTORS
 from modeling_frozen.vision_towers import encode_images
 from tests.families_text import DECODERS, VOCAB_SIZE, text_config
 from tests.families_vision import TOWERS, vision_config
-from tests.joined import joined_config
 
 
 IMAGE, LENGTH = VOCAB_SIZE, 4  # past the vocabulary; prefix vectors of every connector here
@@ -36,7 +35,7 @@ def build(family: str = "llama", connector: str = "mlp", **options: Any) -> Froz
     eyes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     options = {"connector_type": connector, "connector_config": SIZES.get(connector, {}), "prefix_length": LENGTH, **options}
     tower = options.pop("tower", None) or CLIPVisionConfig(**eyes, image_size=8, patch_size=4)
-    config = joined_config(tower, text_config(family), **options)
+    config = FrozenPrefixConfig.from_vision_text_configs(tower, text_config(family), **options)
     torch.manual_seed(0)
     model = FrozenPrefixForConditionalGeneration(config).eval()
     for block in model.model.cross_attention or ():
