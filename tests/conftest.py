@@ -1,6 +1,7 @@
 """Shared by all tests: one thread per process, no network, and the folder of real weights where there is one."""
 
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -26,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """With several workers each takes a run of neighbours, so that what a file's tests share is made once."""
     if getattr(config.option, "dist", "no") == "load":  # what `-n` says where `--dist` says nothing
         config.option.dist = "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    """Millions of objects that imports made live to the end. Set aside, they are not looked through at each collection:
+    `Trainer` asks for one at each training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
