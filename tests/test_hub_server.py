@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import fresh_python
 from tests.hub_fixtures import ROOT, Hub, hub, module_hub  # noqa: F401
 
 
@@ -400,14 +399,8 @@ def test_transformers_round_trip_then_offline(hub: Hub) -> None:
     assert json.loads(hub.read("me/tiny", "config.json"))["n_layer"] == 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def stubborn_client(module_hub: Hub) -> Iterator[fresh_python.Running]:
-    """A push whose LFS upload is cut for good. The client gives up after 23 s, so it starts first and is read last."""
-    module_hub.cut("PUT /lfs/models/me/stubborn/", after_bytes=100_000, times=None)
-    process = module_hub.spawn(client('push("me/stubborn")', size=300_000))
-    yield process
-    process.kill()
-    process.communicate()
+# Between its tries the client waits for seconds, 23 in all, in which nothing happens.
+HURRIED = "import time; time.sleep = lambda seconds: None\n"
 
 
 class TestCutWire:
@@ -460,7 +453,7 @@ class TestCutWire:
         home = hub.new_home()
         pull = 'from huggingface_hub import hf_hub_download; print(hf_hub_download("me/cut", "model.safetensors"))'
         hub.cut("GET /me/cut/resolve/.*model.safetensors", after_bytes=100_000, how=how, times=times)
-        assert hub.attempt(pull, home).returncode != 0
+        assert hub.attempt(HURRIED + pull, home).returncode != 0
         assert [e["status"] for e in hub.log() if e["method"] == "GET" and e["label"] == "resolve"] == [0] * tries
         assert cached(home) == {}
         offline = hub.attempt(pull, home, offline=True)
@@ -483,8 +476,9 @@ class TestCutWire:
         assert [e["status"] for e in parts] == [0, 206]
         assert parts[1]["bytes_out"] < (2 << 20) + 1000
 
-    def test_upload_that_is_given_up(self, module_hub: Hub, stubborn_client: fresh_python.Running) -> None:
-        done = module_hub.finish(stubborn_client, timeout=120)
+    def test_upload_that_is_given_up(self, module_hub: Hub) -> None:
+        module_hub.cut("PUT /lfs/models/me/stubborn/", after_bytes=100_000, times=None)
+        done = module_hub.attempt(client(HURRIED + 'push("me/stubborn")', size=300_000))
         assert done.returncode != 0 and "Error while uploading 'model.safetensors'" in done.stderr
         puts = [e["status"] for e in module_hub.log() if e["path"].startswith("/lfs/models/me/stubborn/")]
         assert puts == [0] * 6
