@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread per process, no network, and the folder of real weights where there is one."""
+"""Shared by all tests: one thread per process, no network, the folder of real weights where there is one, and the mark of
+those that compare bits."""
 
 import functools
 import gc
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.bits import compares_bits
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach the Hub; Hub tests run their own server
@@ -116,3 +119,10 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and compares_bits(item.function):
+            item.add_marker("bits")

@@ -62,6 +62,7 @@ print(json.dumps({{
 )
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
 def test_pulled_elsewhere_it_finds_the_same(module_hub: Hub, pushed: list, trust: bool | None) -> None:  # noqa: F811
     found = json.loads(module_hub.run(PULL.format(trust=trust), package=trust is None).splitlines()[-1])

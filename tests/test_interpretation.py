@@ -380,6 +380,7 @@ def test_sightedness_is_made_of_plain_log_probabilities(tmp_path: Path, name: st
     assert found.mean == pytest.approx(sum(row["drop"] for row in found.rows()) / len(found.rows()), rel=1e-5)
 
 
+@pytest.mark.bits
 def test_a_blind_model_loses_nothing(tmp_path: Path) -> None:
     model, processor = join(tmp_path / "prefix", vision_feature_select_strategy="pooled", prefix_length=2)
     write(model, "red", "square")
