@@ -179,9 +179,9 @@ def test_the_first_step(name: str, format: str, tmp_path: Path) -> None:
             real = mask.bool()
             torch.testing.assert_close(found["logits"][real], expected.logits[real], rtol=1e-3, atol=1e-3)
             step = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
-            told = model(**step, past_key_values=expected.past_key_values).logits
+            told = model(**step, cache=expected.cache).logits
             torch.testing.assert_close(
-                model(**step, past_key_values=cache_of(found)).logits, told, rtol=1e-3, atol=1e-3
+                model(**step, cache=cache_of(found)).logits, told, rtol=1e-3, atol=1e-3
             )
 
 
