@@ -64,8 +64,9 @@ class AssistedDecodingMixin:
         other_words = kwargs.get("target_tokenizer") is not None and kwargs.get("assistant_tokenizer") is not None
         blind = not sees and not other_words
         word = self.generation_config.pad_token_id or 0
-        if blind and assistant_model is not None:
+        if not sees and assistant_model is not None:
             model_kwargs = {key: value for key, value in model_kwargs.items() if key != "mm_encoder_outputs"}
+        if blind and assistant_model is not None:
             if not torch.is_floating_point(inputs_tensor):
                 inputs_tensor = inputs_tensor.masked_fill(self.model.placeholders(inputs_tensor), word)
             if not self.config.is_encoder_decoder:

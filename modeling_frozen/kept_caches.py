@@ -7,6 +7,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .transformers_compat import windows_remember
+
 
 if TYPE_CHECKING:
     from .modeling_frozen_prefix import FrozenPrefixModel
@@ -55,7 +57,7 @@ def new_kept_cache(model: "FrozenPrefixModel") -> DynamicCache | None:
     if model.config.is_encoder_decoder or model.cross_attention is not None or model.is_recurrent or not model.keeps_cache:
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not can_be_kept(cache):
+    if not can_be_kept(cache) or (any(cache.is_sliding) and not windows_remember()):
         return None
     cache.activate_past_recording()
     return cache

@@ -6,6 +6,7 @@ the same tensors. A batch of questions is laid out as `generate()` lays out any 
 that each question gets by itself.
 """
 
+import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from transformers.utils import ModelOutput
 from .kept_caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache, pick_rows
 from .modalities import MEDIA_INPUTS, take_media
 from .prefix_merging import pad_right, reads_in_chunks
-from .transformers_compat import CACHE, CACHE_NAMES, cache_of, cached_length, take_cache
+from .transformers_compat import CACHE, CACHE_NAMES, CHUNKS_HOLD_MEDIA, cache_of, cached_length, take_cache
 
 
 Rows = int | slice | Sequence[int] | torch.Tensor
@@ -511,6 +512,10 @@ class PrefixCacheMixin:
             return outputs
         if generation_config.prefill_chunk_size is None or not encoded or input_ids.numel() == 0:
             return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+        if not CHUNKS_HOLD_MEDIA:
+            whole = copy.copy(generation_config)
+            whole.prefill_chunk_size = None
+            return super()._prefill(input_ids, whole, model_kwargs, **kwargs)
         for modality, output in encoded.items():
             self.get_placeholder_mask(input_ids, None, output.pooler_output, modality)
         token = reads_in_chunks.set(True)

@@ -6,6 +6,7 @@ in between are answered rightly too. Each stand-in says from which release on it
 """
 
 import functools
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from transformers import Cache, PreTrainedConfig, configuration_utils, modeling_utils
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import hub
 
@@ -71,6 +74,18 @@ def cached_length(cache: Any) -> int:
     if not isinstance(cache, Cache) or all(getattr(cache, "is_linear", [False])):
         return 0
     return cache.get_seq_length()
+
+
+@functools.cache
+def windows_remember() -> bool:
+    """Whether a sliding window that records its past hands out the keys that its mask is made for; before 5.18 it hands out
+    all of them."""
+    with torch.device("cpu"):
+        layer, keys = DynamicSlidingWindowLayer(sliding_window=2), torch.zeros(1, 1, 3, 1)
+    layer.record_past = True
+    layer.update(keys, keys)
+    length, _ = layer.get_mask_sizes(2)
+    return layer.update(keys[:, :, :2], keys[:, :, :2])[0].shape[-2] == length
 
 
 if CACHE == "cache":
@@ -144,13 +159,23 @@ else:  # before 5.21
 
 if hasattr(hub, "resolve_revision"):
     resolve_revision = hub.resolve_revision
-else:  # before 5.18, where each file is looked up at the branch as it is then
+else:  # before 5.18
 
     def resolve_revision(path_or_repo_id: str, revision: str | None = None, **hub_options: Any) -> str | None:
-        return revision
+        """The commit that a branch or tag stands for; the revision itself of a folder, or where the Hub can't be asked."""
+        if os.path.isdir(path_or_repo_id):
+            return revision
+        try:
+            config = hub.cached_file(path_or_repo_id, "config.json", revision=revision, **hub_options)
+        except OSError:
+            return revision  # the regular way of loading says why
+        return hub.extract_commit_hash(config, None) or revision
 
 
 # ----------------------------------------------------------------------------------------------------------- generate()
+
+# Whether a prompt with images is read in chunks (`prefill_chunk_size`) images and all; before 5.23 they are left out.
+CHUNKS_HOLD_MEDIA = hasattr(generation_utils, "_slice_mm_encoder_output")
 
 if hasattr(transformers.GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"):
     GenerationMixin = transformers.GenerationMixin
@@ -177,13 +202,14 @@ else:  # before 5.18, where `generate()` leaves the encoding of images to the fi
                 name, tensor = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
                 model_kwargs = self._maybe_prepare_encoder_kwargs_for_generation(tensor, model_kwargs, name, None)
             encoded = model_kwargs.pop("mm_encoder_outputs", None)
-            if encoded:
+            if encoded and expand_size > 1:
                 encoded = self._expand_multimodal_outputs(input_ids, encoded, expand_size, inputs_embeds)
             input_ids, model_kwargs = super()._expand_inputs_for_generation(
                 expand_size, is_encoder_decoder, input_ids, **model_kwargs
             )
             return input_ids, {**model_kwargs, "mm_encoder_outputs": encoded} if encoded else model_kwargs
 
+        @functools.wraps(transformers.GenerationMixin.prepare_inputs_for_generation)  # whose parameters are asked for
         def prepare_inputs_for_generation(
             self, input_ids: torch.LongTensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
         ) -> dict[str, Any]:
@@ -197,6 +223,7 @@ else:  # before 5.18, where `generate()` leaves the encoding of images to the fi
 __all__ = [
     "CACHE",
     "CACHE_NAMES",
+    "CHUNKS_HOLD_MEDIA",
     "AnyCacheName",
     "CompositeConfig",
     "GenerationMixin",
@@ -209,4 +236,5 @@ __all__ = [
     "slice_logits_to_keep",
     "take_cache",
     "takes_cache",
+    "windows_remember",
 ]

@@ -3,6 +3,7 @@
 """
 
 import inspect
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,4 +38,13 @@ CONTROL_TOKEN_START = getattr(chat_template_utils, "_CONTROL_TOKEN_START", "\U00
 CONTROL_TOKEN_END = getattr(chat_template_utils, "_CONTROL_TOKEN_END", "\U000f0001")
 
 
-__all__ = ["CONTROL_TOKEN_END", "CONTROL_TOKEN_START", "ProcessorMixin"]
+def without_empty_contents(conversation: Any) -> Any:
+    """Messages whose content is `None` (calls of tools) hold an empty text: templates of releases before 5.18 print "None"."""
+    if isinstance(conversation, Mapping):
+        return {**conversation, "content": ""} if conversation.get("content", "") is None else conversation
+    if isinstance(conversation, list | tuple):
+        return [without_empty_contents(one) for one in conversation]
+    return conversation
+
+
+__all__ = ["CONTROL_TOKEN_END", "CONTROL_TOKEN_START", "ProcessorMixin", "without_empty_contents"]

@@ -24,7 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .media_inputs import MediaInputsMixin
 from .pictures import load_rgb_image
-from .processing_compat import CONTROL_TOKEN_END, CONTROL_TOKEN_START
+from .processing_compat import CONTROL_TOKEN_END, CONTROL_TOKEN_START, without_empty_contents
 
 
 logger = logging.get_logger(__name__)
@@ -657,6 +657,7 @@ class FrozenPrefixProcessor(MediaInputsMixin):
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the library's, by a template that places images (videos, sounds) as it places text."""
+        conversation = without_empty_contents(conversation)
         return super().apply_chat_template(conversation, self.template_of(chat_template), *args, **kwargs)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from modeling_frozen.processors import INTERLEAVED_CHAT_TEMPLATE, few_shot_messages
 from tests.test_processing import CHATML, make, picture, words
+from tests.tiny import skip_before
 
 
 TEMPLATES: dict[str, str | None] = {"own": None, "parent's": CHATML, "interleaved": INTERLEAVED_CHAT_TEMPLATE}
@@ -80,6 +81,7 @@ def test_tokenised_as_model_inputs(template: str) -> None:
     [("own", ["a", "dog", ".", "</s>", "a", "cat", "</s>"]), ("interleaved", ["a", "dog", ".", "a", "cat"])],
 )
 def test_masks_of_what_the_assistant_said(template: str, expected: list[str]) -> None:
+    skip_before("5.18", "counts the characters of a chat whose images are not written out yet")
     one = processor(template)
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
     out = one.apply_chat_template([chat()[:3], chat()], **options, processor_kwargs={"padding": True})

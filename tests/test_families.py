@@ -8,6 +8,7 @@ import torch
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model, text_config
+from tests.tiny import recompute_activations, skip_before
 
 
 PREFIX = 4
@@ -263,15 +264,15 @@ def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less(family
     """Frozen layers are in eval mode, in which the library's checkpointing does nothing, silently."""
     if not language_model(family).supports_gradient_checkpointing:
         with pytest.raises(ValueError, match="checkpointing"):
-            build(family).model.language_model.activation_checkpointing_enable()
+            recompute_activations(build(family).model.language_model)
         return
     ids, gradients, kept = prompt(), [], []
     for step in ("plain", "enabled", "disabled again"):
         model = build(family).train()
         if step != "plain":
-            model.activation_checkpointing_enable()
+            recompute_activations(model)
         if step == "disabled again":
-            model.activation_checkpointing_disable()
+            recompute_activations(model, enable=False)
         sizes: list[int] = []
 
         def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
@@ -291,6 +292,8 @@ def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less(family
 @every_family
 @torch.no_grad()
 def test_static_cache_where_the_parent_has_it(family: str) -> None:
+    if family == "bloom":
+        skip_before("5.18", "prepares the mask of ALiBi over a static cache within Bloom alone")
     model, ids = eyes(family), prompt()
     parent = model.model.language_model
     assert model._can_compile_fullgraph == (parent._can_compile_fullgraph and model.model.vision_tower._can_compile_fullgraph)

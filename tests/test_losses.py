@@ -17,7 +17,7 @@ from modeling_frozen.losses import check_loss_config, headless_path, rows_per_ch
 from tests.families_text import DECODERS, FAMILIES, VOCAB_SIZE
 from tests.test_families import IMAGE, build, pictures, prompt
 from tests.test_training import arguments
-from tests.tiny import join, rows
+from tests.tiny import join, recompute_activations, rows
 
 
 # Shift labels inside their own forward alone, so that it must see them: they take the plain way.
@@ -176,9 +176,9 @@ def test_gated_blocks_too() -> None:
 def test_checkpointing_and_compilation_leave_it_right() -> None:
     model = build("llama").train()
     plain = loss_and_gradients(model, **batch())
-    model.activation_checkpointing_enable()
+    recompute_activations(model)
     check_equal(plain, loss_and_gradients(model, **batch(), loss_config={"chunk_size": 3}))
-    model.activation_checkpointing_disable()
+    recompute_activations(model, enable=False)
     whole = torch.compile(model, backend="eager")
     model.zero_grad()
     loss = whole(**batch()).loss

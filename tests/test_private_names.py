@@ -139,6 +139,11 @@ PRIVATE = [
         "transformers.Wav2Vec2PreTrainedModel._get_feat_extract_output_lengths",
         "asked of an audio tower where it has it: no public method tells how long its features are",
     ),
+    Private(
+        "transformers.generation.utils._slice_mm_encoder_output",
+        "asked for, for nothing public tells whether a prompt is read in chunks with its images",
+        since="5.23",
+    ),
     # --------------------------------------------------------------------------------------------------------- configs
     Private("transformers.PreTrainedConfig()._attn_implementation", "by which every model reads it; no public name reads it"),
     Private("transformers.PreTrainedConfig()._name_or_path", CONFIG_KEY),
@@ -230,7 +235,8 @@ def members(node: ast.ClassDef) -> list[str]:
 @cache
 def package_trees() -> dict[str, ast.Module]:
     folders = {Path(package.__file__).parent for package in (modeling_frozen, modeling_frozen.processors)}
-    return {path.name: ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in folder.glob("*.py")}
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
+    return {str(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
 @cache

@@ -29,6 +29,7 @@ from modeling_frozen.processors import (
     few_shot_messages,
     load_rgb_image,
 )
+from tests.tiny import skip_before
 
 
 WORDS = "<unk> <s> </s> a red blue dog cat runs sees what is it ? : User Assistant Question Answer . one two".split()
@@ -530,6 +531,7 @@ def saved_url(image: Image.Image) -> str:
 
 
 def test_chat_templates_with_bos_get_it_once():
+    skip_before("5.18", "takes images of a chat from its turns alone")
     processor = make(word_tokenizer(chat_template=PRINTS_LISTS))
     out = processor.apply_chat_template(
         TURNS, tokenize=True, return_dict=True, processor_kwargs={"images": [picture()]}
@@ -538,6 +540,7 @@ def test_chat_templates_with_bos_get_it_once():
 
 
 def test_assistant_mask_covers_the_answer_past_expanded_images():
+    skip_before("5.18", "counts the characters of a chat whose images are not written out yet")
     processor = make()
     turns = [
         {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "what"}]},
@@ -553,6 +556,7 @@ def test_assistant_mask_covers_the_answer_past_expanded_images():
 
 
 def test_placeholder_that_a_user_smuggled_into_a_chat_is_text():
+    skip_before("5.20", "does not tell a user's words from control tokens")
     processor = make(byte_tokenizer())
     turns = [{"role": "user", "content": [{"type": "text", "text": "a <image> dog"}]}]
     options = {"tokenize": True, "return_dict": True}

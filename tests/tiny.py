@@ -70,9 +70,32 @@ def join(folder: Path, **options: Any) -> tuple[FrozenPrefixForConditionalGenera
     return model, FrozenPrefixProcessor.from_model(model)
 
 
-def recompute_activations(model: Any) -> None:
+def skip_before(release: str, why: str) -> None:
+    """For what an older transformers, in the supported range, does not do or does otherwise."""
+    import pytest
+    import transformers
+    from packaging import version
+
+    if version.parse(transformers.__version__) < version.parse(release):
+        pytest.skip(f"transformers before {release} {why}")
+
+
+def skip_where_peft_is_too_old() -> None:
+    """PEFT 0.21 hands a cache on as `past_key_values`, which transformers 5.24 has under another name: its own Llama does not
+    read such a prefix either."""
+    import peft
+    import pytest
+    from packaging import version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers works with PEFT {MIN_PEFT_VERSION} on")
+
+
+def recompute_activations(model: Any, enable: bool = True) -> None:
     """Activation checkpointing, by the name that it has in this transformers (`gradient_…` before 5.23)."""
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    what = "enable" if enable else "disable"
+    (getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}"))()
 
 
 def rows(count: int = 8) -> list[dict[str, Any]]:
