@@ -1,161 +1,49 @@
 """FrozenPrefixProcessor: the vision parent's image processor and the language parent's tokenizer behind one call.
 
-Two things live here: making a parent's chat template render images (videos, sounds), and the processor itself; opening
-pictures is in `pictures`, opening videos and sounds in `media_inputs`. It has no `__call__` of its own: everything is
-done in the hooks of `ProcessorMixin`, so that what the library adds to that call reaches us too. Only its own folder
-and
-public packages are imported: a checkpoint carries these files as custom code.
+Chat templates are in `chat_templates`, the opening of images in `image_loading`, of videos and sounds in `media_loading`. The
+processor has no `__call__` of its own: everything is done in the hooks of `ProcessorMixin`, so that what transformers adds to
+that call reaches us too. Only this folder and public packages are imported: a checkpoint carries these files as custom code.
 """
 
-import json
+import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from transformers import AutoFeatureExtractor, AutoTokenizer
+import numpy as np
+from PIL import Image
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, VideosKwargs
 from transformers.tokenization_utils_base import AddedToken
-from transformers.utils import logging
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import cached_file, logging
 
-from .media_inputs import MediaInputsMixin
-from .pictures import load_rgb_image
-from .processing_compat import CONTROL_TOKEN_END, CONTROL_TOKEN_START, without_empty_contents
+from .chat_templates import DEFAULT_CHAT_TEMPLATE, with_media
+from .image_loading import load_rgb_image
+from .media_loading import is_frame, load_sound, load_video
+from .processing_compat import (
+    CONTROL_TOKEN_END,
+    CONTROL_TOKEN_START,
+    ProcessorMixin,
+    without_empty_contents,
+)
 
 
 logger = logging.get_logger(__name__)
 
+_INPUT_NAMES = ("input_features", "input_values")  # of feature extractors
+# Part -> what loads it, and a file by which it is known to be there.
+_PARTS = {
+    "image_processor": (AutoImageProcessor, "preprocessor_config.json"),
+    "feature_extractor": (AutoFeatureExtractor, "preprocessor_config.json"),
+    "tokenizer": (AutoTokenizer, "tokenizer_config.json"),
+}
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+
 # Above this, a tokenizer's model_max_length means "not known" (transformers uses the same bound).
 _UNKNOWN_LENGTH = int(1e20)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat templates
-# ---------------------------------------------------------------------------------------------------------------------
-_FLATTEN_MEDIUM = """\
-{%- elif fp_i['type'] == 'MEDIUM' -%}
-{%- set fp_t.text = fp_t.text + TOKEN -%}
-"""
-# Put before a template, it turns every list of content items into the string that text-only templates expect.
-_FLATTEN_CONTENT = """\
-{%- set fp_c = namespace(messages=[]) -%}
-{%- for fp_m in messages -%}
-{%- if fp_m['content'] is iterable and fp_m['content'] is not string -%}
-{%- set fp_t = namespace(text='') -%}
-{%- for fp_i in fp_m['content'] -%}
-{%- if fp_i is string -%}
-{%- set fp_t.text = fp_t.text + fp_i -%}
-MEDIA{%- elif fp_i['text'] is string -%}
-{%- set fp_t.text = fp_t.text + fp_i['text'] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set fp_c.messages = fp_c.messages + [dict(fp_m, content=fp_t.text)] -%}
-{%- else -%}
-{%- set fp_c.messages = fp_c.messages + [fp_m] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set messages = fp_c.messages -%}
-"""
-
-# For language models without a template of their own: roles in plain words, EOS after each answer.
-DEFAULT_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{{- 'Assistant:' -}}
-{%- generation -%}{{- ' ' + message['content'] + (eos_token | default('', true)) -}}{%- endgeneration -%}
-{{- '\\n' -}}
-{%- elif message['role'] == 'system' -%}
-{{- message['content'] + '\\n' -}}
-{%- else -%}
-{{- message['role'] | capitalize + ': ' + message['content'] + '\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
-"""
-
-# Frozen's own form for in-context learning (arXiv 2106.13884, section 3): pictures and words in a row, no roles.
-INTERLEAVED_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] -}}{%- endgeneration -%}{{- '\\n' -}}
-{%- else -%}
-{{- message['content'] -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-
-
-@lru_cache(maxsize=64)
-def _with_media(
-    template: str, tokens: tuple[tuple[str, str], ...], special_tokens: tuple[tuple[str, str], ...]
-) -> str:
-    """The template itself where it renders one image (video, sound) and one text rightly, else the template after
-    `_FLATTEN_CONTENT`.
-
-    Asked by rendering it: text-only templates drop content lists silently, print them as Python lists, or raise.
-    Wrapping the template, instead of changing messages on the way in, keeps what is saved complete: every tool that
-    reads `chat_template.jinja` renders the same.
-    """
-    probe = [{"type": modality} for modality, _ in tokens] + [{"type": "text", "text": "fp-probe"}]
-    media = "".join(
-        _FLATTEN_MEDIUM.replace("MEDIUM", modality).replace("TOKEN", json.dumps(token)) for modality, token in tokens
-    )
-    for candidate in (template, _FLATTEN_CONTENT.replace("MEDIA", media) + template):
-        chat = [{"role": "user", "content": probe}]
-        try:
-            text = render_jinja_template(conversations=[chat], chat_template=candidate, **dict(special_tokens))[0][0]
-        except Exception:  # a template may raise whatever it likes
-            continue
-        if all(text.count(token) == 1 for _, token in tokens) and text.count("fp-probe") == 1 and "'type'" not in text:
-            return candidate
-    return template  # made for something else: no images, or the first content item alone
-
-
-def few_shot_messages(
-    support: Sequence[Sequence[Any] | Mapping[str, Any]], query: Any, *, instruction: str | None = None
-) -> list[dict[str, Any]]:
-    """Frozen's interleaved in-context learning as a conversation (arXiv 2106.13884, section 4.2).
-
-    Per support example a user turn with image (and question) and an assistant turn with the answer; then the query.
-
-    Args:
-        support: any number of `(image, answer)`, `(image, question, answer)` or mappings with these names. An image
-            may be a list of images.
-        query: an image, `(image, question)` or a mapping.
-        instruction: task induction, put before the first image.
-
-    Returns: messages for `processor.apply_chat_template(messages, tokenize=True, return_dict=True, …)`. With
-    `chat_template=INTERLEAVED_CHAT_TEMPLATE` they are rendered as in the paper, without roles.
-    """
-
-    def user(image: Any, question: str | None) -> dict[str, Any]:
-        images = image if isinstance(image, list) else [image]
-        content = [{"type": "image", "image": one} for one in images]
-        content += [{"type": "text", "text": question}] if question else []
-        return {"role": "user", "content": content}
-
-    messages = []
-    for index, shot in enumerate(support):
-        if isinstance(shot, Mapping):
-            image, question, answer = shot.get("image"), shot.get("question"), shot.get("answer")
-        elif isinstance(shot, Sequence) and not isinstance(shot, str) and len(shot) in (2, 3):
-            image, question, answer = shot[0], shot[1] if len(shot) == 3 else None, shot[-1]
-        else:
-            raise ValueError(f"support[{index}] must be (image, answer), (image, question, answer) or a mapping.")
-        if image is None or not isinstance(answer, str):
-            raise ValueError(f"support[{index}] needs an image and an answer (a string); got answer={answer!r}.")
-        messages += [user(image, question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    if isinstance(query, Mapping):
-        messages.append(user(query.get("image"), query.get("question")))
-    else:
-        messages.append(user(*query) if isinstance(query, tuple) else user(query, None))
-    if instruction:
-        messages[0]["content"].insert(0, {"type": "text", "text": instruction})
-    return messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +63,15 @@ class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
     videos_kwargs: FrozenPrefixVideosKwargs
 
 
-class FrozenPrefixProcessor(MediaInputsMixin):
+class _PartsPresent:
+    """`get_attributes()` of the class names the parts of an ordinary processor; of an instance, those that it has."""
+
+    def __get__(self, instance: Any, owner: type) -> Callable[[], list[str]]:
+        parts = getattr(instance, "_parts", ("image_processor", "tokenizer"))
+        return lambda: list(parts)
+
+
+class FrozenPrefixProcessor(ProcessorMixin):
     """Images and text to `pixel_values` (images, C, H, W), `input_ids` and `attention_mask` (batch, sequence).
 
     Each image of a text is written as `prefix_length` placeholders, which the model overwrites with the connector's
@@ -208,6 +104,7 @@ class FrozenPrefixProcessor(MediaInputsMixin):
             a plain one with "User:" and "Assistant:".
     """
 
+    get_attributes = _PartsPresent()
     valid_processor_kwargs = FrozenPrefixProcessorKwargs
     text_kwargs = {"padding_side": "left"}
 
@@ -407,6 +304,61 @@ class FrozenPrefixProcessor(MediaInputsMixin):
             return int(size["height"]), int(size["width"])
         except (TypeError, KeyError):
             return None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; without `processor_config.json` the processor is that of the model there, with those of its
+        parts that were saved beside it."""
+        name = pretrained_model_name_or_path
+        shared = {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key) is not None}
+        place = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key) is not None}
+
+        def lacks(file: str) -> bool:
+            found = cached_file(
+                name,
+                file,
+                **shared,
+                **place,
+                # Private, as the library's own loaders do: an `OSError` does not tell these from a name that is none.
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            return found is None
+
+        if not lacks("processor_config.json") or lacks("config.json"):
+            return super().from_pretrained(name, *args, **kwargs)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs.get("trust_remote_code"), **shared, **place)
+        if config.model_type != "frozen-prefix":
+            return super().from_pretrained(name, *args, **kwargs)
+        wanted = {"image": "image_processor", "audio": "feature_extractor"}
+        parts: dict[str, Any] = {}
+        for part in ("tokenizer", *(wanted[medium] for medium in config.media if medium in wanted)):
+            auto_class, file = _PARTS[part]
+            if not lacks(file):
+                parts[part] = auto_class.from_pretrained(name, **shared, **place)
+        saved = getattr(parts.get("tokenizer"), "special_tokens_map", {})
+        tokens = {key: saved[key] for key in ("image_token", "video_token", "audio_token") if key in saved}
+        return cls.from_model(config, **parts, **tokens, **shared)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        saved = {} if processor_dict is None else processor_dict
+        options = dict(kwargs)
+        subfolder = options.pop("subfolder", "")
+        image_processor = None
+        if "image_processor" in saved or "feature_extractor" not in saved:
+            image_processor = AutoImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder, **options
+            )
+        if "feature_extractor" in saved:
+            saved["feature_extractor"] = AutoFeatureExtractor.from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder, **options
+            )
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        return [image_processor, tokenizer]
 
     # ---------------------------------------------------------------------------------------------- image placeholders
     def num_image_tokens(self, image_inputs: Mapping[str, Any] | None = None, image_idx: int = 0) -> int:
@@ -644,7 +596,7 @@ class FrozenPrefixProcessor(MediaInputsMixin):
     # ---------------------------------------------------------------------------------------------- chat templates
     def _with_images(self, template: str) -> str:
         special = tuple(sorted(self.tokenizer.special_tokens_map.items()))
-        return _with_media(template, tuple(self.tokens.items()), special)
+        return with_media(template, tuple(self.tokens.items()), special)
 
     def template_of(self, chat_template: str | None = None) -> str | None:
         """The template by which `apply_chat_template(..., chat_template=...)` renders; `None` where there is none to take."""
@@ -660,11 +612,113 @@ class FrozenPrefixProcessor(MediaInputsMixin):
         conversation = without_empty_contents(conversation)
         return super().apply_chat_template(conversation, self.template_of(chat_template), *args, **kwargs)
 
+    # ------------------------------------------------------------------------------------------------ videos and sounds
+    def to_dict(self) -> dict[str, Any]:
+        absent = {"num_frames", "video_prefix_length", "video_token"} if self.video_token is None else set()
+        absent |= {"audio_prefix_length", "audio_token"} if self.audio_token is None else set()
+        absent |= {"image_token"} if self.image_token is None else set()
+        return {key: value for key, value in super().to_dict().items() if key not in absent}
 
-__all__ = [
-    "INTERLEAVED_CHAT_TEMPLATE",
-    "FrozenPrefixProcessor",
-    "FrozenPrefixProcessorKwargs",
-    "few_shot_messages",
-    "load_rgb_image",
-]
+    @property
+    def tokens(self) -> dict[str, str]:
+        """The placeholder of each medium that is taken: of `"image"`, `"video"` and `"audio"`."""
+        named = {modality: getattr(self, f"{modality}_token", None) for modality in ("image", "video", "audio")}
+        return {modality: token for modality, token in named.items() if token is not None}
+
+    # The library asks for one before it processes videos; frames are pictures here.
+    @property
+    def video_processor(self) -> Any:
+        if self.video_token is None:
+            raise AttributeError("This processor takes no videos.")
+        return self.image_processor
+
+    def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
+        merged = super()._merge_kwargs(*args, **kwargs)
+        # The library gives these to text and sounds alike: a text's `max_length` would cut sounds to as many samples.
+        meant = kwargs.get("audio_kwargs") or {}
+        for name in ("padding", "max_length", "truncation", "pad_to_multiple_of"):
+            if name not in meant:
+                merged["audio_kwargs"].pop(name, None)
+        return merged
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
+        return self.video_token * self.num_tokens("video")
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: Any) -> str:
+        return self.audio_token * self.num_tokens("audio")
+
+    @staticmethod
+    def _nest_videos(videos: Any) -> tuple[list[list[Any]], bool]:
+        """One list of videos per entry, and whether the caller nested them; a list of frames is one video."""
+
+        def is_video(value: Any) -> bool:
+            if isinstance(value, list | tuple):
+                return len(value) > 0 and all(map(is_frame, value))
+            return getattr(value, "ndim", 4) == 4  # an array of five dimensions is a list of videos
+
+        videos = [videos] if is_video(videos) else list(videos)
+        nested = [[one] if one is None or is_video(one) else list(one) for one in videos]
+        is_nested = any(one is None or not is_video(one) for one in videos)
+        return [[one for one in own if one is not None] for own in nested], is_nested
+
+    @staticmethod
+    def _nest_audio(audio: Any) -> tuple[list[list[Any]], bool]:
+        """One list of sounds per entry, and whether the caller nested them; a list of numbers is one sound."""
+
+        def is_sound(value: Any) -> bool:
+            if isinstance(value, list | tuple):
+                return len(value) > 0 and all(isinstance(one, int | float) for one in value)
+            return value is not None
+
+        audio = [audio] if is_sound(audio) else list(audio)
+        nested = [[one] if one is None or is_sound(one) else list(one) for one in audio]
+        is_nested = any(not is_sound(one) for one in audio)
+        return [[one for one in own if one is not None] for own in nested], is_nested
+
+    def _load_videos(self, videos: list[Any]) -> list[list[Image.Image]]:
+        return [load_video(video, self.num_frames, f"video {index}") for index, video in enumerate(videos)]
+
+    def _load_audio(self, audio: list[Any]) -> list[np.ndarray]:
+        rate = self.feature_extractor.sampling_rate if audio else 0
+        return [load_sound(sound, rate, f"sound {index}") for index, sound in enumerate(audio)]
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
+        # The library would stack each video's frames to count the videos.
+        counted = None if videos is None else [np.zeros((1, 1, 1, 3), dtype=np.uint8)] * len(videos)
+        super().validate_inputs(images=images, text=text, videos=counted, audio=audio, **kwargs)
+
+    def _process_videos(self, videos: list[list[Image.Image]], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+        takes = getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", {})
+        options = {key: value for key, value in kwargs.items() if key in takes or not takes}
+        frames = [frame for video in videos for frame in video]
+        made = self.image_processor(frames, **{**options, "return_tensors": "pt"})
+        if set(made) != {"pixel_values"}:
+            raise ValueError(
+                f"{type(self.image_processor).__name__} makes {sorted(made)} of a picture; frames of a video need a "
+                f"tower that "
+                "takes `pixel_values` of one size alone."
+            )
+        pixels = made["pixel_values"]
+        pixels = pixels.unflatten(0, (len(videos), len(pixels) // len(videos)))
+        replacements = [self.replace_video_token(made, index) for index in range(len(videos))]
+        return {"pixel_values_videos": pixels}, replacements
+
+    def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+        extractor = self.feature_extractor
+        takes = inspect.signature(extractor.__call__).parameters
+        options = {key: value for key, value in kwargs.items() if key in takes}
+        options["sampling_rate"] = extractor.sampling_rate
+        if "return_attention_mask" in takes:
+            options.setdefault("return_attention_mask", True)
+        if "padding" in takes and takes["padding"].default is False:
+            options.setdefault("padding", True)
+        made = dict(extractor(audio, **{**options, "return_tensors": "pt"}))
+        name = next(name for name in _INPUT_NAMES if name in made)
+        inputs = {"input_features": made.pop(name)}
+        if (mask := made.pop("attention_mask", None)) is not None:
+            inputs["input_features_mask"] = mask
+        replacements = [self.replace_audio_token(made, index) for index in range(len(audio))]
+        return {**inputs, **made}, replacements
+
+
+__all__ = ["FrozenPrefixProcessor", "FrozenPrefixProcessorKwargs"]

@@ -574,7 +574,7 @@ def test_frames_are_sampled_evenly_from_every_kind_of_video(tmp_path: Path) -> N
 
 def test_a_film_without_a_decoder_is_refused_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "film.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(64))
-    monkeypatch.setattr("modeling_frozen.processors.media_inputs._DECODERS", ())
+    monkeypatch.setattr("modeling_frozen.processors.media_loading._DECODERS", ())
     with pytest.raises(ValueError, match=r"video 0 .*film.mp4.*no video decoder is installed.*list of pictures"):
         processor()(text="<video>", videos=str(tmp_path / "film.mp4"))
     with pytest.raises(ValueError, match="video 0 .*no such file"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_frozen.processors import media_inputs
+from modeling_frozen.processors import media_loading as media_inputs
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 """Stands in for `processors/` in a checkout, where that folder lies at the top; an installed package has it here instead.
 
 So there is one copy of its modules, under one name each, wherever they run from. Static tools follow the import below,
-hence other modules say `from .processors import …`, never `from .processors.pictures import …`.
+hence other modules say `from .processors import …`, never `from .processors.image_loading import …`.
 """
 
 import importlib.util
