@@ -10,102 +10,82 @@ from .prefix_cache import PrefixCache, mask_or_none, media_together, padded_righ
 from .prefix_merging import pad_right
 
 
-class AnswerScoringMixin:
-    """`score` of [`FrozenPrefixForConditionalGeneration`]."""
+@torch.no_grad()
+def score_answers(
+    model: Any,
+    candidates: Sequence[Any] | torch.LongTensor,
+    *,
+    tokenizer: Any = None,
+    candidates_mask: torch.Tensor | None = None,
+    prefix_cache: PrefixCache | None = None,
+    reduction: str = "sum",
+    batch_size: int = 32,
+    **inputs: Any,
+) -> torch.FloatTensor:
+    """As [`FrozenPrefixForConditionalGeneration.score`], of `model`."""
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'`reduction="{reduction}"` should be "sum" or "mean".')
+    if prefix_cache is None or any(value is not None for value in inputs.values()):
+        prefix_cache = model.encode_prefix(prefix_cache=prefix_cache, **inputs)
+    answers = _answers(candidates, candidates_mask, tokenizer, len(prefix_cache))
+    scores = torch.full((len(prefix_cache), max(map(len, answers))), -float("inf"), device=model.device)
+    pairs = [(row, column) for row, own in enumerate(answers) for column in range(len(own))]
+    pairs.sort(key=lambda pair: len(answers[pair[0]][pair[1]]))  # little padding in a batch
+    for start in range(0, len(pairs), batch_size):
+        chunk = pairs[start : start + batch_size]
+        rows, columns = torch.tensor(chunk, device=model.device).T
+        targets = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(answers[row][column]) for row, column in chunk], batch_first=True, padding_value=-1
+        ).to(model.device)
+        real = targets >= 0
+        targets = targets.clamp(min=0)
+        logits = _answer_logits(model, prefix_cache, rows, targets, real).float()
+        found = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).masked_fill(~real, 0.0).sum(-1)
+        scores[rows, columns] = found / real.sum(-1) if reduction == "mean" else found
+    return scores
 
-    @torch.no_grad()
-    def score(
-        self,
-        candidates: Sequence[Any] | torch.LongTensor,
-        *,
-        tokenizer: Any = None,
-        candidates_mask: torch.Tensor | None = None,
-        prefix_cache: PrefixCache | None = None,
-        reduction: str = "sum",
-        batch_size: int = 32,
-        **inputs: Any,
-    ) -> torch.FloatTensor:
-        """
-        Log-likelihood of each candidate answer after each prompt: for multiple choice, zero-shot classification, re-ranking.
-        The prompt is read once, whatever the number of candidates.
 
-        Args:
-            candidates (`list[str]`, `list[list[int]]`, or `torch.LongTensor` of shape `(candidates, length)`):
-                The answers, the same for each prompt; or a list of such lists, one for each prompt. Strings are tokenised
-                as they stand, without special tokens.
-            tokenizer: for strings.
-            candidates_mask (`torch.Tensor` of shape `(candidates, length)`, *optional*):
-                0 where a tensor of candidates is padded, on either side.
-            prefix_cache (`PrefixCache`, *optional*): of [`encode_prefix`]; the prompt, or what comes before it.
-            reduction (`str`, defaults to `"sum"`): `"sum"` over an answer's tokens, or their `"mean"`.
-            batch_size (`int`, defaults to 32): answers that are read at a time.
-            inputs: the prompt, as [`encode_prefix`] takes it; left out where `prefix_cache` is the whole prompt.
-
-        Returns:
-            `torch.FloatTensor` of shape `(prompts, candidates)`; -inf past a shorter list's end.
-        """
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f'`reduction="{reduction}"` should be "sum" or "mean".')
-        if prefix_cache is None or any(value is not None for value in inputs.values()):
-            prefix_cache = self.encode_prefix(prefix_cache=prefix_cache, **inputs)
-        answers = _answers(candidates, candidates_mask, tokenizer, len(prefix_cache))
-        scores = torch.full((len(prefix_cache), max(map(len, answers))), -float("inf"), device=self.device)
-        pairs = [(row, column) for row, own in enumerate(answers) for column in range(len(own))]
-        pairs.sort(key=lambda pair: len(answers[pair[0]][pair[1]]))  # little padding in a batch
-        for start in range(0, len(pairs), batch_size):
-            chunk = pairs[start : start + batch_size]
-            rows, columns = torch.tensor(chunk, device=self.device).T
-            targets = torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(answers[row][column]) for row, column in chunk], batch_first=True, padding_value=-1
-            ).to(self.device)
-            real = targets >= 0
-            targets = targets.clamp(min=0)
-            logits = self._answer_logits(prefix_cache, rows, targets, real).float()
-            found = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).masked_fill(~real, 0.0).sum(-1)
-            scores[rows, columns] = found / real.sum(-1) if reduction == "mean" else found
-        return scores
-
-    def _answer_logits(
-        self, prefix: PrefixCache, rows: torch.Tensor, targets: torch.LongTensor, real: torch.BoolTensor
-    ) -> torch.FloatTensor:
-        """`(answers, length, vocabulary)`: what the model expects at each token of the answers."""
-        some = prefix._select(rows)
-        if some.encoder_outputs is not None:
-            start = self.generation_config.decoder_start_token_id
-            if start is None:
-                raise ValueError("The generation config has no `decoder_start_token_id`, so no answer can begin: set it.")
-            begin = torch.full_like(targets[:, :1], start)
-            return self(
-                encoder_outputs=some.encoder_outputs,
-                attention_mask=pad_right(None, None, some.attention_mask)[2],  # as the encoder saw it
-                decoder_input_ids=torch.cat([begin, targets[:, :-1]], dim=1),
-                use_cache=False,
-            ).logits
-        if some.cache is not None:
-            first = some.logits[:, None].to(self.device)
-            if targets.shape[1] == 1:
-                return first
-            begun = some.attention_mask.sum(-1)
-            fed = real[:, 1:].long()  # the last token of each answer expects nothing
-            mask = torch.cat([some.attention_mask, fed], dim=1)
-            outputs = self(
-                input_ids=targets[:, :-1],
-                attention_mask=mask_or_none(mask),
-                position_ids=begun[:, None] + torch.arange(targets.shape[1] - 1, device=mask.device)[None],
-                cache=some.past_key_values,
-                use_cache=True,
-            )
-            return torch.cat([first, outputs.logits.to(first.device)], dim=1)
-        ids, mask = padded_right(
-            torch.cat([some.input_ids, targets], dim=1), torch.cat([some.attention_mask, real.long()], dim=1)
-        )
-        logits = self(
-            input_ids=ids, attention_mask=mask, mm_encoder_outputs=media_together(some.media), use_cache=False
+def _answer_logits(
+    model: Any, prefix: PrefixCache, rows: torch.Tensor, targets: torch.LongTensor, real: torch.BoolTensor
+) -> torch.FloatTensor:
+    """`(answers, length, vocabulary)`: what the model expects at each token of the answers."""
+    some = prefix._select(rows)
+    if some.encoder_outputs is not None:
+        start = model.generation_config.decoder_start_token_id
+        if start is None:
+            raise ValueError("The generation config has no `decoder_start_token_id`, so no answer can begin: set it.")
+        begin = torch.full_like(targets[:, :1], start)
+        return model(
+            encoder_outputs=some.encoder_outputs,
+            attention_mask=pad_right(None, None, some.attention_mask)[2],  # as the encoder saw it
+            decoder_input_ids=torch.cat([begin, targets[:, :-1]], dim=1),
+            use_cache=False,
         ).logits
+    if some.cache is not None:
+        first = some.logits[:, None].to(model.device)
+        if targets.shape[1] == 1:
+            return first
         begun = some.attention_mask.sum(-1)
-        columns = begun[:, None] - 1 + torch.arange(targets.shape[1], device=begun.device)[None]
-        columns = columns.clamp(max=logits.shape[1] - 1)
-        return logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
+        fed = real[:, 1:].long()  # the last token of each answer expects nothing
+        mask = torch.cat([some.attention_mask, fed], dim=1)
+        outputs = model(
+            input_ids=targets[:, :-1],
+            attention_mask=mask_or_none(mask),
+            position_ids=begun[:, None] + torch.arange(targets.shape[1] - 1, device=mask.device)[None],
+            cache=some.past_key_values,
+            use_cache=True,
+        )
+        return torch.cat([first, outputs.logits.to(first.device)], dim=1)
+    ids, mask = padded_right(
+        torch.cat([some.input_ids, targets], dim=1), torch.cat([some.attention_mask, real.long()], dim=1)
+    )
+    logits = model(
+        input_ids=ids, attention_mask=mask, mm_encoder_outputs=media_together(some.media), use_cache=False
+    ).logits
+    begun = some.attention_mask.sum(-1)
+    columns = begun[:, None] - 1 + torch.arange(targets.shape[1], device=begun.device)[None]
+    columns = columns.clamp(max=logits.shape[1] - 1)
+    return logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
 
 
 def _answers(candidates: Any, mask: torch.Tensor | None, tokenizer: Any, rows: int) -> list[list[list[int]]]:
@@ -139,4 +119,4 @@ def _tokenized(candidates: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]
             yield candidate.tolist() if isinstance(candidate, torch.Tensor) else list(candidate)
 
 
-__all__ = ["AnswerScoringMixin"]
+__all__ = ["score_answers"]

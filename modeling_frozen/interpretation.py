@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 from .connector_attention import grid_of, prefix_origins, twin_of
 from .data_collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
-from .modalities import MEDIA_INPUTS, MediaMixin
+from .modalities import MEDIA_INPUTS
+from .modeling_frozen_prefix import FrozenPrefixModel
 
 
 # ------------------------------------------------------------------------------------------------------ what all share
@@ -31,8 +32,8 @@ from .modalities import MEDIA_INPUTS, MediaMixin
 
 def _core(model: Any) -> Any:
     """The part that holds tower, connector and language model."""
-    core = model if isinstance(model, MediaMixin) else getattr(model, "model", None)
-    if not isinstance(core, MediaMixin) or core.connector is None:
+    core = model if isinstance(model, FrozenPrefixModel) else getattr(model, "model", None)
+    if not isinstance(core, FrozenPrefixModel) or core.connector is None:
         raise ValueError(f"{type(model).__name__} is no frozen-prefix model with a vision tower, which this needs.")
     return core
 

@@ -1,17 +1,13 @@
 """The library's key-value caches, kept and used several times: which can be, and how rows of one serve many rows."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .transformers_compat import windows_remember
-
-
-if TYPE_CHECKING:
-    from .modeling_frozen_prefix import FrozenPrefixModel
 
 
 def can_be_kept(cache: Any) -> bool:
@@ -52,7 +48,7 @@ def narrowed_cache(cache: DynamicCache) -> DynamicCache:
     return cache
 
 
-def new_kept_cache(model: "FrozenPrefixModel") -> DynamicCache | None:
+def new_kept_cache(model: Any) -> DynamicCache | None:
     """An empty cache that can be kept, whose windows forget nothing; `None` for a language model without one."""
     if model.config.is_encoder_decoder or model.cross_attention is not None or model.is_recurrent or not model.keeps_cache:
         return None

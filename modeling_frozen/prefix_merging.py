@@ -1,12 +1,9 @@
-"""Small pieces of putting a prefix among words: counting placeholders, positions under padding, and logits processors that
-meet a placeholder's id past the vocabulary."""
+"""Small pieces of putting a prefix among words: counting placeholders, and positions and order under padding."""
 
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.generation import LogitsProcessorList
 
 
 # Set while `generate()` reads a prompt in chunks, which cut pictures in two; the whole was counted before.
@@ -61,18 +58,3 @@ def pad_right(
     if inputs_embeds is not None:
         inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
     return input_ids, inputs_embeds, attention_mask.gather(1, order)
-
-
-class PaddedLogitsProcessorList(LogitsProcessorList):
-    """Runs the processors on scores widened so that placeholders' ids, which lie past the head, are columns of their
-    own: processors that gather at prompt ids read it there and nowhere else."""
-
-    last_placeholder_id: int
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
-        width = scores.shape[-1]
-        missing = self.last_placeholder_id + 1 - width
-        if missing <= 0 or len(self) == 0:
-            return super().__call__(input_ids, scores, **kwargs)
-        scores = nn.functional.pad(scores, (0, missing), value=-float("inf"))
-        return super().__call__(input_ids, scores, **kwargs)[..., :width]

@@ -1,0 +1,608 @@
+"""`generate()` of [`FrozenPrefixForConditionalGeneration`]: every hook of it, the one mixin of the package.
+
+Images are encoded once, before the first step, and repeated with their row. A prefix that was read before
+(`encode_prefix`) is gone on from (`generate(prefix_cache=...)`). A prompt is read once for all its beams and answers. An
+assistant that doesn't see is shown text alone. Logits processors meet placeholders, whose ids may lie past the head.
+"""
+
+import copy
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.generation import LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .base_models import language_model_geometry
+from .configuration_frozen_prefix import FrozenPrefixConfig
+from .kept_caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache
+from .modalities import MEDIA_INPUTS, take_media
+from .prefix_cache import (
+    PrefixCache,
+    joined_media,
+    mask_or_none,
+    media_by_row,
+    media_together,
+    padded_left,
+    padded_right,
+    shifted,
+)
+from .prefix_merging import pad_right, reads_in_chunks
+from .transformers_compat import (
+    CACHE,
+    CACHE_NAMES,
+    CHUNKS_HOLD_MEDIA,
+    GenerationMixin,
+    cache_of,
+    cached_length,
+    generation_cache,
+    take_cache,
+)
+
+
+class PaddedLogitsProcessorList(LogitsProcessorList):
+    """Runs the processors on scores widened so that placeholders' ids, which lie past the head, are columns of their
+    own: processors that gather at prompt ids read it there and nowhere else."""
+
+    last_placeholder_id: int
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
+        width = scores.shape[-1]
+        missing = self.last_placeholder_id + 1 - width
+        if missing <= 0 or len(self) == 0:
+            return super().__call__(input_ids, scores, **kwargs)
+        scores = nn.functional.pad(scores, (0, missing), value=-float("inf"))
+        return super().__call__(input_ids, scores, **kwargs)[..., :width]
+
+
+class BlindCandidateGenerator(CandidateGenerator):
+    """
+    A candidate generator of the library, shown no placeholder.
+
+    Args:
+        generator (`CandidateGenerator`): the library's.
+        placeholders: gives the mask of `input_ids`' placeholders.
+        word (`int`): id that stands where a placeholder does; it is masked from the assistant's attention.
+    """
+
+    def __init__(self, generator: CandidateGenerator, placeholders: Any, word: int):
+        self.generator, self.placeholders, self.word = generator, placeholders, word
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["generator"], name)
+
+    @property
+    def requires_model_outputs(self) -> bool:
+        return self.generator.requires_model_outputs
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
+        """Candidates after `input_ids`, up to the first placeholder among them."""
+        length = input_ids.shape[1]
+        hidden = input_ids.masked_fill(self.placeholders(input_ids), self.word)
+        ids, logits = self.generator.get_candidates(hidden, **kwargs)
+        new = ids[:, length:].to(input_ids.device)
+        proposed = self.placeholders(new).any(0)
+        if bool(proposed.any()):
+            new = new[:, : int(proposed.nonzero()[0, 0])]
+            logits = None if logits is None else logits[:, : new.shape[1]]
+        return torch.cat([input_ids, new], dim=1), logits
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int) -> None:
+        """As the library's."""
+        return self.generator.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def _answers_of_a_prompt(generation_config: GenerationConfig) -> int:
+    """How often `generate()` repeats each row: for its beams, or for several answers."""
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+
+
+def _are_the_same(rows: list[dict[str, list[torch.Tensor]]]) -> bool:
+    """Whether rows hold the very same tensors."""
+    held = [[(key, *map(id, tensors)) for key, tensors in row.items()] for row in rows]
+    return all(one == held[0] for one in held)
+
+
+class FrozenPrefixGenerationMixin(GenerationMixin):
+    """`generate()`, and what goes with it, for a model that holds a [`FrozenPrefixModel`] as `model`."""
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args: Any, prefix_cache: PrefixCache | None = None, **kwargs: Any
+    ) -> Any:
+        """
+        As `GenerationMixin.generate`, and with `prefix_cache` from there on.
+
+        Args:
+            prefix_cache (`PrefixCache`, *optional*):
+                Of [`encode_prefix`]. `input_ids` (and `attention_mask`, padding on either side) are then the questions
+                alone, or, where they hold placeholders, the whole prompts, which must begin with the prefix. One prefix
+                serves any number of questions; several serve as many questions, in their order. Leave `pixel_values` out.
+            inputs, args, kwargs: as the library's.
+
+        Returns:
+            As the library's; sequences begin with the prefix's ids, as if each question had been asked afresh.
+        """
+        if prefix_cache is not None:
+            question = kwargs.pop("input_ids", None) if inputs is None else inputs
+            inputs, kwargs = (
+                None,
+                {**kwargs, **self._continued(prefix_cache, question, kwargs.pop("attention_mask", None), kwargs)},
+            )
+        cache = take_cache(kwargs)  # under whichever name, now under this release's
+        return super().generate(inputs, *args, **kwargs, **({} if cache is None else {CACHE: cache}))
+
+    @torch.no_grad()
+    def encode_prefix(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        processor: Any = None,
+        prefix_cache: PrefixCache | None = None,
+        **inputs: Any,
+    ) -> PrefixCache:
+        """
+        Encodes pictures, and words that many questions share, once.
+
+        ```python
+        prefix = model.encode_prefix(**processor(images=image, text="<image>", return_tensors="pt"))
+        questions = processor.tokenizer(
+            [" what is it ?", " which colour ?"], add_special_tokens=False, padding=True, return_tensors="pt"
+        )
+        answers = model.generate(**questions, prefix_cache=prefix, max_new_tokens=20)
+        ```
+
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(rows, length)`):
+                Words with placeholders, as the processor gives them; padding may be on either side.
+            images, text, processor:
+                In place of ids: what `processor(images=images, text=text)` takes, and the processor. Without `text`
+                the pictures stand alone, one a row.
+            prefix_cache (`PrefixCache`, *optional*): go on from this one, with more words (or more pictures).
+            inputs: `pixel_values` and all else that `forward` takes of media, `mm_encoder_outputs` too.
+
+        Raises:
+            ValueError: if there are no words, or rows and prefixes don't match.
+        """
+        if images is not None or text is not None:
+            input_ids, attention_mask, inputs = self._processed(images, text, processor, prefix_cache, inputs)
+        if input_ids is None:
+            raise ValueError("`encode_prefix` needs `input_ids` (from the processor), or `images` or `text` with `processor`.")
+        mask = self._mask_of(input_ids, attention_mask)
+        encoded = self.model.encode(take_media(inputs), inputs.pop("mm_encoder_outputs", None))
+        inputs.pop("mm_token_type_ids", None)
+        if inputs:
+            raise TypeError(f"`encode_prefix` takes words and media, and not {sorted(inputs)}.")
+        if prefix_cache is None:
+            input_ids, mask = padded_left(input_ids, mask)
+            media = media_by_row(self, input_ids, encoded)
+            cache = new_kept_cache(self.model)
+            if cache is None:
+                return self._without_cache(input_ids, mask, media)
+            empty = PrefixCache(input_ids[:, :0], mask[:, :0], cache=cache, media=[{} for _ in input_ids])
+            return self._extended(empty, input_ids, mask, encoded, media)
+        prefix, input_ids, mask = self._after(prefix_cache, input_ids, mask, may_begin=not encoded)
+        media = media_by_row(self, input_ids, encoded)
+        if prefix.cache is not None:
+            return self._extended(prefix, input_ids, mask, encoded, media)
+        together = torch.cat([prefix.input_ids, input_ids], dim=1), torch.cat([prefix.attention_mask, mask], dim=1)
+        return self._without_cache(*padded_left(*together), joined_media(prefix.media, media))
+
+    # ------------------------------------------------------------------------------------------ encoding before the first step
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        # The library's own knows images and videos.
+        media = take_media(model_kwargs)
+        model_kwargs["mm_encoder_outputs"] = self.model.encode(media, model_kwargs.get("mm_encoder_outputs"))
+        return model_kwargs
+
+    def _expand_multimodal_outputs(
+        self,
+        input_ids: torch.LongTensor | None,
+        mm_encoder_output: dict[str, ModelOutput],
+        expand_size: int = 1,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> dict[str, ModelOutput]:
+        # The library's own knows images and videos, and writes into the caller's output.
+        from_words = input_ids is None or input_ids.numel() == 0
+        expanded = {}
+        for modality, output in mm_encoder_output.items():
+            mask = self.get_placeholder_mask(
+                None if from_words else input_ids, inputs_embeds, output.pooler_output, modality
+            )
+            rest, rows = iter(output.pooler_output), []
+            for count in mask.sum((1, 2)).tolist():
+                row = []
+                while count > 0:
+                    row.append(next(rest))
+                    count -= len(row[-1])
+                rows += row * expand_size
+            expanded[modality] = type(output)(**{**output, "pooler_output": rows})
+        return expanded
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self,
+        inputs_tensor: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: GenerationConfig,
+    ) -> dict[str, Any]:
+        if not self.config.is_encoder_decoder:
+            model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+            return self._without_what_is_cached(inputs_tensor, model_kwargs)
+        if model_kwargs.get("encoder_outputs") is not None:
+            return model_kwargs
+        # The prefix goes among the encoder's words, so images are encoded and merged before the encoder runs.
+        model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        inputs_embeds = model_kwargs.pop("inputs_embeds", None)
+        input_ids, inputs_embeds, _ = self.model.merge(
+            inputs_tensor if inputs_embeds is None else None,
+            inputs_embeds,
+            {},
+            model_kwargs.pop("mm_encoder_outputs", None),
+        )
+        input_ids, inputs_embeds, mask = pad_right(input_ids, inputs_embeds, model_kwargs.get("attention_mask"))
+        if mask is not None:
+            model_kwargs["attention_mask"] = mask
+        name, tensor = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        model_kwargs = self._prepare_text_encoder_decoder_kwargs_for_generation(
+            tensor, model_kwargs, name, generation_config
+        )
+        model_kwargs.pop("inputs_embeds", None)
+        return model_kwargs
+
+    def _without_what_is_cached(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Leaves encoded media out whose placeholders a passed cache has read already, so that a dialogue goes on from
+        `past_key_values` with all its pictures passed again."""
+        cache, encoded = model_kwargs.get(CACHE), model_kwargs.get("mm_encoder_outputs")
+        past = cached_length(cache)
+        mask = model_kwargs.get("attention_mask")
+        whole = input_ids.ndim == 2 and not input_ids.is_floating_point() and input_ids.shape[1] > past
+        if not encoded or past == 0 or not whole or (mask is not None and mask.shape[1] != input_ids.shape[1]):
+            return model_kwargs
+        kept: list[dict[str, list[torch.Tensor]]] = []
+        for ids, own in zip(input_ids[:, :past], media_by_row(self, input_ids, encoded), strict=True):
+            row = {}
+            for modality, tensors in own.items():
+                read = int((ids == self.config.placeholder_ids[modality]).sum())
+                rest = iter(tensors)
+                while read > 0:
+                    read -= len(next(rest))
+                row[modality] = list(rest)
+            kept.append(row)
+        return {**model_kwargs, "mm_encoder_outputs": media_together(kept)}
+
+    # ---------------------------------------------------------------------------------------------------- caches and masks
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # What the language model itself takes (`encoder_outputs`, `decoder_attention_mask`) is passed on to it.
+        own = inspect.signature(self.model.language_model.forward).parameters
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in own})
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if not self.model.keeps_cache:
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+        cache = model_kwargs.get(CACHE)  # as it was passed: where none was, transformers makes one here
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if cached_length(cache) > 0:
+            generation_config.use_cache = True  # some families are configured without (MPT), and would read all again
+            # Beams and several answers repeat all inputs but a cache that was passed.
+            repeats = _answers_of_a_prompt(generation_config)
+            positions = model_kwargs.get("position_ids")
+            if repeats > 1 and positions is not None and can_be_kept(cache):
+                if len(positions) == repeats * len(cache.layers[0].keys):
+                    cache.batch_repeat_interleave(repeats)
+        name = generation_cache(inspect.signature(self.model.language_model.forward).parameters)
+        if name != CACHE and CACHE in model_kwargs:
+            model_kwargs[name] = model_kwargs.pop(CACHE)
+
+    def create_masks_for_generate(self, config: FrozenPrefixConfig, **kwargs: Any) -> Any:
+        """The masks of compilable caches, as the language model itself makes them (ALiBi wants them 2-D)."""
+        own = getattr(self.model.language_model, "create_masks_for_generate", create_masks_for_generate)
+        return own(config=config.get_text_config(decoder=True), **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        last = max(self.config.placeholder_ids.values())
+        if last < language_model_geometry(self.model.language_model).num_embeddings:
+            return processors
+        padded = PaddedLogitsProcessorList(processors)
+        padded.last_placeholder_id = last
+        return padded
+
+    # -------------------------------------------------------------------------------- one prompt for all its beams and answers
+
+    def _prefill(
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        encoded = model_kwargs.get("mm_encoder_outputs")
+        repeats = self._repeats_of_a_prompt(input_ids, generation_config, model_kwargs)
+        media = media_by_row(self, input_ids, encoded) if repeats > 1 and encoded else [{}]
+        if repeats > 1 and all(_are_the_same(media[at : at + repeats]) for at in range(0, len(media), repeats)):
+            # Beams and several answers begin as the same prompt: it is read once, and its keys and values are repeated.
+            rows = len(input_ids)
+            once = {
+                name: value[::repeats] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
+                for name, value in model_kwargs.items()
+            }
+            if encoded:
+                once["mm_encoder_outputs"] = media_together(media[::repeats])
+            outputs = super()._prefill(input_ids[::repeats], generation_config, once, **kwargs)
+            cache_of(outputs).batch_repeat_interleave(repeats)
+            outputs.logits = outputs.logits[:, -1:].repeat_interleave(repeats, dim=0)
+            return outputs
+        if generation_config.prefill_chunk_size is None or not encoded or input_ids.numel() == 0:
+            return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+        if not CHUNKS_HOLD_MEDIA:
+            whole = copy.copy(generation_config)
+            whole.prefill_chunk_size = None
+            return super()._prefill(input_ids, whole, model_kwargs, **kwargs)
+        for modality, output in encoded.items():
+            self.get_placeholder_mask(input_ids, None, output.pooler_output, modality)
+        token = reads_in_chunks.set(True)
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+        finally:
+            reads_in_chunks.reset(token)
+
+    def _repeats_of_a_prompt(
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> int:
+        """How often `generate()` has repeated each row, where reading it once is enough; else 1."""
+        repeats = _answers_of_a_prompt(generation_config)
+        cache = model_kwargs.get(CACHE)
+        plain = (
+            repeats > 1
+            and can_be_kept(cache)
+            and cache.get_seq_length() == 0
+            and self.model.cross_attention is None
+            and model_kwargs.get("inputs_embeds") is None
+            and generation_config.prefill_chunk_size is None
+            and not (generation_config.output_attentions or generation_config.output_hidden_states)
+        )
+        if not plain or input_ids.ndim != 2 or len(input_ids) % repeats or input_ids.shape[1] == 0:
+            return 1
+        same = input_ids.unflatten(0, (-1, repeats))
+        return repeats if bool((same == same[:, :1]).all()) else 1
+
+    # -------------------------------------------------------------------------------------------------- assisted decoding
+
+    def _get_candidate_generator(
+        self,
+        generation_config: Any,
+        input_ids: torch.LongTensor,
+        inputs_tensor: torch.Tensor,
+        logits_processor: Any,
+        model_kwargs: dict[str, Any],
+        assistant_model: Any = None,
+        **kwargs: Any,
+    ) -> CandidateGenerator:
+        sees = getattr(getattr(assistant_model, "config", None), "model_type", None) == self.config.model_type
+        other_words = kwargs.get("target_tokenizer") is not None and kwargs.get("assistant_tokenizer") is not None
+        blind = not sees and not other_words
+        word = self.generation_config.pad_token_id or 0
+        if not sees and assistant_model is not None:
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "mm_encoder_outputs"}
+        if blind and assistant_model is not None:
+            if not torch.is_floating_point(inputs_tensor):
+                inputs_tensor = inputs_tensor.masked_fill(self.model.placeholders(inputs_tensor), word)
+            if not self.config.is_encoder_decoder:
+                model_kwargs.update(self._text_alone(input_ids, model_kwargs))
+        generator = super()._get_candidate_generator(
+            generation_config=generation_config,
+            input_ids=input_ids,
+            inputs_tensor=inputs_tensor,
+            logits_processor=logits_processor,
+            model_kwargs=model_kwargs,
+            assistant_model=assistant_model,
+            **kwargs,
+        )
+        return BlindCandidateGenerator(generator, self.model.placeholders, word) if blind else generator
+
+    def _text_alone(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Mask and positions of the words without the placeholders between them."""
+        mask = model_kwargs.get("attention_mask")
+        words = (~self.model.placeholders(input_ids)).long()
+        words = words if mask is None or mask.shape != words.shape else words * mask
+        return {"attention_mask": words, "position_ids": (words.cumsum(-1) - 1).clamp(min=0)}
+
+    # ------------------------------------------------------------------------------------------- going on from a kept prefix
+
+    def _processed(
+        self, images: Any, text: Any, processor: Any, prefix_cache: PrefixCache | None, inputs: dict[str, Any]
+    ) -> tuple[torch.LongTensor, torch.Tensor, dict[str, Any]]:
+        if processor is None:
+            raise ValueError("Models hold no tokenizer: pass `processor` with `images` or `text`, or `input_ids`.")
+        if images is None and prefix_cache is not None:
+            # In the middle of a text no special tokens are added.
+            texts = [text] if isinstance(text, str) else text
+            made = processor.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        else:
+            if text is None:
+                images = list(images) if isinstance(images, (list, tuple)) else [images]
+                text = [processor.image_token] * len(images)
+                images = [image if isinstance(image, (list, tuple)) else [image] for image in images]
+            made = processor(images=images, text=text, padding=True, return_tensors="pt")
+        made = {key: value.to(self.device) for key, value in made.items()}
+        made.pop("token_type_ids", None)
+        return made.pop("input_ids"), made.pop("attention_mask", None), {**inputs, **made}
+
+    def _mask_of(self, input_ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.LongTensor:
+        if mask is not None:
+            if mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"`attention_mask` of shape {tuple(mask.shape)} should be that of `input_ids`, {tuple(input_ids.shape)}: "
+                    "beside a `prefix_cache` both are of the question, or both of the whole prompt."
+                )
+            return mask.long()
+        pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+        ends = eos if isinstance(eos, (list, tuple)) else [eos]
+        return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
+
+    def _after(
+        self, prefix: PrefixCache, input_ids: torch.LongTensor, mask: torch.LongTensor, may_begin: bool = True
+    ) -> tuple[PrefixCache, torch.LongTensor, torch.LongTensor]:
+        """As many rows of the prefix as there are questions, and what comes after it, padded on the right. Placeholders
+        without new pictures mean that whole prompts were given, which begin with the prefix."""
+        prefix = prefix._for(len(input_ids))
+        input_ids, mask = padded_right(input_ids, mask)
+        if may_begin and bool(self.model.placeholders(input_ids).any()):
+            start, start_mask = padded_right(prefix.input_ids, prefix.attention_mask)
+            width = min(start.shape[1], input_ids.shape[1])
+            same = ((input_ids[:, :width] == start[:, :width]) & (mask[:, :width] != 0)) | (start_mask[:, :width] == 0)
+            begun = start_mask.sum(-1)
+            begins = same.all(-1) & (begun <= input_ids.shape[1])
+            if not bool(begins.all()):
+                row = int((~begins).nonzero()[0, 0])
+                raise ValueError(
+                    f"The prompt of row {row} holds placeholders, but does not begin with the {int(begun[row])} ids of the "
+                    "prefix cache: pass the same prompt again, or the question alone; for another picture, go on by "
+                    "`encode_prefix(..., prefix_cache=...)` first."
+                )
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            return prefix, *padded_right(input_ids, mask * (columns[None] >= begun[:, None]))
+        return prefix, input_ids, mask
+
+    def _without_cache(
+        self, input_ids: torch.LongTensor, mask: torch.LongTensor, media: list[dict[str, list[torch.Tensor]]]
+    ) -> PrefixCache:
+        prefix = PrefixCache(input_ids, mask, media=media)
+        if self.config.is_encoder_decoder:
+            made = self._maybe_prepare_encoder_kwargs_for_generation(
+                input_ids,
+                {"attention_mask": mask, "mm_encoder_outputs": media_together(media)},
+                "input_ids",
+                self.generation_config,
+            )
+            # The encoder's own order of padding, which the mask must follow.
+            prefix.encoder_outputs = BaseModelOutputWithPooling(last_hidden_state=made["encoder_outputs"][0])
+        return prefix
+
+    def _extended(
+        self,
+        prefix: PrefixCache,
+        input_ids: torch.LongTensor,
+        mask: torch.LongTensor,
+        encoded: dict[str, ModelOutput],
+        media: list[dict[str, list[torch.Tensor]]],
+    ) -> PrefixCache:
+        """Reads more words, padded on the right so that they follow the prefix, and then moves the padding to the left."""
+        lengths, begun = mask.sum(-1), prefix.attention_mask.sum(-1)
+        if prefix.input_ids.shape[1] == 0:
+            position_ids, last = None, None  # padded on the left already: a plain call
+        else:
+            position_ids = begun[:, None] + torch.arange(input_ids.shape[1], device=mask.device)[None]
+            last = (lengths - 1).clamp(min=0)
+        keep = 1 if last is None or bool((last == last[0]).all()) else last.unique()
+        cache = copied_cache(prefix.cache)
+        whole_mask = torch.cat([prefix.attention_mask, mask], dim=1)
+        outputs = self(
+            input_ids=input_ids,
+            attention_mask=mask_or_none(whole_mask),
+            position_ids=position_ids,
+            cache=cache,
+            mm_encoder_outputs=encoded,
+            logits_to_keep=keep,
+            use_cache=True,
+            return_dict=True,
+        )
+        logits = outputs.logits[:, -1]
+        whole = torch.cat([prefix.input_ids, input_ids], dim=1)
+        if isinstance(keep, torch.Tensor):
+            rows = torch.arange(len(last), device=last.device)
+            logits = outputs.logits[rows, torch.searchsorted(keep, last)]
+        if last is not None and prefix.logits is not None and bool((lengths == 0).any()):
+            logits = torch.where((lengths == 0)[:, None], prefix.logits, logits)
+        by = mask.shape[1] - lengths
+        if last is not None and bool(by.any()):
+            for layer in cache.layers:
+                if layer.is_initialized:
+                    layer.keys, layer.values = shifted(layer.keys, by, 2), shifted(layer.values, by, 2)
+            whole, whole_mask = shifted(whole, by, 1), shifted(whole_mask, by, 1)
+            whole_mask = whole_mask * (torch.arange(whole_mask.shape[1], device=by.device)[None] >= by[:, None])
+            whole = whole.masked_fill(whole_mask == 0, self.generation_config.pad_token_id or 0)
+        media = joined_media(prefix.media, media)
+        return PrefixCache(whole, whole_mask, logits=logits, cache=cache, media=media)._without_empty_columns()
+
+    def _continued(
+        self, prefix: PrefixCache, question: torch.LongTensor | None, mask: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What `generate()` is called with to go on from a prefix."""
+        given = [name for names in MEDIA_INPUTS.values() for name in names if kwargs.get(name) is not None]
+        given += [name for name in ("mm_encoder_outputs", "inputs_embeds", *CACHE_NAMES) if kwargs.get(name) is not None]
+        if given:
+            raise ValueError(
+                f"`{given[0]}` was passed beside `prefix_cache`, which holds what was encoded: leave it out, or, for another "
+                "picture, go on by `encode_prefix(..., prefix_cache=...)` first."
+            )
+        if self._wants_its_own_cache(kwargs):
+            prefix = replace(prefix, cache=None)
+        if question is None or question.shape[1] == 0:
+            return self._continued_without_question(prefix)
+        prefix, question, mask = self._after(prefix, question, self._mask_of(question, mask))
+        lengths = mask.sum(-1)
+        if prefix.cache is None:
+            if self.config.is_encoder_decoder and not bool(lengths.any()):
+                return self._continued_without_question(prefix)
+            ids, mask = padded_left(
+                torch.cat([prefix.input_ids, question], dim=1), torch.cat([prefix.attention_mask, mask], dim=1)
+            )
+            return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": media_together(prefix.media)}
+        if not bool((lengths > 0).all()):
+            raise ValueError("Each question needs a word at least: pass one, or encode the prefix without its last word.")
+        if bool((lengths != lengths[0]).any()):
+            # All words but each row's last are read here, where they may be of unequal length; the last by `generate()`.
+            columns = torch.arange(mask.shape[1], device=mask.device)[None]
+            rest = mask * (columns < lengths[:, None] - 1)
+            final = question.gather(1, lengths[:, None] - 1)
+            pad = self.generation_config.pad_token_id or 0
+            prefix = self._extended(prefix, question.masked_fill(rest == 0, pad)[:, :-1], rest[:, :-1], {}, [{}] * len(rest))
+            question, mask = final, torch.ones_like(final)
+        return {
+            "input_ids": torch.cat([prefix.input_ids, question], dim=1),
+            "attention_mask": torch.cat([prefix.attention_mask, mask], dim=1),
+            CACHE: prefix.past_key_values,
+        }
+
+    def _wants_its_own_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Assisted decoding starts from an empty cache; static, quantised and offloaded ones are made by the library."""
+        config = kwargs.get("generation_config") or self.generation_config
+        names = ("prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation")
+        asked = [kwargs.get(name, getattr(config, name, None)) for name in names]
+        return kwargs.get("assistant_model") is not None or any(value is not None for value in asked)
+
+    def _continued_without_question(self, prefix: PrefixCache) -> dict[str, Any]:
+        words = {"input_ids": prefix.input_ids, "attention_mask": prefix.attention_mask}
+        if prefix.encoder_outputs is not None:
+            mask = pad_right(None, None, prefix.attention_mask)[2]  # as the encoder saw it
+            # A new object: `generate()` writes into it.
+            states = type(prefix.encoder_outputs)(last_hidden_state=prefix.encoder_outputs.last_hidden_state)
+            return {**words, "attention_mask": mask, "encoder_outputs": states}
+        if prefix.cache is None:
+            return {**words, "mm_encoder_outputs": media_together(prefix.media)}
+        if bool(self.model.placeholders(prefix.input_ids[:, -1]).any()):
+            raise ValueError(
+                "The prefix ends with a picture and no question was asked: pass a word at least, or call `generate` on the "
+                "picture itself."
+            )
+        cache = copied_cache(prefix.cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length -= 1
+        return {**words, CACHE: narrowed_cache(cache)}
+
+
+__all__ = ["FrozenPrefixGenerationMixin"]

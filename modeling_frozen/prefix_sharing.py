@@ -1,0 +1,236 @@
+"""Training rows that begin alike: the language model reads what they have in common once.
+
+Captions of one picture all follow the same prefix, and a causal language model makes of it the same keys and values each
+time. So the common lead of such rows is read once, with gradient, and each row goes on from its keys and values, as it does in
+generation. Nothing is approximated: losses and gradients are those of the plain way up to rounding. With five captions of
+30 words behind 196 prefix vectors a step reads 346 positions in place of 1130. An encoder reads rows that are alike
+throughout once. Whether reading in parts equals reading at once is tried once per language model; where not (a recurrent
+state, dropout that draws for each row), each row is read by itself.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+
+from .kept_caches import copied_cache, narrowed_cache, new_kept_cache
+from .losses import nearly_equal
+from .modalities import draws
+
+
+# Reading in two parts has a cost of its own: it must spare at least this share of the batch's positions.
+SMALLEST_SHARE = 0.1
+
+# Language model -> by whether it is training, whether it was seen to read the same in parts as at once.
+_TRIED: "weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]]" = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class SharedLead:
+    """
+    What rows of a batch have in common at their start.
+
+    Args:
+        reader (`nn.Module`): the part of the language model that reads it, without its head.
+        length (`int`): its columns; of an encoder all of them.
+        rows (`torch.LongTensor` of shape `(distinct leads,)`): a row that has each of them.
+        groups (`torch.LongTensor` of shape `(batch,)`): for each row its lead in `rows`.
+    """
+
+    reader: nn.Module
+    length: int
+    rows: torch.LongTensor
+    groups: torch.LongTensor
+
+
+def mark_images(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    placeholder_ids: dict[str, int],
+    image_lengths: list[int],
+    image_index: torch.LongTensor,
+) -> torch.LongTensor:
+    """
+    Ids by which to tell what stands where: those of words as they are, and negative ones for all else.
+
+    Args:
+        input_ids, attention_mask (`torch.Tensor` of shape `(batch, sequence)`): the mask, if any, of 0 and 1.
+        placeholder_ids (`dict[str, int]`): by modality.
+        image_lengths (`list[int]`): prefix vectors of each image in reading order.
+        image_index (`torch.LongTensor` of shape `(num_images,)`): which image each of them is.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, sequence)`: equal where the same word, or the same image, stands. Videos and
+        sounds are equal to nothing.
+    """
+    marks = input_ids.clone()
+    next_mark = -2
+    for modality, placeholder in placeholder_ids.items():
+        at = input_ids == placeholder
+        if modality == "image":
+            lengths = torch.tensor(image_lengths, device=marks.device)
+            own = -2 - image_index.to(marks.device).repeat_interleave(lengths)
+            next_mark = -3 - int(image_index.max())
+        else:
+            own = next_mark - torch.arange(int(at.sum()), device=marks.device)
+            next_mark -= len(own)
+        marks.masked_scatter_(at, own)
+    return marks if attention_mask is None else marks.masked_fill(attention_mask == 0, -1)
+
+
+def best_lead(
+    marks: torch.LongTensor, limit: int, whole: bool = False
+) -> tuple[int, torch.LongTensor, torch.LongTensor] | None:
+    """
+    The common lead that spares most positions, one length for all rows, for their keys and values make one tensor.
+
+    Args:
+        marks (`torch.LongTensor` of shape `(batch, sequence)`): of [`mark_images`].
+        limit (`int`): longest lead.
+        whole (`bool`): whether it must be of that length (an encoder reads rows whole).
+
+    Returns:
+        `length`, `rows` and `groups` of a [`SharedLead`], or `None` where too little would be spared.
+    """
+    if limit < 1 or len(marks) < 2:
+        return None
+    distinct = marks[:, :limit].unique(dim=0)  # sorted, so that those with the longest common lead are neighbours
+    common = (distinct[1:] != distinct[:-1]).int().argmax(-1)
+    lengths = torch.cat([common, common.new_tensor([limit])]).unique() if not whole else common.new_tensor([limit])
+    leads = 1 + (common[None] < lengths[:, None]).sum(-1)
+    spared, best = (lengths * (len(marks) - leads)).max(0)
+    if int(spared) < SMALLEST_SHARE * marks.numel():
+        return None
+    length = int(lengths[best])
+    leads, groups = marks[:, :length].unique(dim=0, return_inverse=True)
+    order = torch.arange(len(marks), device=marks.device)
+    rows = torch.full((len(leads),), len(marks), device=marks.device).scatter_reduce(0, groups, order, "amin")
+    return length, rows, groups
+
+
+def find_lead(
+    model: Any,
+    input_ids: torch.LongTensor,
+    attention_mask: Any,
+    encoded: BaseModelOutputWithPooling,
+    image_index: torch.LongTensor,
+    path: str,
+    learnt: torch.BoolTensor,
+) -> SharedLead | None:
+    """
+    What to read once in a batch of training.
+
+    Args:
+        input_ids, attention_mask (`torch.Tensor` of shape `(batch, sequence)`): the mask may be `None`.
+        encoded: of `get_image_features`.
+        image_index (`torch.LongTensor` of shape `(num_images,)`): which image of the distinct ones stands where.
+        path (`str`): of the headless part in the language model.
+        learnt (`torch.BoolTensor`): whose hidden states are wanted, `(batch, sequence)`; of a decoder, `(batch, target)`.
+
+    Returns:
+        [`SharedLead`], or `None` where each row is to be read by itself.
+    """
+    masks = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+    reader, encodes = model.language_model.get_submodule(path), model.config.is_encoder_decoder
+    if torch.compiler.is_compiling() or not masks or draws(model.connector) or model.cross_attention is not None:
+        return None
+    if not reads_in_parts(model, reader):
+        return None
+    limit = input_ids.shape[1]
+    if not encodes:
+        # Each row goes on before its first hidden state that is wanted, and behind no padding.
+        first = torch.where(learnt.any(-1), learnt.int().argmax(-1), limit - 1)
+        if attention_mask is not None:
+            first = first.minimum((attention_mask != 0).cumprod(-1).sum(-1).to(first.device) - 1)
+        limit = int(first.min())
+    lengths = [len(vectors) for vectors in encoded.pooler_output]
+    marks = mark_images(input_ids, attention_mask, model.config.placeholder_ids, lengths, image_index)
+    found = best_lead(marks, limit, whole=encodes)
+    return None if found is None else SharedLead(reader, *found)
+
+
+def read_lead(model: Any, lead: SharedLead, inputs_embeds: torch.Tensor) -> DynamicCache:
+    """
+    Reads each distinct lead.
+
+    Args:
+        lead ([`SharedLead`]).
+        inputs_embeds (`torch.Tensor` of shape `(batch, sequence, embedding_dim)`): words and prefixes merged.
+
+    Returns:
+        `DynamicCache`: the leads' keys and values for every row of the batch, with their graph.
+    """
+    cache, reader = new_kept_cache(model), lead.reader
+    embeds = inputs_embeds[lead.rows.to(inputs_embeds.device), : lead.length]
+    reader(**model.language_inputs(reader, None, embeds, None, None, cache, {"use_cache": True}), return_dict=True)
+    return narrowed_cache(copied_cache(cache, lead.groups))
+
+
+def encode_alike(model: Any, lead: SharedLead, inputs_embeds: torch.Tensor, attention_mask: Any) -> BaseModelOutput:
+    """The encoder's output `(batch, sequence, hidden_size)` of rows of which some are alike, each read once."""
+    encoder, rows = model.language_model.get_encoder(), lead.rows.to(inputs_embeds.device)
+    mask = None if attention_mask is None else attention_mask[rows]
+    states = encoder(**model.language_inputs(encoder, None, inputs_embeds[rows], mask, None, None, {}), return_dict=True)[0]
+    return BaseModelOutput(last_hidden_state=states.index_select(0, lead.groups.to(states.device)))
+
+
+def reads_in_parts(model: Any, reader: nn.Module) -> bool:
+    """Whether hidden states, and the gradient of what was read, are the same read in two parts as read at once, in this
+    mode: tried on eight words, once."""
+    language_model = model.language_model
+    # Adapters may have come since it was tried, and layers computed again in the backward pass keep no cache.
+    if any(_draws_or_computes_again(module) for module in language_model.modules()):
+        return False
+    tried, mode = _TRIED.setdefault(language_model, {}), language_model.training
+    if mode not in tried:
+        try:
+            tried[mode] = _try_parts(model, reader)
+        except Exception:  # whatever it is that this model does otherwise, the plain way is always open
+            tried[mode] = False
+    return tried[mode]
+
+
+def _try_parts(model: Any, reader: nn.Module) -> bool:
+    encodes = model.config.is_encoder_decoder
+    if not encodes and new_kept_cache(model) is None:
+        return False
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(8, device=device).repeat(3, 1)
+    ids[2] += 8
+    if not encodes:
+        ids[1, 4:] += 4
+    at, every, groups = 8 if encodes else 4, ids.new_tensor([0, 1, 2]), ids.new_tensor([0, 0, 1])
+    with torch.no_grad():
+        words = model.embed_words(ids % model.get_input_embeddings().weight.shape[0])
+    found = []
+    with torch.enable_grad():
+        for lead in (SharedLead(reader, at, every, every), SharedLead(reader, at, ids.new_tensor([0, 2]), groups)):
+            in_parts, leaf = len(lead.rows) < 3, words.clone().requires_grad_()
+            embeds = leaf * 1  # some models scale embeddings in place
+            if encodes:
+                states = encode_alike(model, lead, embeds, None)[0]
+            else:
+                cache = read_lead(model, lead, embeds) if in_parts else None
+                rest = embeds[:, at:] if in_parts else embeds
+                mask, kwargs = torch.ones_like(ids), {"use_cache": in_parts}
+                inputs = model.language_inputs(reader, None, rest, mask, None, cache, kwargs)
+                states = reader(**inputs, return_dict=True)[0][:, -4:]
+            weights = torch.arange(states.numel(), device=states.device).sin().view(states.shape)
+            (gradient,) = torch.autograd.grad((states.float() * weights).sum(), leaf)
+            # What rows have in common gets its gradient in the first of them.
+            shared = gradient.new_zeros(2, at, gradient.shape[-1]).index_add(0, groups, gradient[:, :at])
+            found.append((states.detach(), shared, *([] if encodes else [gradient[:, at:]])))
+    # Wider than for logits: gradients gather rounding on their way through all layers.
+    return all(nearly_equal(one, other, 1e-3, 5e-2) for one, other in zip(*found, strict=True))
+
+
+def _draws_or_computes_again(module: nn.Module) -> bool:
+    draws_now = isinstance(module, nn.Dropout) and module.training and module.p > 0
+    return draws_now or bool(getattr(module, "gradient_checkpointing", False))
+
+
+__all__ = ["SharedLead", "best_lead", "encode_alike", "find_lead", "mark_images", "read_lead"]
