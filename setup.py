@@ -8,7 +8,7 @@ Lower bounds are what `compat.txt` pins and the checks run with. There are no up
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -64,7 +64,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["modeling_frozen", "modeling_frozen.processors"],
+    packages=find_packages(include=["modeling_frozen", "modeling_frozen.*"]),
     package_dir={"modeling_frozen": "modeling_frozen", "modeling_frozen.processors": "processors"},
     package_data={"modeling_frozen": ["py.typed"]},
     cmdclass={"build_py": BuildWithTemplate},
@@ -79,8 +79,8 @@ setup(
     ],
     extras_require=extras,
     entry_points={
-        "console_scripts": ["frozen-prefix = modeling_frozen.serving:main"],
-        "lmms_eval.models": ["frozen_prefix = modeling_frozen.lmms_eval_model:manifest"],
+        "console_scripts": ["frozen-prefix = modeling_frozen.serving.server:main"],
+        "lmms_eval.models": ["frozen_prefix = modeling_frozen.evaluation.lmms_eval_model:manifest"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

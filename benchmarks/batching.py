@@ -27,7 +27,7 @@ from modeling_frozen import (
     FrozenPrefixForConditionalGeneration,
     FrozenPrefixProcessor,
 )
-from modeling_frozen.batching import add_lengths
+from modeling_frozen.data.lengths import add_lengths
 
 
 def join(text: str, prefix_length: int) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:

@@ -47,8 +47,8 @@ from benchmarks.clipcap_checkout import decoding_functions, training_code
 from benchmarks.digits import shuffled
 from examples.train_captioning import CaptionedViews, read_split, store_features, tidy
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from modeling_frozen.data_collator import stack_features
-from modeling_frozen.metrics import caption_metrics
+from modeling_frozen.data.collator import stack_features
+from modeling_frozen.metrics.scores import caption_metrics
 
 
 MAPPERS = ("mlp", "transformer")

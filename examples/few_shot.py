@@ -36,7 +36,7 @@ from tiny_world import Arguments, join_parents, start, train_connector, write_re
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Lfm2Config, Lfm2ForCausalLM
 
-from modeling_frozen.plots import plot_shots
+from modeling_frozen.evaluation.plots import plot_shots
 from modeling_frozen.processors import INTERLEAVED_CHAT_TEMPLATE, few_shot_messages
 
 

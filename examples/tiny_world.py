@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from modeling_frozen.plots import plot_training
+from modeling_frozen.evaluation.plots import plot_training
 
 
 @dataclass

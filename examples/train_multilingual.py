@@ -27,8 +27,8 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
     cache_vision_features,
 )
-from modeling_frozen.evaluation import evaluate
-from modeling_frozen.plots import plot_training
+from modeling_frozen.evaluation.evaluator import evaluate
+from modeling_frozen.evaluation.plots import plot_training
 
 
 FEATURES = Features({name: Value("string") for name in ("prompt", "answer", "language", "task")} | {"image": Image()})

@@ -15,35 +15,36 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _EXPORTS = {
     "CONNECTORS": "connectors",
-    "DataCollatorForFrozenPrefix": "data_collator",
-    "DataCollatorForFrozenPrefixClassification": "classification_collator",
-    "DataCollatorForFrozenPrefixRetrieval": "retrieval_collator",
+    "DataCollatorForFrozenPrefix": "data.collator",
+    "DataCollatorForFrozenPrefixClassification": "data.classification_collator",
+    "DataCollatorForFrozenPrefixRetrieval": "data.retrieval_collator",
     "FrozenPrefixCausalLMOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixConfig": "configuration_frozen_prefix",
     "FrozenPrefixForConditionalGeneration": "modeling_frozen_prefix",
     "FrozenPrefixForImageTextRetrieval": "modeling_frozen_prefix_retrieval",
     "FrozenPrefixForSequenceClassification": "modeling_frozen_prefix_classification",
-    "FrozenPrefixHubCallback": "hub_callback",
+    "FrozenPrefixHubCallback": "model_card.callback",
     "FrozenPrefixImageTextOutput": "modeling_frozen_prefix_retrieval",
     "FrozenPrefixModel": "modeling_frozen_prefix",
     "FrozenPrefixModelOutputWithPast": "modeling_frozen_prefix",
     "FrozenPrefixPreTrainedModel": "modeling_frozen_prefix_pretrained",
     "FrozenPrefixProcessor": "processors",
     "PrefixCache": "prefix_cache",
-    "cache_vision_features": "feature_cache",
-    "export_decode": "export",
-    "export_image_encoder": "export",
-    "export_prefill": "export",
+    "cache_vision_features": "data.feature_cache",
+    "export_decode": "export.graphs",
+    "export_image_encoder": "export.graphs",
+    "export_prefill": "export.graphs",
 }
 
 if TYPE_CHECKING:
-    from .classification_collator import DataCollatorForFrozenPrefixClassification
     from .configuration_frozen_prefix import FrozenPrefixConfig
     from .connectors import CONNECTORS
-    from .data_collator import DataCollatorForFrozenPrefix
-    from .export import export_decode, export_image_encoder, export_prefill
-    from .feature_cache import cache_vision_features
-    from .hub_callback import FrozenPrefixHubCallback
+    from .data.classification_collator import DataCollatorForFrozenPrefixClassification
+    from .data.collator import DataCollatorForFrozenPrefix
+    from .data.feature_cache import cache_vision_features
+    from .data.retrieval_collator import DataCollatorForFrozenPrefixRetrieval
+    from .export.graphs import export_decode, export_image_encoder, export_prefill
+    from .model_card.callback import FrozenPrefixHubCallback
     from .modeling_frozen_prefix import (
         FrozenPrefixCausalLMOutputWithPast,
         FrozenPrefixForConditionalGeneration,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from .modeling_frozen_prefix_retrieval import FrozenPrefixForImageTextRetrieval, FrozenPrefixImageTextOutput
     from .prefix_cache import PrefixCache
     from .processors import FrozenPrefixProcessor
-    from .retrieval_collator import DataCollatorForFrozenPrefixRetrieval
 
 
 def __getattr__(name: str) -> Any:

@@ -856,7 +856,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
                 [`FrozenPrefixModel.get_audio_features`].
             vision_features (`torch.FloatTensor` of shape `(num_images, positions, vision_width)`, *optional*):
                 In place of `pixel_values`: what the frozen tower would have given the connector (see
-                `modeling_frozen.feature_cache`). The tower then need not be loaded.
+                `modeling_frozen.data.feature_cache`). The tower then need not be loaded.
             vision_features_mask (`torch.BoolTensor` of shape `(num_images, positions)`, *optional*):
                 True at real positions, where their number varies.
             image_index (`torch.LongTensor` of shape `(num_images,)`, *optional*):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_frozen.augmentation import PhotoAugmentation
+from modeling_frozen.data.augmentation import PhotoAugmentation
 
 
 pytest.importorskip("kornia")

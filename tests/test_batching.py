@@ -9,7 +9,7 @@ from PIL import Image as Pictures
 from transformers import Trainer
 
 from modeling_frozen import DataCollatorForFrozenPrefix
-from modeling_frozen.batching import add_lengths, length_of
+from modeling_frozen.data.lengths import add_lengths, length_of
 from tests.test_training import arguments
 from tests.tiny import join, rows
 

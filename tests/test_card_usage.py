@@ -16,7 +16,7 @@ from modeling_frozen import (
     FrozenPrefixForSequenceClassification,
     FrozenPrefixProcessor,
 )
-from modeling_frozen.model_card import write_model_card
+from modeling_frozen.model_card.card import write_model_card
 from tests.test_modalities import EARS
 from tests.tiny import save_parents
 

@@ -33,9 +33,9 @@ from modeling_frozen import (
     FrozenPrefixForSequenceClassification,
     FrozenPrefixProcessor,
 )
-from modeling_frozen.feature_cache import cache_vision_features
+from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.hub import write_code
-from modeling_frozen.metrics import classification_compute_metrics
+from modeling_frozen.metrics.scores import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
 from modeling_frozen.pooling import pool_text
 from modeling_frozen.text_reading import read_text
@@ -575,7 +575,7 @@ def test_the_librarys_pipelines(tmp_path: Path) -> None:
 
 def test_lora_trains_the_head_as_well(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from modeling_frozen.lora import lora_config
+    from modeling_frozen.training.lora import lora_config
 
     model, processor = join(tmp_path)
     tuned = peft.get_peft_model(model, lora_config(model, r=2, task_type="SEQ_CLS"))

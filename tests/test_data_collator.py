@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 from tokenizers import Tokenizer, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from modeling_frozen.data_collator import DataCollatorForFrozenPrefix, assistant_spans
+from modeling_frozen.data.collator import DataCollatorForFrozenPrefix, assistant_spans
 from modeling_frozen.processors import FrozenPrefixProcessor
 from tests.test_processing import (
     CHATML,

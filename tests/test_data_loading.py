@@ -9,7 +9,7 @@ from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 
 from modeling_frozen import DataCollatorForFrozenPrefix
-from modeling_frozen.data_loading import load_coco_captions, load_vqa, split_by_image
+from modeling_frozen.data.formats import load_coco_captions, load_vqa, split_by_image
 from tests.tiny import COLOURS, join
 
 

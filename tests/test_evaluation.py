@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix
-from modeling_frozen.evaluation import EvaluationCallback, bootstrap, evaluate, over_seeds, random_connectors
-from modeling_frozen.metrics import caption_metrics, exact_match, token_f1, vqa_accuracy
+from modeling_frozen.evaluation.evaluator import EvaluationCallback, bootstrap, evaluate, over_seeds, random_connectors
+from modeling_frozen.metrics.scores import caption_metrics, exact_match, token_f1, vqa_accuracy
 from tests import fresh_python
 from tests.tiny import COLOURS, join, rows
 
@@ -85,7 +85,7 @@ def test_a_random_connector_differs_from_a_loaded_one_too(joined: tuple[Any, Any
 
 
 def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, Any]) -> None:
-    from modeling_frozen.evaluation import _others_pictures, _read
+    from modeling_frozen.evaluation.evaluator import _others_pictures, _read
 
     data = [{**row, "text": "a"} for row in split(12)]
     for seed in range(20):
@@ -98,7 +98,7 @@ def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, An
 
 
 def test_copies_under_another_name_are_the_same_picture(tmp_path: Path) -> None:
-    from modeling_frozen.evaluation import _read
+    from modeling_frozen.evaluation.evaluator import _read
 
     names = ["first.png", "copy.png", "other.png"]
     for name, colour in zip(names, ("red", "red", "blue"), strict=True):
@@ -136,7 +136,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-import modeling_frozen.evaluation as evaluation
+import modeling_frozen.evaluation.evaluator as evaluation
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from tests.test_evaluation import GENERATE, split
 model = FrozenPrefixForConditionalGeneration.from_pretrained(sys.argv[1])
@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_where_it_was(joined: tuple[Any, Any], tmp_path: Pa
     with path.open("a") as file:
         file.write('{"run": "another", "kind": "sighted", "row": 7, "prediction": "stale"}\n{"cut off')
     calls: list[list[Any]] = []
-    from modeling_frozen import evaluation
+    from modeling_frozen.evaluation import evaluator as evaluation
 
     whole = evaluation._generate
     monkeypatch.setattr(evaluation, "_generate", lambda *args: calls.append(args[2]) or whole(*args))

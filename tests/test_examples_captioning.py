@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from safetensors.torch import load_file
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
-from modeling_frozen.evaluation import KINDS
+from modeling_frozen.evaluation.evaluator import KINDS
 
 from .tiny import rows, save_parents
 

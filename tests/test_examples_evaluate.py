@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 
-from modeling_frozen.model_card import write_model_card
+from modeling_frozen.model_card.card import write_model_card
 from tests.test_evaluation import split
 from tests.tiny import join
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.connectors import CONNECTORS
-from modeling_frozen.export import export_decode, export_image_encoder, export_prefill
+from modeling_frozen.export.graphs import export_decode, export_image_encoder, export_prefill
 from modeling_frozen.transformers_compat import CACHE, cache_of
 from tests.families_vision import TOWERS, Tower, image_inputs, reason_to_skip, tiny_tower
 from tests.talking import QUESTION, TOKENS, picture, talking

@@ -30,9 +30,9 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
     cache_vision_features,
 )
-from modeling_frozen.data_collator import stack_features
-from modeling_frozen.feature_cache import StoredImage, VisionFeatures, store_key
-from modeling_frozen.feature_store import FeatureStore
+from modeling_frozen.data.collator import stack_features
+from modeling_frozen.data.feature_cache import StoredImage, VisionFeatures, store_key
+from modeling_frozen.data.feature_store import FeatureStore
 from modeling_frozen.vision_towers import encode_images
 from tests import fresh_python
 from tests.tiny import join, rows, save_parents

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from modeling_frozen.card_edits import is_edited
+from modeling_frozen.model_card.edits import is_edited
 from tests.hub_fixtures import Hub, module_hub  # noqa: F401
 
 

@@ -20,7 +20,7 @@ def batch(model) -> dict[str, torch.Tensor]:
 
 
 def tuned(folder: Path, **options: object):
-    from modeling_frozen.lora import lora_config
+    from modeling_frozen.training.lora import lora_config
 
     model, _ = join(folder)
     model.save_pretrained(folder / "eyes")

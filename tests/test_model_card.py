@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixHubCallback, FrozenPrefixModel
-from modeling_frozen.card_edits import is_edited
-from modeling_frozen.model_card import write_model_card
+from modeling_frozen.model_card.card import write_model_card
+from modeling_frozen.model_card.edits import is_edited
 from tests import tiny
 
 

@@ -13,7 +13,8 @@ from tests import fresh_python
 
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*(ROOT / "modeling_frozen").glob("*.py"), *(ROOT / "processors").glob("*.py")])
+OWN = [path for path in (ROOT / "modeling_frozen").rglob("*.py") if path.parent.name != "processors"]  # that stands in
+SOURCES = sorted([*OWN, *(ROOT / "processors").glob("*.py")])
 
 
 def fresh(code: str) -> str:

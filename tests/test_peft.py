@@ -53,7 +53,7 @@ def same(first: Any, second: Any, processor: Any) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_on_the_language_model(tmp_path: Path, method: str) -> None:
-    from modeling_frozen.lora import lora_config
+    from modeling_frozen.training.lora import lora_config
 
     model, processor = join(tmp_path)
     model.save_pretrained(tmp_path / "eyes")
@@ -120,7 +120,7 @@ def test_gated_blocks_refuse_prompts_by_name(tmp_path: Path) -> None:
 
 
 def test_the_librarys_own_adapters(tmp_path: Path) -> None:
-    from modeling_frozen.lora import lora_config
+    from modeling_frozen.training.lora import lora_config
 
     skip_where_peft_is_too_old()
     skip_before("5.18", "renames an adapter's keys by its rules for old checkpoints, whatever rules it is given")

@@ -10,7 +10,15 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from modeling_frozen.plots import choose, curves, plot_prefix_length, plot_sheet, plot_shots, plot_training, read_history
+from modeling_frozen.evaluation.plots import (
+    choose,
+    curves,
+    plot_prefix_length,
+    plot_sheet,
+    plot_shots,
+    plot_training,
+    read_history,
+)
 from tests.tiny import rows
 
 

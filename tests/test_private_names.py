@@ -269,9 +269,9 @@ def names_of_base_classes() -> dict[str, str]:
     """Private names in the modules of all classes of the libraries from which the package's own classes descend."""
     sources = set()
     for package in (modeling_frozen, modeling_frozen.processors):
-        for info in pkgutil.iter_modules(package.__path__):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             try:
-                module = importlib.import_module(f"{package.__name__}.{info.name}")
+                module = importlib.import_module(info.name)
             except ImportError:  # it needs an extra that is not installed
                 continue
             classes = [one for one in vars(module).values() if inspect.isclass(one)]

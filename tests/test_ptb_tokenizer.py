@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_frozen.ptb_tokenizer import _DROPPED, ptb_tokens, tokenize_caption
+from modeling_frozen.metrics.ptb_tokenizer import _DROPPED, ptb_tokens, tokenize_caption
 
 
 needs_java = pytest.mark.skipif(

@@ -40,9 +40,15 @@ from modeling_frozen import (
     FrozenPrefixModel,
     FrozenPrefixProcessor,
 )
-from modeling_frozen.feature_cache import cache_vision_features
-from modeling_frozen.metrics import retrieval_compute_metrics
-from modeling_frozen.retrieval import class_embeddings, embed_images, embed_texts, evaluate_retrieval, zero_shot_classify
+from modeling_frozen.data.feature_cache import cache_vision_features
+from modeling_frozen.evaluation.retrieval import (
+    class_embeddings,
+    embed_images,
+    embed_texts,
+    evaluate_retrieval,
+    zero_shot_classify,
+)
+from modeling_frozen.metrics.scores import retrieval_compute_metrics
 from tests.tiny import COLOURS, WORDS, rows, save_parents, text_config, tokenizer, vision_config
 
 

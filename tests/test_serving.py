@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from transformers import TextIteratorStreamer
 
-from modeling_frozen.serving import build_app
+from modeling_frozen.serving.server import build_app
 from tests.hub_fixtures import HIDE_PACKAGE, ROOT
 from tests.talking import QUESTION, TOKENS, Talking, picture, talking, user
 from tests.tiny import COLOURS
@@ -26,7 +26,7 @@ from tests.tiny import COLOURS
 
 # Ours; and the library's own, for people without the package.
 SERVERS = {
-    "frozen-prefix": ["-m", "modeling_frozen.serving", "serve"],
+    "frozen-prefix": ["-m", "modeling_frozen.serving.server", "serve"],
     "transformers": [
         "-c", HIDE_PACKAGE + "from transformers.cli.transformers import app; app()", "serve", "--trust-remote-code",
     ],
@@ -236,7 +236,7 @@ def test_an_unknown_model_is_named(server: SimpleNamespace, eyes: Talking) -> No
 def test_chat_talks_to_it(server: SimpleNamespace, eyes: Talking, tmp_path: Path) -> None:
     if not server.own:
         pytest.skip("a client is a client")
-    command = [sys.executable, "-m", "modeling_frozen.serving", "chat", eyes.path, server.url, "do_sample=False"]
+    command = [sys.executable, "-m", "modeling_frozen.serving.server", "chat", eyes.path, server.url, "do_sample=False"]
     command += ["max_new_tokens=4"]
     # The client is huggingface_hub's, which in offline mode reaches nobody, not this machine either.
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.url, "COLUMNS": "200"}

@@ -126,7 +126,7 @@ def test_its_loss_is_ours(tmp_path: Path) -> None:
 
 def test_with_lora(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from modeling_frozen.lora import lora_config
+    from modeling_frozen.training.lora import lora_config
 
     model, processor = join(tmp_path, connector_type="linear")
     data = dataset("prompt-completion")

@@ -30,7 +30,7 @@ from modeling_frozen import (
     FrozenPrefixForSequenceClassification,
     FrozenPrefixModel,
 )
-from modeling_frozen.feature_cache import cache_vision_features
+from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.weight_alignment import ALIGNMENT, align_weights
 from tests.test_package import ROOT
 from tests.tiny import join, rows, save_parents, skip_before, skip_where_peft_is_too_old
@@ -195,7 +195,7 @@ def test_a_head_of_four_bytes_shifts_nothing(tmp_path: Path) -> None:
 
 def test_adapters(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from modeling_frozen.lora import lora_config
+    from modeling_frozen.training.lora import lora_config
 
     skip_where_peft_is_too_old()
     skip_before("5.18", "renames an adapter's keys by its rules for old checkpoints, whatever rules it is given")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import east_asian_width
 
-from .plots import BLUE, GREY, finish, new_figure, plain_axes, show_picture, shown
+from ..evaluation.plots import BLUE, GREY, finish, new_figure, plain_axes, show_picture, shown
 
 
 if TYPE_CHECKING:
-    from .interpretation import ImageAttention, NearestWords, Sightedness
+    from .interpret import ImageAttention, NearestWords, Sightedness
 
 
 def _ink(colour: Any) -> str:

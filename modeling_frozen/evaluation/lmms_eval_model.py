@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 def manifest() -> ModelManifest:
     """What the entry point gives."""
-    return ModelManifest(model_id="frozen_prefix", simple_class_path="modeling_frozen.lmms_eval_model.FrozenPrefixLMMS")
+    place = "modeling_frozen.evaluation.lmms_eval_model.FrozenPrefixLMMS"
+    return ModelManifest(model_id="frozen_prefix", simple_class_path=place)
 
 
 class FrozenPrefixLMMS(lmms):

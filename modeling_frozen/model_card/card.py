@@ -18,8 +18,9 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_ca
 from huggingface_hub.utils import yaml_dump
 from transformers.utils import logging
 
-from .base_models import fingerprint
-from .card_edits import (
+from ..base_models import fingerprint
+from ..connectors import CONNECTORS
+from .edits import (
     add_essentials,
     is_automatic,
     key_digest,
@@ -30,7 +31,7 @@ from .card_edits import (
     section,
     split_card,
 )
-from .card_results import (
+from .results import (
     base_name,
     dataset_facts,
     eval_results,
@@ -39,16 +40,15 @@ from .card_results import (
     over_seeds,
     training_text,
 )
-from .card_usage import card_usage, connector_rows, media_written, organs, use_block
-from .connectors import CONNECTORS
+from .usage import card_usage, connector_rows, media_written, organs, use_block
 
 
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
-TEMPLATE = Path(__file__).with_name("model_card.md")
+TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 if not TEMPLATE.is_file():  # in a checkout it lies at the top
-    TEMPLATE = Path(__file__).parents[1] / "model_card.md"
+    TEMPLATE = Path(__file__).parents[2] / "model_card.md"
 TAGS = ("frozen-prefix", "visual-prefix")
 
 _PARENT_TITLES = {"vision": "vision tower", "audio": "audio tower", "text": "language model"}
@@ -193,7 +193,7 @@ def _title(folder: Path, repo_id: str | None) -> str:
 
 
 def _versions() -> str:
-    own = importlib.import_module(__package__).__version__
+    own = importlib.import_module(__package__.partition(".")[0]).__version__
     modules = ("transformers", "torch", "tokenizers", "huggingface_hub", "datasets", "peft")
     lines = [f"- frozen-prefix {own}", f"- Python {platform.python_version()}"]
     return "\n".join(lines + [f"- {name} {sys.modules[name].__version__}" for name in modules if name in sys.modules])

@@ -25,9 +25,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .image_reading import digest_of_image
-from .metrics import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
-from .modeling_frozen_prefix_pretrained import CONNECTING
+from ..data.image_reading import digest_of_image
+from ..metrics.scores import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
+from ..modeling_frozen_prefix_pretrained import CONNECTING
 
 
 KINDS = ("sighted", "blind", "random_connector", "language_model")

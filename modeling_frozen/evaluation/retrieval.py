@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data_collator import stack_features
-from .feature_store import StoredImage
-from .metrics import recall_at_k
+from ..data.collator import stack_features
+from ..data.feature_store import StoredImage
+from ..metrics.scores import recall_at_k
 
 
 # The seven that CLIP's authors chose out of their eighty (their notebook on prompts for ImageNet).

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..vision_towers import encode_images
 from .feature_store import DTYPES, FeatureStore, StoredImage
 from .image_reading import Batches, Found, Hashing, HeldImages, Images, Prepare, as_list, inner_feature, load_in_workers
-from .vision_towers import encode_images
 
 
 try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .data_collator import DataCollatorForFrozenPrefix
+from .collator import DataCollatorForFrozenPrefix
 from .feature_store import StoredImage
 
 

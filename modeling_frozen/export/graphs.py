@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
-from .transformers_compat import cache_of
-from .vision_towers import _default_shape, encode_images
+from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from ..transformers_compat import cache_of
+from ..vision_towers import _default_shape, encode_images
 
 
 # Name here -> the library's. ".pt2" is the file that torch.export writes.

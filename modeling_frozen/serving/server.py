@@ -5,7 +5,7 @@ more of them. Here this package is imported first, so the model type is register
 library's command as it is. One thing is mended on the way: what a client did wrong (an image that can't be fetched, a
 broken data URL, an unknown model) is answered with status 400 and says what it was; the library's server answers 500.
 
-    frozen-prefix serve me/eyes --port 8000        # the same as: python -m modeling_frozen.serving serve me/eyes …
+    frozen-prefix serve me/eyes --port 8000        # the same as: python -m modeling_frozen.serving.server serve me/eyes …
     frozen-prefix chat me/eyes localhost:8000
 """
 

@@ -65,7 +65,7 @@ def plain_axes(axes: Any) -> Any:
 
 def show_picture(axes: Any, picture: Any) -> None:
     """A picture (a path, PIL or an array) without ticks."""
-    from .processors import load_rgb_image
+    from ..processors import load_rgb_image
 
     axes.imshow(load_rgb_image(picture, "picture") if not hasattr(picture, "ndim") else picture)
     axes.set_xticks([])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .data_collator import DataCollatorForFrozenPrefix, _Example
+from .collator import DataCollatorForFrozenPrefix, _Example
 
 
 @dataclass

@@ -19,7 +19,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .data_collator import DataCollatorForFrozenPrefix
+from .collator import DataCollatorForFrozenPrefix
 
 
 if TYPE_CHECKING:

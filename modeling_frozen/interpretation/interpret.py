@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from .connector_attention import grid_of, prefix_origins, twin_of
-from .data_collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
-from .modalities import MEDIA_INPUTS
-from .modeling_frozen_prefix import FrozenPrefixModel
+from ..connector_attention import grid_of, prefix_origins, twin_of
+from ..data.collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
+from ..modalities import MEDIA_INPUTS
+from ..modeling_frozen_prefix import FrozenPrefixModel
 
 
 # ------------------------------------------------------------------------------------------------------ what all share
@@ -132,7 +132,7 @@ class NearestWords:
 
     def plot(self, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32) -> Any:
         """A table of one image's prefix, darker where a word is nearer; a matplotlib `Figure`, written to `path`."""
-        from .interpretation_plots import draw_nearest_words
+        from .plots import draw_nearest_words
 
         return draw_nearest_words(self, path, image=image, max_positions=max_positions)
 
@@ -254,7 +254,7 @@ class ImageAttention:
 
     def plot(self, path: str | Path | None = None, *, layers: int | Sequence[int] | None = None, max_words: int = 24) -> Any:
         """Over the picture where the prefix is spatial, else bars; a matplotlib `Figure`, written to `path`."""
-        from .interpretation_plots import draw_attention
+        from .plots import draw_attention
 
         return draw_attention(self, path, layers=layers, max_words=max_words)
 
@@ -486,7 +486,7 @@ class Sightedness:
 
     def plot(self, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
         """Words coloured by their drop, beside their pictures; a matplotlib `Figure`, written to `path`."""
-        from .interpretation_plots import draw_sightedness
+        from .plots import draw_sightedness
 
         return draw_sightedness(self, path, max_texts=max_texts)
 

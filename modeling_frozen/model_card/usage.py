@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .connectors import CONNECTORS
-from .hub import AUTO_MAP
+from ..connectors import CONNECTORS
+from ..hub import AUTO_MAP
 
 
 # By medium: one, several, and what is done to it.

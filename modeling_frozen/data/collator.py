@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..processors import load_rgb_image
 from .feature_store import StoredImage
-from .processors import load_rgb_image
 
 
 IGNORE_INDEX = -100

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .processors import load_rgb_image
+from ..processors import load_rgb_image
 
 
 # What a row has of images: nothing, one, or a list with gaps.

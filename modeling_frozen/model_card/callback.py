@@ -14,9 +14,9 @@ from huggingface_hub import hf_hub_download
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .card_edits import edited_metadata, is_edited
-from .hub import write_code
-from .model_card import CARD_NAME, frozen_prefix_model, write_model_card
+from ..hub import write_code
+from .card import CARD_NAME, frozen_prefix_model, write_model_card
+from .edits import edited_metadata, is_edited
 
 
 logger = logging.get_logger(__name__)

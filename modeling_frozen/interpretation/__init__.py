@@ -1,0 +1,22 @@
+"""Interpretation: the prefix read as words, where each word looks, and what each owes to the image."""
+
+from .interpret import (
+    ImageAttention,
+    NearestWords,
+    Sightedness,
+    WordSightedness,
+    attention_to_image,
+    nearest_words,
+    sightedness,
+)
+
+
+__all__ = [
+    "ImageAttention",
+    "NearestWords",
+    "Sightedness",
+    "WordSightedness",
+    "attention_to_image",
+    "nearest_words",
+    "sightedness",
+]

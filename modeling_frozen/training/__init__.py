@@ -1,0 +1,1 @@
+"""Training beyond `Trainer` itself: LoRA on the language model."""
