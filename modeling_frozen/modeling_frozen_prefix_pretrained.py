@@ -1,20 +1,12 @@
-"""What all frozen-prefix models share: the one place that freezes, saves what was trained, and refills the parents."""
+"""What all frozen-prefix models share. What trains is told in `freezing`, what is saved and comes back in `checkpoints`."""
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .adapter_folders import AdapterFolder, own_names, then_load_adapter
-from .audio_towers import probe_audio_tower
-from .base_model_unloading import BaseModelUnloadingMixin
 from .base_models import (
     HUB_OPTIONS,
     find_feature_extractor,
@@ -24,65 +16,39 @@ from .base_models import (
     language_model_geometry,
     load_base_model,
     reads_ahead,
-    verify_fingerprint,
     word_embedding_norm,
 )
+from .checkpoints import (
+    PARENTS,
+    AdapterFolder,
+    asked_dtypes,
+    changed_parts,
+    dtype_plan,
+    key_prefix,
+    keys_with_home,
+    leave_out,
+    own_names,
+    refill,
+    refuse_without_home,
+    reload_base_model,
+    replaced_parts,
+    samples_of,
+    split_part_options,
+    then_load_adapter,
+    unload_base_model,
+)
 from .configuration_frozen_prefix import FrozenPrefixConfig
-from .connector_switching import ConnectorSwitchingMixin
+from .connector_switching import DEFAULT, connector_specs, keys_of_idle_connectors, load_connector, set_connector
 from .connectors import Connector
-from .cross_attention import GatedCrossAttention, check_decoder, decoder_layers
+from .cross_attention import GatedCrossAttention, decoder_layers
+from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
 from .heads import Head
 from .hub import AUTO_MAP, complete_copy, complete_repository
-from .parent_changes import samples_of, trains, was_changed
-from .part_dtypes import PartDtypesMixin, asked_dtypes
 from .transformers_compat import CACHE_NAMES
-from .unlocking import last_layers
 from .weight_alignment import align_weights
 
 
-# Attribute of the base model that holds each parent.
-PARENTS = {"vision": "vision_tower", "text": "language_model", "audio": "audio_tower"}
-
-# What `trainable` calls "connector": all that is neither parent.
-CONNECTING = (Connector, GatedCrossAttention, Head)
-
-# Set while `from_pretrained` builds a model whose parents it is about to attach; holds those that the user replaces.
-_replaced_parts: ContextVar[frozenset[str] | None] = ContextVar("replaced_parts", default=None)
-
-
-@contextmanager
-def _leave_out(replaced: frozenset[str]) -> Iterator[None]:
-    token = _replaced_parts.set(replaced)
-    try:
-        yield
-    finally:
-        _replaced_parts.reset(token)
-
-
-def parts_to_build(config: FrozenPrefixConfig) -> set[str]:
-    """The parents that a constructor makes itself: all, but for those that are attached in a moment."""
-    replaced = _replaced_parts.get()
-    parts = {part for part in PARENTS if getattr(config, f"{part}_config") is not None}
-    if replaced is None:
-        return parts
-    saved = PARENTS if config.saved_parts is None else config.saved_parts
-    return parts.intersection(saved) - replaced
-
-
-class _Recomputed:
-    """The forward of a frozen layer that keeps its input alone and is run again in the backward pass."""
-
-    def __init__(self, layer: GradientCheckpointingLayer):
-        self.layer, self.plain = layer, layer.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.layer.training or not torch.is_grad_enabled():
-            return self.plain(*args, **kwargs)
-        # Private: the library leaves the chosen function (reentrant or not, offloading) on the layer by this name alone.
-        return self.layer._gradient_checkpointing_func(functools.partial(self.plain, **kwargs), *args)
-
-
-class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMixin, PartDtypesMixin, PreTrainedModel):
+class FrozenPrefixPreTrainedModel(PreTrainedModel):
     """
     What all frozen-prefix models share: freezing, small checkpoints, parents that are refilled and checked on loading.
 
@@ -119,7 +85,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
 
     def _settle(self) -> None:
         """Everything that depends on the parents being there: freezing, and what the outer model must know of them."""
-        if _replaced_parts.get() is not None:
+        if replaced_parts.get() is not None:
             return  # not all are there yet: `_finish_attaching` settles
         self.input_modalities = (*self.config.media, "text")
         for part in self._parents():
@@ -140,23 +106,18 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         Sets `requires_grad` of every tensor of the parents and the connector by `config.trainable`; the one place that
         does. Tensors that others added (LoRA) are left alone. Frozen parents stay in eval mode under `train()`.
         """
-        unlocked = [last_layers(self._layered(part), count) for part, count in self._unlocked().items()]
-        unlocked_ids = set().union(*(one.parameters for one in unlocked))
-        idle_ids = self._ids_of_idle_parameters()
-        for module in self.modules():
-            if isinstance(module, CONNECTING):
-                module.requires_grad_("connector" in self.config.trainable)
-            elif (part := getattr(module, "_frozen_prefix_part", None)) is not None:
-                for parameter in module.parameters(recurse=False):
-                    if parameter.is_floating_point():
-                        trains = part in self.config.trainable or id(parameter) in unlocked_ids
-                        parameter.requires_grad_(trains and id(parameter) not in idle_ids)
-        self.train(self.training)
+        freeze(self)
 
-    def _unlocked(self) -> dict[str, int]:
-        """Of the parents that are here and otherwise frozen, how many last layers train."""
-        counts = self.config.unlocked_layers.items()
-        return {part: n for part, n in counts if part in self._parents() and part not in self.config.trainable}
+    def train(self, mode: bool = True) -> "FrozenPrefixPreTrainedModel":
+        """Sets the mode of what trains; frozen parents keep dropout off and batch statistics still."""
+        modules, stays = list(self.modules()), stays_frozen(self)
+        if all(module.training is (mode and not still) for module, still in zip(modules, stays, strict=True)):
+            return self  # loading asks often, and setting it on each module takes long
+        super().train(mode)
+        for module, still in zip(modules, stays, strict=True):
+            if still and module.training:
+                module.training = False
+        return self
 
     def _layered(self, part: str) -> nn.Module:
         """The parent whose last layers are meant by `unlocked_layers`."""
@@ -165,24 +126,6 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
     def _ids_of_idle_parameters(self) -> set[int]:
         """Ids of the parents' parameters that have no part in this model's loss: frozen, whatever is to train."""
         return set()
-
-    def train(self, mode: bool = True) -> "FrozenPrefixPreTrainedModel":
-        """Sets the mode of what trains; frozen parents keep dropout off and batch statistics still."""
-        unlocked = set().union(*(last_layers(self._layered(part), count).modules for part, count in self._unlocked().items()))
-        modules = list(self.modules())
-        stays = [
-            (part := getattr(module, "_frozen_prefix_part", None)) is not None
-            and part not in self.config.trainable
-            and id(module) not in unlocked
-            for module in modules
-        ]
-        if all(module.training is (mode and not still) for module, still in zip(modules, stays, strict=True)):
-            return self  # loading asks often, and setting it on each module takes long
-        super().train(mode)
-        for module, still in zip(modules, stays, strict=True):
-            if still and module.training:
-                module.training = False
-        return self
 
     def enable_input_require_grads(self) -> None:
         """As the library's, on the word embeddings alone: hooked at its input too, a frozen tower would keep its whole
@@ -199,14 +142,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(enable, *args, **kwargs)  # private: 5.24 renamed the public ways, which end here
-        # The library's layers recompute in train mode only, and frozen parents are never in it.
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer) and hasattr(module, "_frozen_prefix_part"):
-                recomputed = module.__dict__.get("forward")
-                if isinstance(recomputed, _Recomputed):
-                    module.forward = recomputed.plain
-                if enable and module.gradient_checkpointing:
-                    module.forward = _Recomputed(module)
+        recompute_frozen_layers(self, enable)
 
     def _attach(self, part: str, module: PreTrainedModel, record: dict[str, Any] | None) -> None:
         setattr(self.base_model, PARENTS[part], module)
@@ -229,7 +165,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
     def _finish_attaching(self) -> None:
         self._gather_from_parents()
         self._settle()
-        self._keys_to_ignore_on_save = self._keys_with_home(just_loaded=True)
+        self._keys_to_ignore_on_save = keys_with_home(self, just_loaded=True)
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -250,29 +186,9 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
 
     # ------------------------------------------------------------------------------------------------- saving
 
-    def changed_parts(self, just_loaded: bool = False) -> set[str]:
-        """Parts that train, or whose weights somebody changed since they were loaded (unless that was a moment ago)."""
-        changed = set(self.config.trainable)
-        for module in self.modules():
-            part = getattr(module, "_frozen_prefix_part", None)
-            if part is not None and part not in changed and (trains(module) or (not just_loaded and was_changed(module))):
-                changed.add(part)
-        return changed
-
-    def _keys_with_home(self, just_loaded: bool = False) -> set[str]:
-        """Exactly the names in the state dict that need not be saved: of parents that can be refilled and never
-        trained, and of connectors that are loaded but not in use."""
-        skipped = self.base_model._parts_with_home - self.changed_parts(just_loaded)
-        keys = self._keys_of_idle_connectors()
-        for name, module in self.named_modules(remove_duplicate=False):
-            if getattr(module, "_frozen_prefix_part", None) in skipped:
-                prefix = f"{name}." if name else ""
-                own = {"recurse": False, "remove_duplicate": False}
-                keys.update(f"{prefix}{key}" for key, _ in module.named_parameters(**own))
-                # Private: but for the whole state dict, which costs a gathering where it is sharded, nothing says so.
-                left_out = module._non_persistent_buffers_set
-                keys.update(f"{prefix}{key}" for key, _ in module.named_buffers(**own) if key not in left_out)
-        return keys
+    def changed_parts(self) -> set[str]:
+        """Parts that train, or whose weights somebody changed since they were loaded."""
+        return changed_parts(self)
 
     def save_pretrained(self, save_directory: str, *args: Any, include_base_models: bool = False, **kwargs: Any) -> None:
         """
@@ -293,15 +209,15 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
                         f"`include_base_models=True` writes the {part} tower too, and it is not loaded: "
                         f'`model.load_base_model("{part}")` first.'
                     )
-        with_home = self._keys_of_idle_connectors() if include_base_models else self._keys_with_home()
-        left_out = {part for part in PARENTS if any(key.startswith(self._key_prefix(part)) for key in with_home)}
+        with_home = keys_of_idle_connectors(self) if include_base_models else keys_with_home(self)
+        left_out = {part for part in PARENTS if any(key.startswith(key_prefix(self, part)) for key in with_home)}
         self.config.saved_parts = ("connector", *(part for part in self._parents() if part not in left_out))
         self.config.auto_map = dict(AUTO_MAP)
         self._keys_to_ignore_on_save = with_home
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self._keys_to_ignore_on_save = self._keys_with_home()
+            self._keys_to_ignore_on_save = keys_with_home(self)
         if include_base_models and kwargs.get("is_main_process", True):
             complete_copy(save_directory, self)
 
@@ -309,10 +225,6 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         # Every way of pushing a model ends here, and in no public method.
         complete_repository(working_dir, self, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    def _key_prefix(self, part: str) -> str:
-        outer = "" if self.base_model is self else f"{self.base_model_prefix}."
-        return f"{outer}{PARENTS[part]}."
 
     # ------------------------------------------------------------------------------------------------ loading
 
@@ -349,7 +261,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         """
         overrides = {"vision": vision_base_model, "text": text_base_model, "audio": audio_base_model}
         overrides = {part: name for part, name in overrides.items() if name is not None}
-        options = cls._split_part_options(kwargs)
+        options = split_part_options(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("`use_safetensors=False` would read a pickle, which can run code; connectors are safetensors.")
@@ -359,7 +271,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
             if not load_vision_tower and "vision" in overrides:
                 raise ValueError("`load_vision_tower=False` and `vision_base_model` contradict each other: leave one out.")
             left_out = frozenset() if load_vision_tower else frozenset({"vision"})
-            with _leave_out(left_out.union(overrides)), asked_dtypes(options):
+            with leave_out(left_out.union(overrides)), asked_dtypes(options):
                 model, info = super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
                 )
@@ -369,63 +281,20 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
                     f"The checkpoint `{pretrained_model_name_or_path}` holds the vision tower itself, so it can't be left "
                     "where it is: load the model without `load_vision_tower=False`."
                 )
-            model._refill(pretrained_model_name_or_path, overrides, options, left_out)
+            refill(model, pretrained_model_name_or_path, overrides, options, left_out)
         model._finish_attaching()  # in eval mode, as the library gives it
         return (model, info) if with_info else model
 
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+        return dtype_plan(self, super()._get_dtype_plan(dtype), dtype)
+
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As the library's; for a folder of an adapter, which `from_pretrained` takes too, once the parents are there."""
-        if _replaced_parts.get() is None:
+        if replaced_parts.get() is None:
             loaded = super().load_adapter(*args, **{**own_names(self), **kwargs})
             align_weights(self)
             return loaded
         raise AdapterFolder(self.name_or_path, args, kwargs)
-
-    @classmethod
-    def _split_part_options(cls, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Takes out of `kwargs` what is meant for the parents, and leaves what the checkpoint itself is loaded with."""
-        options: dict[str, dict[str, Any]] = {part: {} for part in PARENTS}
-        for shared in (*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation"):
-            if kwargs.get(shared) is not None:
-                for part in options:
-                    value = kwargs[shared]
-                    if shared == "attn_implementation" and isinstance(value, dict):
-                        value = value.get(f"{part}_config", value.get(""))
-                    elif shared == "device_map" and isinstance(value, dict):
-                        value = cls._device_map_of(part, value)
-                    if value is not None:
-                        options[part]["dtype" if shared == "torch_dtype" else shared] = value
-        if isinstance(kwargs.get("device_map"), dict):
-            kwargs["device_map"] = {"": cls._device_of_connector(kwargs["device_map"])}
-        elif isinstance(kwargs.get("device_map"), str) and kwargs["device_map"] not in ("cpu", "cuda", "mps", "xpu"):
-            kwargs.pop("device_map")  # "auto" and its kin spread the parents; the connector follows the words
-        kwargs.pop("max_memory", None)
-        if kwargs.get("quantization_config") is not None:
-            options["text"]["quantization_config"] = kwargs.pop("quantization_config")
-        fields = set(FrozenPrefixConfig.__dataclass_fields__)
-        for key in [key for key in kwargs if key.startswith(("vision_", "text_", "audio_")) and key not in fields]:
-            part, option = key.split("_", 1)
-            options[part][option] = kwargs.pop(key)
-        return options
-
-    @classmethod
-    def _device_map_of(cls, part: str, device_map: dict[str, Any]) -> Any:
-        name = PARENTS[part]
-        inner = {}
-        for key, device in device_map.items():
-            bare = key.removeprefix("model.")
-            if bare == "" or bare == name:
-                inner.setdefault("", device)
-            elif bare.startswith(f"{name}."):
-                inner[bare.removeprefix(f"{name}.")] = device
-        return inner or None
-
-    @staticmethod
-    def _device_of_connector(device_map: dict[str, Any]) -> Any:
-        for key in ("model.connector", "connector", "model", ""):
-            if key in device_map:
-                return device_map[key]
-        return next(iter(device_map.values()))
 
     def _refuse_missing(self, name: str, info: dict[str, Any]) -> None:
         missing = sorted(key for key in info["missing_keys"] if key not in self.all_tied_weights_keys)
@@ -435,90 +304,6 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
                 "It was saved by another class or connector, or not saved whole: check `connector_type` in its config, "
                 "or save it again."
             )
-
-    def _refill(
-        self, name: str, overrides: dict[str, str], options: dict[str, dict[str, Any]], left_out: frozenset[str]
-    ) -> None:
-        for part, attribute in PARENTS.items():
-            if getattr(self.base_model, attribute, None) is not None or getattr(self.config, f"{part}_config") is None:
-                continue
-            if part in left_out:
-                self.base_model._parts_with_home = self.base_model._parts_with_home | {part}
-                continue
-            record = getattr(self.config, f"{part}_base_model")
-            if record is None and part not in overrides:
-                raise ValueError(
-                    f"The checkpoint `{name}` neither holds the weights of its {attribute} nor says where they are: pass "
-                    f'{part}_base_model="id or folder" to from_pretrained.'
-                )
-            load_options = dict(options[part])
-            if part in overrides:
-                if part == "text":
-                    load_options["headless"] = self.config.text_headless
-                    self.generation_config = None  # the saved one names the other model's end of text
-                module, found = load_base_model(part, overrides[part], **load_options)
-                self._check_same_geometry(part, module, overrides[part])
-            else:
-                load_options.setdefault("dtype", record["dtype"])
-                if part == "text":
-                    load_options["headless"] = self.config.text_headless
-                module, found = load_base_model(
-                    part,
-                    record["name_or_path"],
-                    config=getattr(self.config, f"{part}_config"),
-                    revision=record["revision"],
-                    **load_options,
-                )
-                verify_fingerprint(part, record, found)
-            self._attach(part, module, found)
-        language_model = self._parents().get("text")
-        if language_model is not None:
-            device = language_model.get_input_embeddings().weight.device
-            for connector in (module for module in self.modules() if isinstance(module, CONNECTING)):
-                if device.type != "meta" and any(parameter.device != device for parameter in connector.parameters()):
-                    connector.to(device)
-
-    def _check_same_geometry(self, part: str, module: PreTrainedModel, name: str) -> None:
-        if part == "text":
-            found = language_model_geometry(module).embedding_dim
-            if found != self.config.embedding_dim:
-                raise ValueError(
-                    f"The connector writes vectors of width {self.config.embedding_dim}, but the word embeddings of `{name}` "
-                    f"have width {found}: give a language model of that width, or train a connector for this one."
-                )
-            if self.config.fusion == "cross_attention":
-                sizes = {"hidden_size": self.config.text_hidden_size, "num_layers": self.config.text_num_layers}
-                check_decoder(module, **sizes, name=name)
-            return
-        if part == "audio":
-            heard = probe_audio_tower(
-                module.config,
-                layer=self.config.audio_feature_layer,
-                select_strategy=self.config.audio_feature_select_strategy,
-            )
-            if heard.audio_width != self.config.audio_width:
-                raise ValueError(
-                    f"The audio connector reads features of width {self.config.audio_width}, but `{name}` gives "
-                    f"{heard.audio_width}: give an audio tower of that width, or train a connector for this one."
-                )
-            self.config.audio_num_positions = heard.num_positions
-            return
-        probed = FrozenPrefixConfig.from_vision_text_configs(
-            module.config,
-            self.config.text_config,
-            embedding_dim=self.config.embedding_dim,
-            connector_type=self.config.connector_type,
-            connector_config=self.config.connector_config,
-            prefix_length=self.config.prefix_length,
-            vision_feature_layer=self.config.vision_feature_layer,
-            vision_feature_select_strategy=self.config.vision_feature_select_strategy,
-        )
-        if probed.vision_width != self.config.vision_width:
-            raise ValueError(
-                f"The connector reads features of width {self.config.vision_width}, but `{name}` gives {probed.vision_width}: "
-                "give a tower of that width, or train a connector for this one."
-            )
-        self.config.num_leading_tokens, self.config.num_positions = probed.num_leading_tokens, probed.num_positions
 
     @classmethod
     def from_vision_text_pretrained(
@@ -575,9 +360,9 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
             )
             if parent is not None
         }
-        options = cls._split_part_options(kwargs)
+        options = split_part_options(kwargs)
         if not load_vision_tower:
-            cls._refuse_without_home("vision", given.get("vision"))
+            refuse_without_home("vision", given.get("vision"))
             options["vision"]["device_map"] = "meta"
         fields = set(FrozenPrefixConfig.__dataclass_fields__)
         config_options = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
@@ -639,7 +424,7 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
         config: FrozenPrefixConfig,
         parents: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]],
     ) -> "FrozenPrefixPreTrainedModel":
-        with _leave_out(frozenset(PARENTS)):
+        with leave_out(frozenset(PARENTS)):
             model = cls(config)
         for part, (module, record) in parents.items():
             model._attach(part, module, record)
@@ -650,6 +435,74 @@ class FrozenPrefixPreTrainedModel(BaseModelUnloadingMixin, ConnectorSwitchingMix
                 module.to(device=device if device.type != "meta" else "cpu", dtype=torch.float32)
         model._finish_attaching()
         return model.eval()
+
+    # -------------------------------------------------------------------------------------------- towers and connectors
+
+    def unload_base_model(self, part: str = "vision") -> None:
+        """
+        Frees a frozen tower. The model trains and writes from `vision_features`, and saves as before, for the tower has its
+        home elsewhere; given pictures, it says what to do. Unloading what is not loaded does nothing.
+
+        Args:
+            part (`str`, defaults to `"vision"`): `"vision"` or `"audio"`.
+
+        Raises:
+            ValueError: for a tower that could not come back: it was trained or changed, or has no repository or folder.
+        """
+        unload_base_model(self, part)
+
+    def load_base_model(self, part: str = "vision", **kwargs: Any) -> None:
+        """
+        Loads a tower that is not loaded from where the config says, checks it, and freezes it. Loading what is loaded does
+        nothing.
+
+        Args:
+            part (`str`, defaults to `"vision"`): `"vision"` or `"audio"`.
+            kwargs: options of `from_pretrained` (`dtype`, `token`, `device_map`, …). The dtype is the recorded one by default,
+                the device that of the word embeddings.
+
+        Raises:
+            ValueError: if the config has no record of it, or it is not the one that was recorded.
+            OSError: the library's own, if its repository can't be reached.
+        """
+        reload_base_model(self, part, **kwargs)
+
+    @property
+    def connectors(self) -> list[str]:
+        """Names of the loaded connectors, in the order of loading."""
+        return list(connector_specs(self))
+
+    @property
+    def active_connector(self) -> str:
+        """Name of the connector in use."""
+        return getattr(self.base_model, "_active_connector", DEFAULT)
+
+    def load_connector(self, name_or_path: str, name: str, **hub_options: Any) -> None:
+        """
+        Loads another connector beside the active one, for the same parents, without loading those again.
+
+        Args:
+            name_or_path (`str`): a checkpoint of this package: id on the Hub or folder.
+            name (`str`): what it is called from now on; see [`set_connector`].
+            hub_options: `revision`, `token`, `cache_dir`, `local_files_only` …
+
+        Raises:
+            ValueError: if the name is taken, or the checkpoint was trained with other parents.
+        """
+        load_connector(self, name_or_path, name, **hub_options)
+        self._keys_to_ignore_on_save = keys_with_home(self)
+
+    def set_connector(self, name: str) -> None:
+        """
+        Makes a loaded connector the one in use; parents stay as they are. `generate()`, training and `save_pretrained` are
+        its from now on, and `config` describes it. A processor made for another prefix length must be made anew
+        (`FrozenPrefixProcessor.from_model`).
+
+        Raises:
+            ValueError: for a name that is not loaded, listing those that are.
+        """
+        set_connector(self, name)
+        self._keys_to_ignore_on_save = keys_with_home(self)
 
     # --------------------------------------------------------------------------------------- library's accessors
 

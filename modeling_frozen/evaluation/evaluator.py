@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.image_reading import digest_of_image
+from ..freezing import CONNECTING
 from ..metrics.scores import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
-from ..modeling_frozen_prefix_pretrained import CONNECTING
 
 
 KINDS = ("sighted", "blind", "random_connector", "language_model")

@@ -19,6 +19,7 @@ from huggingface_hub.utils import yaml_dump
 from transformers.utils import logging
 
 from ..base_models import fingerprint
+from ..checkpoints import keys_with_home
 from ..connectors import CONNECTORS
 from .edits import (
     add_essentials,
@@ -180,7 +181,7 @@ def _bytes_text(folder: Path, model: Any) -> str:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     about = ""
     if not size:  # not saved yet: what the tensors weigh
-        with_home = model._keys_with_home()
+        with_home = keys_with_home(model)
         size = sum(t.numel() * t.element_size() for key, t in model.state_dict().items() if key not in with_home)
         about = "about "
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
