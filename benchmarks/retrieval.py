@@ -41,11 +41,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks import timing
 from modeling_frozen import FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
-from modeling_frozen.base_models import load_base_model
+from modeling_frozen.backbones import load_base_model
 from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.metrics.scores import recall_at_k
-from modeling_frozen.pooling import pool_text
+from modeling_frozen.text_reading import pool_text
 
 
 CANDIDATES = {

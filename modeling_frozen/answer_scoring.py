@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from .padding import pad_right
 from .prefix_cache import PrefixCache, mask_or_none, media_together, padded_right
-from .prefix_merging import pad_right
 
 
 @torch.no_grad()

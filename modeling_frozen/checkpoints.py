@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .audio_towers import probe_audio_tower
-from .base_models import HUB_OPTIONS, language_model_geometry, load_base_model, verify_fingerprint
+from .backbones import HUB_OPTIONS, language_model_geometry, load_base_model, verify_fingerprint
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connector_switching import keys_of_idle_connectors
 from .cross_attention import check_decoder

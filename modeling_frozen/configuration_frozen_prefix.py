@@ -126,7 +126,7 @@ class FrozenPrefixConfig(CompositeConfig):
             Whether the language model of a classifier reads the prefix among the words (dearer: its layers are passed on
             the way back), or the words alone.
         text_pooling (`"last"`, `"mean"`, `"cls"` or `"ret"`, *optional*):
-            How a text's hidden states become one vector (see `modeling_frozen.pooling`); `"ret"`, for matching alone: read
+            How a text's hidden states become one vector (see `text_reading.pool_text`); `"ret"`, for matching alone: read
             at a learnt vector behind the words (FROMAGe, arXiv 2301.13823). Defaults to `"last"` for causal
             models, which read in one direction, and `"mean"` for others.
         text_width (`int`, *optional*): width of the language model's last hidden states, probed.
@@ -570,7 +570,7 @@ class FrozenPrefixConfig(CompositeConfig):
         Raises:
             ValueError: where the two can't be joined (see the class).
         """
-        from .base_models import probe_language_model
+        from .backbones import probe_language_model
         from .vision_towers import probe_vision_tower, vision_half
 
         if vision_config is None and audio_config is None:

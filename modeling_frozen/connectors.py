@@ -656,3 +656,28 @@ def build_connector(
     }
     check_connector(connector_type, **spec, connector_config=connector_config)
     return CONNECTORS[connector_type](**spec, **(connector_config or {}))
+
+
+class Head(nn.Module):
+    """Small modules that train by the word "connector" of `config.trainable`, in fp32, and lie in every small checkpoint."""
+
+    def reset_parameters(self) -> None:
+        """(Re)initialises every parameter; tensors marked as loaded are left as they are."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.lecun_normal_(module.weight)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
+        self._reset_own()
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            for module in self.modules():  # or the library's own pass would overwrite them with its N(0, 0.02)
+                module._is_hf_initialized = True
+
+    def _reset_own(self) -> None:
+        """For parameters that are no layer's."""
+
+    def set_output_norm(self, norm: float) -> None:
+        """For what is to stand among words, whose norm this is; other heads have nothing to scale."""

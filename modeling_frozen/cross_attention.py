@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
-from .base_models import build_language_model
+from .backbones import build_language_model
 from .transformers_compat import cache_of
 
 

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .connectors import Connector
+from .connectors import Connector, Head
 from .cross_attention import GatedCrossAttention
-from .heads import Head
 
 
 # What `trainable` calls "connector": all that is neither parent.

@@ -20,10 +20,11 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .base_models import language_model_geometry
+from .backbones import language_model_geometry
+from .caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache
 from .configuration_frozen_prefix import FrozenPrefixConfig
-from .kept_caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache
 from .modalities import MEDIA_INPUTS, take_media
+from .padding import pad_right, reads_in_chunks
 from .prefix_cache import (
     PrefixCache,
     joined_media,
@@ -34,7 +35,6 @@ from .prefix_cache import (
     padded_right,
     shifted,
 )
-from .prefix_merging import pad_right, reads_in_chunks
 from .transformers_compat import (
     CACHE,
     CACHE_NAMES,

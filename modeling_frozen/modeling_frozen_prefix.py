@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .answer_scoring import score_answers
 from .audio_towers import build_audio_tower, encode_audio
-from .base_models import build_language_model, language_model_geometry, max_learned_positions, skips_padding
+from .backbones import build_language_model, language_model_geometry, max_learned_positions, skips_padding
 from .checkpoints import parts_to_build
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import Connector, build_connector
@@ -53,8 +53,8 @@ from .modalities import (
     repeated_prefix,
 )
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from .padding import counts_fit, describe_mismatch, pad_right, position_ids_from_mask, reads_in_chunks
 from .prefix_cache import PrefixCache
-from .prefix_merging import counts_fit, describe_mismatch, pad_right, position_ids_from_mask, reads_in_chunks
 from .prefix_sharing import SharedLead, encode_alike, find_lead, read_lead
 from .transformers_compat import (
     CACHE,

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_frozen_prefix import FrozenPrefixConfig
-from .heads import ClassificationHead
+from .connectors import Head
 from .losses import IGNORE_INDEX
 from .modalities import MEDIA_INPUTS, take_media
 from .modeling_frozen_prefix import FrozenPrefixModel
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
-from .pooling import pool_text
-from .text_reading import probe_text_width, read_text
+from .text_reading import pool_text, probe_text_width, read_text
 
 
 logger = logging.get_logger(__name__)
@@ -97,6 +97,36 @@ def classification_loss(
         count = labels.numel()
     count = count if num_items_in_batch is None else num_items_in_batch
     return loss / (count.to(loss.device) if torch.is_tensor(count) else count)
+
+
+class ClassificationHead(Head):
+    """
+    Logits of a vector of norm 1, by a linear layer, GELU, dropout and another linear layer.
+
+    Args:
+        in_features (`int`): width of the vector.
+        num_labels (`int`): how many logits.
+        hidden_size (`int`, *optional*, defaults to 512): width between the two layers; `None` for a single linear layer.
+        dropout (`float`, defaults to 0.1): before the last layer.
+    """
+
+    def __init__(self, in_features: int, num_labels: int, *, hidden_size: int | None = 512, dropout: float = 0.1):
+        super().__init__()
+        self.in_features, self.num_labels = in_features, num_labels
+        self.dense = None if hidden_size is None else nn.Linear(in_features, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(hidden_size or in_features, num_labels)
+
+    def _reset_own(self) -> None:
+        # A vector of norm 1 has parts of about 1/sqrt(width): by weights of variance 1 its activations have variance 1.
+        init.normal_((self.dense or self.out_proj).weight)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `(batch, in_features)`, of norm 1, to logits `(batch, num_labels)`."""
+        features = features.to(self.out_proj.weight)
+        if self.dense is not None:
+            features = nn.functional.gelu(self.dense(features))
+        return self.out_proj(self.dropout(features))
 
 
 class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .base_models import (
+from .backbones import (
     HUB_OPTIONS,
     find_feature_extractor,
     find_image_processor,
@@ -39,10 +39,9 @@ from .checkpoints import (
 )
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connector_switching import DEFAULT, connector_specs, keys_of_idle_connectors, load_connector, set_connector
-from .connectors import Connector
+from .connectors import Connector, Head
 from .cross_attention import GatedCrossAttention, decoder_layers
 from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
-from .heads import Head
 from .hub import AUTO_MAP, complete_copy, complete_repository
 from .transformers_compat import CACHE_NAMES
 from .weight_alignment import align_weights

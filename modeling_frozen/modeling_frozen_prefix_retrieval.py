@@ -6,12 +6,14 @@ Contrastive tuning with a lock on either side: with `trainable=("text",)` it is 
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
@@ -19,19 +21,64 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_frozen_prefix import FrozenPrefixConfig
+from .connectors import Head
 from .contrastive_losses import CONTRASTIVE_LOSSES, LOGIT_BIAS_STARTS, LOGIT_SCALE_STARTS, process_rank
-from .heads import ContrastiveHead
 from .modalities import take_media
 from .modeling_frozen_prefix import FrozenPrefixForConditionalGeneration, FrozenPrefixModel
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
-from .pooling import pool_text
-from .text_reading import pack_text, probe_text_width, read_text, text_reader
+from .text_reading import pack_text, pool_text, probe_text_width, read_text, text_reader
 
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_PROJECTION_DIM = 512
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, section 2.5: beyond it training diverges
+
+
+class ContrastiveHead(Head):
+    """
+    Two projections into one space, and how sharply likeness is counted there (CLIP, arXiv 2103.00020).
+
+    Args:
+        embedding_dim (`int`): width of the prefix, whose mean stands for the image.
+        text_width (`int`): width of a pooled text.
+        projection_dim (`int`): width of the shared space.
+        logit_scale (`float`): logarithm of the inverse temperature at the start.
+        logit_bias (`float`, *optional*): what is added to the scaled likeness at the start (SigLIP); `None`: nothing, ever.
+        ret (`bool`): holds a learnt vector `[RET]` of width `embedding_dim`, to be read behind the words (FROMAGe).
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        text_width: int,
+        projection_dim: int,
+        logit_scale: float,
+        logit_bias: float | None = None,
+        ret: bool = False,
+    ):
+        super().__init__()
+        self.visual_projection = nn.Linear(embedding_dim, projection_dim, bias=False)
+        self.text_projection = nn.Linear(text_width, projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.empty(()))
+        self.ret = nn.Parameter(torch.empty(embedding_dim)) if ret else None
+        self._starts = (logit_scale, logit_bias)
+
+    def _reset_own(self) -> None:
+        scale, bias = self._starts
+        init.constant_(self.logit_scale, scale)
+        if self.logit_bias is not None:
+            init.constant_(self.logit_bias, bias)
+        if self.ret is not None:
+            init.normal_(self.ret, std=1 / math.sqrt(len(self.ret)))
+
+    @torch.no_grad()
+    def set_output_norm(self, norm: float) -> None:
+        """Gives `[RET]` the norm of a word, so that the language model reads it as one."""
+        if self.ret is not None:
+            self.ret.mul_(norm / self.ret.norm())
 
 
 @dataclass

@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .kept_caches import copied_cache, narrowed_cache, pick_rows
-from .prefix_merging import pad_right
+from .caches import copied_cache, narrowed_cache, pick_rows
+from .padding import pad_right
 
 
 Rows = int | slice | Sequence[int] | torch.Tensor

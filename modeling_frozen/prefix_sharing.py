@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
-from .kept_caches import copied_cache, narrowed_cache, new_kept_cache
+from .caches import copied_cache, narrowed_cache, new_kept_cache
 from .losses import nearly_equal
 from .modalities import draws
 

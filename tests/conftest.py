@@ -87,7 +87,7 @@ def _end_of_fresh_pythons() -> Iterator[None]:
 # Where a model looks up what runs its parents, without weights, to learn their shapes.
 PROBES = (
     ("modeling_frozen.vision_towers", "probe_vision_tower"),
-    ("modeling_frozen.base_models", "probe_language_model"),
+    ("modeling_frozen.backbones", "probe_language_model"),
     ("modeling_frozen.cross_attention", "probe_decoder"),
     ("modeling_frozen.modeling_frozen_prefix_classification", "probe_text_width"),
     ("modeling_frozen.modeling_frozen_prefix_retrieval", "probe_text_width"),

@@ -37,8 +37,7 @@ from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.hub import write_code
 from modeling_frozen.metrics.scores import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
-from modeling_frozen.pooling import pool_text
-from modeling_frozen.text_reading import read_text
+from modeling_frozen.text_reading import pool_text, read_text
 from tests import fresh_python
 from tests.families_text import FAMILIES, language_model
 from tests.test_modalities import EARS

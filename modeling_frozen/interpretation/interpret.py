@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from ..connector_attention import grid_of, prefix_origins, twin_of
 from ..data.collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
 from ..modalities import MEDIA_INPUTS
 from ..modeling_frozen_prefix import FrozenPrefixModel
+from .connector_attention import grid_of, prefix_origins, twin_of
 
 
 # ------------------------------------------------------------------------------------------------------ what all share

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_ca
 from huggingface_hub.utils import yaml_dump
 from transformers.utils import logging
 
-from ..base_models import fingerprint
+from ..backbones import fingerprint
 from ..checkpoints import keys_with_home
 from ..connectors import CONNECTORS
 from .edits import (

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..heads import Head
+from ..connectors import Head
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .connectors import Connector
+from ..connectors import Connector
 
 
 def twin_of(module: nn.Module, *shared: nn.Module | None) -> nn.Module:

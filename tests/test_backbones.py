@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
-from modeling_frozen.base_models import (
+from modeling_frozen.backbones import (
     fingerprint,
     language_model_geometry,
     load_base_model,
