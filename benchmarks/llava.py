@@ -1,4 +1,4 @@
-"""Epochs and peak memory of training a connector, against the library's LLaVA with the same parents, connector and data.
+"""Epochs and peak memory of training a connector, against transformers' LLaVA with the same parents, connector and data.
 
     python -m benchmarks.llava --output llava.json
 
@@ -73,7 +73,7 @@ def join(tower: str, words: str) -> FrozenPrefixForConditionalGeneration:
 
 
 def llava(tower: str, words: str, start: dict[str, torch.Tensor], image_token_id: int) -> LlavaForConditionalGeneration:
-    """The library's model around the same parents, frozen, with the connector's own start."""
+    """transformers' model around the same parents, frozen, with the connector's own start."""
     vision, text = CLIPVisionModel.from_pretrained(tower), AutoModelForCausalLM.from_pretrained(words)
     config = LlavaConfig(
         vision_config=vision.config, text_config=text.config, image_token_id=image_token_id, vision_feature_layer=-2
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(json.dumps(train(args.worker, Path(args.folder), parents.sizes_of(args), args)))
         return {}
     report = timing.Report(
-        "training a connector, against the library's LLaVA with the same parents, data and connector", **vars(args)
+        "training a connector, against transformers' LLaVA with the same parents, data and connector", **vars(args)
     )
     for vocab_size in args.vocab_sizes:
         sizes = dataclasses.replace(parents.sizes_of(args), vocab_size=vocab_size)

@@ -4,7 +4,7 @@
 
 Every timing is taken in a fresh Python, as a user's script meets it (with the files in the system's cache); `--warm` times it
 again and again in one process too. There are three things to load, not two, so beside the parents stand the parents with
-the plainest model that the library can load: a list of tensors, of the connector's shapes (the library takes its time for
+the plainest model that transformers can load: a list of tensors, of the connector's shapes (transformers takes its time for
 each tensor, whatever its size). `--profile` says what the rest is: the milliseconds of each step of ours, and of the
 parents' own loading by themselves.
 """

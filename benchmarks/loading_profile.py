@@ -69,9 +69,9 @@ def time_steps(load: Callable[[], Any], clock: str) -> dict[str, float]:
         setattr(owner, name, type(found)(call) if isinstance(found, (classmethod, staticmethod)) else call)
 
     ours = FrozenPrefixForConditionalGeneration
-    timed(PreTrainedModel, "from_pretrained", lambda cls, *_: f"{cls.__name__}: the rest of the library's loading")
+    timed(PreTrainedModel, "from_pretrained", lambda cls, *_: f"{cls.__name__}: the rest of transformers' loading")
     timed(PreTrainedModel, "_load_pretrained_model", lambda model, *_: f"{type(model).__name__}: its tensors")
-    timed(modeling_utils, "get_model_conversion_mapping", lambda *_: "the library's table of old names, once per process")
+    timed(modeling_utils, "get_model_conversion_mapping", lambda *_: "transformers' table of old names, once per process")
     timed(FrozenPrefixConfig, "from_dict", lambda *_: "the config")
     timed(ours, "__init__", lambda *_: "building the connector")
     timed(base_models, "fingerprint", lambda *_: "the parents' fingerprints")

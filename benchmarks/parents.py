@@ -65,7 +65,7 @@ def vision_config(sizes: Sizes) -> CLIPVisionConfig:
 
 
 def text_config(sizes: Sizes) -> Any:
-    """Of any decoder-only type whose config knows the library's common names."""
+    """Of any decoder-only type whose config knows transformers' common names."""
     options = {"intermediate_size": 4 * sizes.text_width, "max_position_embeddings": 1024}
     return AutoConfig.for_model(
         sizes.text_type,

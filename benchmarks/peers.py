@@ -1,4 +1,4 @@
-"""Training steps and `generate` beside the code of two peers: nanoVLM's own, and the library's BLIP-2.
+"""Training steps and `generate` beside the code of two peers: nanoVLM's own, and transformers' BLIP-2.
 
     python -m benchmarks.peers --nanovlm path/to/nanoVLM --output peers.json
 
@@ -156,7 +156,7 @@ def nanovlm_model(checkout: str, ours: FrozenPrefixForConditionalGeneration) -> 
 
 
 def blip2_model(words: str, ours: FrozenPrefixForConditionalGeneration) -> Blip2ForConditionalGeneration:
-    """The library's BLIP-2 around the same tower and language model, with our Q-Former's weights, that alone unfrozen."""
+    """transformers' BLIP-2 around the same tower and language model, with our Q-Former's weights, that alone unfrozen."""
     connector = ours.model.connector
     config = Blip2Config(
         vision_config={"hidden_size": ours.config.vision_width, "num_hidden_layers": 1},  # replaced below
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"--dtype {sizes.dtype}: both sides are compared in float32, as nanoVLM holds its weights")
     if args.nanovlm and sizes.text_type != "llama":
         parser.error(f"--text-type {sizes.text_type}: nanoVLM's language model is a Llama; leave --nanovlm or --text-type out")
-    report = timing.Report("training steps and generate, against nanoVLM's own code and the library's BLIP-2", **vars(args))
+    report = timing.Report("training steps and generate, against nanoVLM's own code and transformers' BLIP-2", **vars(args))
     for peer in (compare_nanovlm, compare_blip2):
         if peer is compare_nanovlm and args.nanovlm is None:
             print("no --nanovlm: its rows are left out")

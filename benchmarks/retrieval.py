@@ -1,4 +1,4 @@
-"""Recall on real photos with human captions: one image side locked, none, or both, beside chance and the library's own.
+"""Recall on real photos with human captions: one image side locked, none, or both, beside chance and transformers' own.
 
     python -m benchmarks.retrieval DATASET TOWER TEXT_MODEL --output retrieval.json
 
@@ -115,7 +115,7 @@ def train(model: nn.Module, args: argparse.Namespace, batches: Callable[[int], d
         optimizer, lambda n: min((n + 1) / warm, 0.5 * (1 + math.cos(math.pi * n / steps)))
     )
     model.train()
-    if getattr(model, "locked", None) is not None:  # the library has no lock of its own
+    if getattr(model, "locked", None) is not None:  # transformers has no lock of its own
         model.locked.eval()
     start = time.perf_counter()
     for step in range(steps):
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--parents-learning-rate", type=float, default=2e-4)
-    parser.add_argument("--connector-type", default="linear", help="of ours; the library's image side is linear")
+    parser.add_argument("--connector-type", default="linear", help="of ours; transformers' image side is linear")
     parser.add_argument("--projection-dim", type=int, default=256)
     parser.add_argument("--output", default="retrieval.json")
     args = parser.parse_args(arguments)

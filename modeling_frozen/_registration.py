@@ -26,7 +26,7 @@ def _say_where(mapping: Any) -> None:
 
 
 def _add(module: ModuleType, name: str, class_name: str) -> None:
-    """Adds a class by name, as the library adds its own: it is imported when somebody asks for it."""
+    """Adds a class by name, as transformers adds its own: it is imported when somebody asks for it."""
     getattr(module, f"{name}_NAMES")[MODEL_TYPE] = class_name
     mapping = getattr(module, name)
     mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE  # private too: made of the names once, maybe before ours was there
@@ -48,7 +48,7 @@ def _register_models(module: ModuleType) -> None:
 
 
 def _register_processor(module: ModuleType) -> None:
-    # Processors are looked up by class name, in the library's own folders first: this one is registered itself.
+    # Processors are looked up by class name, in transformers' own folders first: this one is registered itself.
     from .configuration_frozen_prefix import FrozenPrefixConfig
     from .processors import FrozenPrefixProcessor
 

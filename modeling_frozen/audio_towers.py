@@ -1,4 +1,4 @@
-"""Any audio encoder of the library, read as (sounds, positions, width): what `vision_towers` is for pictures.
+"""Any audio encoder of transformers, read as (sounds, positions, width): what `vision_towers` is for pictures.
 
 An encoder is one of its own (wav2vec2, AST), the encoder half of an encoder-decoder (Whisper) or the hearing half of a
 dual model (CLAP). It reads raw samples or a spectrogram, of one fixed length or of any. All of that is found by
@@ -63,7 +63,7 @@ def audio_tower_class(audio_config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of the tower: what `AutoModel` builds, or, where that is an encoder-decoder, its encoder's.
 
     Raises:
-        ValueError: the library has no such class.
+        ValueError: transformers has no such class.
     """
     if not audio_config.is_encoder_decoder:
         return vision_tower_class(audio_config)
@@ -142,7 +142,7 @@ def encode_audio(
     """Runs the tower and brings its output into (sounds, positions, width).
 
     Args:
-        audio_tower: any audio encoder of the library, in eval mode.
+        audio_tower: any audio encoder of transformers, in eval mode.
         input_features: what its feature extractor makes, under whatever name: samples (sounds, samples) or a
         spectrogram.
         mask: (sounds, samples or frames), 1 where a sound is, 0 where it was padded.

@@ -173,7 +173,7 @@ def find_feature_extractor(audio_name_or_path: str, **kwargs: Any) -> Any:
 
 def _weight_files(name_or_path: str, revision: str | None, **hub_options: Any) -> list[str]:
     """Paths of the safetensors that hold a parent's weights; empty if it keeps them in another format."""
-    # Private, as the library's own loaders do: an `OSError` does not tell what is missing from what is out of reach.
+    # Private, as transformers' own loaders do: an `OSError` does not tell what is missing from what is out of reach.
     optional = {"_raise_exceptions_for_missing_entries": False, "revision": revision, **hub_options}
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **optional)
     single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **optional)
@@ -313,7 +313,7 @@ def load_base_model(
         was quantised while loading.
 
     Raises:
-        OSError: the library's own, when the repository or folder can't be reached, with our sentence of context.
+        OSError: transformers' own, when the repository or folder can't be reached, with our sentence of context.
         ValueError: when weights are missing there that the model needs.
     """
     hub_options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
@@ -333,7 +333,7 @@ def load_base_model(
                 name_or_path, config=config, headless=headless, revision=revision, **kwargs
             )
     except OSError as error:
-        # The library's own error classes (gated, not found, offline …) pass through; only the sentence is ours.
+        # transformers' own error classes (gated, not found, offline …) pass through; only the sentence is ours.
         error.args = (f"{_context(part, name_or_path)} {error.args[0] if error.args else ''}", *error.args[1:])
         raise
     commit = getattr(revision, "resolved", revision)

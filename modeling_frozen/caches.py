@@ -1,4 +1,4 @@
-"""The library's key-value caches, kept and used several times: which can be, and how rows of one serve many rows."""
+"""transformers' key-value caches, kept and used several times: which can be, and how rows of one serve many rows."""
 
 import copy
 from typing import Any

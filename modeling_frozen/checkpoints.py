@@ -373,7 +373,7 @@ def then_load_adapter(from_pretrained: Callable[..., Any]) -> Callable[..., Any]
 def own_names(model: PreTrainedModel) -> dict[str, Any]:
     """Options of `load_adapter` by which an adapter's keys stay as they are.
 
-    The library's rules for old checkpoints hold `model.language_model.model` for a mistake of theirs, and would take the last
+    transformers' rules for old checkpoints hold `model.language_model.model` for a mistake of theirs, and would take the last
     part away; here it is the language model's own.
     """
     return {"weight_mapping": get_model_conversion_mapping(model, add_legacy=False)}

@@ -51,7 +51,7 @@ _LIBRARY_KEYS = {
 # Set while a config is read from a file, whose keys are not the user's own.
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
-# Set while a config is read with no log to write to. The library puts each config that it reads into a log line, shown or
+# Set while a config is read with no log to write to. transformers puts each config that it reads into a log line, shown or
 # not, and to write ours takes several times as long as to read it: it is compared with defaults of all three sub-configs.
 _unsaid: ContextVar[bool] = ContextVar("unsaid", default=False)
 _library_logger = logging.get_logger("transformers.configuration_utils")
@@ -177,7 +177,7 @@ class FrozenPrefixConfig(CompositeConfig):
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
     }
 
-    # The class before `dict`: the library's check tries one after the other, and writes a whole config into each refusal.
+    # The class before `dict`: transformers' check tries one after the other, and writes a whole config into each refusal.
     vision_config: PreTrainedConfig | dict | None = None
     text_config: PreTrainedConfig | dict | None = None
     vision_base_model: dict | None = None
@@ -238,8 +238,8 @@ class FrozenPrefixConfig(CompositeConfig):
             self._refuse_unknown_keys(kwargs)
         if self.vision_config is None and self.audio_config is None:
             self.vision_config = {"model_type": self.sub_configs_defaults["vision_config"].model_type}
-        # The library writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own. (A config
-        # tells its choice by the private name alone, by which every model of the library reads it.)
+        # transformers writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own. (A config
+        # tells its choice by the private name alone, by which every model of transformers reads it.)
         chosen = {
             name: sub_config._attn_implementation
             for name in self.sub_configs_defaults
@@ -261,7 +261,7 @@ class FrozenPrefixConfig(CompositeConfig):
         self.unlocked_layers = dict(self.unlocked_layers or {})
         self.trainable = tuple(self.trainable)
         self.saved_parts = None if self.saved_parts is None else tuple(self.saved_parts)
-        # Both are facts of the language model, mirrored where the library looks for them.
+        # Both are facts of the language model, mirrored where transformers looks for them.
         self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         following = self.text_config.get_text_config().vocab_size
@@ -418,7 +418,7 @@ class FrozenPrefixConfig(CompositeConfig):
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
     def validate_architecture(self) -> None:
-        """Checks the values together; part of the library's own validation, so it runs before each save as well."""
+        """Checks the values together; part of transformers' own validation, so it runs before each save as well."""
         unknown = [part for part in self.trainable if part not in PARTS]
         if unknown:
             raise ValueError(f"`trainable` holds {unknown}, but only {list(PARTS)} can train: remove or correct them.")

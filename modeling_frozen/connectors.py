@@ -232,7 +232,7 @@ class Connector(nn.Module):
         if self.reads_positions:
             init.normal_(self.queries, std=1.0)  # smaller ones start as nearly the same vector, and part more slowly
         if not any(parameter.is_meta for parameter in self.parameters()):
-            # The library's own pass (`post_init`) would overwrite this with its N(0, 0.02), and it never calls a
+            # transformers' own pass (`post_init`) would overwrite this with its N(0, 0.02), and it never calls a
             # custom model's `_init_weights` for a module that holds no tensor of its own: the private mark alone stops it.
             for module in self.modules():
                 module._is_hf_initialized = True
@@ -454,7 +454,7 @@ class ResamplerConnector(_Reader):
 
 
 class QFormerConnector(_Reader):
-    """The Q-Former of BLIP-2 (arXiv 2301.12597), the library's own module, without its text half.
+    """The Q-Former of BLIP-2 (arXiv 2301.12597), transformers' own module, without its text half.
 
     Args:
         hidden_size: width of the Q-Former.
@@ -503,7 +503,7 @@ class QFormerConnector(_Reader):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for name, module in self.qformer.named_modules():
-            # The library's N(0, 0.02) at width 768, carried over to any width: with more, post-norm layers start by
+            # transformers' N(0, 0.02) at width 768, carried over to any width: with more, post-norm layers start by
             # making all queries the same. Where the image comes in, less than that would start by making it small.
             if isinstance(module, nn.Linear) and "crossattention" not in name:
                 init.normal_(module.weight, std=0.55 * module.in_features**-0.5)
@@ -673,7 +673,7 @@ class Head(nn.Module):
                 init.zeros_(module.bias)
         self._reset_own()
         if not any(parameter.is_meta for parameter in self.parameters()):
-            for module in self.modules():  # or the library's own pass would overwrite them with its N(0, 0.02)
+            for module in self.modules():  # or transformers' own pass would overwrite them with its N(0, 0.02)
                 module._is_hf_initialized = True
 
     def _reset_own(self) -> None:

@@ -303,7 +303,7 @@ class GatedCrossAttention(nn.ModuleList):
                 init.zeros_(module.attention_gate)
                 init.zeros_(module.feedforward_gate)
         if not any(parameter.is_meta for parameter in self.parameters()):
-            for module in self.modules():  # or the library's own pass would overwrite them with its N(0, 0.02)
+            for module in self.modules():  # or transformers' own pass would overwrite them with its N(0, 0.02)
                 module._is_hf_initialized = True
 
     def set_output_norm(self, norm: float) -> None:

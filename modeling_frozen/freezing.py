@@ -127,7 +127,7 @@ class _Recomputed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.layer.training or not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
-        # Private: the library leaves the chosen function (reentrant or not, offloading) on the layer by this name alone.
+        # Private: transformers leaves the chosen function (reentrant or not, offloading) on the layer by this name alone.
         return self.layer._gradient_checkpointing_func(functools.partial(self.plain, **kwargs), *args)
 
 

@@ -64,10 +64,10 @@ class PaddedLogitsProcessorList(LogitsProcessorList):
 
 class BlindCandidateGenerator(CandidateGenerator):
     """
-    A candidate generator of the library, shown no placeholder.
+    A candidate generator of transformers, shown no placeholder.
 
     Args:
-        generator (`CandidateGenerator`): the library's.
+        generator (`CandidateGenerator`): transformers'.
         placeholders: gives the mask of `input_ids`' placeholders.
         word (`int`): id that stands where a placeholder does; it is masked from the assistant's attention.
     """
@@ -95,7 +95,7 @@ class BlindCandidateGenerator(CandidateGenerator):
         return torch.cat([input_ids, new], dim=1), logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int) -> None:
-        """As the library's."""
+        """As transformers'."""
         return self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
@@ -125,10 +125,10 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
                 Of [`encode_prefix`]. `input_ids` (and `attention_mask`, padding on either side) are then the questions
                 alone, or, where they hold placeholders, the whole prompts, which must begin with the prefix. One prefix
                 serves any number of questions; several serve as many questions, in their order. Leave `pixel_values` out.
-            inputs, args, kwargs: as the library's.
+            inputs, args, kwargs: as transformers'.
 
         Returns:
-            As the library's; sequences begin with the prefix's ids, as if each question had been asked afresh.
+            As transformers'; sequences begin with the prefix's ids, as if each question had been asked afresh.
         """
         if prefix_cache is not None:
             question = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -201,7 +201,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
     # ------------------------------------------------------------------------------------------ encoding before the first step
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        # The library's own knows images and videos.
+        # transformers' own knows images and videos.
         media = take_media(model_kwargs)
         model_kwargs["mm_encoder_outputs"] = self.model.encode(media, model_kwargs.get("mm_encoder_outputs"))
         return model_kwargs
@@ -213,7 +213,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         expand_size: int = 1,
         inputs_embeds: torch.Tensor | None = None,
     ) -> dict[str, ModelOutput]:
-        # The library's own knows images and videos, and writes into the caller's output.
+        # transformers' own knows images and videos, and writes into the caller's output.
         from_words = input_ids is None or input_ids.numel() == 0
         expanded = {}
         for modality, output in mm_encoder_output.items():
@@ -577,7 +577,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         }
 
     def _wants_its_own_cache(self, kwargs: dict[str, Any]) -> bool:
-        """Assisted decoding starts from an empty cache; static, quantised and offloaded ones are made by the library."""
+        """Assisted decoding starts from an empty cache; static, quantised and offloaded ones are made by transformers."""
         config = kwargs.get("generation_config") or self.generation_config
         names = ("prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation")
         asked = [kwargs.get(name, getattr(config, name, None)) for name in names]

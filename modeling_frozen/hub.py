@@ -1,6 +1,6 @@
 """What a repository on the Hub needs beside weights and config: the code that loads them for people without this package.
 
-The library copies custom code on every save. Here it is written only where it is needed, into folders that leave this
+transformers copies custom code on every save. Here it is written only where it is needed, into folders that leave this
 machine, so that checkpoints on disk stay as small as what they learnt.
 """
 
@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Auto class -> file and class that serve it; goes into config.json, so that the library finds the code beside it.
+# Auto class -> file and class that serve it; goes into config.json, so that transformers finds the code beside it.
 AUTO_MAP = {
     "AutoConfig": "configuration_frozen_prefix.FrozenPrefixConfig",
     "AutoModel": "modeling_frozen_prefix.FrozenPrefixModel",

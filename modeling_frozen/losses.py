@@ -85,7 +85,7 @@ def language_modeling_loss(
     z_loss: float = 0.0,
 ) -> torch.Tensor:
     """
-    Cross-entropy of `logits` against `targets` that stand at the same places, the plain way: by the library's loss
+    Cross-entropy of `logits` against `targets` that stand at the same places, the plain way: by transformers' loss
     function, which honours `num_items_in_batch` (so that gradient accumulation is exact).
 
     Args:
@@ -294,7 +294,7 @@ def rows_per_chunk(vocab_size: int, chunk_size: int | None = None) -> int:
 
 
 def is_plain_cross_entropy(loss_function: Callable[..., torch.Tensor]) -> bool:
-    """Whether the model's loss function is the library's; a user's own needs logits."""
+    """Whether the model's loss function is transformers'; a user's own needs logits."""
     return loss_function is ForCausalLMLoss
 
 

@@ -142,7 +142,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     """
     Towers, connectors and language model; gives hidden states, without the head's logits.
 
-    `language_model` is the whole model of the library, head included: scaled, soft-capped or biased heads stay as they
+    `language_model` is the whole model of transformers, head included: scaled, soft-capped or biased heads stay as they
     are, and [`FrozenPrefixForConditionalGeneration`] calls it whole.
     """
 
@@ -477,7 +477,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
         Returns:
             `list[torch.Tensor]`: one prefix `(prefix_length, embedding_dim)` per image; with cross-attention
-            `(1, prefix_length * embedding_dim)`, for the library's `generate` counts one row per placeholder.
+            `(1, prefix_length * embedding_dim)`, for transformers' `generate` counts one row per placeholder.
         """
         prefix = self._connect(self.connector, features, attention_mask=mask)
         if mask is not None and not self.connector.reads_positions and self.config.num_positions != 1:
@@ -741,9 +741,9 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
     @property
     def keeps_cache(self) -> bool:
-        """Whether the language model's cache is one of the library's. Others (RWKV's list of states) can't be reordered or
+        """Whether the language model's cache is one of transformers'. Others (RWKV's list of states) can't be reordered or
         stepped in batches, so such a model reads its input anew at every step."""
-        # Private: the library keeps the list to itself. What only reads has no cache to ask of.
+        # Private: transformers keeps the list to itself. What only reads has no cache to ask of.
         ask = getattr(self.language_model, "_supports_default_dynamic_cache", None)
         return ask is None or ask()
 
@@ -848,7 +848,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 -100, or a placeholder, where nothing is to be learnt. Causal models: aligned with `input_ids`, shifted inside.
                 Encoder-decoders: what the decoder is to write.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): as in the library; 0 keeps all.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): as in transformers; 0 keeps all.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": get_image_features(...)}`, and so with `"video"` and `"audio"`, encoded before.
             pixel_attention_mask, spatial_shapes, interpolate_pos_encoding: for towers that take them.

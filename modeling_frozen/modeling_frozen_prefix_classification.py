@@ -1,8 +1,8 @@
 """FrozenPrefixForSequenceClassification: one vector of image and text together, and a small head that tells its class.
 
 The image's embedding comes through tower and connector, the text's from the hidden states of the language model; each is
-put to norm 1, so that neither drowns the other, and only connector and head train. The losses stand here too: the
-library's, made exact under gradient accumulation, with weights for rare classes.
+put to norm 1, so that neither drowns the other, and only connector and head train. The losses stand here too:
+transformers', made exact under gradient accumulation, with weights for rare classes.
 """
 
 from collections.abc import Iterable
@@ -53,7 +53,7 @@ def classification_loss(
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The library's losses of sequence classifiers: cross-entropy, binary cross-entropy for every class, or squared error.
+    transformers' losses of sequence classifiers: cross-entropy, binary cross-entropy for every class, or squared error.
 
     Sums are divided by the number of labels (of the whole accumulated batch, where that is known), with class weights as
     well: divided by the sum of weights, a sample would count more or less by what else is in its batch.
@@ -63,7 +63,7 @@ def classification_loss(
         labels (`torch.Tensor`):
             `(batch,)` class indices, -100 to be left out; `(batch, num_labels)` 0 or 1; or for regression `(batch,)` or
             `(batch, num_labels)` numbers.
-        problem_type (`str`): as in the library's configs.
+        problem_type (`str`): as in transformers' configs.
         class_weights (`list[float]`, *optional*):
             Of one label: the weight of each class's samples. Of several: the weight of each class's positives.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): number of label values, as `Trainer` counts them.
@@ -383,7 +383,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         )
 
     def _problem_type(self, labels: torch.Tensor) -> str:
-        if self.config.problem_type is None:  # the library's rule, and as there it is found once and kept
+        if self.config.problem_type is None:  # transformers' rule, and as there it is found once and kept
             if self.num_labels == 1:
                 self.config.problem_type = "regression"
             else:

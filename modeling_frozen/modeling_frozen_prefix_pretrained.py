@@ -127,7 +127,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         return set()
 
     def enable_input_require_grads(self) -> None:
-        """As the library's, on the word embeddings alone: hooked at its input too, a frozen tower would keep its whole
+        """As transformers', on the word embeddings alone: hooked at its input too, a frozen tower would keep its whole
         graph."""
         if self._hook_of_words is None:
             words = self.get_input_embeddings()
@@ -168,7 +168,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        # The library skips containers without tensors of their own in custom code, so connectors are filled here.
+        # transformers skips containers without tensors of their own in custom code, so connectors are filled here.
         for module in self.modules():
             if isinstance(module, CONNECTING) and not getattr(module, "_frozen_prefix_initialized", False):
                 tensors = list(module.parameters())
@@ -256,7 +256,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if a parent can't be filled, or is not the one the connector was trained with, or the checkpoint
                 lacks weights of the connector.
-            OSError: the library's own, if a repository can't be reached.
+            OSError: transformers' own, if a repository can't be reached.
         """
         overrides = {"vision": vision_base_model, "text": text_base_model, "audio": audio_base_model}
         overrides = {part: name for part, name in overrides.items() if name is not None}
@@ -281,14 +281,14 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
                     "where it is: load the model without `load_vision_tower=False`."
                 )
             refill(model, pretrained_model_name_or_path, overrides, options, left_out)
-        model._finish_attaching()  # in eval mode, as the library gives it
+        model._finish_attaching()  # in eval mode, as transformers gives it
         return (model, info) if with_info else model
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
         return dtype_plan(self, super()._get_dtype_plan(dtype), dtype)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As the library's; for a folder of an adapter, which `from_pretrained` takes too, once the parents are there."""
+        """As transformers'; for a folder of an adapter, which `from_pretrained` takes too, once the parents are there."""
         if replaced_parts.get() is None:
             loaded = super().load_adapter(*args, **{**own_names(self), **kwargs})
             align_weights(self)
@@ -322,12 +322,12 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
 
         Args:
             vision_model_name_or_path (`str` or `PreTrainedModel`):
-                Any vision model of the library: an id, a folder, or a loaded model (saved whole later, as it has no home).
+                Any vision model of transformers: an id, a folder, or a loaded model (saved whole later, as it has no home).
                 `None` for a model with ears alone.
             text_model_name_or_path (`str` or `PreTrainedModel`):
                 Any causal or encoder-decoder language model, likewise.
             audio_model_name_or_path (`str` or `PreTrainedModel`, *optional*):
-                Any audio encoder of the library, or a model that it is one half of, likewise: the model then has ears.
+                Any audio encoder of transformers, or a model that it is one half of, likewise: the model then has ears.
             image_token, video_token, audio_token (`str`, defaults to `"<image>"`, `"<video>"`, `"<audio>"`):
                 Word that stands for an image (video, sound) in texts; its id is looked up in, or would be added to, the
                 tokenizer. Videos are taken where `num_frames` is given.
@@ -346,7 +346,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         for parent in (vision_model_name_or_path, text_model_name_or_path, audio_model_name_or_path):
             if isinstance(parent, nn.Module) and not isinstance(parent, PreTrainedModel):
                 raise ValueError(
-                    f"A {type(parent).__name__} is no model of the library: give an id, a folder or a PreTrainedModel. "
+                    f"A {type(parent).__name__} is no model of transformers: give an id, a folder or a PreTrainedModel. "
                     "Of a PEFT model, merge_and_unload() gives one; adapters that can't be merged (prompts) are put on the "
                     "joined model."
                 )
@@ -462,7 +462,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if the config has no record of it, or it is not the one that was recorded.
-            OSError: the library's own, if its repository can't be reached.
+            OSError: transformers' own, if its repository can't be reached.
         """
         reload_base_model(self, part, **kwargs)
 

@@ -2,7 +2,7 @@
 
 Contrastive tuning with a lock on either side: with `trainable=("text",)` it is LiT (arXiv 2111.07991), with the default
 `("connector",)` both parents stay frozen and connector, projections and scale learn (FROMAGe, arXiv 2301.13823), with
-`("vision",)` it is LiT's mirror. Arguments and outputs are those of the library's CLIP.
+`("vision",)` it is LiT's mirror. Arguments and outputs are those of transformers' CLIP.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Encode a picture once and ask it many questions: prefixes whose keys and values are kept.
 
 A question costs what a text-only question costs, for neither the towers nor the language model read the prefix again. What
-is kept is never written into: caches of the library grow by concatenation, so each question gets a new list of layers over
+is kept is never written into: caches of transformers grow by concatenation, so each question gets a new list of layers over
 the same tensors. A batch of questions is laid out as `generate()` lays out any left-padded batch, so that answers are those
 that each question gets by itself.
 """

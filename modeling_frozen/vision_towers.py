@@ -1,8 +1,8 @@
-"""Any vision tower of the library, read as (images, positions, width).
+"""Any vision tower of transformers, read as (images, positions, width).
 
 A tower is a transformer with class tokens, a pyramid of windows, a convolutional map, or one half of a dual model.
 What sets them apart is found by asking (signatures, config attributes, a run on the meta device), never by a list of
-families, so that a family that the library gains tomorrow needs no line here.
+families, so that a family that transformers gains tomorrow needs no line here.
 
 How the leading tokens (class, register, distillation) are counted: the same tower is run on the meta device, on images
 of side S, 2 S and 3 S, S a multiple of patch size and stride. Its patches become four and nine times as many and its
@@ -78,10 +78,10 @@ def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def vision_tower_class(vision_config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that `AutoModel` builds for this config; for a half that `AutoModel` does not list, the class that
-    bears the config's name (`BlipVisionConfig`: `BlipVisionModel`), as everywhere in the library.
+    bears the config's name (`BlipVisionConfig`: `BlipVisionModel`), as everywhere in transformers.
 
     Raises:
-        ValueError: the library has no such class.
+        ValueError: transformers has no such class.
     """
     config_class = type(vision_config)
     if config_class in MODEL_MAPPING:
@@ -131,7 +131,7 @@ def load_vision_tower(name_or_path: str, *, config: PreTrainedConfig | None = No
     """A tower with its own weights, out of the tower's repository or that of the dual model it is one half of.
 
     The class's own `from_pretrained` does the loading. Some dual checkpoints (AIMv2's) call the weights by names that
-    the half alone does not know, and the library then leaves them random with a log line; here the half's place in the
+    the half alone does not know, and transformers then leaves them random with a log line; here the half's place in the
     dual model is asked of the dual model, and the weights are read from there.
 
     Args:
@@ -215,7 +215,7 @@ def encode_images(
     """Run the tower and bring its output into (images, positions, width); gradients flow or not as the caller says.
 
     Args:
-        vision_tower: any vision model of the library, in eval mode.
+        vision_tower: any vision model of transformers, in eval mode.
         pixel_values: (images, channels, height, width), or (images, patches, values) for a tower that takes patches
             (SigLIP 2 NaFlex); cast to the tower's dtype here.
         layer: -1 takes `last_hidden_state`, which is what the model gives, behind its final norm where it has one. Any

@@ -80,7 +80,7 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
 def _read_source(source: str) -> bytes:
     """Bytes behind a URL, a data URL or a base64 string."""
     if source.startswith(("http://", "https://")):
-        response = image_utils.httpx.get(source, follow_redirects=True, timeout=60)  # the library's own client
+        response = image_utils.httpx.get(source, follow_redirects=True, timeout=60)  # transformers' own client
         response.raise_for_status()
         return response.content
     try:

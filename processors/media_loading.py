@@ -148,7 +148,7 @@ def load_sound(sound: Any, sampling_rate: int, name: str = "sound") -> np.ndarra
 
     Args:
         sound: waveform at that rate (list of floats, array or tensor of shape (samples,) or (channels, samples)), the
-            `{"array", "sampling_rate"}` dict of `datasets`, or path, URL or base64 string, which the library decodes
+            `{"array", "sampling_rate"}` dict of `datasets`, or path, URL or base64 string, which transformers decodes
             with torchcodec, soundfile or librosa.
         sampling_rate: samples per second that the feature extractor expects.
         name: what to call it in an error, such as "sound 3".

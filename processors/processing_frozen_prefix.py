@@ -58,7 +58,7 @@ FrozenPrefixVideosKwargs = TypedDict(
 
 
 class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
-    """Keywords of a call: the library's own, for text, images, videos, sounds and `return_mm_token_type_ids`."""
+    """Keywords of a call: transformers' own, for text, images, videos, sounds and `return_mm_token_type_ids`."""
 
     videos_kwargs: FrozenPrefixVideosKwargs
 
@@ -159,13 +159,13 @@ class FrozenPrefixProcessor(ProcessorMixin):
             self.chat_template = self._with_images(template)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As the library's, and its code with it; where a model's config lies beside it already, the model's code too.
+        """As transformers', and its code with it; where a model's config lies beside it already, the model's code too.
 
         `Trainer` pushes its output folder in mid-training; each such commit is to load without this package too.
         """
         try:
             from modeling_frozen.hub import AUTO_MAP, write_code
-        except ImportError:  # this file runs from the Hub itself, and the library copies it on
+        except ImportError:  # this file runs from the Hub itself, and transformers copies it on
             pass
         else:
             self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
@@ -307,7 +307,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the library's; without `processor_config.json` the processor is that of the model there, with those of its
+        """As transformers'; without `processor_config.json` the processor is that of the model there, with those of its
         parts that were saved beside it."""
         name = pretrained_model_name_or_path
         shared = {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key) is not None}
@@ -319,7 +319,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 file,
                 **shared,
                 **place,
-                # Private, as the library's own loaders do: an `OSError` does not tell these from a name that is none.
+                # Private, as transformers' own loaders do: an `OSError` does not tell these from a name that is none.
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_gated_repo=False,
                 _raise_exceptions_for_connection_errors=False,
@@ -414,11 +414,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     # ---------------------------------------------------------------------------------- the hooks of ProcessorMixin
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Open the images, give each text its own, put placeholders in and truncate: all before the library's steps.
+        """Open the images, give each text its own, put placeholders in and truncate: all before transformers' steps.
 
         Returns: images as a flat list in reading order, text as a list of strings.
         """
-        # Private: the library's `__call__` merges its keywords after this hook only.
+        # Private: transformers' `__call__` merges its keywords after this hook only.
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -426,7 +426,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         given = {"image": images, "video": videos, "audio": audio}
         media = {modality: self._nest(modality, one) for modality, one in given.items() if one is not None}
         flat = {modality: nested[0] for modality, nested in media.items()}
-        if text is not None and all(isinstance(sample, str) for sample in text):  # the library says what text must be
+        if text is not None and all(isinstance(sample, str) for sample in text):  # transformers says what text must be
             placed = text
             # What comes last is put in first, so that at the start images stand before videos before sounds.
             order = [one for one in self.tokens if one in media or any(map(self._counter(one), text))]
@@ -608,7 +608,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return None if chosen is None else self._with_images(chosen)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the library's, by a template that places images (videos, sounds) as it places text."""
+        """As transformers', by a template that places images (videos, sounds) as it places text."""
         conversation = without_empty_contents(conversation)
         return super().apply_chat_template(conversation, self.template_of(chat_template), *args, **kwargs)
 
@@ -625,7 +625,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         named = {modality: getattr(self, f"{modality}_token", None) for modality in ("image", "video", "audio")}
         return {modality: token for modality, token in named.items() if token is not None}
 
-    # The library asks for one before it processes videos; frames are pictures here.
+    # transformers asks for one before it processes videos; frames are pictures here.
     @property
     def video_processor(self) -> Any:
         if self.video_token is None:
@@ -634,7 +634,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
         merged = super()._merge_kwargs(*args, **kwargs)
-        # The library gives these to text and sounds alike: a text's `max_length` would cut sounds to as many samples.
+        # transformers gives these to text and sounds alike: a text's `max_length` would cut sounds to as many samples.
         meant = kwargs.get("audio_kwargs") or {}
         for name in ("padding", "max_length", "truncation", "pad_to_multiple_of"):
             if name not in meant:
@@ -683,7 +683,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return [load_sound(sound, rate, f"sound {index}") for index, sound in enumerate(audio)]
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
-        # The library would stack each video's frames to count the videos.
+        # transformers would stack each video's frames to count the videos.
         counted = None if videos is None else [np.zeros((1, 1, 1, 3), dtype=np.uint8)] * len(videos)
         super().validate_inputs(images=images, text=text, videos=counted, audio=audio, **kwargs)
 

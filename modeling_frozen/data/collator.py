@@ -308,7 +308,7 @@ class DataCollatorForFrozenPrefix:
         for start, end in spans:
             pieces += [(text[last:start], False), (text[start:end], True)]
             last = end
-        # The library's rule for rendered chats: a BOS that the template wrote is not added again.
+        # transformers' rule for rendered chats: a BOS that the template wrote is not added again.
         bos = tokenizer.special_tokens_map.get("bos_token")
         special = not (bos and text.startswith(bos))
         return _Example([*pieces, (text[last:], False)], images, others, target, add_special_tokens=special, add_eos=add_eos)

@@ -252,7 +252,7 @@ def random_connectors(model: Any, seed: int = 0) -> Iterator[None]:
         torch.manual_seed(seed)
         for module in modules:
             for parameter in module.parameters():
-                # The library marks what it loaded, and draws nothing anew that bears the mark.
+                # transformers marks what it loaded, and draws nothing anew that bears the mark.
                 parameter.__dict__.pop("_is_hf_initialized", None)
             model._reset_connector(module)
     try:

@@ -1,6 +1,6 @@
 """Models for other runtimes: tower and connector, and the language model that reads what they write, as graphs.
 
-The library's exporters (`transformers.exporters`) do the work; here is what they are given. The frozen prefix makes the
+transformers' exporters (`transformers.exporters`) do the work; here is what they are given. The frozen prefix makes the
 cut for them: an image becomes `(prefix_length, embedding_dim)` numbers once, in one graph, and from there on there is
 nothing but an ordinary language model that is fed embeddings.
 
@@ -24,7 +24,7 @@ from ..transformers_compat import cache_of
 from ..vision_towers import _default_shape, encode_images
 
 
-# Name here -> the library's. ".pt2" is the file that torch.export writes.
+# Name here -> transformers'. ".pt2" is the file that torch.export writes.
 FORMATS = {"onnx": "onnx", "pt2": "dynamo", "dynamo": "dynamo", "openvino": "openvino", "executorch": "executorch"}
 
 _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -98,13 +98,13 @@ def export_image_encoder(
 
     Args:
         model ([`FrozenPrefixPreTrainedModel`]): any frozen-prefix model with eyes, in eval mode.
-        save_directory (`str`, *optional*): where to write it, in the library's layout (`model.onnx`, `export.json`, …).
+        save_directory (`str`, *optional*): where to write it, in transformers' layout (`model.onnx`, `export.json`, …).
         format (`str`, defaults to `"onnx"`): `"onnx"`, `"pt2"` (`torch.export`), `"openvino"` or `"executorch"`.
         sample_inputs (`Mapping`, *optional*):
             What the processor gives for an image; other keys than the tower's inputs are left aside. The graph takes
             pictures of this size. Left out: random ones of the size in the tower's config, which may not be the
             processor's (DINOv2's says 518, its processor makes 224).
-        config_kwargs: of the library's config for the format: `opset_version`, `optimize`, `quantizer`, ….
+        config_kwargs: of transformers' config for the format: `opset_version`, `optimize`, `quantizer`, ….
 
     Returns:
         `transformers.exporters.ExportedModel`: call it with `pixel_values` (and what else the tower takes); its
@@ -238,7 +238,7 @@ def export_decode(
     exporter, export_config = _exporter(format, config_kwargs)
     longer = torch.cat([mask, mask[:, -1:]], dim=1)
     ready = prepare(ids[:, :1], None, longer, None, past, {"use_cache": True})
-    # Sizes are found by the library here: those of the caches differ from model to model.
+    # Sizes are found by transformers here: those of the caches differ from model to model.
     exported = exporter.export(language_model, ready, export_config)
     if save_directory is not None:
         exported.save_pretrained(save_directory)

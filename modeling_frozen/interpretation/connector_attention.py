@@ -98,7 +98,7 @@ def grid_of(num_positions: int, height: int, width: int) -> tuple[int, int] | No
     """
     Rows and columns of a tower's positions on a picture of `height` times `width` pixels.
 
-    Every tower of the library steps over the picture in squares and lists them row by row; the step is the one that
+    Every tower of transformers steps over the picture in squares and lists them row by row; the step is the one that
     gives this number of positions, rounded down (patches) or up (padded convolutions).
 
     Returns:

@@ -391,7 +391,7 @@ def _attentions(
 
 
 def _make_eager(language_model: Any) -> None:
-    """For a twin alone. What the library does not switch (Falcon, of one class for all) it is told in its config."""
+    """For a twin alone. What transformers does not switch (Falcon, of one class for all) it is told in its config."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of what can't be switched
     try:

@@ -241,7 +241,7 @@ def _generate(
     data = ModelCardData(
         **licence,
         language=chosen.get("language"),
-        library_name="transformers",  # the library that loads it: the Hub's own snippets are its
+        library_name="transformers",  # what loads it: the Hub's own snippets are of it
         pipeline_tag=usage.pipeline_tag,
         base_model=[parent.repo_id for parent in parents if parent.repo_id] or None,
         base_model_relation=None,
@@ -389,7 +389,7 @@ def write_model_card(
         return path
 
     merged = merge_automatic(old, new) if automatic else merge(old, digests, new, set(chosen))
-    merged = dict(sorted(merged.items(), key=lambda item: (item[0] == "model-index", item[0])))  # as the library does
+    merged = dict(sorted(merged.items(), key=lambda item: (item[0] == "model-index", item[0])))  # as transformers does
     text = text.strip()
     # What the caller chose counts as a person's choice from now on: it has no digest.
     digests = {key: key_digest(value) for key, value in new.items() if key not in chosen}

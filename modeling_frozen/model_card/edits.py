@@ -105,7 +105,7 @@ def merge(old: dict[str, Any], digests: dict[str, str], new: dict[str, Any], cho
 
 
 def merge_automatic(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """New metadata, with what was given to the library for its card: language, tags, data and results."""
+    """New metadata, with what was given to transformers for its card: language, tags, data and results."""
     given = {key: value for key, value in old.items() if value not in (None, [], "")}
     if not any(entry.get("results") for entry in given.get("model-index", [])):
         given.pop("model-index", None)

@@ -127,7 +127,7 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
         facts.setdefault("name", facts.get("id"))
         return facts
     facts: dict[str, Any] = {}
-    name = getattr(getattr(dataset, "info", None), "dataset_name", None)  # of the library `datasets`
+    name = getattr(getattr(dataset, "info", None), "dataset_name", None)  # of `datasets`
     if name and name not in ("csv", "json", "pandas", "parquet", "text", "imagefolder", "generator", "arrow"):
         facts |= {"name": name, "split": str(dataset.split) if dataset.split else None}
     try:

@@ -22,7 +22,7 @@ class CardUsage:
     """
     Args:
         auto_class: the Auto class that loads it; None for a model that only this package's own class loads.
-        pipeline_tag: the Hub's task by which it is filed; None where none of the library's pipelines serves it.
+        pipeline_tag: the Hub's task by which it is filed; None where none of transformers' pipelines serves it.
         task_type, task_name: the same for its scores, which need one.
         medium, media: "image" and "images", of what it takes beside text.
         summary: the card's first sentence, without the connector's part.
@@ -109,7 +109,7 @@ def _classification(model: Any, served: list[str]) -> CardUsage:
     fused = config.resolved_fused_inputs
     names = [_MEDIA[name][0] if name != "text" else "text" for name in fused]
     only = fused[0] if len(fused) == 1 else None
-    # The library's pipelines call with one input; what needs two is filed under none of them.
+    # transformers' pipelines call with one input; what needs two is filed under none of them.
     tag = {"image": "image-classification", "text": "text-classification"}.get(only)
     task = tag or f"{'audio' if 'audio' in fused else 'image'}-classification"
     auto_class = "AutoModelForImageClassification" if only == "image" else _CLASSIFICATION

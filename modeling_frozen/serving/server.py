@@ -1,9 +1,9 @@
-"""`frozen-prefix serve` and `frozen-prefix chat`: the library's own commands, run where our model type is known.
+"""`frozen-prefix serve` and `frozen-prefix chat`: transformers' own commands, run where our model type is known.
 
 `transformers serve` looks a checkpoint's class up among those it knows, and has no place where a package could announce
-more of them. Here this package is imported first, so the model type is registered, and every argument goes on to the
-library's command as it is. One thing is mended on the way: what a client did wrong (an image that can't be fetched, a
-broken data URL, an unknown model) is answered with status 400 and says what it was; the library's server answers 500.
+more of them. Here this package is imported first, so the model type is registered, and every argument goes on to
+transformers' command as it is. One thing is mended on the way: what a client did wrong (an image that can't be fetched, a
+broken data URL, an unknown model) is answered with status 400 and says what it was; transformers' server answers 500.
 
     frozen-prefix serve me/eyes --port 8000        # the same as: python -m modeling_frozen.serving.server serve me/eyes …
     frozen-prefix chat me/eyes localhost:8000
@@ -17,7 +17,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _MISSING = "Serving needs {package}, which is not installed here: pip install 'frozen-prefix[serving]'."
-# A data URL that can't be read is repeated in the library's message, all of it.
+# A data URL that can't be read is repeated in transformers' message, all of it.
 _LONGEST_MESSAGE = 500
 
 
@@ -44,7 +44,7 @@ def answer_mistakes(app: Any) -> Any:
 
 
 def _wrap_server() -> None:
-    """Hooks `answer_mistakes` into the server that the library is about to build; doing it twice changes nothing."""
+    """Hooks `answer_mistakes` into the server that transformers is about to build; doing it twice changes nothing."""
     from transformers.cli.serving import server
 
     build = server.build_server
@@ -60,7 +60,7 @@ def _wrap_server() -> None:
 
 
 def build_app() -> Any:
-    """The command line as a `typer.Typer` with the library's own `serve` and `chat`.
+    """The command line as a `typer.Typer` with transformers' own `serve` and `chat`.
 
     Raises:
         ImportError: without the extra `serving`.
