@@ -45,7 +45,7 @@ def time_steps(load: Callable[[], Any], clock: str) -> dict[str, float]:
     """Seconds of each step of `load()`, in order of their ends; changes functions in place, so it wants its own process."""
     from transformers import PreTrainedModel, modeling_utils
 
-    from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, base_models
+    from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, backbones
 
     now, spent, inside = CLOCKS[clock], {}, []
 
@@ -74,7 +74,7 @@ def time_steps(load: Callable[[], Any], clock: str) -> dict[str, float]:
     timed(modeling_utils, "get_model_conversion_mapping", lambda *_: "transformers' table of old names, once per process")
     timed(FrozenPrefixConfig, "from_dict", lambda *_: "the config")
     timed(ours, "__init__", lambda *_: "building the connector")
-    timed(base_models, "fingerprint", lambda *_: "the parents' fingerprints")
+    timed(backbones, "fingerprint", lambda *_: "the parents' fingerprints")
     timed(_owner(ours, "_attach"), "_attach", lambda *_: "joining, and samples of the parents")
     timed(_owner(ours, "_finish_attaching"), "_finish_attaching", lambda *_: "freezing, and what need not be saved")
     start = now()
