@@ -48,7 +48,7 @@ from benchmarks.digits import shuffled
 from examples.train_captioning import CaptionedViews, read_split, store_features, tidy
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.data.collator import stack_features
-from modeling_frozen.metrics.scores import caption_metrics
+from modeling_frozen.metrics import caption_metrics
 
 
 MAPPERS = ("mlp", "transformer")

@@ -44,7 +44,7 @@ from modeling_frozen import (
     FrozenPrefixForSequenceClassification,
     FrozenPrefixProcessor,
 )
-from modeling_frozen.metrics.scores import accuracy, f1
+from modeling_frozen.metrics import accuracy, f1
 
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -48,9 +48,9 @@ from benchmarks.shape_towers import WAYS, Pictures, examples, train_tower_by
 from benchmarks.timing import machine
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.data.feature_cache import cache_vision_features
-from modeling_frozen.evaluation.evaluator import evaluate
+from modeling_frozen.evaluation import evaluate
 from modeling_frozen.evaluation.plots import BLUE, GREEN, GREY, ORANGE, RED, finish, new_figure, plain_axes
-from modeling_frozen.metrics.scores import exact_match, perplexity
+from modeling_frozen.metrics import exact_match, perplexity
 
 
 with examples():
@@ -356,7 +356,7 @@ def measure_frozen(world: World, args: argparse.Namespace, run: Run) -> Iterator
         if name == "LoRA":
             from peft import get_peft_model
 
-            from modeling_frozen.training.lora import lora_config
+            from modeling_frozen.lora import lora_config
 
             model = get_peft_model(model, lora_config(model, r=8))
         collator, tokenizer = DataCollatorForFrozenPrefix(processor), processor.tokenizer

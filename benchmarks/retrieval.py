@@ -44,7 +44,7 @@ from modeling_frozen import FrozenPrefixForImageTextRetrieval, FrozenPrefixProce
 from modeling_frozen.backbones import load_base_model
 from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import cache_vision_features
-from modeling_frozen.metrics.scores import recall_at_k
+from modeling_frozen.metrics import recall_at_k
 from modeling_frozen.text_reading import pool_text
 
 

@@ -30,8 +30,8 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
 )
 from modeling_frozen.evaluation.plots import plot_training
-from modeling_frozen.metrics.scores import classification_compute_metrics
-from modeling_frozen.model_card.card import write_model_card
+from modeling_frozen.metrics import classification_compute_metrics
+from modeling_frozen.model_card import write_model_card
 
 
 @dataclass

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import modeling_frozen  # noqa: F401  (registers the model type)
-from modeling_frozen.interpretation.interpret import attention_to_image, nearest_words, sightedness
+from modeling_frozen.interpretation import attention_to_image, nearest_words, sightedness
 from modeling_frozen.processors import DEFAULT_CHAT_TEMPLATE
 
 

@@ -20,7 +20,7 @@ from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 import modeling_frozen  # noqa: F401  (registers the model type)
-from modeling_frozen.evaluation.evaluator import KINDS, Evaluation, evaluate, over_seeds, table_over_seeds
+from modeling_frozen.evaluation import KINDS, Evaluation, evaluate, over_seeds, table_over_seeds
 
 
 @dataclass

@@ -28,7 +28,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.evaluation.plots import plot_training
-from modeling_frozen.metrics.scores import caption_metrics
+from modeling_frozen.metrics import caption_metrics
 
 
 matplotlib.use("Agg")

@@ -28,7 +28,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from modeling_frozen import DataCollatorForFrozenPrefixRetrieval, FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.evaluation.retrieval import embed_images, embed_texts
-from modeling_frozen.metrics.scores import recall_at_k
+from modeling_frozen.metrics import recall_at_k
 
 
 matplotlib.use("Agg")

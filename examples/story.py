@@ -15,7 +15,7 @@ from typing import Any
 from shapes import Scene, draw, split_scenes
 from tiny_world import Arguments, blinded, exact_match, join_parents, parse, tell, train_connector, write_results
 
-from modeling_frozen.metrics.scores import caption_metrics
+from modeling_frozen.metrics import caption_metrics
 
 
 @dataclass

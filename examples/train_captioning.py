@@ -29,10 +29,10 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
     cache_vision_features,
 )
-from modeling_frozen.evaluation.evaluator import Evaluation, evaluate, over_seeds, table_over_seeds
+from modeling_frozen.evaluation import Evaluation, evaluate, over_seeds, table_over_seeds
 from modeling_frozen.evaluation.plots import plot_sheet, plot_training
-from modeling_frozen.interpretation.interpret import sightedness
-from modeling_frozen.metrics.scores import caption_scores
+from modeling_frozen.interpretation import sightedness
+from modeling_frozen.metrics import caption_scores
 
 
 SCORES = ("cider", "bleu_4", "rouge_l")

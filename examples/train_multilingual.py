@@ -27,7 +27,7 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
     cache_vision_features,
 )
-from modeling_frozen.evaluation.evaluator import evaluate
+from modeling_frozen.evaluation import evaluate
 from modeling_frozen.evaluation.plots import plot_training
 
 

@@ -31,10 +31,10 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
     cache_vision_features,
 )
-from modeling_frozen.evaluation.evaluator import Evaluation, evaluate
+from modeling_frozen.evaluation import Evaluation, evaluate
 from modeling_frozen.evaluation.plots import plot_sheet, plot_training
-from modeling_frozen.interpretation.interpret import sightedness
-from modeling_frozen.metrics.scores import exact_match
+from modeling_frozen.interpretation import sightedness
+from modeling_frozen.metrics import exact_match
 
 
 @dataclass
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.lora_rank:
         from peft import get_peft_model
 
-        from modeling_frozen.training.lora import lora_config
+        from modeling_frozen.lora import lora_config
 
         trained = get_peft_model(model, lora_config(model, r=args.lora_rank, lora_alpha=2 * args.lora_rank))
         trained.print_trainable_parameters()

@@ -1,6 +1,6 @@
 """The card of a repository: what it was made of and how, filled into `model_card.md`.
 
-The parents and their licences come first, then the text, with what `card_results` tells of training and scores, then
+The parents and their licences come first, then the text, with what `results` tells of training and scores, then
 the writing, which leaves a person's words alone by the rules of `card_edits`.
 """
 
