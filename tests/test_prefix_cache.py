@@ -141,6 +141,8 @@ def test_beams_and_samples_are_those_of_asking_afresh(family: str) -> None:
 @torch.no_grad()
 def test_the_towers_and_the_prefix_are_read_once(family: str) -> None:
     model = build(family)
+    if family in ("mistral", "gemma2", "gemma3_text"):
+        skip_before("5.18", "hands out more of a recorded window than its mask is made for: such caches are not kept")
     towers = count_calls(model.model.vision_tower)
     prefix = model.encode_prefix(**padded([shared(4)]), pixel_values=pictures())
     read: list[int] = []
