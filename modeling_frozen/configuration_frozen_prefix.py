@@ -246,7 +246,12 @@ class FrozenPrefixConfig(CompositeConfig):
             if isinstance(sub_config := getattr(self, name), PreTrainedConfig)
         }
         outer = kwargs.get("attn_implementation")
+        experts = {name: getattr(self, name)._experts_implementation for name in chosen}
+        outer_experts = kwargs.get("experts_implementation")
         super().__post_init__(**kwargs)
+        if outer_experts is None:  # as above: the experts of a joined parent would be multiplied otherwise than a loaded one's
+            for name, experts_implementation in experts.items():
+                getattr(self, name)._experts_implementation = experts_implementation
         if outer is None:
             for name, attn_implementation in chosen.items():
                 getattr(self, name)._attn_implementation = attn_implementation

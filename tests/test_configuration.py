@@ -47,6 +47,16 @@ def test_sub_configs_are_kept_not_copied() -> None:
     assert config.text_config._attn_implementation == "eager"
 
 
+def test_kernels_that_a_parent_chose_are_kept() -> None:
+    text = text_config()
+    text._attn_implementation, text._experts_implementation = "eager", "batched_mm"
+    config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), text)
+    assert (config.text_config._attn_implementation, config.text_config._experts_implementation) == ("eager", "batched_mm")
+    for name, wanted in (("attn_implementation", "sdpa"), ("experts_implementation", "eager")):  # unless the user says another
+        config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), text, **{name: wanted})
+        assert getattr(config.text_config, f"_{name}") == wanted
+
+
 @pytest.mark.parametrize("text", [text_config(tie_word_embeddings=True), T5Config(d_model=32, d_kv=8, num_heads=2)])
 def test_facts_of_the_language_model_are_mirrored(text: object) -> None:
     config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), text, connector_type="linear")
