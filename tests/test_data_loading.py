@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 
@@ -86,7 +87,7 @@ def test_everything_that_datasets_reads_is_collated(folder: Path, tmp_path_facto
     from_csv = load_dataset("imagefolder", data_dir=str(folder / "images"), split="train")
     for other in (parquet, stream, from_csv):
         found = collator(list(other))
-        assert all((found[name] == expected[name]).all() for name in expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def captioned(folder: Path, pictures: int = 20, captions: int = 5) -> Dataset:

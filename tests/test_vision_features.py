@@ -85,8 +85,8 @@ def test_features_and_an_index_give_the_logits_of_the_pictures(family: str) -> N
         given = {"input_ids": given["input_ids"][:1, -7:].expand(5, -1)}
     whole = model(**given, pixel_values=pixels[INDEX]).logits
     features = features_of(model, pixels)
-    assert torch.equal(whole, model(**given, vision_features=features["vision_features"][INDEX]).logits)
-    close = functools.partial(torch.testing.assert_close, atol=2e-6, rtol=1e-5)
+    close = functools.partial(torch.testing.assert_close, atol=2e-6, rtol=1e-5)  # the tower saw two pictures, not five
+    close(model(**given, vision_features=features["vision_features"][INDEX]).logits, whole)
     close(model(**given, **features, image_index=INDEX).logits, whole)
     close(model(**given, pixel_values=pixels, image_index=INDEX).logits, whole)
     states = model.model(**given, **features, image_index=INDEX)
