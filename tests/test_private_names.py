@@ -146,6 +146,7 @@ PRIVATE = [
     ),
     # --------------------------------------------------------------------------------------------------------- configs
     Private("transformers.PreTrainedConfig()._attn_implementation", "by which every model reads it; no public name reads it"),
+    Private("transformers.PreTrainedConfig()._experts_implementation", "likewise, of how experts are multiplied"),
     Private("transformers.PreTrainedConfig()._name_or_path", CONFIG_KEY),
     # ------------------------------------------------------------------------------------------------------ processors
     Private("transformers.ProcessorMixin._get_arguments_from_pretrained", HOOK_OF_PROCESSOR),
