@@ -37,7 +37,7 @@ HfApi().upload_file(
 IN_PLACE = {
     "google/siglip2-base-patch16-224": "me/tower",
     "Qwen/Qwen3-0.6B": "me/words",
-    "load_dataset(\"…\"": "load_dataset(\"me/squares\"",
+    'load_dataset("…"': 'load_dataset("me/squares"',
 }
 PICTURE = "from PIL import Image\nimage = Image.new('RGB', (20, 18), 'red')\n"
 

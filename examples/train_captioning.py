@@ -64,9 +64,7 @@ class Arguments:
     no_repeat_ngram_size: int = 3
     length_penalty: float = 1.0
     max_new_tokens: int = 30
-    show: str | None = field(
-        default=None, metadata={"help": "Dataset whose test photos may be shown: best, middle, worst."}
-    )
+    show: str | None = field(default=None, metadata={"help": "Dataset whose test photos may be shown: best, middle, worst."})
 
 
 @dataclass

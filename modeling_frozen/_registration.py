@@ -68,9 +68,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, actions: dict[str, Callable[[ModuleType], None]]):
         self.actions = actions
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         action = self.actions.pop(fullname, None)
         if action is None:
             return None

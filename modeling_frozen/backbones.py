@@ -138,9 +138,7 @@ def word_embedding_norm(language_model: PreTrainedModel, max_rows: int = 4096) -
         return embeddings(ids[None]).float().norm(dim=-1).median().item()
 
 
-def find_placeholder_ids(
-    text_name_or_path: str, text_config: PreTrainedConfig, tokens: list[str], **kwargs: Any
-) -> list[int]:
+def find_placeholder_ids(text_name_or_path: str, text_config: PreTrainedConfig, tokens: list[str], **kwargs: Any) -> list[int]:
     """
     The ids that the tokenizer of the language model gives, or would give next, to `tokens`.
 
@@ -240,9 +238,7 @@ def _load_language_model(
                 return model
     elif headless:
         return _load_text_encoder(name_or_path, config=config, **kwargs)
-    model, info = language_model_class(config).from_pretrained(
-        name_or_path, config=config, output_loading_info=True, **kwargs
-    )
+    model, info = language_model_class(config).from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"])
     if missing and headless is None:
         return _load_text_encoder(name_or_path, config=config, **kwargs)
@@ -329,9 +325,7 @@ def load_base_model(
         elif part == "audio":
             model = load_audio_tower(name_or_path, config=config, revision=revision, **kwargs)
         else:
-            model = _load_language_model(
-                name_or_path, config=config, headless=headless, revision=revision, **kwargs
-            )
+            model = _load_language_model(name_or_path, config=config, headless=headless, revision=revision, **kwargs)
     except OSError as error:
         # transformers' own error classes (gated, not found, offline …) pass through; only the sentence is ours.
         error.args = (f"{_context(part, name_or_path)} {error.args[0] if error.args else ''}", *error.args[1:])
@@ -366,7 +360,7 @@ def verify_fingerprint(part: str, recorded: dict[str, Any], found: dict[str, Any
         f"The {_NAMES[part]} at `{found['name_or_path']}` has fingerprint "
         f"{found['fingerprint']}, but the connector was trained with {recorded['fingerprint']} (from "
         f"`{recorded['name_or_path']}`, revision {recorded['revision']}): its weights have changed, and the connector "
-        f"would write for another model. Restore that parent, or pass {part}_base_model=\"id or folder\" to "
+        f'would write for another model. Restore that parent, or pass {part}_base_model="id or folder" to '
         "from_pretrained to use, and record, another one knowingly."
     )
 

@@ -301,8 +301,7 @@ def reload_base_model(model: Any, part: str = "vision", **kwargs: Any) -> None:
     record = getattr(model.config, f"{part}_base_model")
     if record is None:
         raise ValueError(
-            f"The config does not say where the {part} tower is: load the model anew, with "
-            f'{part}_base_model="id or folder".'
+            f'The config does not say where the {part} tower is: load the model anew, with {part}_base_model="id or folder".'
         )
     module, found = load_base_model(
         part,

@@ -182,9 +182,7 @@ class Connector(nn.Module):
             )
         return features, attention_mask
 
-    def forward(
-        self, features: torch.Tensor, attention_mask: torch.Tensor | None = None, frames: int = 1
-    ) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None, frames: int = 1) -> torch.Tensor:
         """Writes the prefix.
 
         Args:
@@ -439,8 +437,7 @@ class ResamplerConnector(_Reader):
         super().__init__(**common)
         self.project = nn.Linear(self.vision_width, hidden_size)
         self.layers = nn.ModuleList(
-            ResamplerLayer(hidden_size, num_heads, feedforward_size or 4 * hidden_size, dropout)
-            for _ in range(num_layers)
+            ResamplerLayer(hidden_size, num_heads, feedforward_size or 4 * hidden_size, dropout) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(hidden_size)
         self._add_queries(hidden_size)

@@ -162,9 +162,7 @@ def check_cross_attention(options: dict[str, Any], num_layers: int | None) -> li
             nearest = difflib.get_close_matches(name, OPTIONS, n=1)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
             choices = ", ".join(f"{option}={default!r}" for option, default in OPTIONS.items())
-            raise ValueError(
-                f"cross_attention_config holds {name!r}, which is unknown; {hint}Its options are: {choices}."
-            )
+            raise ValueError(f"cross_attention_config holds {name!r}, which is unknown; {hint}Its options are: {choices}.")
     values = {**OPTIONS, **options}
     for name in ("every_n_layers", "num_heads", "head_dim", "feedforward_multiple"):
         value = values[name]
@@ -174,9 +172,7 @@ def check_cross_attention(options: dict[str, Any], num_layers: int | None) -> li
             raise ValueError(f"cross_attention_config: {name}={value!r} must be a positive whole number.")
     dropout = values["dropout"]
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(
-            f"cross_attention_config: dropout={dropout!r} must be a number from 0 up to, not including, 1."
-        )
+        raise ValueError(f"cross_attention_config: dropout={dropout!r} must be a number from 0 up to, not including, 1.")
     if num_layers is None:
         return []
     every = values["every_n_layers"] or min(4, num_layers)
@@ -279,9 +275,7 @@ class GatedCrossAttention(nn.ModuleList):
         options: `cross_attention_config` (see `check_cross_attention`).
     """
 
-    def __init__(
-        self, *, hidden_size: int, num_layers: int, embedding_dim: int, options: dict[str, Any] | None = None
-    ):
+    def __init__(self, *, hidden_size: int, num_layers: int, embedding_dim: int, options: dict[str, Any] | None = None):
         places = check_cross_attention(options or {}, num_layers)
         values = {**OPTIONS, **(options or {})}
         del values["every_n_layers"]
@@ -511,9 +505,7 @@ def look(
     blank = (_NEVER, images[0].new_zeros(longest, images[0].shape[-1]))
     rows = [row + [blank] * (most - len(row)) for row in rows]
     memory = ImagesPassed(
-        visual=torch.stack(
-            [torch.stack([nn.functional.pad(t, (0, 0, 0, longest - len(t))) for _, t in row]) for row in rows]
-        ),
+        visual=torch.stack([torch.stack([nn.functional.pad(t, (0, 0, 0, longest - len(t))) for _, t in row]) for row in rows]),
         lengths=torch.tensor([[len(tokens) for _, tokens in row] for row in rows], device=device),
         columns=torch.tensor([[column for column, _ in row] for row in rows], device=device),
         is_even=is_even,

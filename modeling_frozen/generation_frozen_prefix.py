@@ -217,9 +217,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         from_words = input_ids is None or input_ids.numel() == 0
         expanded = {}
         for modality, output in mm_encoder_output.items():
-            mask = self.get_placeholder_mask(
-                None if from_words else input_ids, inputs_embeds, output.pooler_output, modality
-            )
+            mask = self.get_placeholder_mask(None if from_words else input_ids, inputs_embeds, output.pooler_output, modality)
             rest, rows = iter(output.pooler_output), []
             for count in mask.sum((1, 2)).tolist():
                 row = []
@@ -255,9 +253,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         if mask is not None:
             model_kwargs["attention_mask"] = mask
         name, tensor = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-        model_kwargs = self._prepare_text_encoder_decoder_kwargs_for_generation(
-            tensor, model_kwargs, name, generation_config
-        )
+        model_kwargs = self._prepare_text_encoder_decoder_kwargs_for_generation(tensor, model_kwargs, name, generation_config)
         model_kwargs.pop("inputs_embeds", None)
         return model_kwargs
 

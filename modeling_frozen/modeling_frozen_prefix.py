@@ -270,9 +270,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             encoded = encode_alike(self, lead, inputs_embeds, attention_mask)
             inputs = {**kwargs, "attention_mask": attention_mask, "encoder_outputs": encoded}
         else:
-            inputs = self.language_inputs(
-                callee, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs
-            )
+            inputs = self.language_inputs(callee, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs)
         if self.cross_attention is not None:
             seen = prefixes.get(None)
             placeholders = None if given_ids is None else self.placeholders(given_ids)
@@ -625,9 +623,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             inputs_embeds = inputs_embeds + self._zero_of(idle).to(inputs_embeds.device, inputs_embeds.dtype)
         return input_ids, inputs_embeds, prefixes
 
-    def _in_reading_order(
-        self, input_ids: torch.LongTensor | None, encoded: dict[str, ModelOutput]
-    ) -> list[torch.Tensor]:
+    def _in_reading_order(self, input_ids: torch.LongTensor | None, encoded: dict[str, ModelOutput]) -> list[torch.Tensor]:
         """One tensor `(vectors, embedding_dim)` per placeholder, for gated blocks, which look at what stands where."""
         if input_ids is None:
             raise ValueError("Gated blocks find an image's place by its placeholder: pass `input_ids` with images.")
@@ -639,8 +635,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         for index in input_ids[self.placeholders(input_ids)].tolist():
             if index not in rows:
                 raise ValueError(
-                    f"`input_ids` hold the placeholder {index} of {self.config.placeholder_ids}, and nothing was "
-                    f"given for it."
+                    f"`input_ids` hold the placeholder {index} of {self.config.placeholder_ids}, and nothing was given for it."
                 )
             ordered.append(next(rows[index]).unflatten(0, (-1, self.config.embedding_dim)))
         return ordered
@@ -954,9 +949,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         loss, logits = None, outputs.logits
         if apart is not None:
             vocab_size = logits.shape[-1]
-            loss = chunked_loss(
-                apart, targets, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **loss_config
-            )
+            loss = chunked_loss(apart, targets, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **loss_config)
         else:
             logits = logits if keeps else slice_logits_to_keep(logits, logits_to_keep)
             if targets is not None:

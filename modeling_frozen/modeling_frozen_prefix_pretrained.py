@@ -382,9 +382,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             unsaid = config_options.get("text_pooling") is None and not hasattr(language_model.config, "is_decoder")
             if config_options["text_headless"] and unsaid:  # DistilBERT reads ahead, CLIP's text half doesn't: ask it
                 config_options["text_pooling"] = "mean" if reads_ahead(language_model) else "last"
-        hub_options = {
-            part: {key: options[part][key] for key in HUB_OPTIONS if key in options[part]} for part in given
-        }
+        hub_options = {part: {key: options[part][key] for key in HUB_OPTIONS if key in options[part]} for part in given}
         for part, (_, record) in loaded.items():
             if record is not None:
                 hub_options[part]["revision"] = record["revision"]

@@ -155,9 +155,7 @@ def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return first, place
 
 
-def pool_text(
-    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, pooling: str = "last"
-) -> torch.Tensor:
+def pool_text(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, pooling: str = "last") -> torch.Tensor:
     """
     One vector per text.
 

@@ -215,9 +215,7 @@ else:  # before 5.18, where `generate()` leaves the encoding of images to the fi
         ) -> dict[str, Any]:
             if not is_first_iteration and kwargs.get("use_cache", True):
                 kwargs.pop("mm_encoder_outputs", None)  # read already
-            return super().prepare_inputs_for_generation(
-                input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-            )
+            return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
 
 __all__ = [

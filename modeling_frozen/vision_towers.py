@@ -243,9 +243,7 @@ def encode_images(
     images_ndim = 3 if "spatial_shapes" in takes else 4
     if pixel_values.ndim != images_ndim:
         shape = "(images, patches, values)" if images_ndim == 3 else "(images, channels, height, width)"
-        raise ValueError(
-            f"pixel_values of shape {tuple(pixel_values.shape)}: {type(vision_tower).__name__} takes {shape}."
-        )
+        raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}: {type(vision_tower).__name__} takes {shape}.")
     inputs = _inputs_taken(vision_tower, pixel_values, layers, kwargs)
     output = vision_tower(pixel_values.to(vision_tower.dtype), **inputs)
     if getattr(output, "ids_restore", None) is not None and getattr(vision_tower.config, "mask_ratio", 0):
@@ -269,14 +267,11 @@ def encode_images(
 
 def _check_choice(layer: int | Sequence[int], select_strategy: str) -> list[int]:
     if select_strategy not in SELECT_STRATEGIES:
-        raise ValueError(
-            f"vision_feature_select_strategy={select_strategy!r}: choose one of {', '.join(SELECT_STRATEGIES)}."
-        )
+        raise ValueError(f"vision_feature_select_strategy={select_strategy!r}: choose one of {', '.join(SELECT_STRATEGIES)}.")
     layers = [layer] if isinstance(layer, int) else list(layer)
     if not layers or not all(isinstance(index, int) and not isinstance(index, bool) for index in layers):
         raise ValueError(
-            f"vision_feature_layer={layer!r}: give an index or a list of indices of hidden states, e.g. -1 or [-2,"
-            " -1]."
+            f"vision_feature_layer={layer!r}: give an index or a list of indices of hidden states, e.g. -1 or [-2, -1]."
         )
     return layers
 
@@ -286,9 +281,7 @@ def _forward_parameters(tower_class: type) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(tower_class.forward).parameters
 
 
-def _inputs_taken(
-    tower: PreTrainedModel, pixel_values: Tensor, layers: list[int], kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def _inputs_taken(tower: PreTrainedModel, pixel_values: Tensor, layers: list[int], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of `kwargs`, what this tower's forward takes, plus what the chosen layers and a repeatable run need."""
     takes = _forward_parameters(type(tower))
     variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())

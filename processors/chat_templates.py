@@ -62,9 +62,7 @@ INTERLEAVED_CHAT_TEMPLATE = """\
 
 
 @lru_cache(maxsize=64)
-def with_media(
-    template: str, tokens: tuple[tuple[str, str], ...], special_tokens: tuple[tuple[str, str], ...]
-) -> str:
+def with_media(template: str, tokens: tuple[tuple[str, str], ...], special_tokens: tuple[tuple[str, str], ...]) -> str:
     """The template itself where it renders one image (video, sound) and one text rightly, else the template after
     `_FLATTEN_CONTENT`.
 

@@ -121,9 +121,7 @@ def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | No
         if isinstance(image, bytes | bytearray | memoryview):
             image = BytesIO(image)
         if not (isinstance(image, str) or hasattr(image, "read")):
-            raise ValueError(
-                "expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor"
-            )
+            raise ValueError("expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor")
         with Image.open(image) as opened:
             return _pil_to_rgb(opened).copy()  # animated: PIL opens at the first frame
     except Exception as error:  # PIL, the network and the file system raise some twenty kinds

@@ -63,8 +63,7 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
                 raise ValueError("there is no such file")
         elif not hasattr(video, "read"):
             raise ValueError(
-                f"expected a list of frames, a 4-dimensional array, an animated picture or a path, got "
-                f"{type(video).__name__}"
+                f"expected a list of frames, a 4-dimensional array, an animated picture or a path, got {type(video).__name__}"
             )
         with Image.open(source) as opened:
             return _frames_of_picture(opened, num_frames, name)
@@ -180,15 +179,11 @@ def load_sound(sound: Any, sampling_rate: int, name: str = "sound") -> np.ndarra
     try:
         waveform = np.asarray(sound, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"Can't open {name}: expected a waveform, a path or a dict, got {type(sound).__name__}."
-        ) from error
+        raise ValueError(f"Can't open {name}: expected a waveform, a path or a dict, got {type(sound).__name__}.") from error
     if waveform.ndim == 2 and waveform.shape[0] <= 8:
         waveform = waveform.mean(axis=0)
     if waveform.ndim != 1 or waveform.size == 0:
-        raise ValueError(
-            f"Can't open {name}: its shape is {np.shape(sound)}; expected (samples,) or (channels, samples)."
-        )
+        raise ValueError(f"Can't open {name}: its shape is {np.shape(sound)}; expected (samples,) or (channels, samples).")
     return waveform
 
 

@@ -350,9 +350,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         subfolder = options.pop("subfolder", "")
         image_processor = None
         if "image_processor" in saved or "feature_extractor" not in saved:
-            image_processor = AutoImageProcessor.from_pretrained(
-                pretrained_model_name_or_path, subfolder=subfolder, **options
-            )
+            image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **options)
         if "feature_extractor" in saved:
             saved["feature_extractor"] = AutoFeatureExtractor.from_pretrained(
                 pretrained_model_name_or_path, subfolder=subfolder, **options
@@ -369,9 +367,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             image_idx: which of them.
         """
         if self.prefix_length is None:
-            raise ValueError(
-                "The processor has no prefix_length: pass it prefix_length=model.config.num_image_tokens."
-            )
+            raise ValueError("The processor has no prefix_length: pass it prefix_length=model.config.num_image_tokens.")
         return self.prefix_length
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -419,9 +415,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         Returns: images as a flat list in reading order, text as a list of strings.
         """
         # Private: transformers' `__call__` merges its keywords after this hook only.
-        merged = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         _, text, _, _ = super().prepare_inputs_layout(text=text, **kwargs)
         given = {"image": images, "video": videos, "audio": audio}
         media = {modality: self._nest(modality, one) for modality, one in given.items() if one is not None}
@@ -433,8 +427,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             for modality in order if self.image_position == "end" else order[::-1]:
                 flat[modality] = self._images_per_text(media.get(modality), text, modality)
                 placed = [
-                    self.place_images(sample, len(own), modality)
-                    for sample, own in zip(placed, flat[modality], strict=True)
+                    self.place_images(sample, len(own), modality) for sample, own in zip(placed, flat[modality], strict=True)
                 ]
             length = self._max_length(merged["text_kwargs"])
             final = placed if length is None else self._truncate(placed, length, merged["text_kwargs"])
@@ -482,9 +475,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         counts = [self.count_image_tokens(sample, modality) for sample in text]
         images, is_nested = images if images is not None else ([[] for _ in text], True)
         total = sum(len(own) for own in images)
-        rule = (
-            f"The {token} tokens in the prompts should be the same as the number of {noun}, text by text."
-        )
+        rule = f"The {token} tokens in the prompts should be the same as the number of {noun}, text by text."
         if not is_nested and (len(text) == 1 or max(counts) > 1 or (any(counts) and len(images) != len(text))):
             rest = iter([image for own in images for image in own])
             images = [[image for _, image in zip(range(count), rest, strict=False)] for count in counts]

@@ -25,8 +25,7 @@ def data() -> list[dict]:
     seen = [True, True, True, False, False, True, False, False, True, False, False, True]
     texts = ["", " that is a picture .", " ?"]  # of unequal length: a mean of means would weigh words by their neighbours
     return [
-        {"image": row["image"] if seen[i // 2] else None, "text": row["text"] + texts[i % 3]}
-        for i, row in enumerate(rows(24))
+        {"image": row["image"] if seen[i // 2] else None, "text": row["text"] + texts[i % 3]} for i, row in enumerate(rows(24))
     ]
 
 

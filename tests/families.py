@@ -250,9 +250,7 @@ def _check_text(composite: Composite, family: str | None) -> None:
 
 def _check_sight(composite: Composite, pictures: tuple[Picture, ...]) -> None:
     with torch.no_grad():
-        one, again, other = (
-            composite.model(**composite.inputs, **picture).logits for picture in (pictures[0], *pictures)
-        )
+        one, again, other = (composite.model(**composite.inputs, **picture).logits for picture in (pictures[0], *pictures))
     if (one - again).abs().max() > TOLERANCE:
         raise Wrong("random")
     if (one - other).abs().max() <= TOLERANCE:

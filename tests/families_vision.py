@@ -72,9 +72,7 @@ class Tower:
 
 TOWERS: dict[str, Tower] = {
     "clip": Tower("clip_vision_model", _VIT, leading=1),
-    "clip_dual": Tower(
-        "clip", {"vision_config": _VIT, "text_config": _TEXT, "projection_dim": 8}, leading=1, dual=True
-    ),
+    "clip_dual": Tower("clip", {"vision_config": _VIT, "text_config": _TEXT, "projection_dim": 8}, leading=1, dual=True),
     "siglip": Tower("siglip_vision_model", _VIT),
     "siglip_dual": Tower("siglip", {"vision_config": _VIT, "text_config": _TEXT}, dual=True),
     "siglip_headless": Tower("siglip_vision_model", {**_VIT, "vision_use_head": False}),

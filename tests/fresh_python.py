@@ -49,9 +49,7 @@ class Running:
             self.pid: int = _ask(arguments=arguments, env=env, cwd=str(cwd or os.getcwd()), files=files)
         else:
             out, err = self.written
-            self.process = subprocess.Popen(
-                self.args, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err
-            )
+            self.process = subprocess.Popen(self.args, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
             self.pid = self.process.pid
 
     def poll(self) -> int | None:

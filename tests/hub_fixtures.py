@@ -55,9 +55,7 @@ class Hub:
         command = [sys.executable, "-m", "tests.hub_server", "--port", port, "--root", str(self.root)]
         command += ["--page-size", str(self.page_size), "--until-eof"]
         # It ends when the pipe does: with this process, however that may end.
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         assert self.process.stdout is not None
         self.endpoint = self.process.stdout.readline().strip()
         if not self.endpoint:
@@ -174,9 +172,7 @@ class Hub:
     def read(self, repo_id: str, path: str, revision: str = "main", *, kind: str = "models") -> bytes:
         """A file's content as it lies on the Hub."""
         prefix = "" if kind == "models" else f"{kind}/"
-        status, headers, body = self.request(
-            "GET", f"/{prefix}{repo_id}/resolve/{quote(revision, safe='')}/{quote(path)}"
-        )
+        status, headers, body = self.request("GET", f"/{prefix}{repo_id}/resolve/{quote(revision, safe='')}/{quote(path)}")
         if status != 200:
             raise LookupError(f"{status} {headers.get('X-Error-Code')}: {body.decode()}")
         return body

@@ -150,9 +150,7 @@ class Handler(WireHandler):
     def tree(self, kind: str, repo_id: str, revision: str, path: str) -> Any:
         store, repo = self.server.store, self.repo(kind, repo_id)
         oid = store.resolve(repo, revision)
-        self.page(
-            store.entries(repo, oid, path.strip("/"), recursive=self.flag("recursive"), expand=self.flag("expand"))
-        )
+        self.page(store.entries(repo, oid, path.strip("/"), recursive=self.flag("recursive"), expand=self.flag("expand")))
 
     @route("POST", API + rf"/paths-info/{REV}", "tree")
     def paths_info(self, kind: str, repo_id: str, revision: str) -> Any:
@@ -355,9 +353,7 @@ class Handler(WireHandler):
             oid = value["oid"]
             there = oid in repo["lfs"] and (store.blobs / oid).stat().st_size
             if there is False or value.get("size", there) != there:
-                raise HubError(
-                    400, f"LFS pointer of {path} points to {oid}, which was not uploaded to this repository"
-                )
+                raise HubError(400, f"LFS pointer of {path} points to {oid}, which was not uploaded to this repository")
             pointer = git_oid(lfs_pointer(oid, there))
             tree[path] = {"size": there, "oid": pointer, "sha256": oid, "lfs": True}
         elif key in ("deletedFile", "deletedFolder"):
@@ -451,9 +447,7 @@ class Handler(WireHandler):
             if what == "status":
                 found["status"] = self.json()["status"]
             else:
-                base, theirs = (
-                    repo["commits"][oid]["tree"] for oid in (found["from"], repo["refs"][f"refs/pr/{num}"])
-                )
+                base, theirs = (repo["commits"][oid]["tree"] for oid in (found["from"], repo["refs"][f"refs/pr/{num}"]))
                 tree = dict(repo["commits"][repo["refs"]["refs/heads/main"]]["tree"])
                 for path in {*base, *theirs}:
                     if base.get(path) != theirs.get(path):
@@ -474,9 +468,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--root", type=Path, help="folder of contents and state; a temporary one if left out")
     parser.add_argument("--page-size", type=int, default=1000, help="entries per page of a listing")
-    parser.add_argument(
-        "--until-eof", action="store_true", help="end when standard input ends, as when its parent dies"
-    )
+    parser.add_argument("--until-eof", action="store_true", help="end when standard input ends, as when its parent dies")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as spare:
         server = HubServer((args.host, args.port), Handler, args.root or Path(spare), args.page_size)

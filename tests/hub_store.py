@@ -101,9 +101,7 @@ def card_problems(card: str) -> tuple[list[str], list[str]]:
         for result in entry["results"]:
             if not result.get("task", {}).get("type"):
                 errors.append('"model-index[].results[].task.type" is required')
-            if not isinstance(result.get("metrics"), list) or not all(
-                "type" in m and "value" in m for m in result["metrics"]
-            ):
+            if not isinstance(result.get("metrics"), list) or not all("type" in m and "value" in m for m in result["metrics"]):
                 errors.append('"model-index[].results[].metrics" must be an array of {type, value}')
     return errors, [] if data else ["empty or missing yaml metadata in repo card"]
 
@@ -183,9 +181,7 @@ class Store:
         self.resolve(repo, revision)  # what does not exist at all is a 404
         raise HubError(400, f"Invalid rev id: {revision} is no branch to commit to")
 
-    def commit(
-        self, repo: Repo, ref: str, tree: Tree, title: str, message: str, author: str, *, root: bool = False
-    ) -> str:
+    def commit(self, repo: Repo, ref: str, tree: Tree, title: str, message: str, author: str, *, root: bool = False) -> str:
         parent = None if root else repo["refs"].get(ref)
         record = {"parent": parent, "title": title, "message": message, "author": author, "date": now(), "tree": tree}
         oid = hashlib.sha1(json.dumps([record, len(repo["commits"])], sort_keys=True).encode()).hexdigest()

@@ -171,9 +171,7 @@ def test_a_padded_batch_equals_single_samples(family: str, side: str) -> None:
 def test_greedy_with_cache_equals_greedy_without(family: str) -> None:
     model = eyes(family)
     ids = torch.cat([prompt(words=7, images=1, seed=1), prompt(words=5, images=2, seed=2), prompt(words=9, images=0)])
-    cached, anew = (
-        model.generate(ids, pixel_values=pictures(3), use_cache=use, **greedy(ids)) for use in (True, False)
-    )
+    cached, anew = (model.generate(ids, pixel_values=pictures(3), use_cache=use, **greedy(ids)) for use in (True, False))
     assert torch.equal(cached, anew)
     step = cached[:, : ids.shape[1]]
     for _ in range(6):  # and both are what the whole says at each place
@@ -505,20 +503,14 @@ def test_images_of_different_lengths() -> None:
     short, long = (torch.randn(1, n * 32, generator=torch.Generator().manual_seed(n)) for n in (2, 5))
     rows = [prompt(words=5, images=2, seed=1), prompt(words=7, images=1, seed=2)]
     own = [[short, long], [short]]
-    together = model(
-        torch.cat(rows), mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=sum(own, []))}
-    )
+    together = model(torch.cat(rows), mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=sum(own, []))})
     for i, (row, images) in enumerate(zip(rows, own, strict=True)):
         alone = model(row, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=images)})
         torch.testing.assert_close(together.logits[i], alone.logits[0], atol=2e-4, rtol=1e-3)
         options = {**greedy(row, 4), "use_cache": True}
-        ours = model.generate(
-            row, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=images)}, **options
-        )
+        ours = model.generate(row, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=images)}, **options)
         options["use_cache"] = False
-        anew = model.generate(
-            row, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=images)}, **options
-        )
+        anew = model.generate(row, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=images)}, **options)
         assert torch.equal(ours, anew)
 
 
@@ -535,11 +527,7 @@ def test_threads_do_not_mix() -> None:
     def look(seed: int) -> None:
         with torch.no_grad():
             for _ in range(20):
-                ours = (
-                    model(ids, pictures(seed=seed)).logits
-                    if seed < 4
-                    else model.model.language_model(as_read(ids)).logits
-                )
+                ours = model(ids, pictures(seed=seed)).logits if seed < 4 else model.model.language_model(as_read(ids)).logits
                 if not torch.equal(ours, expected[seed] if seed < 4 else bare):
                     wrong.append(seed)
 
@@ -555,13 +543,10 @@ def test_threads_do_not_mix() -> None:
 def test_two_composites_share_a_language_model_and_copies_are_whole() -> None:
     parent, tower = language_model("llama"), CLIPVisionModel(VISION)
     first, second = (
-        open_gates(Eyes.from_vision_text_pretrained(tower, parent, image_token_id=IMAGE, **SPECIFICATION))
-        for _ in range(2)
+        open_gates(Eyes.from_vision_text_pretrained(tower, parent, image_token_id=IMAGE, **SPECIFICATION)) for _ in range(2)
     )
     ids = prompt()
-    alone = open_gates(
-        Eyes.from_vision_text_pretrained(tower, language_model("llama"), image_token_id=IMAGE, **SPECIFICATION)
-    )
+    alone = open_gates(Eyes.from_vision_text_pretrained(tower, language_model("llama"), image_token_id=IMAGE, **SPECIFICATION))
     alone.load_state_dict(first.state_dict())
     assert torch.equal(first(ids, pictures()).logits, alone(ids, pictures()).logits)
     assert not torch.equal(first(ids, pictures()).logits, second(ids, pictures()).logits)

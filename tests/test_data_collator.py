@@ -34,9 +34,7 @@ REASONING = (
     "{{ message.content.split('</think>')[-1].strip() + ' <|im_end|> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
 )
-NO_END = (
-    "{% for message in messages %}{{ message.role | capitalize + ' : ' + message.content | trim + '\n' }}{% endfor %}"
-)
+NO_END = "{% for message in messages %}{{ message.role | capitalize + ' : ' + message.content | trim + '\n' }}{% endfor %}"
 CUTS = "{% for turn in messages %}{{ turn.content[:1] if turn.role == 'assistant' else turn.content }}{% endfor %}"
 
 
@@ -110,9 +108,7 @@ def test_text_only_rows_share_a_batch():
 def test_eos_is_not_written_twice():
     tokenizer = word_tokenizer()
     special = [("<s>", 1), ("</s>", 2)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "<s> $A </s>", "<s> $A $B </s>", special
-    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", special)
     for text in ("a dog", "a dog</s>"):
         collator, batch = collate([{"image": picture(), "text": text}], tokenizer)
         assert tokens(collator, batch["input_ids"][0]) == ["<s>", *IMAGE3, "a", "dog", "</s>"]
@@ -335,9 +331,7 @@ def test_encoder_decoder_reads_the_prompt_and_writes_the_answer():
     ]
     processor = make(seq2seq_tokenizer(), is_encoder_decoder=True)
     collator, batch = collate(rows, processor=processor)
-    texts = [
-        tokens(collator, ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    texts = [tokens(collator, ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     assert texts[:3] == [[*IMAGE3, "what", "?", "</s>"], [*IMAGE3, "</s>"], ["one", *IMAGE3, "</s>"]]
     assert texts[3][:2] == ["User", ":"] and texts[3][-3:] == ["Assistant", ":", "</s>"]
     assert [learnt(collator, batch, i) for i in range(4)] == [
@@ -359,9 +353,7 @@ def test_truncation_takes_prompts_first_and_never_placeholders():
     assert tokens(collator, batch["input_ids"][0]) == ["<s>", *IMAGE3, "is", "it", "a", "dog", "</s>"]
     collator, batch = collate([row], max_length=6)
     assert learnt(collator, batch) == ["a", "dog"]
-    with pytest.raises(
-        ValueError, match=r"Row 1: 1 images and special tokens take 4 .*its text 8; max_length=4 leaves"
-    ):
+    with pytest.raises(ValueError, match=r"Row 1: 1 images and special tokens take 4 .*its text 8; max_length=4 leaves"):
         collate([{"image": None, "text": "a"}, row], max_length=4)
     with pytest.raises(ValueError, match=r"2 images .* take 7 .*max_length=5"):
         collate([{"image": [picture(), picture()], "text": "a"}], max_length=5)
@@ -390,9 +382,7 @@ def test_pad_to_multiple_of():
 
 # -------------------------------------------------------------------------------------------------------------- errors
 def test_dropped_columns_are_explained():
-    with pytest.raises(
-        ValueError, match=r"Row 0 has no image column 'image' or 'images'.*remove_unused_columns=False"
-    ):
+    with pytest.raises(ValueError, match=r"Row 0 has no image column 'image' or 'images'.*remove_unused_columns=False"):
         collate([{"text": "a dog"}])
     with pytest.raises(ValueError, match=r"Row 0 has no 'messages', 'text' or 'answer'.*remove_unused_columns=False"):
         collate([{"labels": 1}])
@@ -466,9 +456,7 @@ def test_images_per_token_follow_the_processor():
             return 1 + image_idx
 
     processor = Longer(ViTImageProcessorPil(size={"height": 8, "width": 8}), word_tokenizer(), prefix_length=3)
-    _, batch = collate(
-        [{"image": picture(), "text": "a"}, {"image": [picture()] * 2, "text": "a"}], processor=processor
-    )
+    _, batch = collate([{"image": picture(), "text": "a"}, {"image": [picture()] * 2, "text": "a"}], processor=processor)
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 5]
 
 

@@ -180,9 +180,7 @@ def test_the_first_step(name: str, format: str, tmp_path: Path) -> None:
             torch.testing.assert_close(found["logits"][real], expected.logits[real], rtol=1e-3, atol=1e-3)
             step = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
             told = model(**step, cache=expected.cache).logits
-            torch.testing.assert_close(
-                model(**step, cache=cache_of(found)).logits, told, rtol=1e-3, atol=1e-3
-            )
+            torch.testing.assert_close(model(**step, cache=cache_of(found)).logits, told, rtol=1e-3, atol=1e-3)
 
 
 def three_graphs(model: Any, processor: Any, images: list[Any], texts: list[str], format: str) -> tuple[Any, Any]:

@@ -303,5 +303,3 @@ def test_static_cache_where_the_parent_has_it(family: str) -> None:
     dynamic = model.generate(ids, pixel_values=pictures(), **options)
     static = model.generate(ids, pixel_values=pictures(), cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(dynamic, static)
-
-

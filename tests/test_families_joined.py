@@ -36,9 +36,7 @@ def join(tower: str, family: str, connector: str) -> FrozenPrefixForConditionalG
 
 def check(model: FrozenPrefixForConditionalGeneration, tower: str, family: str) -> None:
     """Another picture gives other logits, and each tensor of the connector a gradient."""
-    first, second = (
-        {key: value[:1] for key, value in image_inputs(TOWERS[tower], seed=seed).items()} for seed in (1, 2)
-    )
+    first, second = ({key: value[:1] for key, value in image_inputs(TOWERS[tower], seed=seed).items()} for seed in (1, 2))
     length = len(model.get_image_features(**first).pooler_output[0])
     index = model.config.image_token_id
     ids = torch.tensor([[5, *[index] * length, 6, 7]])

@@ -20,9 +20,7 @@ from tests.families_vision import Tower
 
 
 def cell(column: str, family: str) -> str:
-    return outcome(
-        column, text_config(family), vision_config(), random_pictures(3, IMAGE_SIZE, IMAGE_SIZE), family=family
-    )
+    return outcome(column, text_config(family), vision_config(), random_pictures(3, IMAGE_SIZE, IMAGE_SIZE), family=family)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt_350m", "granite", "bloom", "t5"])

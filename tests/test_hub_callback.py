@@ -172,9 +172,7 @@ def test_a_card_edited_on_the_hub_survives_the_next_push(module_hub: Hub, pushed
 
 def test_a_push_of_the_model_alone_keeps_what_is_known(module_hub: Hub, pushed: dict[str, Any]) -> None:
     text = module_hub.read("me/copy", "README.md").decode()
-    expected = (
-        pushed["card"].replace("me/eyes", "me/copy").replace("# eyes", "# copy").replace("name: eyes", "name: copy")
-    )
+    expected = pushed["card"].replace("me/eyes", "me/copy").replace("# eyes", "# copy").replace("name: eyes", "name: copy")
     assert not is_edited(text) and text.partition("<!--")[0] == expected.partition("<!--")[0]
 
 

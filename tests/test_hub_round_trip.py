@@ -197,7 +197,7 @@ except OSError as error:
     print(type(error).__name__, str(error).replace("\\n", " "))
 """
     said = module_hub.run(code).splitlines()[-1]
-    assert "me/nowhere" in said and "language model" in said and 'text_base_model=' in said
+    assert "me/nowhere" in said and "language model" in said and "text_base_model=" in said
 
 
 CUT = """

@@ -296,9 +296,7 @@ print(json.dumps({
         """A client that goes away in the middle, or sends other weights than it announced, changes nothing."""
         module_hub.run('from huggingface_hub import create_repo; create_repo("me/whole")')
         lines = [{"key": "header", "value": {"summary": "half"}}]
-        lines += [
-            {"key": "file", "value": {"path": f"{n}.txt", "content": "eA==", "encoding": "base64"}} for n in "ab"
-        ]
+        lines += [{"key": "file", "value": {"path": f"{n}.txt", "content": "eA==", "encoding": "base64"}} for n in "ab"]
         body = "".join(json.dumps(line) + "\n" for line in lines).encode()
         half = body.rindex(b"{", 0, body.rindex(b'"value"'))  # whole lines, but not all of them
         host, port = module_hub.endpoint.removeprefix("http://").split(":")

@@ -452,9 +452,7 @@ def test_modules_combine():
     import evaluate
 
     both = evaluate.combine([metrics.load_metric("exact_match"), metrics.load_metric("token_f1")])
-    assert both.compute(predictions=["red dog"], references=[["dog"]]) == pytest.approx(
-        {"exact_match": 0, "token_f1": 2 / 3}
-    )
+    assert both.compute(predictions=["red dog"], references=[["dog"]]) == pytest.approx({"exact_match": 0, "token_f1": 2 / 3})
 
 
 def test_unknown_module_lists_the_choices():
@@ -500,9 +498,7 @@ def test_teacher_forced_captions_are_named_so():
 def test_captions_of_encoder_decoders_are_not_shifted():
     labels = [[1, 2, 4, 0], [1, 3, 5, -100]]
     guesses = [[1, 2, 4, 0], [1, 2, 5, 6]]
-    compute = metrics.caption_compute_metrics(
-        Words(), [["a dog runs", "a red dog"], ["a cat"]], is_encoder_decoder=True
-    )
+    compute = metrics.caption_compute_metrics(Words(), [["a dog runs", "a red dog"], ["a cat"]], is_encoder_decoder=True)
     scores = compute(prediction(np.array(guesses), labels))
     expected = metrics.caption_metrics(["a dog runs", "a dog sleeps"], [["a dog runs", "a red dog"], ["a cat"]])
     assert scores["teacher_forced_token_accuracy"] == 6 / 7
@@ -524,9 +520,7 @@ def test_answers_for_trainer():
     scores = compute(prediction(np.array(GUESSES), LABELS))
     assert scores["teacher_forced_exact_match"] == 0.5
     assert scores["teacher_forced_vqa_accuracy"] == 0.5
-    assert "teacher_forced_vqa_accuracy" not in metrics.vqa_compute_metrics(Words())(
-        prediction(np.array(GUESSES), LABELS)
-    )
+    assert "teacher_forced_vqa_accuracy" not in metrics.vqa_compute_metrics(Words())(prediction(np.array(GUESSES), LABELS))
 
 
 def test_whole_logits_are_refused_with_the_way_out():
@@ -597,9 +591,7 @@ def test_in_trainer(tmp_path):
         TrainingArguments(
             str(tmp_path), per_device_eval_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True, do_train=False
         ),
-        data_collator=lambda batch: {
-            key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")
-        },
+        data_collator=lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")},
         compute_metrics=metrics.caption_compute_metrics(Words()),
         preprocess_logits_for_metrics=metrics.argmax_logits,
     )
@@ -619,7 +611,5 @@ def test_importing_metrics_imports_nothing_heavy():
         "print([n for n in ('torch','numpy','evaluate','datasets','pycocoevalcap','nltk') if n in sys.modules])"
     )
     root = Path(__file__).parents[1]
-    printed = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root
-    ).stdout
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root).stdout
     assert printed.strip() == "[]"

@@ -194,9 +194,7 @@ def test_encoded_once_it_serves_many_texts(eyes) -> None:
 def test_pictures_come_in_as_large_as_the_image_processor_makes_them(tmp_path: Path) -> None:
     """DINOv2's config says 518 pixels, its image processor crops to 224: positions are those that will come."""
     save_parents(tmp_path)
-    tower = Dinov2Model(
-        Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=70, patch_size=14)
-    )
+    tower = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=70, patch_size=14))
     tower.save_pretrained(tmp_path / "dino")
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path / "dino")
     model = Eyes.from_vision_text_pretrained(tmp_path / "dino", tmp_path / "words", connector_type="linear")

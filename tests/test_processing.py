@@ -426,9 +426,7 @@ def test_truncation_never_cuts_inside_a_placeholder_with_a_space():
     for side in ("right", "left"):
         processor = make(ByT5Tokenizer(truncation_side=side), prefix_length=2, image_token="<my image>")
         for length in range(4, 9):
-            ids = processor(images=picture(), text="a <my image> b", truncation=True, max_length=length)["input_ids"][
-                0
-            ]
+            ids = processor(images=picture(), text="a <my image> b", truncation=True, max_length=length)["input_ids"][0]
             assert ids.count(processor.image_token_id) == 2 and len(ids) <= length
 
 
@@ -459,9 +457,7 @@ def test_truncated_batch_pads_and_keeps_each_samples_images():
 
 
 # ------------------------------------------------------------------------------------------------------ chat templates
-TURNS = [
-    {"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "image"}, {"type": "text", "text": "?"}]}
-]
+TURNS = [{"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "image"}, {"type": "text", "text": "?"}]}]
 
 
 @pytest.mark.parametrize(
@@ -533,9 +529,7 @@ def saved_url(image: Image.Image) -> str:
 def test_chat_templates_with_bos_get_it_once():
     skip_before("5.18", "takes images of a chat from its turns alone")
     processor = make(word_tokenizer(chat_template=PRINTS_LISTS))
-    out = processor.apply_chat_template(
-        TURNS, tokenize=True, return_dict=True, processor_kwargs={"images": [picture()]}
-    )
+    out = processor.apply_chat_template(TURNS, tokenize=True, return_dict=True, processor_kwargs={"images": [picture()]})
     assert words(processor, out["input_ids"][0]).count("<s>") == 1
 
 
@@ -642,9 +636,7 @@ def test_processor_of_a_real_model_loads_through_the_auto_class(tmp_path):
     from tests.tiny import join  # tiny parents, joined
 
     model, processor = join(tmp_path)
-    inputs = processor(
-        images=[picture(), picture("blue")], text=["a picture", "what"], padding=True, return_tensors="pt"
-    )
+    inputs = processor(images=[picture(), picture("blue")], text=["a picture", "what"], padding=True, return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist() == [model.config.num_image_tokens] * 2
     assert model.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape == (2, inputs["input_ids"].shape[1] + 2)
     processor.save_pretrained(tmp_path / "saved")

@@ -28,10 +28,7 @@ def java_tokens(captions: list[str]) -> list[str]:
     printed = subprocess.run(command, input=text.encode(), capture_output=True, check=True).stdout.decode()
     lines = printed.split("\n")[: 2 * len(captions) : 2]
     assert len(lines) == len(captions)
-    return [
-        " ".join(token for token in line.rstrip().split(" ") if token not in ptbtokenizer.PUNCTUATIONS)
-        for line in lines
-    ]
+    return [" ".join(token for token in line.rstrip().split(" ") if token not in ptbtokenizer.PUNCTUATIONS) for line in lines]
 
 
 def stored_tokens() -> dict[str, str]:

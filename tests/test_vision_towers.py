@@ -124,8 +124,7 @@ def test_leading_tokens_do_not_see_the_image_where_it_enters_the_layers():
         geometry = probe_vision_tower(vision_config(row), layer=0)
         model = tiny_tower(row)
         one, other = (
-            encode(model, image_inputs(row, seed=seed), geometry, layer=0, select_strategy="full")[0]
-            for seed in (0, 1)
+            encode(model, image_inputs(row, seed=seed), geometry, layer=0, select_strategy="full")[0] for seed in (0, 1)
         )
         moved = (one != other).any(dim=-1).any(dim=0)
         expected = [False] * row.leading + [True] * geometry.num_positions
@@ -160,9 +159,7 @@ def test_another_image_gives_other_features_and_images_do_not_mix(family, row):
     model, inputs = known_tower(family), image_inputs(row)
     features, _, _ = encode(model, inputs, geometry)
     changed = {name: value.clone() for name, value in inputs.items()}
-    changed["pixel_values"][1] += torch.randn(
-        changed["pixel_values"][1].shape, generator=torch.Generator().manual_seed(9)
-    )
+    changed["pixel_values"][1] += torch.randn(changed["pixel_values"][1].shape, generator=torch.Generator().manual_seed(9))
     others, _, _ = encode(model, changed, geometry)
     assert (features[1] - others[1]).abs().max() > 1e-2 * features.abs().max()
     torch.testing.assert_close(features[0], others[0])
@@ -243,9 +240,7 @@ def test_pooled_is_the_class_token_where_the_pooler_can_be_left_out():
     assert not torch.equal(features[:, 0], output.pooler_output)
 
 
-@pytest.mark.parametrize(
-    "family", ["clip", "siglip", "dinov2", "resnet", "efficientnet", "convnextv2", "siglip2_naflex"]
-)
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2", "resnet", "efficientnet", "convnextv2", "siglip2_naflex"])
 def test_pooled_is_the_models_own_where_it_is_part_of_the_tower(family):
     row = TOWERS[family]
     geometry = probe_vision_tower(vision_config(row), select_strategy="pooled")
@@ -275,9 +270,7 @@ def test_an_unknown_strategy_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'cls': choose one of default, full, pooled"):
         probe_vision_tower(vision_config(TOWERS["clip"]), select_strategy="cls")
     with pytest.raises(ValueError, match="'cls': choose one of default, full, pooled"):
-        encode_images(
-            tiny_tower(TOWERS["clip"]), torch.zeros(1, 3, 32, 32), select_strategy="cls", num_leading_tokens=1
-        )
+        encode_images(tiny_tower(TOWERS["clip"]), torch.zeros(1, 3, 32, 32), select_strategy="cls", num_leading_tokens=1)
 
 
 # --- what goes in ---------------------------------------------------------------------------------------------------
@@ -320,9 +313,7 @@ def test_options_go_on_to_towers_that_take_them_and_not_to_others():
         encode(clip, {"pixel_values": larger}, geometry)
     model = tiny_tower(TOWERS["resnet"])
     grids = {"spatial_shapes": torch.tensor([[1, 1]]), "interpolate_pos_encoding": True}
-    _, mask, output = encode(
-        model, {"pixel_values": larger}, VisionGeometry(0, 4, 16), output_hidden_states=True, **grids
-    )
+    _, mask, output = encode(model, {"pixel_values": larger}, VisionGeometry(0, 4, 16), output_hidden_states=True, **grids)
     assert mask is None and len(output.hidden_states) == 5
 
 
@@ -374,9 +365,7 @@ def test_probing_allocates_nothing_draws_nothing_and_leaves_the_config_alone(row
     ids=str,
 )
 def test_positions_follow_the_config_even_where_patches_do_not_fill_the_image(options, expected):
-    config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, **options
-    )
+    config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, **options)
     geometry = probe_vision_tower(config)
     assert (geometry.num_leading_tokens, geometry.num_positions) == expected
 
@@ -481,9 +470,7 @@ def test_the_tower_holds_no_parameter_that_its_features_do_not_use(family, row):
     if output.get("pooler_output") is not None:
         used.append(output.pooler_output.float().pow(2).sum())
     sum(used).backward()
-    unused = {
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
-    }
+    unused = {name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None}
     # CLIP's and SigLIP's ends are norms and heads of the pooled output; mask tokens serve pretraining
     assert {name for name in unused if "mask_token" not in name} == set()
 

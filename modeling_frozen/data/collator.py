@@ -316,9 +316,7 @@ class DataCollatorForFrozenPrefix:
     def _place_in_turns(self, messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
         """Images that came in a column, in the first user turn, unless the turns have placeholders already."""
         turns = [message["content"] for message in messages]
-        if not num_images or any(
-            _has_image(one) or self.processor.count_image_tokens(_plain_text(one)) for one in turns
-        ):
+        if not num_images or any(_has_image(one) or self.processor.count_image_tokens(_plain_text(one)) for one in turns):
             return messages
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
         content = self.processor.place_images(_plain_text(turns[first]), num_images)
@@ -497,9 +495,7 @@ def _stop_tokens(processor: Any) -> list[str]:
     return [token for token in _special_tokens(processor) if token not in (*processor.tokens.values(), bos)]
 
 
-def assistant_spans(
-    processor: Any, messages: list[dict[str, Any]], index: int = 0
-) -> tuple[str, list[tuple[int, int]]]:
+def assistant_spans(processor: Any, messages: list[dict[str, Any]], index: int = 0) -> tuple[str, list[tuple[int, int]]]:
     """A rendered chat and the (start, end) characters of what the assistant is to say in it.
 
     Templates with `{% generation %}` mark it themselves. With others a turn runs from the end of the generation prompt

@@ -49,9 +49,7 @@ def _check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]]
         if not isinstance(prediction, str):
             raise TypeError(f"prediction {index} is a {type(prediction).__name__}: give one string to each image")
         if isinstance(texts, str):
-            raise TypeError(
-                f"references {index} are one string: give a list of strings, [{texts!r}] if there is but one"
-            )
+            raise TypeError(f"references {index} are one string: give a list of strings, [{texts!r}] if there is but one")
         if len(texts) == 0:
             raise ValueError(f"prediction {index} has no references: leave it out or give it at least one")
 
@@ -140,9 +138,7 @@ def _scorer(module: str, name: str) -> Any:
 
 def _need_java(what: str) -> None:
     if shutil.which("java") is None:
-        raise RuntimeError(
-            f"{what} is a Java program, and there is no java on the path: install one or leave {what} out"
-        )
+        raise RuntimeError(f"{what} is a Java program, and there is no java on the path: install one or leave {what} out")
 
 
 def _meteor(predictions: dict[int, list[str]], references: dict[int, list[str]]) -> float:
@@ -327,16 +323,12 @@ def recall_at_k(
     if not np.isfinite(similarity).all():
         raise ValueError("similarity holds values that are not finite: there is no order among them")
     if text_to_image is None and images != texts:
-        raise ValueError(
-            f"similarity has {images} images and {texts} texts: say by text_to_image which belong together"
-        )
+        raise ValueError(f"similarity has {images} images and {texts} texts: say by text_to_image which belong together")
     owner = np.arange(texts) if text_to_image is None else _to_numpy(text_to_image)
     if owner.shape != (texts,):
         raise ValueError(f"text_to_image has {len(owner)} entries for {texts} texts")
     if owner.min() < 0 or owner.max() >= images:
-        raise ValueError(
-            f"text_to_image names images {owner.min()} to {owner.max()}: there are images 0 to {images - 1}"
-        )
+        raise ValueError(f"text_to_image names images {owner.min()} to {owner.max()}: there are images 0 to {images - 1}")
     missing = sorted(set(range(images)) - set(owner.tolist()))
     if missing:
         raise ValueError(f"images {missing[:5]} have no text ({len(missing)} in all): leave their rows out")
@@ -519,9 +511,7 @@ def _text_compute_metrics(
     is_encoder_decoder: bool,
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predicted, labels = _predicted_and_labels(
-            prediction, generated=generated, is_encoder_decoder=is_encoder_decoder
-        )
+        predicted, labels = _predicted_and_labels(prediction, generated=generated, is_encoder_decoder=is_encoder_decoder)
         texts = _texts(processor, predicted)
         given = [[text] for text in _texts(processor, labels)] if references is None else references
         results = dict(scores(texts, given))

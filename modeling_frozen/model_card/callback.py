@@ -53,15 +53,11 @@ class FrozenPrefixHubCallback(TrainerCallback):
     def folder(self) -> Path:
         return Path(self.trainer.args.output_dir)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.push_to_hub:
             self._complete()
 
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._complete()
 
     def create_model_card(self, **kwargs: Any) -> None:

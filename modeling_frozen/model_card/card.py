@@ -254,14 +254,14 @@ def _generate(
     unlocked = getattr(config, "unlocked_layers", None) or {}
     trained = [part for part in ("connector", *_PARENT_TITLES) if part in config.trainable or unlocked.get(part)]
     own = "connector and head" if usage.head else "connector"
-    titles = {part: f"{title} (last {unlocked[part]} layers)" if unlocked.get(part) else title
-              for part, title in _PARENT_TITLES.items()}
+    titles = {
+        part: f"{title} (last {unlocked[part]} layers)" if unlocked.get(part) else title
+        for part, title in _PARENT_TITLES.items()
+    }
     trained_parts = [own if part == "connector" else titles[part] for part in trained]
     if data.base_model:
         data["base_model_relation"] = "adapter" if set(trained) <= {"connector"} else "finetune"
-    idle = {
-        id(p) for name, p in inner.named_parameters() if ".idle_connectors." in f".{name}"
-    }  # other eyes, not saved
+    idle = {id(p) for name, p in inner.named_parameters() if ".idle_connectors." in f".{name}"}  # other eyes, not saved
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in idle)
     total = inner.num_parameters() - sum(p.numel() for p in inner.parameters() if id(p) in idle)
     saved = set(config.saved_parts or ()) | set(trained)
