@@ -49,7 +49,7 @@ tested = ("quickstart", "peft", "augment", "search", "video")
 extras["test"] = sorted(
     {
         *(one for name in tested for one in extras[name]),
-        *("evaluate>=0.4.1", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "scikit-learn>=1.5"),
+        *("evaluate>=0.4.1", "mypy>=1.15", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "scikit-learn>=1.5"),
     }
 )
 # What the slow tests run beside: `pytest -m slow` skips what is not installed.

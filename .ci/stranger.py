@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.hub_fixtures import Hub
+from tests.helpers.hub_fixtures import Hub
 
 
 PARENTS = """
@@ -20,7 +20,7 @@ import pathlib
 import modeling_frozen
 from datasets import Dataset
 from huggingface_hub import HfApi
-from tests import tiny
+from tests.helpers import tiny
 
 assert "site-packages" in modeling_frozen.__file__, modeling_frozen.__file__
 for name, folder in zip(("me/tower", "me/words"), tiny.save_parents(pathlib.Path("parents"))):
@@ -43,7 +43,7 @@ PICTURE = "from PIL import Image\nimage = Image.new('RGB', (20, 18), 'red')\n"
 
 RESUME = """
 import torch
-from tests import tiny
+from tests.helpers import tiny
 from transformers import Trainer, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 

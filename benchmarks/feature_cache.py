@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from benchmarks.timing import Report, Timing, add_arguments, alternate
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor, cache_vision_features
-from tests.tiny import tokenizer
+from tests.helpers.tiny import tokenizer
 
 
 BAR = 0.95  # of the tower's own throughput

@@ -9,14 +9,14 @@ included. Beside each figure stand the connector's own bytes and those of its pa
 import tempfile
 from pathlib import Path
 
-from tests.hub_fixtures import Hub
+from tests.helpers.hub_fixtures import Hub
 
 
 PARENTS = """
 import tempfile
 from pathlib import Path
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
-from tests.tiny import save_parents
+from tests.helpers.tiny import save_parents
 sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
 tower, words = save_parents(Path(tempfile.mkdtemp()), vision=sizes, text=sizes)
 CLIPVisionModel.from_pretrained(tower).push_to_hub("me/tower")

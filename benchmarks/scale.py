@@ -22,8 +22,8 @@ def one(source: str, count: int) -> dict[str, float]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from modeling_frozen import DataCollatorForFrozenPrefix
+    from tests.helpers.tiny import join
     from tests.test_scale import LazyRows, streamed
-    from tests.tiny import join
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

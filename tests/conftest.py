@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.bits import compares_bits
+from tests.helpers.bits import compares_bits
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach the Hub; Hub tests run their own server
@@ -80,8 +80,8 @@ def _nothing_deprecated_is_used(request: pytest.FixtureRequest) -> Iterator[None
 @pytest.fixture(scope="session", autouse=True)
 def _end_of_fresh_pythons() -> Iterator[None]:
     yield
-    if "tests.fresh_python" in sys.modules:
-        sys.modules["tests.fresh_python"].stop()
+    if "tests.helpers.fresh_python" in sys.modules:
+        sys.modules["tests.helpers.fresh_python"].stop()
 
 
 # Where a model looks up what runs its parents, without weights, to learn their shapes.

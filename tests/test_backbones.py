@@ -18,8 +18,8 @@ from modeling_frozen.backbones import (
     skips_padding,
     word_embedding_norm,
 )
-from tests.families_text import language_model
-from tests.tiny import WORDS, join, save_parents, text_config, vision_config
+from tests.helpers.families_text import language_model
+from tests.helpers.tiny import WORDS, join, save_parents, text_config, vision_config
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from transformers import Trainer
 
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.data.lengths import add_lengths, length_of
+from tests.helpers.tiny import join, rows
 from tests.test_training import arguments
-from tests.tiny import join, rows
 
 
 def test_a_length_is_that_of_the_row_alone_in_a_batch(tmp_path: Path) -> None:

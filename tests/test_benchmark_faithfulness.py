@@ -21,8 +21,7 @@ from benchmarks.faithfulness import (
 )
 from benchmarks.shape_towers import WAYS, Pictures, train_tower_by
 from modeling_frozen import DataCollatorForFrozenPrefix
-
-from . import tiny
+from tests.helpers import tiny
 
 
 TEXTS = ["a red square .", "what colour ? that is blue .", "red"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.bits import compares_bits
+from tests.helpers.bits import compares_bits
 from tests.test_checkpoints import same_logits
 
 

@@ -17,8 +17,8 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
 )
 from modeling_frozen.model_card.card import write_model_card
+from tests.helpers.tiny import save_parents
 from tests.test_modalities import EARS
-from tests.tiny import save_parents
 
 
 METRICS = {"sighted": {"accuracy": 0.9}, "blind": {"accuracy": 0.2}, "random_connector": {"accuracy": 0.3}}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from modeling_frozen.processors import INTERLEAVED_CHAT_TEMPLATE, few_shot_messages
+from tests.helpers.tiny import skip_before
 from tests.test_processing import CHATML, make, picture, words
-from tests.tiny import skip_before
 
 
 TEMPLATES: dict[str, str | None] = {"own": None, "parent's": CHATML, "interleaved": INTERLEAVED_CHAT_TEMPLATE}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, LlamaForCausalLM
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
-from tests.tiny import join, save_parents, text_config, vision_config
+from tests.helpers.tiny import join, save_parents, text_config, vision_config
 
 
 Eyes = FrozenPrefixForConditionalGeneration

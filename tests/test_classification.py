@@ -38,10 +38,10 @@ from modeling_frozen.hub import write_code
 from modeling_frozen.metrics.scores import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
 from modeling_frozen.text_reading import pool_text, read_text
-from tests import fresh_python
-from tests.families_text import FAMILIES, language_model
+from tests.helpers import fresh_python
+from tests.helpers.families_text import FAMILIES, language_model
+from tests.helpers.tiny import COLOURS, WORDS, save_parents, text_config, tokenizer, vision_config
 from tests.test_modalities import EARS
-from tests.tiny import COLOURS, WORDS, save_parents, text_config, tokenizer, vision_config
 
 
 Classifier = FrozenPrefixForSequenceClassification

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modeling_frozen import DataCollatorForFrozenPrefix
-from tests.tiny import join, rows
+from tests.helpers.tiny import join, rows
 
 
 FUSIONS = {

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig, CLIPConfig, GPT2Config, OPTConfig, T5Config, ViTConfig
 
 from modeling_frozen import FrozenPrefixConfig
-from tests.tiny import text_config, vision_config
+from tests.helpers.tiny import text_config, vision_config
 
 
 def make(**options: object) -> FrozenPrefixConfig:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
-from tests.tiny import join, save_parents
+from tests.helpers.tiny import join, save_parents
 
 
 Eyes = FrozenPrefixForConditionalGeneration

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modeling_frozen.contrastive_losses import CONTRASTIVE_LOSSES, check_contrastive_loss, triplet_loss
-from tests import fresh_python
+from tests.helpers import fresh_python
 
 
 IDS = [7, 3, 7, 5, 9, 3]

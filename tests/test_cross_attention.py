@@ -12,10 +12,10 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from modeling_frozen.cross_attention import decoder_layers, probe_decoder
 from modeling_frozen.transformers_compat import cache_of
-from tests.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
+from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
+from tests.helpers.tiny import join, recompute_activations, skip_before
 from tests.test_families import IMAGE, pictures
 from tests.test_families import prompt as families_prompt
-from tests.tiny import join, recompute_activations, skip_before
 
 
 Eyes = FrozenPrefixForConditionalGeneration
@@ -613,7 +613,7 @@ def test_a_lacking_tensor_is_an_error(tmp_path: Path) -> None:
 def test_another_language_model_must_have_the_same_layers(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    from tests.tiny import text_config as tiny_text_config
+    from tests.helpers.tiny import text_config as tiny_text_config
 
     model, _ = join(tmp_path, fusion="cross_attention", cross_attention_config=BLOCKS)
     model.save_pretrained(tmp_path / "eyes")

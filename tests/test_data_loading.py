@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.data.formats import load_coco_captions, load_vqa, split_by_image
-from tests.tiny import COLOURS, join
+from tests.helpers.tiny import COLOURS, join
 
 
 @pytest.fixture

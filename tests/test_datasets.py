@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
-from tests.tiny import join, rows
+from tests.helpers.tiny import join, rows
 
 
 datasets = pytest.importorskip("datasets")
@@ -182,7 +182,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from modeling_frozen import DataCollatorForFrozenPrefix
-from tests.tiny import join, rows
+from tests.helpers.tiny import join, rows
 
 def main(folder: str) -> list[float]:
     torch.manual_seed(0)

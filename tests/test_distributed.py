@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
-from tests.tiny import save_parents
+from tests.helpers.tiny import save_parents
 
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def free_port() -> str:
 
 def run(folder: Path, way: str, batch_size: int, processes: int) -> dict:
     several = ["--multi_gpu", "--main_process_port", free_port()] if processes > 1 else ["--cpu"]
-    command = [*LAUNCH, "--num_processes", str(processes), *several, "-m", "tests.distributed_run"]
+    command = [*LAUNCH, "--num_processes", str(processes), *several, "-m", "tests.helpers.distributed_run"]
     done = subprocess.run(
         [sys.executable, *command, str(folder), way, str(batch_size)],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240,

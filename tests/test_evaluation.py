@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.evaluation.evaluator import EvaluationCallback, bootstrap, evaluate, over_seeds, random_connectors
 from modeling_frozen.metrics.scores import caption_metrics, exact_match, token_f1, vqa_accuracy
-from tests import fresh_python
-from tests.tiny import COLOURS, join, rows
+from tests.helpers import fresh_python
+from tests.helpers.tiny import COLOURS, join, rows
 
 
 GENERATE = {"max_new_tokens": 4}

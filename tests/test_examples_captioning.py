@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from modeling_frozen.evaluation.evaluator import KINDS
-
-from .tiny import rows, save_parents
+from tests.helpers.tiny import rows, save_parents
 
 
 pytest.importorskip("pycocoevalcap")

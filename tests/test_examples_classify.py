@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from safetensors.torch import load_file
 
 from modeling_frozen import FrozenPrefixForSequenceClassification
-from tests.tiny import COLOURS, rows, save_parents
+from tests.helpers.tiny import COLOURS, rows, save_parents
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

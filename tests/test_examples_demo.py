@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.tiny import join, rows
+from tests.helpers.tiny import join, rows
 
 
 pytest.importorskip("gradio")

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset, Image
 
 from modeling_frozen.model_card.card import write_model_card
+from tests.helpers.tiny import join
 from tests.test_evaluation import split
-from tests.tiny import join
 
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "evaluate.py"

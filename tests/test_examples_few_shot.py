@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests import fresh_python
+from tests.helpers import fresh_python
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Image
 
-from tests import fresh_python
-from tests.tiny import rows, save_parents
+from tests.helpers import fresh_python
+from tests.helpers.tiny import rows, save_parents
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import fresh_python
+from tests.helpers import fresh_python
 
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import fresh_python
+from tests.helpers import fresh_python
 
 
 pytest.importorskip("faiss")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import fresh_python
-from tests.tiny import save_parents
+from tests.helpers import fresh_python
+from tests.helpers.tiny import save_parents
 
 
 ROOT = Path(__file__).resolve().parent.parent

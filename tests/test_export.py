@@ -12,9 +12,9 @@ from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixPr
 from modeling_frozen.connectors import CONNECTORS
 from modeling_frozen.export.graphs import export_decode, export_image_encoder, export_prefill
 from modeling_frozen.transformers_compat import CACHE, cache_of
-from tests.families_vision import TOWERS, Tower, image_inputs, reason_to_skip, tiny_tower
-from tests.talking import QUESTION, TOKENS, picture, talking
-from tests.tiny import join, rows, text_config
+from tests.helpers.families_vision import TOWERS, Tower, image_inputs, reason_to_skip, tiny_tower
+from tests.helpers.talking import QUESTION, TOKENS, picture, talking
+from tests.helpers.tiny import join, rows, text_config
 
 
 # Traced for any number of images they can't be: they go over them one by one.

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
-from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model, text_config
-from tests.tiny import recompute_activations, skip_before
+from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model, text_config
+from tests.helpers.tiny import recompute_activations, skip_before
 
 
 PREFIX = 4

@@ -5,8 +5,8 @@ import torch
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from modeling_frozen.connectors import CONNECTORS
-from tests.families_text import DECODERS, FAMILIES, VOCAB_SIZE, text_config
-from tests.families_vision import TOWERS, image_inputs, reason_to_skip, tiny_tower, vision_config
+from tests.helpers.families_text import DECODERS, FAMILIES, VOCAB_SIZE, text_config
+from tests.helpers.families_vision import TOWERS, image_inputs, reason_to_skip, tiny_tower, vision_config
 
 
 SMALL = {"hidden_size": 16, "num_layers": 1}

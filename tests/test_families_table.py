@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests import families
-from tests.families import (
+from tests.helpers import families
+from tests.helpers.families import (
     IMAGE_SIZE,
     PATCHES,
     blip2,
@@ -15,8 +15,8 @@ from tests.families import (
     tower_row,
     vision_config,
 )
-from tests.families_text import language_model, text_config
-from tests.families_vision import Tower
+from tests.helpers.families_text import language_model, text_config
+from tests.helpers.families_vision import Tower
 
 
 def cell(column: str, family: str) -> str:

@@ -34,8 +34,8 @@ from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import StoredImage, VisionFeatures, store_key
 from modeling_frozen.data.feature_store import FeatureStore
 from modeling_frozen.vision_towers import encode_images
-from tests import fresh_python
-from tests.tiny import join, rows, save_parents
+from tests.helpers import fresh_python
+from tests.helpers.tiny import join, rows, save_parents
 
 
 PICTURE = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
@@ -321,7 +321,7 @@ def _other_tower(folder: Path) -> str:
     torch.manual_seed(7)
     from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
-    from tests.tiny import vision_config
+    from tests.helpers.tiny import vision_config
 
     CLIPVisionModel(vision_config()).save_pretrained(folder)
     CLIPImageProcessorPil.from_pretrained(folder.parent / "tower").save_pretrained(folder)
@@ -407,7 +407,7 @@ import datasets, torch
 datasets.disable_progress_bars()
 from modeling_frozen import cache_vision_features
 from tests.test_feature_cache import captioned
-from tests.tiny import join
+from tests.helpers.tiny import join
 
 if __name__ == "__main__":
     parents, folder, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])

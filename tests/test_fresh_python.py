@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import fresh_python
+from tests.helpers import fresh_python
 
 
 def told(*arguments: str, **options: object) -> str:

@@ -10,9 +10,9 @@ from transformers.utils import ModelOutput
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from modeling_frozen.transformers_compat import cache_of
-from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model
+from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model
+from tests.helpers.tiny import WORDS, join, rows, text_config, tokenizer
 from tests.test_families import IMAGE, PREFIX, build, eyes, pictures, prompt
-from tests.tiny import WORDS, join, rows, text_config, tokenizer
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from modeling_frozen.model_card.edits import is_edited
-from tests.hub_fixtures import Hub, module_hub  # noqa: F401
+from tests.helpers.hub_fixtures import Hub, module_hub  # noqa: F401
 
 
 pytestmark = pytest.mark.hub
@@ -26,7 +26,7 @@ from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixHubCallback
 from modeling_frozen import FrozenPrefixProcessor
-from tests import tiny
+from tests.helpers import tiny
 
 api = HfApi()
 for name, folder in zip(("me/tower", "me/words"), tiny.save_parents(pathlib.Path("parents"))):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.hub_fixtures import Hub, module_hub  # noqa: F401
+from tests.helpers.hub_fixtures import Hub, module_hub  # noqa: F401
 
 
 pytestmark = pytest.mark.hub
@@ -27,7 +27,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from modeling_frozen import FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
-from tests.tiny import save_parents
+from tests.helpers.tiny import save_parents
 
 tower, words = save_parents(Path(tempfile.mkdtemp()))
 CLIPVisionModel.from_pretrained(tower).push_to_hub("me/tower")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from tests.hub_fixtures import Hub, module_hub  # noqa: F401
-from tests.tiny import save_parents
+from tests.helpers.hub_fixtures import Hub, module_hub  # noqa: F401
+from tests.helpers.tiny import save_parents
 
 
 pytestmark = pytest.mark.hub
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from tests.tiny import rows, save_parents
+from tests.helpers.tiny import rows, save_parents
 
 folder = Path(tempfile.mkdtemp())
 tower, words = save_parents(folder)

@@ -16,8 +16,8 @@ from modeling_frozen.connectors import build_connector
 from modeling_frozen.cross_attention import GatedCrossAttentionBlock
 from modeling_frozen.interpretation.connector_attention import grid_of, prefix_origins
 from modeling_frozen.interpretation.interpret import _gated_weights, attention_to_image, nearest_words, sightedness
-from tests.families_text import language_model
-from tests.tiny import COLOURS, WORDS, join, rows, save_parents, tokenizer
+from tests.helpers.families_text import language_model
+from tests.helpers.tiny import COLOURS, WORDS, join, rows, save_parents, tokenizer
 
 
 IMAGES = [row["image"] for row in rows(3)]

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
 from modeling_frozen.connectors import CONNECTORS
-from tests.library_suites import LEFT_OUT, SUITES
-from tests.tiny import WORDS, join, rows, save_parents, text_config, vision_config
+from tests.helpers.library_suites import LEFT_OUT, SUITES
+from tests.helpers.tiny import WORDS, join, rows, save_parents, text_config, vision_config
 
 
 Eyes = FrozenPrefixForConditionalGeneration
@@ -49,7 +49,7 @@ def test_the_librarys_own_suite(suite: str, tmp_path: Path) -> None:
     if folder is None:
         pytest.skip("the library's tests are not here: name their folder by FROZEN_PREFIX_LIBRARY_TESTS")
     results = tmp_path / "results.json"
-    script = Path(__file__).with_name("library_suites.py")
+    script = Path(__file__).parent / "helpers" / "library_suites.py"
     subprocess.run([sys.executable, str(script), str(folder), suite, str(results)], check=True, capture_output=True)
     outcomes = json.loads(results.read_text())
     failed = {name: reason[-1500:] for name, (outcome, reason) in outcomes.items() if outcome == "failed"}

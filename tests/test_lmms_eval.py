@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 
-from tests.tiny import COLOURS, join, rows
+from tests.helpers.tiny import COLOURS, join, rows
 
 
 pytest.importorskip("lmms_eval")

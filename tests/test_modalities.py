@@ -37,8 +37,8 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
 )
 from modeling_frozen.audio_towers import encode_audio, load_audio_tower, probe_audio_tower
-from tests import tiny
-from tests.families_text import DECODERS, VOCAB_SIZE, text_config
+from tests.helpers import tiny
+from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
 
 
 PREFIX, FRAMES, SOUND = 2, 3, 3

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixHubCallback, FrozenPrefixModel
 from modeling_frozen.model_card.card import write_model_card
 from modeling_frozen.model_card.edits import is_edited
-from tests import tiny
+from tests.helpers import tiny
 
 
 ROOT = Path(__file__).parents[1]

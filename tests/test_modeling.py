@@ -24,7 +24,7 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
 )
 from modeling_frozen.connectors import CONNECTORS
-from tests.tiny import join, rows, save_parents, text_config, vision_config
+from tests.helpers.tiny import join, rows, save_parents, text_config, vision_config
 
 
 Eyes = FrozenPrefixForConditionalGeneration
@@ -99,7 +99,7 @@ def test_frozen_parents_stay_in_eval_mode(tmp_path: Path) -> None:
 def test_batch_statistics_of_a_frozen_tower_stand_still() -> None:
     from transformers import MobileNetV2Config
 
-    from tests.families_text import text_config as tiny_text
+    from tests.helpers.families_text import text_config as tiny_text
 
     tower = MobileNetV2Config(image_size=32, depth_multiplier=0.1)
     config = FrozenPrefixConfig.from_vision_text_configs(tower, tiny_text("llama"), connector_type="linear")
@@ -300,7 +300,7 @@ def test_placeholders_are_counted_per_sample(eyes) -> None:
 
 
 def test_an_input_longer_than_the_positions_is_refused() -> None:
-    from tests.families_text import text_config as tiny_text
+    from tests.helpers.families_text import text_config as tiny_text
 
     config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), tiny_text("gpt2"), connector_type="linear")
     model = Eyes(config).eval()

@@ -19,8 +19,8 @@ import transformers
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.configuration_frozen_prefix import VERSION
 from modeling_frozen.hub import write_code
-from tests.hub_fixtures import HIDE_PACKAGE
-from tests.tiny import rows, text_config, tokenizer, vision_config
+from tests.helpers.hub_fixtures import HIDE_PACKAGE
+from tests.helpers.tiny import rows, text_config, tokenizer, vision_config
 
 
 FOLDER = Path(__file__).parent / "checkpoints"

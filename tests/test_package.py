@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import modeling_frozen
-from tests import fresh_python
+from tests.helpers import fresh_python
 
 
 ROOT = Path(__file__).parents[1]

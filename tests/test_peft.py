@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
-from tests.tiny import join, rows, skip_before, skip_where_peft_is_too_old
+from tests.helpers.tiny import join, rows, skip_before, skip_where_peft_is_too_old
 
 
 peft = pytest.importorskip("peft")

@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from tests import fresh_python
-from tests.hub_fixtures import Hub, module_hub  # noqa: F401
-from tests.talking import QUESTION, TOKENS, Talking, picture, talking, user
-from tests.tiny import COLOURS, WORDS, save_parents, tokenizer
+from tests.helpers import fresh_python
+from tests.helpers.hub_fixtures import Hub, module_hub  # noqa: F401
+from tests.helpers.talking import QUESTION, TOKENS, Talking, picture, talking, user
+from tests.helpers.tiny import COLOURS, WORDS, save_parents, tokenizer
 
 
 PROMPT = f"<image> {QUESTION}"
@@ -256,7 +256,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from tests.talking import talking, user
+from tests.helpers.talking import talking, user
 made = talking(Path(tempfile.mkdtemp()))
 tower, words = (str(Path(made.path).parent / name) for name in ("tower", "words"))
 CLIPVisionModel.from_pretrained(tower).push_to_hub("me/tower")

@@ -19,7 +19,7 @@ from modeling_frozen.evaluation.plots import (
     plot_training,
     read_history,
 )
-from tests.tiny import rows
+from tests.helpers.tiny import rows
 
 
 HISTORY = [

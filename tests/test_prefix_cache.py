@@ -8,10 +8,10 @@ from transformers import CONFIG_MAPPING
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from modeling_frozen.transformers_compat import cache_of
-from tests import families_text
-from tests.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE
+from tests.helpers import families_text
+from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE
+from tests.helpers.tiny import join, rows, skip_before
 from tests.test_families import IMAGE, PREFIX, build, eyes, pictures
-from tests.tiny import join, rows, skip_before
 
 
 Inputs = dict[str, torch.Tensor]

@@ -10,8 +10,9 @@ from transformers import Trainer, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
 from modeling_frozen.prefix_sharing import best_lead, mark_images
 from modeling_frozen.training.lora import lora_config
-from tests import test_vision_features, tiny
-from tests.families_text import DECODERS, FAMILIES, VOCAB_SIZE
+from tests import test_vision_features
+from tests.helpers import tiny
+from tests.helpers.families_text import DECODERS, FAMILIES, VOCAB_SIZE
 
 
 LENGTH, IMAGE = 8, VOCAB_SIZE

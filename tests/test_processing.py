@@ -29,7 +29,7 @@ from modeling_frozen.processors import (
     few_shot_messages,
     load_rgb_image,
 )
-from tests.tiny import skip_before
+from tests.helpers.tiny import skip_before
 
 
 WORDS = "<unk> <s> </s> a red blue dog cat runs sees what is it ? : User Assistant Question Answer . one two".split()
@@ -633,7 +633,7 @@ def test_from_model(tmp_path, caplog):
 
 
 def test_processor_of_a_real_model_loads_through_the_auto_class(tmp_path):
-    from tests.tiny import join  # tiny parents, joined
+    from tests.helpers.tiny import join  # tiny parents, joined
 
     model, processor = join(tmp_path)
     inputs = processor(images=[picture(), picture("blue")], text=["a picture", "what"], padding=True, return_tensors="pt")

@@ -49,7 +49,7 @@ from modeling_frozen.evaluation.retrieval import (
     zero_shot_classify,
 )
 from modeling_frozen.metrics.scores import retrieval_compute_metrics
-from tests.tiny import COLOURS, WORDS, rows, save_parents, text_config, tokenizer, vision_config
+from tests.helpers.tiny import COLOURS, WORDS, rows, save_parents, text_config, tokenizer, vision_config
 
 
 Retrieval = FrozenPrefixForImageTextRetrieval

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from modeling_frozen import DataCollatorForFrozenPrefixRetrieval, FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
-from tests import fresh_python
-from tests.tiny import rows, save_parents
+from tests.helpers import fresh_python
+from tests.helpers.tiny import rows, save_parents
 
 
 # Each way trains other parts; a parameter without a gradient would stop DistributedDataParallel.

@@ -10,8 +10,8 @@ from datasets import Features, Image, IterableDataset, Value
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from modeling_frozen import DataCollatorForFrozenPrefix
+from tests.helpers.tiny import join, rows
 from tests.test_training import arguments
-from tests.tiny import join, rows
 
 
 class LazyRows(torch.utils.data.Dataset):

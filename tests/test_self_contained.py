@@ -12,10 +12,10 @@ import torch
 from transformers import AutoProcessor
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from tests import fresh_python
-from tests.hub_fixtures import HIDE_PACKAGE
-from tests.talking import QUESTION, TOKENS, Talking, talking, user
-from tests.tiny import COLOURS, join
+from tests.helpers import fresh_python
+from tests.helpers.hub_fixtures import HIDE_PACKAGE
+from tests.helpers.talking import QUESTION, TOKENS, Talking, talking, user
+from tests.helpers.tiny import COLOURS, join
 
 
 # Code whose last line of output is what a folder says about a red square.

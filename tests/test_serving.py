@@ -19,9 +19,9 @@ import pytest
 from transformers import TextIteratorStreamer
 
 from modeling_frozen.serving.server import build_app
-from tests.hub_fixtures import HIDE_PACKAGE, ROOT
-from tests.talking import QUESTION, TOKENS, Talking, picture, talking, user
-from tests.tiny import COLOURS
+from tests.helpers.hub_fixtures import HIDE_PACKAGE, ROOT
+from tests.helpers.talking import QUESTION, TOKENS, Talking, picture, talking, user
+from tests.helpers.tiny import COLOURS
 
 
 # Ours; and the library's own, for people without the package.

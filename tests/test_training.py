@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
-from tests.tiny import join, rows, save_parents
+from tests.helpers.tiny import join, rows, save_parents
 
 
 def arguments(folder: Path, **options: object) -> TrainingArguments:

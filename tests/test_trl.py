@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
-from tests.tiny import WORDS, join, rows, save_parents
+from tests.helpers.tiny import WORDS, join, rows, save_parents
 
 
 pytestmark = pytest.mark.slow  # trl is an extra

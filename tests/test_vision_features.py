@@ -11,8 +11,8 @@ from transformers import CLIPVisionConfig
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from modeling_frozen.connectors import CONNECTORS
 from modeling_frozen.vision_towers import encode_images
-from tests.families_text import DECODERS, VOCAB_SIZE, text_config
-from tests.families_vision import TOWERS, vision_config
+from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
+from tests.helpers.families_vision import TOWERS, vision_config
 
 
 IMAGE, LENGTH = VOCAB_SIZE, 4  # past the vocabulary; prefix vectors of every connector here

@@ -29,8 +29,7 @@ from modeling_frozen.vision_towers import (
     vision_half,
     vision_tower_kwargs,
 )
-
-from .families_vision import TOWERS, Tower, full_config, image_inputs, reason_to_skip, tiny_tower, vision_config
+from tests.helpers.families_vision import TOWERS, Tower, full_config, image_inputs, reason_to_skip, tiny_tower, vision_config
 
 
 @pytest.fixture(params=TOWERS)

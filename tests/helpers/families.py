@@ -1,6 +1,6 @@
 """What works with which family: the tables that the README prints, by running every cell.
 
-`python -m tests.families --table` builds each tiny language model of `families_text` (and each tower of
+`python -m tests.helpers.families --table` builds each tiny language model of `families_text` (and each tower of
 `families_vision`) into this package's model and into the library's own composites, with random weights, and asks the
 same of all: does it build, run with an image, hold the projector's vectors where the placeholders are, leave text-only
 logits alone, change its logits with the image, send a gradient to every parameter of the projector, and generate the
@@ -394,7 +394,7 @@ def table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.helpers.families", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--table", action="store_true", help="print the tables as markdown")
     options: Any = parser.parse_args(arguments)
     if not options.table:

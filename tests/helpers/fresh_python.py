@@ -32,7 +32,7 @@ PRELOADED = (
 )
 # What reads the environment as it is imported, and what the tests are about.
 NEVER_PRELOADED = ("transformers", "huggingface_hub", "datasets", "modeling_frozen", "tests")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FORKS = sys.platform == "linux"
 
 

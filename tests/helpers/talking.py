@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from tests.tiny import COLOURS, WORDS, join, save_parents
+from tests.helpers.tiny import COLOURS, WORDS, join, save_parents
 
 
 QUESTION = "what colour ?"

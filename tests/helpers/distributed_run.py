@@ -1,6 +1,6 @@
 """One process of a training run, started by a launcher (see test_distributed.py): trains, saves, and writes what came of it.
 
-    python -m accelerate.commands.launch … -m tests.distributed_run FOLDER WAY BATCH_SIZE
+    python -m accelerate.commands.launch … -m tests.helpers.distributed_run FOLDER WAY BATCH_SIZE
 
 FOLDER holds the tiny parents. WAY is `plain`, `fsdp` (FSDP2, by Trainer and accelerate), `fsdp_half` (with parents in bf16 and
 the connector in fp32) or `fsdp_resumed` (`fsdp`, from its checkpoint in mid-training). Some rows have no picture, and stand so
@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix
-from tests.tiny import join, rows
+from tests.helpers.tiny import join, rows
 
 
 def data() -> list[dict]:

@@ -1,6 +1,6 @@
 """The test Hub as pytest fixtures: a server process of its own, and fresh Pythons that talk to it through the wire.
 
-    from tests.hub_fixtures import hub  # noqa: F401      a server per test; `module_hub` is one per test module
+    from tests.helpers.hub_fixtures import hub  # noqa: F401      a server per test; `module_hub` is one per test module
 
     def test_push(hub):
         hub.run("from huggingface_hub import create_repo; create_repo('me/eyes')")
@@ -26,10 +26,10 @@ from urllib.parse import quote
 
 import pytest
 
-from tests import fresh_python
+from tests.helpers import fresh_python
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What a user's shell may hold and a test must not inherit.
 PRIVATE = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "HUGGING_FACE_", "PYTEST_")
 PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
@@ -52,7 +52,7 @@ class Hub:
     def start(self) -> None:
         """Starts the server; after `stop()` on the same port, with all it held."""
         port = self.endpoint.rpartition(":")[2] or "0"
-        command = [sys.executable, "-m", "tests.hub_server", "--port", port, "--root", str(self.root)]
+        command = [sys.executable, "-m", "tests.helpers.hub_server", "--port", port, "--root", str(self.root)]
         command += ["--page-size", str(self.page_size), "--until-eof"]
         # It ends when the pipe does: with this process, however that may end.
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)

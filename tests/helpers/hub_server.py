@@ -4,7 +4,7 @@ It speaks the HTTP API that huggingface_hub 2.4 uses: accounts, repositories, co
 branches, tags, revisions, listings, downloads with ranges, private and gated repositories, pull requests.
 `hub_store.py` is what lies behind it; `hub_wire.py` has the admin API by which tests count bytes and cut the wire.
 
-    python -m tests.hub_server --port 0 --root DIR        prints its endpoint and serves until it is ended
+    python -m tests.helpers.hub_server --port 0 --root DIR        prints its endpoint and serves until it is ended
 
 Clients need HF_ENDPOINT, HF_TOKEN (`hf_me` writes as "me", `hf_you` as "you") and HF_HUB_DISABLE_XET=1 before they
 import huggingface_hub; `hub_fixtures.py` starts them so.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.hub_store import (
+from tests.helpers.hub_store import (
     GITATTRIBUTES,
     HEX64,
     REPO_NAME,
@@ -39,7 +39,7 @@ from tests.hub_store import (
     lfs_pointer,
     now,
 )
-from tests.hub_wire import API, REV, WEB, HubServer, WireHandler, route
+from tests.helpers.hub_wire import API, REV, WEB, HubServer, WireHandler, route
 
 
 class Handler(WireHandler):

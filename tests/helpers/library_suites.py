@@ -1,6 +1,6 @@
 """The library's own generic suites, on our classes: a script, because the library's package is called `tests`, as ours is.
 
-    python tests/library_suites.py FOLDER SUITE RESULTS.json
+    python tests/helpers/library_suites.py FOLDER SUITE RESULTS.json
 
 FOLDER holds the library's `tests/` (its source distribution carries them: `pip download --no-deps --no-binary :all:
 transformers==…`). Nothing of it is copied here; what the distribution leaves out is stood in for by empty modules.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SMALL_RESAMPLER = {"num_layers": 1, "num_heads": 2, "hidden_size": 16}
 SMALL_BLOCKS = {"num_heads": 2, "head_dim": 8}

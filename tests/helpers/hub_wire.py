@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_store import HubError, Repo, Store
+from tests.helpers.hub_store import HubError, Repo, Store
 
 
 class Cut(Exception):
