@@ -1,0 +1,75 @@
+"""A digest over every value of a module's weights: whether two modules hold the same, and whether one was changed.
+
+Integer sums, which torch computes where the weights lie, with the same result on every device: a gigabyte costs a quarter of
+a second on one core of a CPU, and nothing is copied from a GPU.
+"""
+
+import functools
+import hashlib
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+
+
+_FACTOR = 0x1E3779B97F4A7C15  # any large odd number
+
+
+def weights_digest(module: nn.Module, recurse: bool = True) -> str:
+    """
+    Digest over names, dtypes, shapes and all bytes of parameters and persistent buffers. A single changed value always changes
+    it, however it was written; other changes but for one in 2^64.
+
+    Args:
+        module (`nn.Module`): its weights may lie on any devices, and be offloaded by accelerate.
+        recurse (`bool`, defaults to `True`): with the weights of its submodules.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+
+    Raises:
+        ValueError: if a weight has no values (meta device).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for prefix, part in module.named_modules() if recurse else [("", module)]:
+        with align_module_device(part):  # brings offloaded weights for a moment
+            # Private: but for the whole state dict, which a sharded module gathers, nothing says what is persistent.
+            left_out = part._non_persistent_buffers_set
+            own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+            for name, tensor in own:
+                if name not in left_out:
+                    digest.update(f"{prefix}.{name} {_describe(tensor.detach(), prefix, name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _describe(tensor: torch.Tensor, prefix: str, name: str) -> str:
+    if tensor.is_meta:
+        raise ValueError(f"`{prefix}.{name}` is on the meta device, so it has no values: load or initialise the module first.")
+    described = f"{tensor.dtype} {tuple(tensor.shape)}"
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised or sharded: of several tensors
+        inner = (f"{key} {_describe(getattr(tensor, key), prefix, name)}" for key in tensor.__tensor_flatten__()[0])
+        return f"{described} [{'; '.join(inner)}]"
+    return f"{described} {_checksum(tensor)}"
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    if len(data) % 8 or data.storage_offset() % 8:
+        data = torch.cat([data, data.new_zeros(-len(data) % 8)])
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    factors = _factors(data.device)
+    for words in data.view(torch.int64).split(len(factors)):
+        # A shift before each product brings high bits down, where a product with an odd number spreads them.
+        total = (total ^ (total >> 31)) * _FACTOR + ((words ^ (words >> 29)) * factors[: len(words)]).sum()
+    return int(total)
+
+
+@functools.lru_cache(maxsize=8)
+def _factors(device: torch.device) -> torch.Tensor:
+    """An odd factor for each place of a chunk, with no regularity by which moved values could cancel out."""
+    places = (torch.arange(1 << 16, device=device) + 1) * _FACTOR  # as many as the cache of a CPU holds
+    places = (places ^ (places >> 31)) * _FACTOR
+    return (places ^ (places >> 29)) | 1
+
+
+__all__ = ["weights_digest"]
