@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._registration import register_with_auto_classes
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> module that defines it.
 _EXPORTS = {

@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from .transformers_compat import forward_parameters
 from .vision_towers import (
     _HUB_OPTIONS,
     _check_choice,
-    _forward_parameters,
     _on_meta,
-    _quiet,
     _select,
+    quiet,
     vision_tower_class,
 )
 
@@ -106,7 +106,7 @@ def load_audio_tower(name_or_path: str, *, config: PreTrainedConfig | None = Non
     config = audio_half(whole)
     loader = audio_tower_class(config)
     kwargs = {**kwargs, "config": config, "output_loading_info": True}
-    with _quiet():  # the other half's weights are no news, and what is missing is raised below
+    with quiet():  # the other half's weights are no news, and what is missing is raised below
         tower, info = loader.from_pretrained(name_or_path, **kwargs)
         if info["missing_keys"]:
             model = _whole_on_meta(whole if config.is_encoder_decoder else AutoConfig.from_pretrained(name_or_path, **hub))
@@ -159,7 +159,7 @@ def encode_audio(
     # Normalised over the whole time, padding included (wav2vec2's first models): then each length is run on its own.
     if mask is not None and getattr(audio_tower.config, "feat_extract_norm", None) == "group" and not mask.all():
         return _by_length(audio_tower, input_features, mask, layer, select_strategy, kwargs)
-    takes = _forward_parameters(type(audio_tower))
+    takes = forward_parameters(type(audio_tower))
     name = next((name for name in _INPUT_NAMES if name in takes), audio_tower.main_input_name)
     inputs = {key: value for key, value in kwargs.items() if value is not None and (key in takes or key.startswith("output_"))}
     if mask is not None and "attention_mask" in takes:

@@ -4,17 +4,21 @@ A checkpoint holds only what was trained. Everything else is refilled from the p
 decides what is written down about a parent (its record) and refuses one that is not what the connector was trained with.
 """
 
+import copy
 import hashlib
 import inspect
 import json
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch exports it under no public name
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -34,8 +38,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .audio_towers import load_audio_tower
+from .parts import PARTS
 from .transformers_compat import resolve_revision
-from .vision_towers import _quiet, load_vision_tower
+from .vision_towers import load_vision_tower, quiet
 
 
 logger = logging.get_logger(__name__)
@@ -128,6 +133,14 @@ def probe_language_model(text_config: PreTrainedConfig, headless: bool = False) 
         return language_model_geometry(build_language_model(text_config, headless))
 
 
+@contextmanager
+def fake_language_model(text_config: PreTrainedConfig, headless: bool = False) -> Iterator[PreTrainedModel]:
+    """The described language model of fake tensors, to be asked for shapes: no weight is allocated and nothing drawn."""
+    # The device is named, for a checkpoint's model is built with another default.
+    with torch.device("cpu"), FakeTensorMode(), torch.no_grad():
+        yield build_language_model(copy.deepcopy(text_config), headless).eval()
+
+
 def word_embedding_norm(language_model: PreTrainedModel, max_rows: int = 4096) -> float:
     """Median L2 norm of what the embedding module gives for a word (scaling inside the module included); a prefix far
     from it is ignored or makes training diverge. The median, because unused rows may be zero."""
@@ -214,11 +227,8 @@ def fingerprint(name_or_path: str, revision: str | None = None, **hub_options: A
     return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
 
 
-_NAMES = {"vision": "vision tower", "text": "language model", "audio": "audio tower"}
-
-
 def _context(part: str, name_or_path: str) -> str:
-    what = _NAMES[part]
+    what = PARTS[part].description
     return (
         f"The {what} `{name_or_path}` could not be loaded. If it lives elsewhere now, say where: "
         f'from_pretrained(..., {part}_base_model="id or folder").'
@@ -259,7 +269,7 @@ def _load_language_model(
 
 def _load_text_encoder(name_or_path: str, *, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     auto_class = language_model_class(config, headless=True)
-    with _quiet():  # that its head or pooler is left out is no news, and what is missing is raised below
+    with quiet():  # that its head or pooler is left out is no news, and what is missing is raised below
         model, info = auto_class.from_pretrained(
             name_or_path, config=config, output_loading_info=True, **_without_pooler(config), **kwargs
         )
@@ -279,6 +289,17 @@ def reads_ahead(language_model: PreTrainedModel) -> bool:
         outputs = language_model.eval()(input_ids=ids)
     first = (outputs.get("logits") if "logits" in outputs else outputs.last_hidden_state)[:, 0].float()
     return not torch.allclose(first[0], first[1], atol=1e-4, rtol=1e-3)
+
+
+def load_unrecorded(
+    part: str, name_or_path: str, *, config: PreTrainedConfig, headless: bool | None = False, **kwargs: Any
+) -> PreTrainedModel:
+    """One backbone by its own `from_pretrained`, as [`load_base_model`], without looking into its files for a record."""
+    if part == "vision":
+        return load_vision_tower(name_or_path, config=config, **kwargs)
+    if part == "audio":
+        return load_audio_tower(name_or_path, config=config, **kwargs)
+    return _load_language_model(name_or_path, config=config, headless=headless, **kwargs)
 
 
 def load_base_model(
@@ -320,12 +341,7 @@ def load_base_model(
         if config is None:
             code = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
             config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_options, **code)
-        if part == "vision":
-            model = load_vision_tower(name_or_path, config=config, revision=revision, **kwargs)
-        elif part == "audio":
-            model = load_audio_tower(name_or_path, config=config, revision=revision, **kwargs)
-        else:
-            model = _load_language_model(name_or_path, config=config, headless=headless, revision=revision, **kwargs)
+        model = load_unrecorded(part, name_or_path, config=config, headless=headless, revision=revision, **kwargs)
     except OSError as error:
         # transformers' own error classes (gated, not found, offline …) pass through; only the sentence is ours.
         error.args = (f"{_context(part, name_or_path)} {error.args[0] if error.args else ''}", *error.args[1:])
@@ -357,7 +373,7 @@ def verify_fingerprint(part: str, recorded: dict[str, Any], found: dict[str, Any
     if recorded.get("fingerprint") is None or recorded["fingerprint"] == found["fingerprint"]:
         return
     raise ValueError(
-        f"The {_NAMES[part]} at `{found['name_or_path']}` has fingerprint "
+        f"The {PARTS[part].description} at `{found['name_or_path']}` has fingerprint "
         f"{found['fingerprint']}, but the connector was trained with {recorded['fingerprint']} (from "
         f"`{recorded['name_or_path']}`, revision {recorded['revision']}): its weights have changed, and the connector "
         f'would write for another model. Restore that parent, or pass {part}_base_model="id or folder" to '

@@ -1,103 +1,173 @@
-"""What a checkpoint holds and how it comes back: the connector, and of the parents what they can't be had without.
+"""What a checkpoint holds and how it comes back: the connector, and of the backbones what they can't be had without.
 
-Saved is what was learnt. Parents that have a repository or folder of their own and never changed are recorded, and loaded from
-there. Small checkpoints are built as a skeleton, to which the parents are attached, each loaded by its own `from_pretrained`.
+Saved is what was learnt. A backbone that has a repository or folder of its own, and holds what lies there to the last bit, is
+recorded and loaded from there. Small checkpoints are built as a skeleton, to which the backbones are attached, each loaded by
+its own `from_pretrained`. The names in a file are those of the state dict.
 """
 
-import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from packaging import version
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .audio_towers import probe_audio_tower
-from .backbones import HUB_OPTIONS, language_model_geometry, load_base_model, verify_fingerprint
+from .backbones import HUB_OPTIONS, language_model_geometry, load_base_model, load_unrecorded, verify_fingerprint
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connector_switching import keys_of_idle_connectors
 from .cross_attention import check_decoder
 from .freezing import CONNECTING, trains
+from .parts import PARTS
+from .vision_towers import quiet
+from .weight_digests import tensor_digest
 
 
-# Attribute of the base model that holds each parent.
-PARENTS = {"vision": "vision_tower", "text": "language_model", "audio": "audio_tower"}
-# What a model can do without for a while.
-_UNLOADABLE = {part: attribute for part, attribute in PARENTS.items() if part != "text"}
+logger = logging.get_logger(__name__)
 
-# Set while `from_pretrained` builds a model whose parents it is about to attach; holds those that the user replaces.
-replaced_parts: ContextVar[frozenset[str] | None] = ContextVar("replaced_parts", default=None)
-# Set while it loads: the dtype that the user asked for by part, None where by none.
-_asked_dtypes: ContextVar[dict[str, Any] | None] = ContextVar("asked_dtypes", default=None)
+# Files of earlier versions bear the names, and layouts, of each backbone's own repository.
+FIRST_WITH_OWN_NAMES = version.parse("0.2.0")
+
+
+@dataclass
+class Loading:
+    """
+    What `from_pretrained` knows while transformers builds and fills the model, whose other backbones it attaches afterwards.
+
+    Attributes:
+        attached: parts that are not built, though the checkpoint may hold them: replaced by the user, or left out.
+        dtypes: what the user asked for, by part; `None` where nothing was asked for.
+        adapters: arguments of `load_adapter`, which waits until the backbones are there.
+        report: transformers' report on the checkpoint itself, in whose place it would hand back the adapter's.
+    """
+
+    attached: frozenset[str]
+    dtypes: dict[str, Any] = field(default_factory=dict)
+    adapters: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    report: Any = None
+
+
+loading: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
 
 @contextmanager
-def leave_out(replaced: frozenset[str]) -> Iterator[None]:
-    token = replaced_parts.set(replaced)
+def while_loading(state: Loading) -> Iterator[Loading]:
+    token = loading.set(state)
     try:
-        yield
+        yield state
     finally:
-        replaced_parts.reset(token)
+        loading.reset(token)
 
 
 def parts_to_build(config: FrozenPrefixConfig) -> set[str]:
-    """The parents that a constructor makes itself: all, but for those that are attached in a moment."""
-    replaced = replaced_parts.get()
-    parts = {part for part in PARENTS if getattr(config, f"{part}_config") is not None}
-    if replaced is None:
+    """The backbones that a constructor makes itself: all, but for those that are attached in a moment."""
+    parts = {part for part in PARTS if getattr(config, f"{part}_config") is not None}
+    state = loading.get()
+    if state is None:
         return parts
-    saved = PARENTS if config.saved_parts is None else config.saved_parts
-    return parts.intersection(saved) - replaced
+    return parts.intersection(PARTS if config.saved_parts is None else config.saved_parts) - state.attached
 
 
 # ------------------------------------------------------------------------------------------------------- what is saved
 
 
-def samples_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A few values of each of the module's own plain tensors, by which a later change is noticed."""
-    samples = {}
-    for name, parameter in module.named_parameters(recurse=False):
-        if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
-            flat = parameter.detach().flatten()
-            # Eight runs of eight: scattered one by one, the values would cost a cache miss each.
-            samples[name] = (flat if len(flat) <= 64 else flat.as_strided((8, 8), ((len(flat) - 8) // 7, 1))).clone()
-    return samples
+def parts_with_home(model: Any) -> set[str]:
+    """Backbones that have a repository or folder of their own, from which they were loaded."""
+    held = model.config.saved_parts or ()  # by the checkpoint that the model was loaded from
+    return {part for part in PARTS if getattr(model.config, f"{part}_base_model") is not None and part not in held}
 
 
-def was_changed(module: nn.Module) -> bool:
-    """Whether somebody wrote into the module since it was attached (merged LoRA into it, say). Another dtype or device is no
-    change."""
-    before, now = getattr(module, "_frozen_prefix_samples", {}), samples_of(module)
-    return any(
-        name in now
-        and now[name].dtype == sample.dtype
-        and now[name].shape == sample.shape
-        and not torch.equal(now[name].to(sample.device), sample)
-        for name, sample in before.items()
-    )
+def trained_parts(model: Any) -> set[str]:
+    """Backbones that train, or of which something does."""
+    marked = (module for module in model.modules() if hasattr(module, "_frozen_prefix_part"))
+    return set(model.config.trainable).union(module._frozen_prefix_part for module in marked if trains(module))
 
 
-def changed_parts(model: Any, just_loaded: bool = False) -> set[str]:
-    """Parts that train, or whose weights somebody changed since they were loaded (unless that was a moment ago)."""
-    changed = set(model.config.trainable)
-    for module in model.modules():
-        part = getattr(module, "_frozen_prefix_part", None)
-        if part is not None and part not in changed and (trains(module) or (not just_loaded and was_changed(module))):
-            changed.add(part)
-    return changed
+def changed_parts(model: Any) -> set[str]:
+    """Backbones that train, or whose values are not those of their repository or folder (merged LoRA, say)."""
+    changed = trained_parts(model)
+    candidates = parts_with_home(model).intersection(model.backbones) - changed
+    return changed | {part for part in candidates if not is_as_at_home(model, part)}
 
 
-def keys_with_home(model: Any, just_loaded: bool = False) -> set[str]:
-    """Exactly the names in the state dict that need not be saved: of parents that can be refilled and never
-    trained, and of connectors that are loaded but not in use."""
-    skipped = model.base_model._parts_with_home - changed_parts(model, just_loaded)
-    keys = keys_of_idle_connectors(model)
+def is_as_at_home(model: Any, part: str) -> bool:
+    """
+    Whether every value of a backbone is what loading it anew would give, cast to the dtype that it has now.
+
+    The backbone is read from its folder, or the Hub's cache, once per model; of what it holds digests are kept, for later
+    saves. What was quantised in loading, or is sharded over processes, holds other tensors, which are not compared.
+    """
+    record = getattr(model.config, f"{part}_base_model")
+    if "quantization" in record or getattr(model.backbones[part], "hf_quantizer", None) is not None:
+        return True
+    known = model.base_model.digests_at_home
+    now = dict(_named_tensors(model, part))
+    if any((part, name, tensor.dtype) not in known for name, tensor in now.items()):
+        try:
+            with quiet():
+                at_home = load_unrecorded(
+                    part,
+                    record["name_or_path"],
+                    config=getattr(model.config, f"{part}_config"),
+                    revision=record["revision"],
+                    headless=model.config.text_headless,
+                    dtype=record["dtype"],
+                    local_files_only=not Path(record["name_or_path"]).is_dir(),  # it was loaded from there, so it is cached
+                    # Custom code that runs in this process was consented to.
+                    **({"trust_remote_code": True} if is_custom_code(model.backbones[part]) else {}),
+                )
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"The {PARTS[part].description} `{record['name_or_path']}` can't be read any more, so whether it was changed "
+                f"can't be told, and it is saved whole. {error}"
+            )
+            return False
+        tensors = dict(own_tensors(at_home))
+        for name, tensor in now.items():
+            if name in tensors:
+                known[part, name, tensor.dtype] = tensor_digest(tensors[name].to(tensor.dtype))
+        known[part, "names"] = tensors.keys()
+    # Under FSDP and DeepSpeed some tensors are elsewhere.
+    complete = torch.distributed.is_initialized() or known[part, "names"] <= now.keys()
+    return complete and all(known.get((part, name, tensor.dtype)) == tensor_digest(tensor) for name, tensor in now.items())
+
+
+def is_custom_code(backbone: nn.Module) -> bool:
+    """Whether its class came from a repository."""
+    return type(backbone).__module__.startswith("transformers_modules.")
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, each once, by name; without those that lie elsewhere or are no plain tensors."""
+    for prefix, inner in module.named_modules():
+        left_out = inner._non_persistent_buffers_set  # private, see `keys_of_parts`
+        for name, tensor in (*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False)):
+            if name not in left_out and type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta:
+                yield f"{prefix}.{name}".lstrip("."), tensor.detach()
+
+
+def _named_tensors(model: Any, part: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """As [`own_tensors`], by the names that they had when the backbone was attached, wherever they are now."""
+    for inner in model.modules():
+        if getattr(inner, "_frozen_prefix_part", None) == part:
+            for name, tensor in own_tensors(inner):
+                if "." not in name:
+                    yield f"{inner._frozen_prefix_name}.{name}".lstrip("."), tensor
+
+
+def keys_of_parts(model: Any, parts: set[str]) -> set[str]:
+    """Names in the state dict of all that belongs to these backbones."""
+    keys: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if getattr(module, "_frozen_prefix_part", None) in skipped:
+        if getattr(module, "_frozen_prefix_part", None) in parts:
             prefix = f"{name}." if name else ""
             own = {"recurse": False, "remove_duplicate": False}
             keys.update(f"{prefix}{key}" for key, _ in module.named_parameters(**own))
@@ -107,17 +177,50 @@ def keys_with_home(model: Any, just_loaded: bool = False) -> set[str]:
     return keys
 
 
+def keys_left_out(model: Any, saved: set[str]) -> set[str]:
+    """Exactly the names in the state dict that need not be saved: of backbones that can be had again, but for those that
+    are saved, and of connectors that are loaded but not in use."""
+    return keys_of_idle_connectors(model) | keys_of_parts(model, parts_with_home(model) - saved)
+
+
+def weight_files(folder: str | Path, variant: str | None = None) -> dict[Path, Any]:
+    """The file of weights and the index of shards that lie in a folder, each with what tells when it was written."""
+    paths = [Path(folder) / _with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths if path.is_file()}
+
+
+def parts_to_save(model: Any) -> tuple[str, ...]:
+    """What `save_pretrained` writes: the connector, and backbones that changed or have no repository or folder."""
+    with_home, changed = parts_with_home(model), changed_parts(model)
+    return ("connector", *(part for part in model.backbones if part in changed or part not in with_home))
+
+
+def remove_stale_weights(before: dict[Path, Any], after: dict[Path, Any]) -> None:
+    """Of [`weight_files`] before and after a save, takes away what it didn't write: one file beside an index, or an index
+    beside one file, would be read in place of what was saved."""
+    stale = [path for path, written in after.items() if before.get(path) == written]
+    for path in stale if len(stale) < len(after) else []:
+        path.unlink()
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    if variant is None:
+        return name
+    stem, *endings = name.split(".")
+    return ".".join([stem, *endings[:-1], variant, endings[-1]])
+
+
 def key_prefix(model: Any, part: str) -> str:
     outer = "" if model.base_model is model else f"{model.base_model_prefix}."
-    return f"{outer}{PARENTS[part]}."
+    return f"{outer}{PARTS[part].attribute}."
 
 
 # ------------------------------------------------------------------------------------------------------ how it comes back
 
 
 def split_part_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Takes out of `kwargs` what is meant for the parents, and leaves what the checkpoint itself is loaded with."""
-    options: dict[str, dict[str, Any]] = {part: {} for part in PARENTS}
+    """Takes out of `kwargs` what is meant for the backbones, and leaves what the checkpoint itself is loaded with."""
+    options: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for shared in (*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation"):
         if kwargs.get(shared) is not None:
             for part in options:
@@ -131,7 +234,7 @@ def split_part_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if isinstance(kwargs.get("device_map"), dict):
         kwargs["device_map"] = {"": device_of_connector(kwargs["device_map"])}
     elif isinstance(kwargs.get("device_map"), str) and kwargs["device_map"] not in ("cpu", "cuda", "mps", "xpu"):
-        kwargs.pop("device_map")  # "auto" and its kin spread the parents; the connector follows the words
+        kwargs.pop("device_map")  # "auto" and its kin spread the backbones; the connector follows the words
     kwargs.pop("max_memory", None)
     if kwargs.get("quantization_config") is not None:
         options["text"]["quantization_config"] = kwargs.pop("quantization_config")
@@ -143,7 +246,7 @@ def split_part_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def device_map_of(part: str, device_map: dict[str, Any]) -> Any:
-    name = PARENTS[part]
+    name = PARTS[part].attribute
     inner = {}
     for key, device in device_map.items():
         bare = key.removeprefix("model.")
@@ -161,26 +264,16 @@ def device_of_connector(device_map: dict[str, Any]) -> Any:
     return next(iter(device_map.values()))
 
 
-@contextmanager
-def asked_dtypes(options: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Remembers the `dtype` of each part's load options while a checkpoint is loaded."""
-    token = _asked_dtypes.set({part: own.get("dtype") for part, own in options.items()})
-    try:
-        yield
-    finally:
-        _asked_dtypes.reset(token)
-
-
 def dtype_plan(model: Any, plan: dict[str, torch.dtype | None], dtype: torch.dtype) -> dict[str, torch.dtype | None]:
     """
-    Parents that a checkpoint holds keep the dtype that they were saved in, each its own, unless another was asked for.
+    Backbones that a checkpoint holds keep the dtype that they were saved in, each its own, unless another was asked for.
 
     transformers loads a checkpoint in one dtype, that of its config; a tower in float32 beside a language model in bfloat16
     would be rounded, and say other words than it was trained with.
     """
-    asked = _asked_dtypes.get()
-    for part in model._parents() if asked is not None else ():
-        own = asked.get(part)
+    state = loading.get()
+    for part in model.backbones if state is not None else ():
+        own = state.dtypes.get(part)
         own = getattr(torch, own, None) if isinstance(own, str) else own  # "auto" is none
         if own is None or own != dtype:
             plan[f"^{re.escape(key_prefix(model, part))}"] = own  # None: as it was saved
@@ -190,45 +283,44 @@ def dtype_plan(model: Any, plan: dict[str, torch.dtype | None], dtype: torch.dty
 def refill(
     model: Any, name: str, overrides: dict[str, str], options: dict[str, dict[str, Any]], left_out: frozenset[str]
 ) -> None:
-    """Attaches the parents that the checkpoint `name` does not hold, each loaded from its own repository and checked."""
-    for part, attribute in PARENTS.items():
-        if getattr(model.base_model, attribute, None) is not None or getattr(model.config, f"{part}_config") is None:
-            continue
-        if part in left_out:
-            model.base_model._parts_with_home = model.base_model._parts_with_home | {part}
+    """Attaches the backbones that the checkpoint `name` does not hold, each loaded from its own repository and checked."""
+    for part in PARTS:
+        absent = getattr(model.config, f"{part}_config") is None
+        if absent or part in left_out or getattr(model.base_model, PARTS[part].attribute) is not None:
             continue
         record = getattr(model.config, f"{part}_base_model")
-        if record is None and part not in overrides:
-            raise ValueError(
-                f"The checkpoint `{name}` neither holds the weights of its {attribute} nor says where they are: pass "
-                f'{part}_base_model="id or folder" to from_pretrained.'
-            )
         load_options = dict(options[part])
+        if part == "text":
+            load_options["headless"] = model.config.text_headless
         if part in overrides:
             if part == "text":
-                load_options["headless"] = model.config.text_headless
                 model.generation_config = None  # the saved one names the other model's end of text
             module, found = load_base_model(part, overrides[part], **load_options)
             check_same_geometry(model, part, module, overrides[part])
-        else:
-            load_options.setdefault("dtype", record["dtype"])
-            if part == "text":
-                load_options["headless"] = model.config.text_headless
-            module, found = load_base_model(
-                part,
-                record["name_or_path"],
-                config=getattr(model.config, f"{part}_config"),
-                revision=record["revision"],
-                **load_options,
+        elif record is None:
+            raise ValueError(
+                f"The checkpoint `{name}` neither holds the weights of its {PARTS[part].description} nor says where they are: "
+                f'pass {part}_base_model="id or folder" to from_pretrained.'
             )
-            verify_fingerprint(part, record, found)
+        else:
+            module, found = load_recorded(model.config, part, **load_options)
         model._attach(part, module, found)
-    language_model = model._parents().get("text")
+    language_model = model.backbones.get("text")
     if language_model is not None:
         device = language_model.get_input_embeddings().weight.device
         for connector in (module for module in model.modules() if isinstance(module, CONNECTING)):
             if device.type != "meta" and any(parameter.device != device for parameter in connector.parameters()):
                 connector.to(device)
+
+
+def load_recorded(config: FrozenPrefixConfig, part: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The backbone that a config records, checked, and its record now."""
+    record = getattr(config, f"{part}_base_model")
+    options = {"dtype": record["dtype"], **kwargs}
+    place = {"config": getattr(config, f"{part}_config"), "revision": record["revision"]}
+    module, found = load_base_model(part, record["name_or_path"], **place, **options)
+    verify_fingerprint(part, record, found)
+    return module, found
 
 
 def check_same_geometry(model: Any, part: str, module: PreTrainedModel, name: str) -> None:
@@ -282,15 +374,14 @@ def unload_base_model(model: Any, part: str = "vision") -> None:
     attribute = unloadable(model, part)
     if getattr(model.base_model, attribute) is None:
         return
-    if part not in model.base_model._parts_with_home or part in changed_parts(model):
-        why = "was trained or changed" if part in model.base_model._parts_with_home else "has no repository or folder"
+    has_home = part in parts_with_home(model)
+    if not has_home or part in changed_parts(model):
         raise ValueError(
-            f"The {part} tower {why}, so it would be lost: save it by its own `save_pretrained`, and join the model anew "
-            "from that folder."
+            f"The {part} tower {'was trained or changed' if has_home else 'has no repository or folder'}, so it would be "
+            "lost: save it by its own `save_pretrained`, and join the model anew from that folder."
         )
     setattr(model.base_model, attribute, None)
-    model._gather_from_parents()
-    model._keys_to_ignore_on_save = keys_with_home(model)
+    model._gather_from_backbones()
 
 
 def reload_base_model(model: Any, part: str = "vision", **kwargs: Any) -> None:
@@ -298,75 +389,47 @@ def reload_base_model(model: Any, part: str = "vision", **kwargs: Any) -> None:
     attribute = unloadable(model, part)
     if getattr(model.base_model, attribute) is not None:
         return
-    record = getattr(model.config, f"{part}_base_model")
-    if record is None:
+    if getattr(model.config, f"{part}_base_model") is None:
         raise ValueError(
             f'The config does not say where the {part} tower is: load the model anew, with {part}_base_model="id or folder".'
         )
-    module, found = load_base_model(
-        part,
-        record["name_or_path"],
-        config=getattr(model.config, f"{part}_config"),
-        revision=record["revision"],
-        **{"dtype": record["dtype"], **kwargs},
-    )
-    verify_fingerprint(part, record, found)
+    module, found = load_recorded(model.config, part, **kwargs)
     if "device_map" not in kwargs:
         module.to(model.get_input_embeddings().weight.device)
     model._attach(part, module, found)
     model._mark(part)
-    model._gather_from_parents()
+    model._gather_from_backbones()
     model.freeze_base_models()
-    model._keys_to_ignore_on_save = keys_with_home(model)
 
 
 def unloadable(model: Any, part: str) -> str:
-    attribute = _UNLOADABLE.get(part)
-    if attribute is None:
+    names = [name for name, one in PARTS.items() if one.can_be_unloaded]
+    if part not in names:
         raise ValueError(
-            f"part={part!r}: of {sorted(_UNLOADABLE)} one can be unloaded and loaded again; every word goes through the "
-            "language model."
+            f"part={part!r}: of {sorted(names)} one can be unloaded and loaded again; every word goes through the language "
+            "model."
         )
     if getattr(model.config, f"{part}_config") is None:
         raise ValueError(f"This model has no {part} tower.")
-    return attribute
+    return PARTS[part].attribute
 
 
-def refuse_without_home(part: str, parent: str | PreTrainedModel | None) -> None:
-    if not isinstance(parent, str):
+def refuse_without_home(part: str, backbone: str | PreTrainedModel | None) -> None:
+    if not isinstance(backbone, str):
         raise ValueError(
             f"`load_{part}_tower=False` leaves the tower where it is, so name its repository or folder; got "
-            f"{'none' if parent is None else f'a loaded {type(parent).__name__}'}."
+            f"{'none' if backbone is None else f'a loaded {type(backbone).__name__}'}."
         )
 
 
-# -------------------------------------------------------------------------------------------------- folders of adapters
+# ------------------------------------------------------------------------------------------------------ names in a file
 
 
-class AdapterFolder(Exception):
-    """Raised where an adapter would be loaded into a model whose parents are not there yet."""
-
-    def __init__(self, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        super().__init__(f"An adapter of {base} waits for its model.")
-        self.base, self.adapter_args, self.adapter_kwargs = base, args, kwargs
-
-
-def then_load_adapter(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps `from_pretrained`: for the folder of an adapter it loads the adapter's model whole, then the adapter."""
-
-    @functools.wraps(from_pretrained)
-    def load(cls: type, pretrained_model_name_or_path: str | None, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
-        except AdapterFolder as error:
-            found = error
-        loaded = load(cls, found.base, *args, **{key: value for key, value in kwargs.items() if key != "revision"})
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.load_adapter(*found.adapter_args, **found.adapter_kwargs)
-        model.eval()
-        return loaded
-
-    return load
+def renames_on_load(model: PreTrainedModel, rules: list[Any]) -> list[Any]:
+    """Of transformers' rules for the names and layouts of a checkpoint those that this model's checkpoint needs: none, but for
+    files of versions before 0.2.0."""
+    written_by = model.config.frozen_prefix_version
+    return [] if written_by is None or version.parse(written_by) >= FIRST_WITH_OWN_NAMES else rules
 
 
 def own_names(model: PreTrainedModel) -> dict[str, Any]:
@@ -378,24 +441,67 @@ def own_names(model: PreTrainedModel) -> dict[str, Any]:
     return {"weight_mapping": get_model_conversion_mapping(model, add_legacy=False)}
 
 
+def refuse_partly_loaded(model: Any, result: Any) -> Any:
+    """
+    What `load_state_dict(strict=False)` left as it was: of that, what trains.
+
+    Raises:
+        ValueError: if the state dict has names that the model doesn't, in place of some that train.
+    """
+    if not result.missing_keys:
+        return result
+    loaded = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name not in result.missing_keys}
+    missing = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and name in result.missing_keys and id(parameter) not in loaded
+    ]
+    if missing and result.unexpected_keys:
+        raise ValueError(
+            f"The state dict lacks {len(missing)} tensors that train ({missing[:3]}…), and holds others that the model has no "
+            f"place for ({result.unexpected_keys[:3]}…): training would go on from other weights than were saved. Load the "
+            "checkpoint by `from_pretrained`, which knows the names of earlier versions, and save it again."
+        )
+    return type(result)(missing, result.unexpected_keys)
+
+
+def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: frozenset[str]) -> None:
+    """
+    Raises:
+        ValueError: if the checkpoint holds weights that the model has no place for, unless they are of backbones that come
+            from elsewhere.
+    """
+    elsewhere = tuple(PARTS[part].attribute for part in attached)
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.removeprefix("model.").startswith(elsewhere))
+    if unexpected:
+        raise ValueError(
+            f"The checkpoint `{name}` holds {len(unexpected)} tensors that the model of its config has no place for "
+            f"({unexpected[:3]}…): its config was changed since, or belongs to another checkpoint. Restore the config that "
+            "was saved with it."
+        )
+
+
 __all__ = [
-    "PARENTS",
-    "AdapterFolder",
-    "asked_dtypes",
+    "Loading",
     "changed_parts",
     "dtype_plan",
     "key_prefix",
-    "keys_with_home",
-    "leave_out",
+    "keys_left_out",
+    "loading",
     "own_names",
     "parts_to_build",
+    "parts_to_save",
+    "parts_with_home",
     "refill",
+    "refuse_partly_loaded",
+    "refuse_unexpected",
     "refuse_without_home",
     "reload_base_model",
-    "replaced_parts",
-    "samples_of",
+    "remove_stale_weights",
+    "renames_on_load",
     "split_part_options",
-    "then_load_adapter",
+    "trained_parts",
     "unload_base_model",
-    "was_changed",
+    "weight_files",
+    "while_loading",
 ]

@@ -14,13 +14,13 @@ from packaging import version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from .parts import MODALITIES, PARTS, TRAINABLE
 from .transformers_compat import CACHE_NAMES, CompositeConfig, SubConfigSpec
 
 
 logger = logging.get_logger(__name__)
 
-VERSION = "0.1.0"  # of the package; here, because this file goes to the Hub without the rest of it
-PARTS = ("connector", "vision", "text", "audio")
+VERSION = "0.2.0"  # of the package; here, because this file goes to the Hub without the rest of it
 
 # Keys that a checkpoint of a model without that modality does not mention.
 _VIDEO_KEYS = {"num_frames", "video_pooling", "video_token_id"}
@@ -50,11 +50,6 @@ _LIBRARY_KEYS = {
 
 # Set while a config is read from a file, whose keys are not the user's own.
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
-
-# Set while a config is read with no log to write to. transformers puts each config that it reads into a log line, shown or
-# not, and to write ours takes several times as long as to read it: it is compared with defaults of all three sub-configs.
-_unsaid: ContextVar[bool] = ContextVar("unsaid", default=False)
-_library_logger = logging.get_logger("transformers.configuration_utils")
 
 _SERIALIZED_LIBRARY_KEYS = {"model_type", "auto_map", "_name_or_path", "output_attentions", "quantization_config"}
 
@@ -307,25 +302,19 @@ class FrozenPrefixConfig(CompositeConfig):
     @property
     def connector_arguments(self) -> dict[str, Any]:
         """What `build_connector` and `check_connector` ask of the connector between tower and language model."""
-        return {
-            "connector_type": self.connector_type,
-            "num_positions": self.num_positions,
-            "vision_width": self.vision_width,
-            "embedding_dim": self.embedding_dim,
-            "prefix_length": self.prefix_length,
-            "connector_config": self.connector_config,
-        }
+        return self._connector_arguments("", self.vision_width)
 
     @property
     def audio_connector_arguments(self) -> dict[str, Any]:
         """The same of the connector between audio tower and language model."""
+        return self._connector_arguments("audio_", self.audio_width)
+
+    def _connector_arguments(self, prefix: str, width: int | None) -> dict[str, Any]:
+        keys = ("connector_type", "num_positions", "prefix_length", "connector_config")
         return {
-            "connector_type": self.audio_connector_type,
-            "num_positions": self.audio_num_positions,
-            "vision_width": self.audio_width,
+            "vision_width": width,
             "embedding_dim": self.embedding_dim,
-            "prefix_length": self.audio_prefix_length,
-            "connector_config": self.audio_connector_config,
+            **{key: getattr(self, prefix + key) for key in keys},
         }
 
     @property
@@ -363,9 +352,8 @@ class FrozenPrefixConfig(CompositeConfig):
     @property
     def media(self) -> tuple[str, ...]:
         """What the model takes beside text: of `"image"`, `"video"` and `"audio"`."""
-        sees = self.vision_config is not None
-        taken = {"image": sees, "video": sees and self.num_frames is not None, "audio": self.audio_config is not None}
-        return tuple(modality for modality, is_taken in taken.items() if is_taken)
+        there = [name for name, one in MODALITIES.items() if getattr(self, f"{one.part}_config") is not None]
+        return tuple(name for name in there if name != "video" or self.num_frames is not None)
 
     @property
     def placeholder_ids(self) -> dict[str, int]:
@@ -383,15 +371,11 @@ class FrozenPrefixConfig(CompositeConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        unsaid, reading = _unsaid.set(not _library_logger.isEnabledFor(logging.INFO)), _reading.set(True)
+        reading = _reading.set(True)
         try:
             return super().from_dict(config_dict, **kwargs)
         finally:
-            _unsaid.reset(unsaid)
             _reading.reset(reading)
-
-    def __repr__(self) -> str:
-        return type(self).__name__ if _unsaid.get() else super().__repr__()
 
     def to_dict(self) -> dict[str, Any]:
         # Tools look up every name in `sub_configs`, absent ones too; files (the diff) do without those.
@@ -424,9 +408,9 @@ class FrozenPrefixConfig(CompositeConfig):
 
     def validate_architecture(self) -> None:
         """Checks the values together; part of transformers' own validation, so it runs before each save as well."""
-        unknown = [part for part in self.trainable if part not in PARTS]
+        unknown = [part for part in self.trainable if part not in TRAINABLE]
         if unknown:
-            raise ValueError(f"`trainable` holds {unknown}, but only {list(PARTS)} can train: remove or correct them.")
+            raise ValueError(f"`trainable` holds {unknown}, but only {list(TRAINABLE)} can train: remove or correct them.")
         if isinstance(self.vision_feature_layer, list) and not self.vision_feature_layer:
             raise ValueError("`vision_feature_layer=[]` reads no layer: give one index, such as -1, or a list of them.")
         if self.image_token_id is not None and self.image_token_id < 0:
@@ -504,9 +488,9 @@ class FrozenPrefixConfig(CompositeConfig):
                 "(`text_headless=True`): take a language model that writes, or leave the weight out."
             )
         for part, count in self.unlocked_layers.items():
-            if part not in PARTS[1:] or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            if part not in PARTS or isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(
-                    f"`unlocked_layers={self.unlocked_layers}` must say of some of {list(PARTS[1:])} "
+                    f"`unlocked_layers={self.unlocked_layers}` must say of some of {list(PARTS)} "
                     "how many of their last layers train, at least 1."
                 )
 

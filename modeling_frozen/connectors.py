@@ -655,6 +655,16 @@ def build_connector(
     return CONNECTORS[connector_type](**spec, **(connector_config or {}))
 
 
+def draws(module: nn.Module) -> bool:
+    """Whether a module's output is random: it trains with dropout."""
+    return module.training and any(isinstance(one, nn.Dropout) and one.p > 0 or _drops(one) for one in module.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    rate = getattr(module, "dropout", 0.0)  # of attention, where it is a number
+    return isinstance(rate, float) and rate > 0
+
+
 class Head(nn.Module):
     """Small modules that train by the word "connector" of `config.trainable`, in fp32, and lie in every small checkpoint."""
 

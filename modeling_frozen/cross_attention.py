@@ -7,7 +7,6 @@ variable, so threads don't mix, and the language model called by itself, or by a
 what it always was. Generation goes on from a cache, which remembers the images that its words have passed.
 """
 
-import copy
 import difflib
 import functools
 from collections.abc import Iterator
@@ -17,14 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch exports it under no public name
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
-from .backbones import build_language_model
+from .backbones import fake_language_model
 from .transformers_compat import cache_of
 
 
@@ -103,8 +100,7 @@ def probe_decoder(text_config: PreTrainedConfig) -> DecoderGeometry:
 
     # No two numbers alike, or a layer that reads (sequence, batch, width) would pass.
     rows, words = 2, 3
-    with FakeTensorMode(), no_init_weights(), torch.no_grad():
-        language_model = build_language_model(copy.deepcopy(text_config)).eval()
+    with fake_language_model(text_config) as language_model:
         stack = decoder_layers(language_model)
         stack[0].register_forward_pre_hook(stop, with_kwargs=True)
         reason = "never calls the first of its layers"
@@ -352,6 +348,8 @@ class GatedCrossAttention(nn.ModuleList):
         if images:
             cache = cache_of(outputs)
             if isinstance(cache, Cache):
+                # The user's own cache goes on from here: transformers' has no place for what its rows have beside keys and
+                # values, and tells nobody when it moves them.
                 cache.__class__ = _remembering(type(cache))
                 cache._images_passed = memory
         return outputs

@@ -79,7 +79,7 @@ def _has_words(parent: nn.Module) -> bool:
 def unlocked_counts(model: Any) -> dict[str, int]:
     """Of the parents that are here and otherwise frozen, how many last layers train."""
     counts = model.config.unlocked_layers.items()
-    return {part: n for part, n in counts if part in model._parents() and part not in model.config.trainable}
+    return {part: n for part, n in counts if part in model.backbones and part not in model.config.trainable}
 
 
 def freeze(model: Any) -> None:

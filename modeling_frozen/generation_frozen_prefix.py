@@ -6,7 +6,6 @@ assistant that doesn't see is shown text alone. Logits processors meet placehold
 """
 
 import copy
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +22,8 @@ from transformers.utils import ModelOutput
 from .backbones import language_model_geometry
 from .caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache
 from .configuration_frozen_prefix import FrozenPrefixConfig
-from .modalities import MEDIA_INPUTS, take_media
 from .padding import pad_right, reads_in_chunks
+from .parts import MEDIA_INPUTS, take_media
 from .prefix_cache import (
     PrefixCache,
     joined_media,
@@ -42,6 +41,7 @@ from .transformers_compat import (
     GenerationMixin,
     cache_of,
     cached_length,
+    forward_parameters,
     generation_cache,
     take_cache,
 )
@@ -282,8 +282,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # What the language model itself takes (`encoder_outputs`, `decoder_attention_mask`) is passed on to it.
-        own = inspect.signature(self.model.language_model.forward).parameters
-        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in own})
+        known = (*MEDIA_INPUTS, *forward_parameters(type(self.model.language_model)))
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -300,7 +300,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             if repeats > 1 and positions is not None and can_be_kept(cache):
                 if len(positions) == repeats * len(cache.layers[0].keys):
                     cache.batch_repeat_interleave(repeats)
-        name = generation_cache(inspect.signature(self.model.language_model.forward).parameters)
+        name = generation_cache(forward_parameters(type(self.model.language_model)))
         if name != CACHE and CACHE in model_kwargs:
             model_kwargs[name] = model_kwargs.pop(CACHE)
 
@@ -536,7 +536,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         self, prefix: PrefixCache, question: torch.LongTensor | None, mask: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """What `generate()` is called with to go on from a prefix."""
-        given = [name for names in MEDIA_INPUTS.values() for name in names if kwargs.get(name) is not None]
+        given = [name for name in MEDIA_INPUTS if kwargs.get(name) is not None]
         given += [name for name in ("mm_encoder_outputs", "inputs_embeds", *CACHE_NAMES) if kwargs.get(name) is not None]
         if given:
             raise ValueError(

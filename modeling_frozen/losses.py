@@ -22,7 +22,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.utils import logging
 
+from .transformers_compat import forward_parameters, slice_logits_to_keep
+
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 
@@ -405,3 +410,101 @@ def chunked_loss(
     else:
         total = _FrozenHeadLoss.apply(hidden_states, targets, call.logits, rows, label_smoothing, z_loss)
     return _normalized(total, len(targets), num_items_in_batch)
+
+
+# ------------------------------------------------------------------------------------------------ one call and its loss
+
+
+class LossPlan:
+    """
+    How one call of the language model comes to its loss: what is called, which logits it makes, and how it ends.
+
+    In training with labels the head runs only where a label is: on hidden states of the headless base, chunk by chunk, where
+    calling the two apart is exact ([`headless_path`]), else by `logits_to_keep`. A user's own loss function, evaluation and
+    models compiled as a whole get logits of every position.
+
+    Args:
+        model ([`FrozenPrefixForConditionalGeneration`]).
+        labels, decoder_input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as its `forward` takes them.
+        logits_to_keep (`int` or `torch.Tensor`): likewise.
+        kwargs (`dict`): what else it was called with; what the loss alone reads is taken out of it.
+
+    Attributes:
+        path: of the headless base in the language model, where it is called in the language model's place.
+        keep: `logits_to_keep`, or the mask `(batch, sequence)` of labels.
+        kwargs: for the language model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        labels: torch.LongTensor | None,
+        decoder_input_ids: torch.LongTensor | None,
+        logits_to_keep: int | torch.Tensor,
+        kwargs: dict[str, Any],
+    ):
+        self.language_model, self.loss_function = model.model.language_model, model.loss_function
+        self.num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop("shift_labels", None)
+        loss_config, skip_logits = kwargs.pop("loss_config", None), kwargs.pop("skip_logits", None)
+        if loss_config is None:
+            loss_config = model.config.loss_config if model.training else {}
+        self.options = check_loss_config(loss_config)
+        self.keep, self.path, self.targets, self.skips = logits_to_keep, None, None, False
+        self._call: HeadlessCall | None = None
+        if labels is not None:
+            # No word stands at a placeholder: collators that copy ids into labels would have it learnt, or overrun the head.
+            labels = labels.masked_fill(model.model.placeholders(labels), IGNORE_INDEX)
+            kwargs.setdefault("use_cache", False)
+            self.skips = (model.training and not torch.compiler.is_compiling()) if skip_logits is None else skip_logits
+            if self.skips and is_plain_cross_entropy(self.loss_function):
+                self.path = headless_path(self.language_model)
+            if model.config.is_encoder_decoder:
+                self.targets = labels
+                if decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
+                    prepare = getattr(self.language_model, "prepare_decoder_input_ids_from_labels", None)
+                    if prepare is not None:
+                        decoder_input_ids = prepare(labels=labels)
+                    else:
+                        kwargs["labels"] = labels  # the model shifts them itself; its own loss is left alone
+                        self.path = None
+                self.skips = self.path is not None
+            else:
+                self.targets = shift_for_causal_model(labels) if shift_labels is None else shift_labels
+            if self.skips:
+                self.keep = self.targets != IGNORE_INDEX
+                self.targets = self.targets[self.keep]
+        elif model.training and self.num_items_in_batch is not None:
+            logger.warning_once(
+                "The labels were taken out of the batch before `forward`, as Trainer does for `label_smoothing_factor` and "
+                "`compute_loss_func`: logits of every position are made. Trainer's own smoothing does not shift the labels of "
+                'this class, so its loss is wrong; set `model.config.loss_config = {"label_smoothing": 0.1}` in its place.'
+            )
+        # Who asks for more (a cache, attentions) wants it of every row.
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False} - {"mm_token_type_ids"}
+        self.may_share = self.path is not None and not asked
+        self.keeps = self.path is None and "logits_to_keep" in forward_parameters(type(self.language_model))
+        self.kwargs = {**kwargs, "decoder_input_ids": decoder_input_ids}
+        if self.keeps:
+            self.kwargs["logits_to_keep"] = self.keep
+
+    def callee(self, skipped: int = 0) -> nn.Module:
+        """What is to be called: the language model, or a copy of it whose head makes no logits. `skipped` columns at the
+        start, none of them with a label, are not part of the call."""
+        if self.path is None:
+            return self.language_model
+        self._call = HeadlessCall(self.language_model, self.path, self.keep[:, skipped:])
+        return self._call.callee
+
+    def loss_and_logits(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss, if there are labels, and the logits, unless they are skipped, of the logits `(batch, sequence,
+        vocabulary)` that the callee gave."""
+        options = {**self.options, "num_items_in_batch": self.num_items_in_batch}
+        if self._call is not None:
+            return chunked_loss(self._call, self.targets, vocab_size=logits.shape[-1], **options), None
+        logits = logits if self.keeps else slice_logits_to_keep(logits, self.keep)
+        if self.targets is None:
+            return None, logits
+        options.pop("chunk_size")
+        loss = language_modeling_loss(self.loss_function, logits, self.targets.to(logits.device), **options)
+        return loss, None if self.skips else logits

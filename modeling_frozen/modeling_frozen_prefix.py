@@ -6,7 +6,6 @@
 
 import copy
 import functools
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging, torch_compilable_check
+from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .answer_scoring import score_answers
@@ -29,61 +28,63 @@ from .audio_towers import build_audio_tower, encode_audio
 from .backbones import build_language_model, language_model_geometry, max_learned_positions, skips_padding
 from .checkpoints import parts_to_build
 from .configuration_frozen_prefix import FrozenPrefixConfig
-from .connectors import Connector, build_connector
+from .connectors import Connector, build_connector, draws
 from .cross_attention import GatedCrossAttention
 from .generation_frozen_prefix import FrozenPrefixGenerationMixin
-from .losses import (
-    IGNORE_INDEX,
-    HeadlessCall,
-    check_loss_config,
-    chunked_loss,
-    headless_path,
-    is_plain_cross_entropy,
-    language_modeling_loss,
-    shift_for_causal_model,
-)
-from .modalities import (
-    MEDIA_INPUTS,
-    SOURCES,
-    checked_index,
-    draws,
-    encoder_output,
-    graph_of,
-    output_flags,
-    repeated_prefix,
-)
+from .losses import LossPlan
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from .padding import counts_fit, describe_mismatch, pad_right, position_ids_from_mask, reads_in_chunks
+from .parts import MODALITIES, FrozenPrefixKwargs, take_media
 from .prefix_cache import PrefixCache
-from .prefix_sharing import SharedLead, encode_alike, find_lead, read_lead
+from .prefix_sharing import SharedStart, encode_alike, find_shared_start, read_shared_start
 from .transformers_compat import (
     CACHE,
     AnyCacheName,
     cache_argument,
     cached_length,
-    slice_logits_to_keep,
+    forward_parameters,
     takes_cache,
 )
 from .vision_towers import build_vision_tower, encode_images
 
 
-logger = logging.get_logger(__name__)
+def _gradients_through(tower: nn.Module, inputs: torch.Tensor) -> torch.set_grad_enabled:
+    # A frozen tower keeps no graph, unless somebody asks for gradients of the image itself.
+    tower_trains = any(parameter.requires_grad for parameter in tower.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and (tower_trains or inputs.requires_grad))
 
 
-@functools.lru_cache(maxsize=128)
-def _parameters_of(model_class: type) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
+def _output_flags(kwargs: Any) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("output_hidden_states", "output_attentions") if key in kwargs}
 
 
-def _accepts(module: nn.Module, name: str) -> bool:
-    return name in _parameters_of(type(module))
+def _checked_index(index: torch.Tensor, count: int) -> torch.Tensor:
+    """`image_index` where it points into `count` rows; in a compiled graph that is left to the lookup itself."""
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(
+            f"`image_index` of shape {tuple(index.shape)} and {index.dtype} should be (images,) of integers: for every "
+            "image in reading order its row in `pixel_values` or `vision_features`."
+        )
+    if not torch.compiler.is_compiling() and ((index < 0) | (index >= count)).any():
+        raise ValueError(
+            f"`image_index` runs from {index.min()} to {index.max()}, but {count} distinct images were given: 0 to "
+            f"{count - 1}."
+        )
+    return index
 
 
-def _warn_of_labels_taken_away() -> None:
-    logger.warning_once(
-        "The labels were taken out of the batch before `forward`, as Trainer does for `label_smoothing_factor` and "
-        "`compute_loss_func`: logits of every position are made. Trainer's own smoothing does not shift the labels of this "
-        'class, so its loss is wrong; set `model.config.loss_config = {"label_smoothing": 0.1}` in its place.'
+def _repeated(prefix: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
+    if len({vectors.shape for vectors in prefix}) == 1:
+        return list(torch.stack(prefix)[index.to(prefix[0].device)])
+    return [prefix[row] for row in index.tolist()]
+
+
+def _encoder_output(outputs: ModelOutput | None, prefix: list[torch.Tensor]) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(
+        last_hidden_state=getattr(outputs, "last_hidden_state", None),
+        pooler_output=prefix,
+        hidden_states=getattr(outputs, "hidden_states", None),
+        attentions=getattr(outputs, "attentions", None),
     )
 
 
@@ -148,22 +149,23 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
     def __init__(self, config: FrozenPrefixConfig):
         super().__init__(config)
-        sees, hears = config.vision_config is not None, config.audio_config is not None
-        known = (not sees or config.vision_width is not None) and (not hears or config.audio_width is not None)
+        has_vision, has_audio = config.vision_config is not None, config.audio_config is not None
+        known = (not has_vision or config.vision_width is not None) and (not has_audio or config.audio_width is not None)
         if not known or config.embedding_dim is None:
             raise ValueError(
-                "This config does not know the geometry of its parents (`vision_width`, `embedding_dim`): build it with "
+                "This config does not know the geometry of its backbones (`vision_width`, `embedding_dim`): build it with "
                 "FrozenPrefixConfig.from_vision_text_configs(vision_config, text_config, ...), which probes them."
             )
         built = parts_to_build(config)
-        self._parts_with_home: frozenset[str] = frozenset()
+        # Of the backbones' weights where they came from, once they were compared with those here (see `is_as_at_home`).
+        self.digests_at_home: dict[tuple[str, ...], Any] = {}
         # Registered in this order: the connector is initialised last, at the norm of the words.
         self.register_module("vision_tower", build_vision_tower(config.vision_config) if "vision" in built else None)
         text = build_language_model(config.text_config, config.text_headless) if "text" in built else None
         self.register_module("language_model", text)
         self.register_module("audio_tower", build_audio_tower(config.audio_config) if "audio" in built else None)
-        self.connector = build_connector(**config.connector_arguments) if sees else None
-        self.audio_connector = build_connector(**config.audio_connector_arguments) if hears else None
+        self.connector = build_connector(**config.connector_arguments) if has_vision else None
+        self.audio_connector = build_connector(**config.audio_connector_arguments) if has_audio else None
         self.cross_attention = None
         if config.fusion == "cross_attention":
             self.cross_attention = GatedCrossAttention(
@@ -176,7 +178,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         trained = {name: getattr(self, name) for name in ("connector", "audio_connector", "cross_attention")}
         self._keep_in_fp32_modules_strict = {name for name, part in trained.items() if part is not None and part.state_dict()}
         self.post_init()
-        self._settle()
+        self._finish_init()
 
     @can_return_tuple
     @takes_cache
@@ -189,17 +191,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.LongTensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        input_features: torch.FloatTensor | None = None,
-        input_features_mask: torch.Tensor | None = None,
-        is_longer: torch.BoolTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
-        vision_features_mask: torch.Tensor | None = None,
-        image_index: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[FrozenPrefixKwargs],
     ) -> FrozenPrefixModelOutputWithPast:
         """
         Args: as [`FrozenPrefixForConditionalGeneration.forward`].
@@ -210,6 +202,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         callee = self.language_model.base_model
         # Some encoder-decoders have no headless model: the whole one then gives its decoder's hidden states.
         whole = callee is self.language_model
+        media = take_media(kwargs, pixel_values=pixel_values)
         outputs, prefixes = self.run(
             callee,
             input_ids=input_ids,
@@ -218,19 +211,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            media={
-                "pixel_values": pixel_values,
-                "vision_features": vision_features,
-                "vision_features_mask": vision_features_mask,
-                "image_index": image_index,
-                "pixel_attention_mask": pixel_attention_mask,
-                "spatial_shapes": spatial_shapes,
-                "interpolate_pos_encoding": interpolate_pos_encoding,
-                "pixel_values_videos": pixel_values_videos,
-                "input_features": input_features,
-                "input_features_mask": input_features_mask,
-                "is_longer": is_longer,
-            },
+            media=media,
             kwargs={**kwargs, "output_hidden_states": True} if whole else dict(kwargs),
         )
         fields = _fields(FrozenPrefixModelOutputWithPast, outputs)
@@ -251,23 +232,23 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         kwargs: dict[str, Any],
-        lead: SharedLead | None = None,
+        shared: SharedStart | None = None,
     ) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
-        """Merges prefixes and words and calls the language model (or its headless base). `media` holds what was given of
-        `MEDIA_INPUTS`; what rows have in common by `lead` is read once, and the output is of what follows it. Returns the
+        """Merges prefixes and words and calls the language model (or its headless base). `media` holds what there is of
+        `MEDIA_INPUTS`; what rows have in common by `shared` is read once, and the output is of what follows it. Returns the
         output and the prefixes, as `image_hidden_states` and so on."""
         given_ids = input_ids  # merging takes the placeholders out
         if self.config.is_encoder_decoder and kwargs.get("encoder_outputs") is not None:
-            inputs = {"attention_mask": attention_mask, cache_argument(_parameters_of(type(callee))): cache, **kwargs}
+            inputs = {"attention_mask": attention_mask, cache_argument(forward_parameters(type(callee))): cache, **kwargs}
             return callee(**inputs, return_dict=True), {}
         input_ids, inputs_embeds, prefixes = self.merge(input_ids, inputs_embeds, media, mm_encoder_outputs)
         if self.config.is_encoder_decoder:
             input_ids, inputs_embeds, attention_mask = pad_right(input_ids, inputs_embeds, attention_mask)
-        if lead is not None and not self.config.is_encoder_decoder:
-            cache = read_lead(self, lead, inputs_embeds)
-            inputs_embeds, kwargs = inputs_embeds[:, lead.length :], {**kwargs, "use_cache": True}
-        if lead is not None and self.config.is_encoder_decoder:
-            encoded = encode_alike(self, lead, inputs_embeds, attention_mask)
+        if shared is not None and not self.config.is_encoder_decoder:
+            cache = read_shared_start(self, shared, inputs_embeds)
+            inputs_embeds, kwargs = inputs_embeds[:, shared.length :], {**kwargs, "use_cache": True}
+        if shared is not None and self.config.is_encoder_decoder:
+            encoded = encode_alike(self, shared, inputs_embeds, attention_mask)
             inputs = {**kwargs, "attention_mask": attention_mask, "encoder_outputs": encoded}
         else:
             inputs = self.language_inputs(callee, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs)
@@ -326,20 +307,20 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         else:
             if vision_features_mask is not None:
                 raise ValueError("`vision_features_mask` goes with `vision_features`, and `pixel_values` were given.")
-            options = {
+            options: dict[str, Any] = {
                 "pixel_attention_mask": pixel_attention_mask,
                 "spatial_shapes": spatial_shapes,
                 "interpolate_pos_encoding": interpolate_pos_encoding,
             }
             features, mask, outputs = self._look(pixel_values, options, kwargs)
         if image_index is not None:
-            image_index = checked_index(image_index, len(features)).to(features.device)
+            image_index = _checked_index(image_index, len(features)).to(features.device)
             if draws(self.connector):
                 # Dropout falls on each use by itself, as if the image had been encoded for each.
                 features, mask = features[image_index], None if mask is None else mask[image_index.to(mask.device)]
                 image_index = None
         prefix = self.write_prefix(features, mask)
-        return encoder_output(outputs, prefix if image_index is None else repeated_prefix(prefix, image_index))
+        return _encoder_output(outputs, prefix if image_index is None else _repeated(prefix, image_index))
 
     @can_return_tuple
     def get_video_features(
@@ -377,7 +358,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             prefix = self._connect(self.connector, by_video.mean(dim=1))
         else:
             prefix = self._connect(self.connector, by_video.flatten(1, 2), frames=frames)
-        return encoder_output(outputs, self._by_placeholder(list(prefix)))
+        return _encoder_output(outputs, self._by_placeholder(list(prefix)))
 
     @can_return_tuple
     def get_audio_features(
@@ -405,8 +386,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         """
         self._require("audio")
         self._refuse_unloaded("audio")
-        options = {"is_longer": is_longer, **output_flags(kwargs)}
-        with graph_of(self.audio_tower, input_features):
+        options = {"is_longer": is_longer, **_output_flags(kwargs)}
+        with _gradients_through(self.audio_tower, input_features):
             features, mask, outputs = encode_audio(
                 self.audio_tower,
                 input_features,
@@ -418,7 +399,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         # What keeps positions has one placeholder for each, padded or not.
         mask = mask if self.audio_connector.reads_positions else None
         prefix = self._connect(self.audio_connector, features, attention_mask=mask)
-        return encoder_output(outputs, self._by_placeholder(list(prefix)))
+        return _encoder_output(outputs, self._by_placeholder(list(prefix)))
 
     def _check_features(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         self._require("image")
@@ -442,14 +423,14 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput]:
         self._require("image")
         self._refuse_unloaded("vision", ", or give `vision_features`, which `cache_vision_features` stores")
-        with graph_of(self.vision_tower, pixel_values):
+        with _gradients_through(self.vision_tower, pixel_values):
             return encode_images(
                 self.vision_tower,
                 pixel_values,
                 layer=self.config.vision_feature_layer,
                 select_strategy=self.config.vision_feature_select_strategy,
                 num_leading_tokens=self.config.num_leading_tokens,
-                **{key: value for key, value in {**options, **output_flags(kwargs)}.items() if value is not None},
+                **{key: value for key, value in {**options, **_output_flags(kwargs)}.items() if value is not None},
             )
 
     def _refuse_unloaded(self, part: str, or_else: str = "") -> None:
@@ -458,12 +439,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
     def _require(self, modality: str) -> None:
         if modality not in self.config.media:
-            way_out = {
-                "image": "join one to it (`from_vision_text_pretrained`)",
-                "video": "set `num_frames` in its config",
-                "audio": "join an audio tower to it (`audio_model_name_or_path` of `from_vision_text_pretrained`)",
-            }[modality]
-            raise ValueError(f"This model takes {list(self.config.media)}, and no {modality}: {way_out}.")
+            raise ValueError(f"This model takes {list(self.config.media)}, and no {modality}: {MODALITIES[modality].way_out}.")
 
     def write_prefix(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
         """
@@ -561,27 +537,27 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         Encodes what is given of each modality.
 
         Args:
-            media (`dict`): of the names in `MEDIA_INPUTS`, those that were given.
+            media (`dict`): what there is of `MEDIA_INPUTS`.
             mm_encoder_outputs (`dict`, *optional*): what was encoded before, by modality.
 
         Returns:
             `dict`: outputs of `get_image_features`, `get_video_features`, `get_audio_features` by modality.
         """
         encoded = {key: output for key, output in (mm_encoder_outputs or {}).items() if output is not None}
-        for modality, names in MEDIA_INPUTS.items():
-            given = {name: media[name] for name in names if media.get(name) is not None}
-            sources = [name for name in SOURCES[modality] if name in given]
+        for name, modality in MODALITIES.items():
+            inputs = {key: media[key] for key in modality.inputs if media.get(key) is not None}
+            sources = [key for key in modality.sources if key in inputs]
             if not sources:
-                alone = [name for name in ("image_index", "vision_features_mask") if name in given]
-                if alone and modality == "image":
-                    raise ValueError(f"`{alone[0]}` goes with `pixel_values` or `vision_features`, and neither was given.")
+                alone = next((key for key in ("image_index", "vision_features_mask") if key in inputs), None)
+                if alone is not None:
+                    raise ValueError(f"`{alone}` goes with `pixel_values` or `vision_features`, and neither was given.")
                 continue
-            if modality in encoded:
+            if name in encoded:
                 raise ValueError(f"You cannot specify both {sources[0]} and mm_encoder_outputs at the same time")
             if len(sources) > 1:
                 raise ValueError(f"You cannot specify both {' and '.join(sources)} at the same time")
-            self._require(modality)
-            encoded[modality] = getattr(self, f"get_{modality}_features")(return_dict=True, **given)
+            self._require(name)
+            encoded[name] = getattr(self, f"get_{name}_features")(return_dict=True, **inputs)
         return encoded
 
     def merge(
@@ -644,11 +620,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         """Connectors (and gated blocks) that train and have no part in this batch."""
         if not (self.training and torch.is_grad_enabled()):
             return []
-        parts = []
-        if not encoded & {"image", "video"}:
-            parts.append(self.connector)
-        if "audio" not in encoded:
-            parts.append(self.audio_connector)
+        used = {MODALITIES[name].connector for name in encoded}
+        parts = [
+            getattr(self, name) for name in dict.fromkeys(one.connector for one in MODALITIES.values()) if name not in used
+        ]
         if not encoded:
             parts.append(self.cross_attention)
         return [part for part in parts if part is not None and any(p.requires_grad for p in part.parameters())]
@@ -695,7 +670,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments for the language model (or its headless base), by the names that `callee` has for them."""
-        names = _parameters_of(type(callee))
+        names = forward_parameters(type(callee))
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         self._refuse_too_long(length, cache)
         inputs = dict(kwargs)
@@ -786,10 +761,10 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         super().__init__(config)
         self.model = FrozenPrefixModel(config)
         self.post_init()
-        self._settle()
+        self._finish_init()
 
-    def _settle(self) -> None:
-        super()._settle()
+    def _finish_init(self) -> None:
+        super()._finish_init()
         language_model, own = self.model.language_model, self.generation_config
         # What a checkpoint says of generation holds; where it says nothing, which the private mark alone tells, what the
         # language model is used to.
@@ -816,19 +791,8 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.LongTensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        input_features: torch.FloatTensor | None = None,
-        input_features_mask: torch.Tensor | None = None,
-        is_longer: torch.BoolTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
-        vision_features_mask: torch.Tensor | None = None,
-        image_index: torch.LongTensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
-        skip_logits: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[FrozenPrefixKwargs],
     ) -> FrozenPrefixCausalLMOutputWithPast:
         """
         Args:
@@ -872,70 +836,18 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         Raises:
             ValueError: if placeholders and images don't match, or the input is longer than the model's positions.
         """
-        language_model = self.model.language_model
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        shift_labels = kwargs.pop("shift_labels", None)
-        if skip_logits is None:
-            skip_logits = self.training and not torch.compiler.is_compiling()
-        loss_config = kwargs.pop("loss_config", None)
-        if loss_config is None:
-            loss_config = self.config.loss_config if self.training else {}
-        loss_config = check_loss_config(loss_config)
-        targets = path = None
-        if labels is None and self.training and num_items_in_batch is not None:
-            _warn_of_labels_taken_away()
-        if labels is not None:
-            # No word stands at a placeholder: collators that copy ids into labels would have it learnt, or overrun the head.
-            labels = labels.masked_fill(self.model.placeholders(labels), IGNORE_INDEX)
-            kwargs.setdefault("use_cache", False)
-            if skip_logits and is_plain_cross_entropy(self.loss_function):
-                path = headless_path(language_model)
-            if self.config.is_encoder_decoder:
-                targets = labels
-                if decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
-                    prepare = getattr(language_model, "prepare_decoder_input_ids_from_labels", None)
-                    if prepare is not None:
-                        decoder_input_ids = prepare(labels=labels)
-                    else:
-                        kwargs["labels"] = labels  # the model shifts them itself; its own loss is left alone
-                        path = None
-                skip_logits = path is not None
-            else:
-                targets = shift_for_causal_model(labels) if shift_labels is None else shift_labels
-            if skip_logits:
-                logits_to_keep = targets != IGNORE_INDEX
-                targets = targets[logits_to_keep]
-
-        media = {
-            "pixel_values": pixel_values,
-            "vision_features": vision_features,
-            "vision_features_mask": vision_features_mask,
-            "image_index": image_index,
-            "pixel_attention_mask": pixel_attention_mask,
-            "spatial_shapes": spatial_shapes,
-            "interpolate_pos_encoding": interpolate_pos_encoding,
-            "pixel_values_videos": pixel_values_videos,
-            "input_features": input_features,
-            "input_features_mask": input_features_mask,
-            "is_longer": is_longer,
-        }
-        callee, keeps, apart, lead = language_model, _accepts(language_model, "logits_to_keep"), None, None
-        if path is not None:
-            # Who asks for more (a cache, attentions) wants it of every row.
-            asked = {name for name, value in kwargs.items() if value} - {"mm_token_type_ids"}
-            plain = not asked and position_ids is None and cache is None
-            if plain and image_index is not None and input_ids is not None:
-                mm_encoder_outputs, media = self.model.encode(media, mm_encoder_outputs), {}
-                images = mm_encoder_outputs["image"]
-                lead = find_lead(self.model, input_ids, attention_mask, images, image_index, path, logits_to_keep)
-            if lead is not None and not self.config.is_encoder_decoder:
-                logits_to_keep = logits_to_keep[:, lead.length :]
-            apart = HeadlessCall(language_model, path, logits_to_keep)
-            callee = apart.callee
-        elif keeps:
-            kwargs["logits_to_keep"] = logits_to_keep
+        media = take_media(kwargs, pixel_values=pixel_values)
+        plan = LossPlan(self, labels, decoder_input_ids, logits_to_keep, dict(kwargs))
+        shared, skipped = None, 0
+        alone = position_ids is None and cache is None and input_ids is not None
+        if plan.may_share and alone and "image_index" in media:
+            image_index = media["image_index"]
+            mm_encoder_outputs, media = self.model.encode(media, mm_encoder_outputs), {}
+            images = mm_encoder_outputs["image"]
+            shared = find_shared_start(self.model, input_ids, attention_mask, images, image_index, plan.path, plan.keep)
+            skipped = 0 if shared is None or self.config.is_encoder_decoder else shared.length
         outputs, prefixes = self.model.run(
-            callee,
+            plan.callee(skipped),
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -943,31 +855,14 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             media=media,
-            kwargs={**kwargs, "decoder_input_ids": decoder_input_ids},
-            lead=lead,
+            kwargs=plan.kwargs,
+            shared=shared,
         )
-        loss, logits = None, outputs.logits
-        if apart is not None:
-            vocab_size = logits.shape[-1]
-            loss = chunked_loss(apart, targets, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **loss_config)
-        else:
-            logits = logits if keeps else slice_logits_to_keep(logits, logits_to_keep)
-            if targets is not None:
-                loss_config.pop("chunk_size")
-                loss = language_modeling_loss(
-                    self.loss_function,
-                    logits,
-                    targets.to(logits.device),
-                    num_items_in_batch=num_items_in_batch,
-                    **loss_config,
-                )
-        if targets is not None and skip_logits:
-            logits = None
+        loss, logits = plan.loss_and_logits(outputs.logits)
         fields = _fields(FrozenPrefixCausalLMOutputWithPast, outputs)
-        if lead is not None:
+        if shared is not None:
             fields[CACHE] = None  # of our own making
-        fields.update(loss=loss, logits=logits, **prefixes)
-        return FrozenPrefixCausalLMOutputWithPast(**fields)
+        return FrozenPrefixCausalLMOutputWithPast(**{**fields, **prefixes, "loss": loss, "logits": logits})
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """Of the encoder-decoder language model, for collators that ask."""

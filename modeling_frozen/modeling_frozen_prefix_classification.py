@@ -14,19 +14,16 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import Head
 from .losses import IGNORE_INDEX
-from .modalities import MEDIA_INPUTS, take_media
 from .modeling_frozen_prefix import FrozenPrefixModel
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from .parts import MODALITIES, take_media
 from .text_reading import pool_text, probe_text_width, read_text
-
-
-logger = logging.get_logger(__name__)
 
 
 def fuse(embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -150,6 +147,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
     ```"""
 
     _keep_in_fp32_modules_strict = ["classifier"]
+    _head_name = "classifier"
     _text_headless = None  # what reads texts and writes none, such as BERT, serves as well
 
     def __init__(self, config: FrozenPrefixConfig):
@@ -162,7 +160,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         in_features = sum(widths.get(name, config.embedding_dim) for name in config.resolved_fused_inputs)
         self.classifier = ClassificationHead(in_features, config.num_labels, **config.classifier_config)
         self.post_init()
-        self._settle()
+        self._finish_init()
 
     @property
     def _reads_tower(self) -> bool:
@@ -207,18 +205,6 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
             **kwargs,
         )
 
-    def _refuse_missing(self, name: str, info: dict[str, Any]) -> None:
-        # A connector that learnt something else, captions say, is a good start: then the head alone is new.
-        own = {key for key in self.state_dict() if key.startswith("classifier.")}
-        if own <= set(info["missing_keys"]):
-            logger.warning(
-                f"`{name}` has no classification head, so that of {type(self).__name__} is new and random: train it before "
-                "you rely on what it says."
-            )
-            self.classifier.to_empty(device="cpu").reset_parameters()
-            info = {**info, "missing_keys": set(info["missing_keys"]) - own}
-        super()._refuse_missing(name, info)
-
     # ------------------------------------------------------------------------------------------------ embeddings
 
     def get_fused_features(
@@ -238,7 +224,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `(batch, classifier.in_features)`, each row of norm 1.
         """
-        media = {"pixel_values": pixel_values, **take_media(kwargs)}
+        media = take_media(kwargs, pixel_values=pixel_values)
         return self._fuse(input_ids, inputs_embeds, attention_mask, media, mm_encoder_outputs, kwargs)[0]
 
     def _fuse(
@@ -255,7 +241,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         embeddings, encoded, outputs = {}, {}, None
         if "image" in fused and self._reads_tower:
             embeddings["image"] = self._place_by_sample(self._tower_embeddings(media), "image", input_ids, inputs_embeds)
-            media = {name: value for name, value in media.items() if name not in MEDIA_INPUTS["image"]}
+            media = {name: value for name, value in media.items() if name not in MODALITIES["image"].inputs}
         if self.config.prompt_sees_media or set(fused) - {"text", *embeddings}:
             encoded = self.model.encode(media, mm_encoder_outputs)
         for name in fused:
@@ -308,8 +294,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
             return torch.stack(means)
         text = input_ids if input_ids is not None else inputs_embeds
         batch = len(means) if text is None else len(text)
-        each = {"image": "num_image_tokens", "video": "num_video_tokens", "audio": "num_audio_tokens"}[modality]
-        each = getattr(self.config, each)
+        each = getattr(self.config, f"num_{modality}_tokens")
         counts = [0]
         if input_ids is not None:
             counts = (input_ids == self.config.placeholder_ids[modality]).sum(-1).tolist()
@@ -366,7 +351,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         for unused in ("position_ids", "token_type_ids", "mm_token_type_ids"):  # made from the mask, once it is packed
             kwargs.pop(unused, None)
-        media = {"pixel_values": pixel_values, **take_media(kwargs)}
+        media = take_media(kwargs, pixel_values=pixel_values)
         vector, outputs = self._fuse(input_ids, inputs_embeds, attention_mask, media, mm_encoder_outputs, kwargs)
         logits = self.classifier(vector)
         loss = None

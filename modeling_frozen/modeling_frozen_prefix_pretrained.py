@@ -1,11 +1,12 @@
-"""What all frozen-prefix models share. What trains is told in `freezing`, what is saved and comes back in `checkpoints`."""
+"""What all frozen-prefix models share. What trains is decided in `freezing`, what is saved and comes back in `checkpoints`."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from .backbones import (
     HUB_OPTIONS,
@@ -19,37 +20,43 @@ from .backbones import (
     word_embedding_norm,
 )
 from .checkpoints import (
-    PARENTS,
-    AdapterFolder,
-    asked_dtypes,
+    Loading,
     changed_parts,
     dtype_plan,
-    key_prefix,
-    keys_with_home,
-    leave_out,
+    keys_left_out,
+    loading,
     own_names,
+    parts_to_save,
     refill,
+    refuse_partly_loaded,
+    refuse_unexpected,
     refuse_without_home,
     reload_base_model,
-    replaced_parts,
-    samples_of,
+    remove_stale_weights,
+    renames_on_load,
     split_part_options,
-    then_load_adapter,
+    trained_parts,
     unload_base_model,
+    weight_files,
+    while_loading,
 )
 from .configuration_frozen_prefix import FrozenPrefixConfig
-from .connector_switching import DEFAULT, connector_specs, keys_of_idle_connectors, load_connector, set_connector
+from .connector_switching import DEFAULT, connector_specs, load_connector, set_connector
 from .connectors import Connector, Head
 from .cross_attention import GatedCrossAttention, decoder_layers
 from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
 from .hub import AUTO_MAP, complete_copy, complete_repository
+from .parts import MODALITIES, PARTS
 from .transformers_compat import CACHE_NAMES
 from .weight_alignment import align_weights
 
 
+logger = logging.get_logger(__name__)
+
+
 class FrozenPrefixPreTrainedModel(PreTrainedModel):
     """
-    What all frozen-prefix models share: freezing, small checkpoints, parents that are refilled and checked on loading.
+    What all frozen-prefix models share: freezing, small checkpoints, backbones that are refilled and checked on loading.
 
     Subclasses hold a [`FrozenPrefixModel`] as `model` (or are one).
     """
@@ -66,49 +73,57 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
     _no_split_modules = []
     # One checkpoint serves all classes: each leaves the others' heads aside.
     _keys_to_ignore_on_load_unexpected = [r"^contrastive_head\.", r"^classifier\."]
+    # Attribute of a head that this class alone has; a checkpoint of another class lacks it, and it is then new.
+    _head_name: str | None = None
     # Whether `from_vision_text_pretrained` takes text models that only read; None: with a head where there is one.
     _text_headless: bool | None = False
+    # Set once the backbones are attached, with their weights.
+    _is_assembled = False
+    # What a save in progress leaves out.
+    _left_out_now: set[str] | None = None
     # Set while the word embeddings' output requires gradients.
     _hook_of_words: Any = None
 
-    # ---------------------------------------------------------------------------------------------- the parents
+    # ---------------------------------------------------------------------------------------------- the backbones
 
-    def _parents(self) -> dict[str, nn.Module]:
-        found = {part: getattr(self.base_model, name, None) for part, name in PARENTS.items()}
-        return {part: module for part, module in found.items() if module is not None}
+    @property
+    def backbones(self) -> dict[str, PreTrainedModel]:
+        """The loaded backbones by part: `"vision"`, `"text"`, `"audio"`."""
+        modules = {part: getattr(self.base_model, one.attribute, None) for part, one in PARTS.items()}
+        return {part: module for part, module in modules.items() if module is not None}
 
     def _mark(self, part: str) -> None:
         # Marks travel with the modules through PEFT's wrapping, `.to()` and copies; names and tensors don't.
-        for module in self._parents()[part].modules():
-            module._frozen_prefix_part = part
+        for name, module in self.backbones[part].named_modules():
+            module._frozen_prefix_part, module._frozen_prefix_name = part, name
 
-    def _settle(self) -> None:
-        """Everything that depends on the parents being there: freezing, and what the outer model must know of them."""
-        if replaced_parts.get() is not None:
-            return  # not all are there yet: `_finish_attaching` settles
+    def _finish_init(self) -> None:
+        """Everything that depends on the backbones being there: freezing, and what the outer model must know of them."""
+        if loading.get() is not None:
+            return  # not all are there yet: `_finish_loading` does it
         self.input_modalities = (*self.config.media, "text")
-        for part in self._parents():
+        for part in self.backbones:
             self._mark(part)
-        language_model = self._parents().get("text")
+        language_model = self.backbones.get("text")
         if language_model is not None:
             self._is_stateful = getattr(language_model, "_is_stateful", False)
             self._can_compile_fullgraph = all(
-                getattr(parent, "_can_compile_fullgraph", False) for parent in self._parents().values()
+                getattr(backbone, "_can_compile_fullgraph", False) for backbone in self.backbones.values()
             )
             if self.config.fusion == "cross_attention":
                 self.base_model.cross_attention.stand_between(decoder_layers(language_model))
-                self._can_compile_fullgraph = False  # who looks where is counted on the host
+                self._can_compile_fullgraph = False  # which word attends to which image is counted on the host
         self.freeze_base_models()
 
     def freeze_base_models(self) -> None:
         """
-        Sets `requires_grad` of every tensor of the parents and the connector by `config.trainable`; the one place that
-        does. Tensors that others added (LoRA) are left alone. Frozen parents stay in eval mode under `train()`.
+        Sets `requires_grad` of every tensor of the backbones and the connector by `config.trainable`; the one place that
+        does. Tensors that others added (LoRA) are left alone. Frozen backbones stay in eval mode under `train()`.
         """
         freeze(self)
 
     def train(self, mode: bool = True) -> "FrozenPrefixPreTrainedModel":
-        """Sets the mode of what trains; frozen parents keep dropout off and batch statistics still."""
+        """Sets the mode of what trains; frozen backbones keep dropout off and batch statistics still."""
         modules, stays = list(self.modules()), stays_frozen(self)
         if all(module.training is (mode and not still) for module, still in zip(modules, stays, strict=True)):
             return self  # loading asks often, and setting it on each module takes long
@@ -119,11 +134,11 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         return self
 
     def _layered(self, part: str) -> nn.Module:
-        """The parent whose last layers are meant by `unlocked_layers`."""
-        return self._parents()[part]
+        """The backbone whose last layers are meant by `unlocked_layers`."""
+        return self.backbones[part]
 
     def _ids_of_idle_parameters(self) -> set[int]:
-        """Ids of the parents' parameters that have no part in this model's loss: frozen, whatever is to train."""
+        """Ids of the backbones' parameters that have no part in this model's loss: frozen, whatever is to train."""
         return set()
 
     def enable_input_require_grads(self) -> None:
@@ -144,27 +159,26 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         recompute_frozen_layers(self, enable)
 
     def _attach(self, part: str, module: PreTrainedModel, record: dict[str, Any] | None) -> None:
-        setattr(self.base_model, PARENTS[part], module)
-        # The parent reads its own config object, so ours must hold that very one.
+        setattr(self.base_model, PARTS[part].attribute, module)
+        # The backbone reads its own config object, so ours must hold that very one.
         setattr(self.config, f"{part}_config", module.config)
         setattr(self.config, f"{part}_base_model", record)
-        if record is not None:
-            for inner in module.modules():
-                inner._frozen_prefix_samples = samples_of(inner)
-            self.base_model._parts_with_home = self.base_model._parts_with_home | {part}
 
-    def _gather_from_parents(self) -> None:
-        # Tied keys, no-split and fp32 modules of the parents are gathered by post_init; weights are there already.
-        with no_init_weights():
-            if self.base_model is not self:
-                self.base_model.post_init()
-            self.post_init()
-        align_weights(self)  # every parent comes by here, loaded with us, before us or after us
+    def init_weights(self) -> None:
+        # Attached backbones bring their weights: what `post_init` gathers of them then initialises nothing.
+        if not self._is_assembled:
+            super().init_weights()
 
-    def _finish_attaching(self) -> None:
-        self._gather_from_parents()
-        self._settle()
-        self._keys_to_ignore_on_save = keys_with_home(self, just_loaded=True)
+    def _gather_from_backbones(self) -> None:
+        # Tied keys, no-split and fp32 modules of the backbones are gathered by post_init.
+        for model in dict.fromkeys((self.base_model, self)):
+            model._is_assembled = True
+            model.post_init()
+        align_weights(self)  # every backbone comes by here, loaded with us, before us or after us
+
+    def _finish_loading(self) -> None:
+        self._gather_from_backbones()
+        self._finish_init()
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -178,16 +192,35 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
 
     def _reset_connector(self, connector: Connector | GatedCrossAttention | Head) -> None:
         connector.reset_parameters()
-        language_model = self._parents().get("text")
+        language_model = self.backbones.get("text")
         if language_model is not None and language_model.device.type != "meta":
             connector.set_output_norm(word_embedding_norm(language_model) * self.base_model.embed_scale)
         connector._frozen_prefix_initialized = True
 
+    def _start_head(self) -> None:
+        """A head that the checkpoint lacks, filled anew, on the device of the words."""
+        head = getattr(self, self._head_name)
+        device = self.get_input_embeddings().weight.device
+        head.to_empty(device="cpu" if device.type == "meta" else device)
+        for one in (*head.modules(), *head.parameters()):
+            one._is_hf_initialized = False  # or transformers' functions would leave it as it is
+        self._reset_connector(head)
+
     # ------------------------------------------------------------------------------------------------- saving
 
     def changed_parts(self) -> set[str]:
-        """Parts that train, or whose weights somebody changed since they were loaded."""
+        """Backbones that train, or whose weights are not those of the place where they were loaded."""
         return changed_parts(self)
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """Names in the state dict that are not saved: computed, for what trains may change at any time. Whether a frozen
+        backbone was changed by hand is looked at by `save_pretrained` alone."""
+        return keys_left_out(self, trained_parts(self)) if self._left_out_now is None else self._left_out_now
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
+        pass  # `post_init` gathers it from submodels
 
     def save_pretrained(self, save_directory: str, *args: Any, include_base_models: bool = False, **kwargs: Any) -> None:
         """
@@ -196,28 +229,30 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         Args:
             save_directory (`str`): folder; made if absent.
             include_base_models (`bool`, defaults to `False`):
-                Write both parents too, and the code and processor with them: a self-contained copy, which loads without
-                this package too (`trust_remote_code=True`). Parents that were trained, or have no repository or folder of
-                their own, are always written whole.
-            args, kwargs: as `PreTrainedModel.save_pretrained`.
+                Write the backbones too, and the code and processor with them: a self-contained copy, which loads without
+                this package too (`trust_remote_code=True`). Backbones that were trained or changed, or have no repository or
+                folder of their own, are always written whole.
+            args, kwargs: as `PreTrainedModel.save_pretrained`. `save_original_format` is `False` by default: names in the
+                file are those of the state dict, by which `Trainer` resumes.
         """
-        if include_base_models:
-            for part, attribute in PARENTS.items():
-                if getattr(self.config, f"{part}_config") is not None and getattr(self.base_model, attribute) is None:
-                    raise ValueError(
-                        f"`include_base_models=True` writes the {part} tower too, and it is not loaded: "
-                        f'`model.load_base_model("{part}")` first.'
-                    )
-        with_home = keys_of_idle_connectors(self) if include_base_models else keys_with_home(self)
-        left_out = {part for part in PARENTS if any(key.startswith(key_prefix(self, part)) for key in with_home)}
-        self.config.saved_parts = ("connector", *(part for part in self._parents() if part not in left_out))
-        self.config.auto_map = dict(AUTO_MAP)
-        self._keys_to_ignore_on_save = with_home
+        for part, one in PARTS.items() if include_base_models else ():
+            if getattr(self.config, f"{part}_config") is not None and part not in self.backbones:
+                raise ValueError(
+                    f"`include_base_models=True` writes the {one.description} too, and it is not loaded: "
+                    f'`model.load_base_model("{part}")` first.'
+                )
+        saved = ("connector", *self.backbones) if include_base_models else parts_to_save(self)
+        held, self.config.auto_map = self.config.saved_parts, dict(AUTO_MAP)
+        variant, is_main_process = kwargs.get("variant"), kwargs.get("is_main_process", True)
+        before = weight_files(save_directory, variant)
+        self._left_out_now, self.config.saved_parts = keys_left_out(self, set(saved)), saved
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         finally:
-            self._keys_to_ignore_on_save = keys_with_home(self)
-        if include_base_models and kwargs.get("is_main_process", True):
+            self._left_out_now, self.config.saved_parts = None, held
+        if is_main_process:
+            remove_stale_weights(before, weight_files(save_directory, variant))
+        if include_base_models and is_main_process:
             complete_copy(save_directory, self)
 
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -228,7 +263,6 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
     # ------------------------------------------------------------------------------------------------ loading
 
     @classmethod
-    @then_load_adapter
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | None,
@@ -240,69 +274,110 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> "FrozenPrefixPreTrainedModel":
         """
-        Loads a connector and refills its two parents from their own repositories, at the recorded commits, checked.
+        Loads a connector and refills its backbones from their own repositories, at the recorded commits, checked.
 
         Args:
-            pretrained_model_name_or_path (`str`): id on the Hub or folder of the checkpoint.
+            pretrained_model_name_or_path (`str`): id on the Hub or folder of the checkpoint, or of an adapter of one.
             vision_base_model, text_base_model, audio_base_model (`str`, *optional*):
-                Another place, or another model, for that parent. It is taken as the user says and recorded.
+                Another place, or another model, for that backbone. It is taken as the user says and recorded.
             load_vision_tower (`bool`, defaults to `True`):
                 `False` leaves the tower where it is, for a model that is given `vision_features`; see
                 [`cache_vision_features`] and [`load_base_model`].
             kwargs: as `PreTrainedModel.from_pretrained`. `dtype`, `device_map` and the options about reaching the Hub
-                go on to the parents; `quantization_config` to the language model; options prefixed with `vision_`,
-                `text_` or `audio_` to that parent alone, for example `text_device_map="auto"`.
+                go on to the backbones; `quantization_config` to the language model; options prefixed with `vision_`,
+                `text_` or `audio_` to that backbone alone, for example `text_device_map="auto"`.
 
         Raises:
-            ValueError: if a parent can't be filled, or is not the one the connector was trained with, or the checkpoint
-                lacks weights of the connector.
+            ValueError: if a backbone can't be filled, or is not the one the connector was trained with, or the checkpoint
+                lacks weights of the connector, or holds some that its config has no place for.
             OSError: transformers' own, if a repository can't be reached.
         """
         overrides = {"vision": vision_base_model, "text": text_base_model, "audio": audio_base_model}
         overrides = {part: name for part, name in overrides.items() if name is not None}
         options = split_part_options(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
-        if kwargs.setdefault("use_safetensors", True) is not True:
+        if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors=False` would read a pickle, which can run code; connectors are safetensors.")
-        if pretrained_model_name_or_path is None:  # weights come as a state dict: everything is in it
+        kwargs["use_safetensors"] = True
+        name, waiting, starts_head = pretrained_model_name_or_path, [], False
+        if name is None:  # weights come as a state dict: everything is in it
             model, info = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
         else:
             if not load_vision_tower and "vision" in overrides:
                 raise ValueError("`load_vision_tower=False` and `vision_base_model` contradict each other: leave one out.")
             left_out = frozenset() if load_vision_tower else frozenset({"vision"})
-            with leave_out(left_out.union(overrides)), asked_dtypes(options):
-                model, info = super().from_pretrained(
-                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-                )
-            model._refuse_missing(pretrained_model_name_or_path, info)
-            if left_out and "vision" in (PARENTS if model.config.saved_parts is None else model.config.saved_parts):
+            dtypes = {part: own.get("dtype") for part, own in options.items()}
+            with while_loading(Loading(left_out.union(overrides), dtypes)) as state:
+                model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+            waiting = state.adapters
+            starts_head = model._refuse_missing(name, info)
+            refuse_unexpected(model, name, info, state.attached)
+            if left_out and "vision" in (PARTS if model.config.saved_parts is None else model.config.saved_parts):
                 raise ValueError(
-                    f"The checkpoint `{pretrained_model_name_or_path}` holds the vision tower itself, so it can't be left "
-                    "where it is: load the model without `load_vision_tower=False`."
+                    f"The checkpoint `{name}` holds the vision tower itself, so it can't be left where it is: load the model "
+                    "without `load_vision_tower=False`."
                 )
-            refill(model, pretrained_model_name_or_path, overrides, options, left_out)
-        model._finish_attaching()  # in eval mode, as transformers gives it
+            refill(model, name, overrides, options, left_out)
+        model._finish_loading()
+        if starts_head:
+            model._start_head()
+        for args, options_of_adapter in waiting:
+            model.load_adapter(*args, **options_of_adapter)
+        model.eval()  # as transformers gives it
         return (model, info) if with_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
+        # Private: no option takes away rules that a backbone's class brings for files of its own repository.
+        load_config = replace(load_config, weight_mapping=renames_on_load(model, load_config.weight_mapping))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if (state := loading.get()) is not None:
+            state.report = loading_info  # private: of a folder with an adapter, `from_pretrained` returns the adapter's report
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
         return dtype_plan(self, super()._get_dtype_plan(dtype), dtype)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; for a folder of an adapter, which `from_pretrained` takes too, once the parents are there."""
-        if replaced_parts.get() is None:
-            loaded = super().load_adapter(*args, **{**own_names(self), **kwargs})
-            align_weights(self)
-            return loaded
-        raise AdapterFolder(self.name_or_path, args, kwargs)
+        """As transformers'; for a folder of an adapter, which `from_pretrained` takes too, once the backbones are there."""
+        state = loading.get()
+        if state is not None:
+            state.adapters.append((args, kwargs))
+            return state.report
+        loaded = super().load_adapter(*args, **{**own_names(self), **kwargs})
+        align_weights(self)
+        return loaded
 
-    def _refuse_missing(self, name: str, info: dict[str, Any]) -> None:
-        missing = sorted(key for key in info["missing_keys"] if key not in self.all_tied_weights_keys)
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`. Of what a state dict lacks, `strict=False` tells what trains: all else is where it
+        was, as in a checkpoint of ours.
+
+        Raises:
+            ValueError: for `strict=False`, if something that trains is missing and other names are there in its place.
+        """
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        return result if strict else refuse_partly_loaded(self, result)
+
+    def _refuse_missing(self, name: str, info: dict[str, Any]) -> bool:
+        """Whether the head of this class is to be filled anew: a connector that learnt something else is a good start."""
+        missing = {key for key in info["missing_keys"] if key not in self.all_tied_weights_keys}
+        head = {key for key in self.state_dict() if self._head_name is not None and key.startswith(f"{self._head_name}.")}
+        is_new = bool(head) and head <= missing
+        if is_new:
+            logger.warning(
+                f"`{name}` has no `{self._head_name}`, so that of {type(self).__name__} is new and random: train it before "
+                "you rely on what it says."
+            )
+            missing -= head
         if missing:
             raise ValueError(
-                f"The checkpoint `{name}` lacks {len(missing)} tensors of the model ({missing[:3]}…); they would be random. "
-                "It was saved by another class or connector, or not saved whole: check `connector_type` in its config, "
-                "or save it again."
+                f"The checkpoint `{name}` lacks {len(missing)} tensors of the model ({sorted(missing)[:3]}…); they would be "
+                "random. It was saved by another class or connector, or not saved whole: check `connector_type` in its "
+                "config, or save it again."
             )
+        return is_new
 
     @classmethod
     def from_vision_text_pretrained(
@@ -323,11 +398,11 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         Args:
             vision_model_name_or_path (`str` or `PreTrainedModel`):
                 Any vision model of transformers: an id, a folder, or a loaded model (saved whole later, as it has no home).
-                `None` for a model with ears alone.
+                `None` for a model of audio alone.
             text_model_name_or_path (`str` or `PreTrainedModel`):
                 Any causal or encoder-decoder language model, likewise.
             audio_model_name_or_path (`str` or `PreTrainedModel`, *optional*):
-                Any audio encoder of transformers, or a model that it is one half of, likewise: the model then has ears.
+                Any audio encoder of transformers, or a model that it is one half of, likewise.
             image_token, video_token, audio_token (`str`, defaults to `"<image>"`, `"<video>"`, `"<audio>"`):
                 Word that stands for an image (video, sound) in texts; its id is looked up in, or would be added to, the
                 tokenizer. Videos are taken where `num_frames` is given.
@@ -343,25 +418,25 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if the two can't be joined, naming both widths or lengths and the way out.
         """
-        for parent in (vision_model_name_or_path, text_model_name_or_path, audio_model_name_or_path):
-            if isinstance(parent, nn.Module) and not isinstance(parent, PreTrainedModel):
+        sources: dict[str, Any] = {
+            "vision": vision_model_name_or_path,
+            "text": text_model_name_or_path,
+            "audio": audio_model_name_or_path,
+        }
+        for part, source in list(sources.items()):
+            if isinstance(source, nn.Module) and not isinstance(source, PreTrainedModel):
                 raise ValueError(
-                    f"A {type(parent).__name__} is no model of transformers: give an id, a folder or a PreTrainedModel. "
+                    f"A {type(source).__name__} is no model of transformers: give an id, a folder or a PreTrainedModel. "
                     "Of a PEFT model, merge_and_unload() gives one; adapters that can't be merged (prompts) are put on the "
                     "joined model."
                 )
-        given = {
-            part: parent if isinstance(parent, PreTrainedModel) else str(parent)
-            for part, parent in (
-                ("vision", vision_model_name_or_path),
-                ("text", text_model_name_or_path),
-                ("audio", audio_model_name_or_path),
-            )
-            if parent is not None
-        }
+            if source is None:
+                del sources[part]
+            elif not isinstance(source, PreTrainedModel):
+                sources[part] = str(source)
         options = split_part_options(kwargs)
         if not load_vision_tower:
-            refuse_without_home("vision", given.get("vision"))
+            refuse_without_home("vision", sources.get("vision"))
             options["vision"]["device_map"] = "meta"
         fields = set(FrozenPrefixConfig.__dataclass_fields__)
         config_options = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
@@ -369,48 +444,45 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             kwargs.pop(key, None)
         if kwargs:
             FrozenPrefixConfig._refuse_unknown_keys(kwargs, allowed=())
-        loaded: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]] = {}
-        for part, parent in given.items():
-            if isinstance(parent, PreTrainedModel):
-                loaded[part] = (parent, None)
-            else:
-                headless = {"headless": config_options.get("text_headless", cls._text_headless)} if part == "text" else {}
-                loaded[part] = load_base_model(part, parent, **headless, **options[part])
-        language_model = loaded["text"][0]
+        backbones: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]] = {}
+        hub_options = {part: {key: options[part][key] for key in HUB_OPTIONS if key in options[part]} for part in sources}
+        for part, source in sources.items():
+            if isinstance(source, PreTrainedModel):
+                backbones[part] = (source, None)
+                continue
+            headless = {"headless": config_options.get("text_headless", cls._text_headless)} if part == "text" else {}
+            backbones[part] = load_base_model(part, source, **headless, **options[part])
+            hub_options[part]["revision"] = backbones[part][1]["revision"]
+        language_model = backbones["text"][0]
         if cls._text_headless is not False:
             config_options["text_headless"] = is_headless(language_model)
             unsaid = config_options.get("text_pooling") is None and not hasattr(language_model.config, "is_decoder")
             if config_options["text_headless"] and unsaid:  # DistilBERT reads ahead, CLIP's text half doesn't: ask it
                 config_options["text_pooling"] = "mean" if reads_ahead(language_model) else "last"
-        hub_options = {part: {key: options[part][key] for key in HUB_OPTIONS if key in options[part]} for part in given}
-        for part, (_, record) in loaded.items():
-            if record is not None:
-                hub_options[part]["revision"] = record["revision"]
-        tokens = {"image": image_token} if "vision" in given else {}
-        tokens |= {"video": video_token} if config_options.get("num_frames") is not None else {}
-        tokens |= {"audio": audio_token} if "audio" in given else {}
-        lacking = any(config_options.get(f"{modality}_token_id") is None for modality in tokens)
-        if isinstance(given["text"], str) and lacking:
-            words = list(tokens.values())
-            ids = find_placeholder_ids(given["text"], language_model.config, words, **hub_options["text"])
-            for modality, index in zip(tokens, ids, strict=True):
-                if config_options.get(f"{modality}_token_id") is None:
-                    config_options[f"{modality}_token_id"] = index
+        tokens = {"image": image_token, "video": video_token, "audio": audio_token}
+        if config_options.get("num_frames") is None:
+            del tokens["video"]
+        tokens = {name: token for name, token in tokens.items() if MODALITIES[name].part in sources}
+        if isinstance(sources["text"], str) and any(config_options.get(f"{name}_token_id") is None for name in tokens):
+            ids = find_placeholder_ids(sources["text"], language_model.config, list(tokens.values()), **hub_options["text"])
+            for name, index in zip(tokens, ids, strict=True):
+                if config_options.get(f"{name}_token_id") is None:
+                    config_options[f"{name}_token_id"] = index
         image_processor = feature_extractor = None
-        if isinstance(given.get("vision"), str):
-            image_processor = find_image_processor(given["vision"], **hub_options["vision"])
-        if isinstance(given.get("audio"), str):
-            feature_extractor = find_feature_extractor(given["audio"], **hub_options["audio"])
+        if isinstance(sources.get("vision"), str):
+            image_processor = find_image_processor(sources["vision"], **hub_options["vision"])
+        if isinstance(sources.get("audio"), str):
+            feature_extractor = find_feature_extractor(sources["audio"], **hub_options["audio"])
         config = FrozenPrefixConfig.from_vision_text_configs(
-            loaded["vision"][0].config if "vision" in loaded else None,
+            backbones["vision"][0].config if "vision" in backbones else None,
             language_model.config,
             image_processor=image_processor,
-            audio_config=loaded["audio"][0].config if "audio" in loaded else None,
+            audio_config=backbones["audio"][0].config if "audio" in backbones else None,
             feature_extractor=feature_extractor,
             embedding_dim=language_model_geometry(language_model).embedding_dim,
             **config_options,
         )
-        model = cls._from_parts(config, loaded)
+        model = cls._from_parts(config, backbones)
         if not load_vision_tower:
             model.unload_base_model("vision")
         return model
@@ -419,18 +491,18 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
     def _from_parts(
         cls,
         config: FrozenPrefixConfig,
-        parents: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]],
+        backbones: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]],
     ) -> "FrozenPrefixPreTrainedModel":
-        with leave_out(frozenset(PARENTS)):
+        with while_loading(Loading(frozenset(PARTS))):
             model = cls(config)
-        for part, (module, record) in parents.items():
+        for part, (module, record) in backbones.items():
             model._attach(part, module, record)
         for module in model.modules():
             if isinstance(module, CONNECTING):
                 model._reset_connector(module)
                 device = model.get_input_embeddings().weight.device
                 module.to(device=device if device.type != "meta" else "cpu", dtype=torch.float32)
-        model._finish_attaching()
+        model._finish_loading()
         return model.eval()
 
     # -------------------------------------------------------------------------------------------- towers and connectors
@@ -476,7 +548,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
 
     def load_connector(self, name_or_path: str, name: str, **hub_options: Any) -> None:
         """
-        Loads another connector beside the active one, for the same parents, without loading those again.
+        Loads another connector beside the active one, for the same backbones, without loading those again.
 
         Args:
             name_or_path (`str`): a checkpoint of this package: id on the Hub or folder.
@@ -484,14 +556,13 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             hub_options: `revision`, `token`, `cache_dir`, `local_files_only` …
 
         Raises:
-            ValueError: if the name is taken, or the checkpoint was trained with other parents.
+            ValueError: if the name is taken, or the checkpoint was trained with other backbones.
         """
         load_connector(self, name_or_path, name, **hub_options)
-        self._keys_to_ignore_on_save = keys_with_home(self)
 
     def set_connector(self, name: str) -> None:
         """
-        Makes a loaded connector the one in use; parents stay as they are. `generate()`, training and `save_pretrained` are
+        Makes a loaded connector the one in use; backbones stay as they are. `generate()`, training and `save_pretrained` are
         its from now on, and `config` describes it. A processor made for another prefix length must be made anew
         (`FrozenPrefixProcessor.from_model`).
 
@@ -499,9 +570,8 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             ValueError: for a name that is not loaded, listing those that are.
         """
         set_connector(self, name)
-        self._keys_to_ignore_on_save = keys_with_home(self)
 
-    # --------------------------------------------------------------------------------------- library's accessors
+    # --------------------------------------------------------------------------------------- transformers' accessors
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.language_model.get_input_embeddings()
@@ -517,8 +587,24 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             return self.base_model.language_model.get_encoder()
         return super().get_encoder(modality)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """
+        Returns the word embeddings as they are, for scripts that ask for the size they have.
+
+        Raises:
+            ValueError: for another size.
+        """
+        embeddings = self.get_input_embeddings()
+        rows = language_model_geometry(self.base_model.language_model).num_embeddings
+        wanted = rows if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted == rows:
+            return embeddings
         raise ValueError(
-            "The language model is frozen bit for bit, so its vocabulary is never resized. `<image>` needs no row of its "
-            "own; for more words, resize the language model itself before joining it to a tower."
+            f"The language model is frozen bit for bit, so its vocabulary is never resized: it has {rows} rows, and not "
+            f"{wanted}. `<image>` needs no row of its own; for more words, resize the language model itself before joining it "
+            "to a tower."
         )

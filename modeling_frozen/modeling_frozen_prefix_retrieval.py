@@ -14,22 +14,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .checkpoints import Loading, while_loading
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import Head
 from .contrastive_losses import CONTRASTIVE_LOSSES, LOGIT_BIAS_STARTS, LOGIT_SCALE_STARTS, process_rank
-from .modalities import take_media
 from .modeling_frozen_prefix import FrozenPrefixForConditionalGeneration, FrozenPrefixModel
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from .parts import PARTS, take_media
 from .text_reading import pack_text, pool_text, probe_text_width, read_text, text_reader
 
-
-logger = logging.get_logger(__name__)
 
 DEFAULT_PROJECTION_DIM = 512
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, section 2.5: beyond it training diverges
@@ -133,6 +131,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     ```"""
 
     _keep_in_fp32_modules_strict = ["contrastive_head"]
+    _head_name = "contrastive_head"
     _text_headless = None
     # What `Trainer` would divide by is a number of words; a contrastive loss is of the batch.
     accepts_loss_kwargs = False
@@ -159,9 +158,8 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             logit_bias=LOGIT_BIAS_STARTS[kind] if starts[1] is None else starts[1],
             ret=config.text_pooling == "ret",
         )
-        self._head_is_new = False
         self.post_init()
-        self._settle()
+        self._finish_init()
 
     @classmethod
     def from_vision_text_pretrained(
@@ -185,35 +183,11 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             vision_model_name_or_path, text_model_name_or_path, audio_model_name_or_path, **kwargs
         )
 
-    def _refuse_missing(self, name: str, info: dict[str, Any]) -> None:
-        # A connector that learnt something else, captions say, is a good start: then the head alone is new.
-        own = {key for key in self.state_dict() if key.startswith("contrastive_head.")}
-        if own <= set(info["missing_keys"]):
-            logger.warning(
-                f"`{name}` has no projections, so those of {type(self).__name__} are new and random: train them before you "
-                "rely on what it finds."
-            )
-            self._head_is_new = True
-            info = {**info, "missing_keys": set(info["missing_keys"]) - own}
-        super()._refuse_missing(name, info)
-
-    def _finish_attaching(self) -> None:
-        super()._finish_attaching()
-        if self._head_is_new:
-            device = self.model.get_input_embeddings().weight.device
-            self.contrastive_head.to_empty(device="cpu" if device.type == "meta" else device)
-            for module in self.contrastive_head.modules():
-                module._is_hf_initialized = False
-            for parameter in self.contrastive_head.parameters():
-                parameter._is_hf_initialized = False
-            self._reset_connector(self.contrastive_head)
-            self._head_is_new = False
-
     def _layered(self, part: str) -> nn.Module:
-        return text_reader(self._parents()[part]) if part == "text" else super()._layered(part)
+        return text_reader(self.backbones[part]) if part == "text" else super()._layered(part)
 
     def _ids_of_idle_parameters(self) -> set[int]:
-        language_model = self._parents().get("text")
+        language_model = self.backbones.get("text")
         if language_model is None or self.config.caption_loss_weight:
             return set()
         read = {id(parameter) for parameter in text_reader(language_model).parameters()}
@@ -373,7 +347,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             ValueError: if one side is not given, or, for the loss, images and texts are no pairs or captions lack.
         """
         kwargs.pop("num_items_in_batch", None)
-        media = {"pixel_values": pixel_values, **take_media(kwargs)}
+        media = take_media(kwargs, pixel_values=pixel_values)
         flags = {key: kwargs[key] for key in ("output_hidden_states", "output_attentions") if key in kwargs}
         if input_ids is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("Matching takes images and texts, but no `input_ids` were given: see `get_image_features`.")
@@ -487,12 +461,12 @@ def generator_around(base_model: FrozenPrefixModel) -> FrozenPrefixForConditiona
             f"{type(base_model.language_model).__name__} reads texts and writes none, so it can't describe a picture: join "
             "the tower to a language model."
         )
-    generator = FrozenPrefixForConditionalGeneration.__new__(FrozenPrefixForConditionalGeneration)
-    PreTrainedModel.__init__(generator, base_model.config)
+    with while_loading(Loading(frozenset(PARTS))), torch.device("meta"):  # a base model without weights, for a moment
+        generator = FrozenPrefixForConditionalGeneration(base_model.config)
     generator.model = base_model
-    with no_init_weights():
-        generator.post_init()
-    # Not `_settle`, which would freeze by another model's rules what this one trains.
+    generator._is_assembled = True
+    generator.post_init()
+    # Not `_finish_init`, which would freeze by another model's rules what this one trains.
     for name in ("input_modalities", "_is_stateful", "_can_compile_fullgraph"):
         setattr(generator, name, getattr(base_model, name))
     generator.generation_config = copy.deepcopy(base_model.language_model.generation_config)

@@ -1,7 +1,7 @@
 """Training rows that begin alike: the language model reads what they have in common once.
 
 Captions of one picture all follow the same prefix, and a causal language model makes of it the same keys and values each
-time. So the common lead of such rows is read once, with gradient, and each row goes on from its keys and values, as it does in
+time. So the common start of such rows is read once, with gradient, and each row goes on from its keys and values, as in
 generation. Nothing is approximated: losses and gradients are those of the plain way up to rounding. With five captions of
 30 words behind 196 prefix vectors a step reads 346 positions in place of 1130. An encoder reads rows that are alike
 throughout once. Whether reading in parts equals reading at once is tried once per language model; where not (a recurrent
@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from .caches import copied_cache, narrowed_cache, new_kept_cache
+from .connectors import draws
 from .losses import nearly_equal
-from .modalities import draws
 
 
 # Reading in two parts has a cost of its own: it must spare at least this share of the batch's positions.
@@ -30,15 +30,15 @@ _TRIED: "weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]]" = weakref.WeakK
 
 
 @dataclass
-class SharedLead:
+class SharedStart:
     """
     What rows of a batch have in common at their start.
 
     Args:
         reader (`nn.Module`): the part of the language model that reads it, without its head.
         length (`int`): its columns; of an encoder all of them.
-        rows (`torch.LongTensor` of shape `(distinct leads,)`): a row that has each of them.
-        groups (`torch.LongTensor` of shape `(batch,)`): for each row its lead in `rows`.
+        rows (`torch.LongTensor` of shape `(distinct starts,)`): a row that has each of them.
+        groups (`torch.LongTensor` of shape `(batch,)`): for each row its start in `rows`.
     """
 
     reader: nn.Module
@@ -82,37 +82,37 @@ def mark_images(
     return marks if attention_mask is None else marks.masked_fill(attention_mask == 0, -1)
 
 
-def best_lead(
+def best_shared_start(
     marks: torch.LongTensor, limit: int, whole: bool = False
 ) -> tuple[int, torch.LongTensor, torch.LongTensor] | None:
     """
-    The common lead that spares most positions, one length for all rows, for their keys and values make one tensor.
+    The common start that spares most positions, one length for all rows, for their keys and values make one tensor.
 
     Args:
         marks (`torch.LongTensor` of shape `(batch, sequence)`): of [`mark_images`].
-        limit (`int`): longest lead.
+        limit (`int`): longest start.
         whole (`bool`): whether it must be of that length (an encoder reads rows whole).
 
     Returns:
-        `length`, `rows` and `groups` of a [`SharedLead`], or `None` where too little would be spared.
+        `length`, `rows` and `groups` of a [`SharedStart`], or `None` where too little would be spared.
     """
     if limit < 1 or len(marks) < 2:
         return None
-    distinct = marks[:, :limit].unique(dim=0)  # sorted, so that those with the longest common lead are neighbours
+    distinct = marks[:, :limit].unique(dim=0)  # sorted, so that those with the longest common start are neighbours
     common = (distinct[1:] != distinct[:-1]).int().argmax(-1)
     lengths = torch.cat([common, common.new_tensor([limit])]).unique() if not whole else common.new_tensor([limit])
-    leads = 1 + (common[None] < lengths[:, None]).sum(-1)
-    spared, best = (lengths * (len(marks) - leads)).max(0)
+    starts = 1 + (common[None] < lengths[:, None]).sum(-1)
+    spared, best = (lengths * (len(marks) - starts)).max(0)
     if int(spared) < SMALLEST_SHARE * marks.numel():
         return None
     length = int(lengths[best])
-    leads, groups = marks[:, :length].unique(dim=0, return_inverse=True)
+    starts, groups = marks[:, :length].unique(dim=0, return_inverse=True)
     order = torch.arange(len(marks), device=marks.device)
-    rows = torch.full((len(leads),), len(marks), device=marks.device).scatter_reduce(0, groups, order, "amin")
+    rows = torch.full((len(starts),), len(marks), device=marks.device).scatter_reduce(0, groups, order, "amin")
     return length, rows, groups
 
 
-def find_lead(
+def find_shared_start(
     model: Any,
     input_ids: torch.LongTensor,
     attention_mask: Any,
@@ -120,7 +120,7 @@ def find_lead(
     image_index: torch.LongTensor,
     path: str,
     learnt: torch.BoolTensor,
-) -> SharedLead | None:
+) -> SharedStart | None:
     """
     What to read once in a batch of training.
 
@@ -132,7 +132,7 @@ def find_lead(
         learnt (`torch.BoolTensor`): whose hidden states are wanted, `(batch, sequence)`; of a decoder, `(batch, target)`.
 
     Returns:
-        [`SharedLead`], or `None` where each row is to be read by itself.
+        [`SharedStart`], or `None` where each row is to be read by itself.
     """
     masks = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
     reader, encodes = model.language_model.get_submodule(path), model.config.is_encoder_decoder
@@ -149,33 +149,33 @@ def find_lead(
         limit = int(first.min())
     lengths = [len(vectors) for vectors in encoded.pooler_output]
     marks = mark_images(input_ids, attention_mask, model.config.placeholder_ids, lengths, image_index)
-    found = best_lead(marks, limit, whole=encodes)
-    return None if found is None else SharedLead(reader, *found)
+    found = best_shared_start(marks, limit, whole=encodes)
+    return None if found is None else SharedStart(reader, *found)
 
 
-def read_lead(model: Any, lead: SharedLead, inputs_embeds: torch.Tensor) -> DynamicCache:
+def read_shared_start(model: Any, start: SharedStart, inputs_embeds: torch.Tensor) -> DynamicCache:
     """
-    Reads each distinct lead.
+    Reads each distinct start.
 
     Args:
-        lead ([`SharedLead`]).
+        start ([`SharedStart`]).
         inputs_embeds (`torch.Tensor` of shape `(batch, sequence, embedding_dim)`): words and prefixes merged.
 
     Returns:
-        `DynamicCache`: the leads' keys and values for every row of the batch, with their graph.
+        `DynamicCache`: the starts' keys and values for every row of the batch, with their graph.
     """
-    cache, reader = new_kept_cache(model), lead.reader
-    embeds = inputs_embeds[lead.rows.to(inputs_embeds.device), : lead.length]
+    cache, reader = new_kept_cache(model), start.reader
+    embeds = inputs_embeds[start.rows.to(inputs_embeds.device), : start.length]
     reader(**model.language_inputs(reader, None, embeds, None, None, cache, {"use_cache": True}), return_dict=True)
-    return narrowed_cache(copied_cache(cache, lead.groups))
+    return narrowed_cache(copied_cache(cache, start.groups))
 
 
-def encode_alike(model: Any, lead: SharedLead, inputs_embeds: torch.Tensor, attention_mask: Any) -> BaseModelOutput:
+def encode_alike(model: Any, start: SharedStart, inputs_embeds: torch.Tensor, attention_mask: Any) -> BaseModelOutput:
     """The encoder's output `(batch, sequence, hidden_size)` of rows of which some are alike, each read once."""
-    encoder, rows = model.language_model.get_encoder(), lead.rows.to(inputs_embeds.device)
+    encoder, rows = model.language_model.get_encoder(), start.rows.to(inputs_embeds.device)
     mask = None if attention_mask is None else attention_mask[rows]
     states = encoder(**model.language_inputs(encoder, None, inputs_embeds[rows], mask, None, None, {}), return_dict=True)[0]
-    return BaseModelOutput(last_hidden_state=states.index_select(0, lead.groups.to(states.device)))
+    return BaseModelOutput(last_hidden_state=states.index_select(0, start.groups.to(states.device)))
 
 
 def reads_in_parts(model: Any, reader: nn.Module) -> bool:
@@ -208,13 +208,13 @@ def _try_parts(model: Any, reader: nn.Module) -> bool:
         words = model.embed_words(ids % model.get_input_embeddings().weight.shape[0])
     found = []
     with torch.enable_grad():
-        for lead in (SharedLead(reader, at, every, every), SharedLead(reader, at, ids.new_tensor([0, 2]), groups)):
-            in_parts, leaf = len(lead.rows) < 3, words.clone().requires_grad_()
+        for start in (SharedStart(reader, at, every, every), SharedStart(reader, at, ids.new_tensor([0, 2]), groups)):
+            in_parts, leaf = len(start.rows) < 3, words.clone().requires_grad_()
             embeds = leaf * 1  # some models scale embeddings in place
             if encodes:
-                states = encode_alike(model, lead, embeds, None)[0]
+                states = encode_alike(model, start, embeds, None)[0]
             else:
-                cache = read_lead(model, lead, embeds) if in_parts else None
+                cache = read_shared_start(model, start, embeds) if in_parts else None
                 rest = embeds[:, at:] if in_parts else embeds
                 mask, kwargs = torch.ones_like(ids), {"use_cache": in_parts}
                 inputs = model.language_inputs(reader, None, rest, mask, None, cache, kwargs)
@@ -233,4 +233,4 @@ def _draws_or_computes_again(module: nn.Module) -> bool:
     return draws_now or bool(getattr(module, "gradient_checkpointing", False))
 
 
-__all__ = ["SharedLead", "best_lead", "encode_alike", "find_lead", "mark_images", "read_lead"]
+__all__ = ["SharedStart", "best_shared_start", "encode_alike", "find_shared_start", "mark_images", "read_shared_start"]

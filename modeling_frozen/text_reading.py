@@ -5,18 +5,15 @@ whichever side, and placeholders that are not to be read are taken out of the ro
 stood alone: that serves models without `position_ids`, and recurrent ones, as well.
 """
 
-import copy
 import logging
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch exports it under no public name
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
-from .backbones import build_language_model
+from .backbones import fake_language_model
 from .padding import pad_right
 
 
@@ -42,9 +39,7 @@ def probe_text_width(text_config: PreTrainedConfig, headless: bool = False) -> i
     Raises:
         ValueError: where the model can't be asked, with the reason.
     """
-    # The device is named, for a checkpoint's model is built with another default.
-    with torch.device("cpu"), FakeTensorMode(), no_init_weights(), torch.no_grad():
-        language_model = build_language_model(copy.deepcopy(text_config), headless).eval()
+    with fake_language_model(text_config, headless) as language_model:
         reader = text_reader(language_model)
         whole = {"output_hidden_states": True} if reader is language_model else {}
         logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it prints what is caught here

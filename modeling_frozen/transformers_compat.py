@@ -6,13 +6,15 @@ in between are answered rightly too. Each stand-in says from which release on it
 """
 
 import functools
+import inspect
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import transformers
+from torch import nn
 from transformers import Cache, PreTrainedConfig, configuration_utils, modeling_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation import utils as generation_utils
@@ -52,6 +54,12 @@ def takes_cache(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return by_any_name
+
+
+@functools.lru_cache(maxsize=256)
+def forward_parameters(module_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    """What the `forward` of a class takes, by name."""
+    return inspect.signature(module_class.forward).parameters
 
 
 def cache_argument(parameters: Collection[str]) -> str:
@@ -229,6 +237,7 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "cached_length",
+    "forward_parameters",
     "generation_cache",
     "resolve_revision",
     "slice_logits_to_keep",

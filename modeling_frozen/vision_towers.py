@@ -18,7 +18,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput, logging
+
+from .transformers_compat import forward_parameters
 
 
 SELECT_STRATEGIES = ("default", "full", "pooled")
@@ -151,7 +152,7 @@ def load_vision_tower(name_or_path: str, *, config: PreTrainedConfig | None = No
         loader = vision_tower_class(config)
         kwargs.pop("trust_remote_code", None)
     kwargs = {**vision_tower_kwargs(config), **kwargs, "config": config, "output_loading_info": True}
-    with _quiet():  # the other half's weights are no news, and what is missing is raised below
+    with quiet():  # the other half's weights are no news, and what is missing is raised below
         tower, info = loader.from_pretrained(name_or_path, **kwargs)
         if info["missing_keys"]:
             if whole is config:  # given the half alone: the repository knows the whole
@@ -189,7 +190,7 @@ def _place_in_dual_model(whole: PreTrainedConfig, tower_class: type) -> str | No
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -239,7 +240,7 @@ def encode_images(
             and does not get, or a tower that still masks patches at random.
     """
     layers = _check_choice(layer, select_strategy)
-    takes = _forward_parameters(type(vision_tower))
+    takes = forward_parameters(type(vision_tower))
     images_ndim = 3 if "spatial_shapes" in takes else 4
     if pixel_values.ndim != images_ndim:
         shape = "(images, patches, values)" if images_ndim == 3 else "(images, channels, height, width)"
@@ -276,14 +277,9 @@ def _check_choice(layer: int | Sequence[int], select_strategy: str) -> list[int]
     return layers
 
 
-@functools.cache
-def _forward_parameters(tower_class: type) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(tower_class.forward).parameters
-
-
 def _inputs_taken(tower: PreTrainedModel, pixel_values: Tensor, layers: list[int], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of `kwargs`, what this tower's forward takes, plus what the chosen layers and a repeatable run need."""
-    takes = _forward_parameters(type(tower))
+    takes = forward_parameters(type(tower))
     variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     if layers != [-1]:
         kwargs = {**kwargs, "output_hidden_states": True}
@@ -442,7 +438,7 @@ def probe_vision_tower(
 
 @contextmanager
 def _on_meta() -> Iterator[None]:
-    with torch.device("meta"), torch.no_grad(), no_init_weights():
+    with torch.device("meta"), torch.no_grad():
         yield
 
 
@@ -563,7 +559,7 @@ def _default_shape(tower: PreTrainedModel) -> tuple[int, ...]:
         ),
         3,
     )
-    if "spatial_shapes" in _forward_parameters(type(tower)):
+    if "spatial_shapes" in forward_parameters(type(tower)):
         return config.num_patches, channels * math.prod(_pair(config.patch_size))
     timm_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
     if timm_size is not None:

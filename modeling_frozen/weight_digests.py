@@ -42,6 +42,11 @@ def weights_digest(module: nn.Module, recurse: bool = True) -> str:
     return digest.hexdigest()
 
 
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """As [`weights_digest`], of one plain tensor: its dtype, shape and all of its bytes."""
+    return _describe(tensor.detach(), "", "")
+
+
 def _describe(tensor: torch.Tensor, prefix: str, name: str) -> str:
     if tensor.is_meta:
         raise ValueError(f"`{prefix}.{name}` is on the meta device, so it has no values: load or initialise the module first.")
@@ -72,4 +77,4 @@ def _factors(device: torch.device) -> torch.Tensor:
     return (places ^ (places >> 29)) | 1
 
 
-__all__ = ["weights_digest"]
+__all__ = ["tensor_digest", "weights_digest"]

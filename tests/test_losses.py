@@ -265,10 +265,10 @@ def test_trainer_smooths_labels_by_the_config_and_warns_of_its_own(tmp_path: Pat
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[1] != losses[0]
     seen = []
-    from modeling_frozen import modeling_frozen_prefix
+    from modeling_frozen import losses as module
 
-    handler = modeling_frozen_prefix.logger.warning_once
-    modeling_frozen_prefix.logger.warning_once = seen.append
+    handler = module.logger.warning_once
+    module.logger.warning_once = seen.append
     try:
         Trainer(
             model=model,
@@ -277,7 +277,7 @@ def test_trainer_smooths_labels_by_the_config_and_warns_of_its_own(tmp_path: Pat
             data_collator=DataCollatorForFrozenPrefix(processor),
         ).train()
     finally:
-        modeling_frozen_prefix.logger.warning_once = handler
+        module.logger.warning_once = handler
     assert seen and "loss_config" in seen[0]
 
 

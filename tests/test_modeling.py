@@ -141,8 +141,14 @@ def test_a_text_only_batch_trains_with_zero_gradients(eyes) -> None:
 
 
 def test_resizing_the_vocabulary_is_refused(eyes) -> None:
+    model = eyes[0]
     with pytest.raises(ValueError, match="never resized"):
-        eyes[0].resize_token_embeddings(100)
+        model.resize_token_embeddings(100)
+    rows = model.get_input_embeddings().num_embeddings
+    for size, multiple in ((rows, None), (None, None), (None, 4), (rows - 1, 2)):
+        assert model.resize_token_embeddings(size, pad_to_multiple_of=multiple) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match=f"{rows} rows, and not 64"):
+        model.model.resize_token_embeddings(pad_to_multiple_of=64)
 
 
 # ------------------------------------------------------------------------------------------------------ prefix and words

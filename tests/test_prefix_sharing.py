@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
-from modeling_frozen.prefix_sharing import best_lead, mark_images
+from modeling_frozen.prefix_sharing import best_shared_start, mark_images
 from modeling_frozen.training.lora import lora_config
 from tests import test_vision_features
 from tests.helpers import tiny
@@ -206,12 +206,12 @@ def test_leads_that_spare_most_are_found() -> None:
     mask = (ids != 0).long()
     marks = mark_images(ids, mask, {"image": 9}, [2, 2, 2, 2], torch.tensor([0, 0, 1, 0]))
     assert marks.tolist() == [[1, -2, -2, 3, 4], [1, -2, -2, 3, 5], [1, -3, -3, 6, 7], [1, -2, -2, 3, -1]]
-    length, rows, groups = best_lead(marks, 4)  # four columns of two kinds spare 8, one column of one kind 3
+    length, rows, groups = best_shared_start(marks, 4)  # four columns of two kinds spare 8, one column of one kind 3
     assert (length, rows[groups].tolist()) == (4, [0, 0, 2, 0])
-    assert best_lead(marks, 1)[0] == 1
-    assert best_lead(marks[[0, 2]], 0) is None
-    assert best_lead(marks, 5, whole=True) is None  # no two rows are alike throughout
-    assert best_lead(marks[[0, 0, 2]], 5, whole=True)[2].tolist() in ([0, 0, 1], [1, 1, 0])
+    assert best_shared_start(marks, 1)[0] == 1
+    assert best_shared_start(marks[[0, 2]], 0) is None
+    assert best_shared_start(marks, 5, whole=True) is None  # no two rows are alike throughout
+    assert best_shared_start(marks[[0, 0, 2]], 5, whole=True)[2].tolist() in ([0, 0, 1], [1, 1, 0])
 
 
 def test_sounds_and_films_are_like_nothing_else() -> None:

@@ -116,6 +116,14 @@ PRIVATE = [
         "builds a class that `AutoModel.from_config` does not give: a half, an encoder",
     ),
     Private(
+        "transformers.PreTrainedModel._load_pretrained_model",
+        "hook of from_pretrained: takes away the rules for names of a backbone's own repository, which no option does",
+    ),
+    Private(
+        "transformers.PreTrainedModel._adjust_missing_and_unexpected_keys",
+        "hook of from_pretrained: the report on the checkpoint itself, where an adapter's is returned in its place",
+    ),
+    Private(
         "transformers.PreTrainedModel._get_dtype_plan",
         "hook of from_pretrained: parents of different dtypes; `dtype={...}` goes by sub-config, and not as saved",
     ),

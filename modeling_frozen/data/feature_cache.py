@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..checkpoints import parts_with_home
 from ..vision_towers import encode_images
 from .feature_store import DTYPES, FeatureStore, StoredImage
 from .image_reading import Batches, Found, Hashing, HeldImages, Images, Prepare, as_list, inner_feature, load_in_workers
@@ -226,7 +227,7 @@ def store_key(
     tower, record = base.vision_tower, dict(config.vision_base_model or {})
     if tower is not None:
         record["dtype"] = str(tower.dtype).removeprefix("torch.")
-        homeless = "vision" not in base._parts_with_home or record.get("fingerprint") is None
+        homeless = "vision" not in parts_with_home(model) or record.get("fingerprint") is None
         if homeless or "vision" in model.changed_parts():
             record["fingerprint"] = _digest_of_weights(tower)
     image_processor = processor.image_processor

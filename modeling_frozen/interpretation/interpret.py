@@ -22,8 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from ..data.collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
-from ..modalities import MEDIA_INPUTS
 from ..modeling_frozen_prefix import FrozenPrefixModel
+from ..parts import MODALITIES
 from .connector_attention import grid_of, prefix_origins, twin_of
 
 
@@ -60,7 +60,7 @@ def _listed(images: Any) -> list[Any]:
 def _pixels(processor: Any, images: list[Any], device: Any) -> dict[str, Any]:
     """What the image processor makes of them, by the names that the model takes."""
     given = processor(images=images, return_tensors="pt").to(device)
-    return {name: given[name] for name in MEDIA_INPUTS["image"] if name in given}
+    return {name: given[name] for name in MODALITIES["image"].inputs if name in given}
 
 
 def _prefixes(core: Any, processor: Any, images: list[Any], batch_size: int) -> tuple[list[torch.Tensor], list[bytes]]:

@@ -19,7 +19,7 @@ from huggingface_hub.utils import yaml_dump
 from transformers.utils import logging
 
 from ..backbones import fingerprint
-from ..checkpoints import keys_with_home
+from ..checkpoints import parts_to_save
 from ..connectors import CONNECTORS
 from .edits import (
     add_essentials,
@@ -110,7 +110,7 @@ def _licence_metadata(name: str, repo_id: str | None, revision: str | None) -> d
 
 
 def _describe_parent(part: str, model: Any) -> _Parent | None:
-    module = model._parents().get(part)
+    module = model.backbones.get(part)
     if module is None:
         return None
     record = getattr(model.config, f"{part}_base_model") or {}
@@ -181,8 +181,8 @@ def _bytes_text(folder: Path, model: Any) -> str:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     about = ""
     if not size:  # not saved yet: what the tensors weigh
-        with_home = keys_with_home(model)
-        size = sum(t.numel() * t.element_size() for key, t in model.state_dict().items() if key not in with_home)
+        left_out = model._keys_to_ignore_on_save
+        size = sum(t.numel() * t.element_size() for key, t in model.state_dict().items() if key not in left_out)
         about = "about "
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     human = next((f" ({size / factor:.1f} {unit})" for factor, unit in units if size >= factor), "")
@@ -264,7 +264,7 @@ def _generate(
     idle = {id(p) for name, p in inner.named_parameters() if ".idle_connectors." in f".{name}"}  # other eyes, not saved
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in idle)
     total = inner.num_parameters() - sum(p.numel() for p in inner.parameters() if id(p) in idle)
-    saved = set(config.saved_parts or ()) | set(trained)
+    saved = set(parts_to_save(inner)) | set(trained)
     fetched = [p for p in parents if p.part not in saved and getattr(config, f"{p.part}_base_model") is not None]
     gated = config.fusion == "cross_attention"
     gates = ", ".join(f"`{key}={value!r}`" for key, value in (config.cross_attention_config or {}).items())
