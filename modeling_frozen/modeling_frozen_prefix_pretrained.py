@@ -327,10 +327,11 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any) -> Any:
         # Private: no option takes away rules that a backbone's class brings for files of its own repository.
-        load_config = replace(load_config, weight_mapping=renames_on_load(model, load_config.weight_mapping))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+        if not model._is_assembled:  # else it is an adapter's file
+            load_config = replace(load_config, weight_mapping=renames_on_load(model, load_config.weight_mapping))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)

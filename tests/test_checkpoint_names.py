@@ -188,14 +188,10 @@ def test_shards_and_one_file_take_each_other_s_place(tmp_path: Path) -> None:
     assert_equal(weights(model), weights(FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "eyes")))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"connector_config": {"num_layers": 1}}, {"connector_type": "mlp", "connector_config": {}, "prefix_length": None}],
-)
-def test_weights_without_a_place_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
     model, _ = join(tmp_path, connector_type="resampler", prefix_length=3, connector_config={"num_layers": 2})
     model.save_pretrained(tmp_path / "eyes")
     file = tmp_path / "eyes" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(ValueError, match=r"(no place for|lacks).*connector.*config"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "connector_config": {"num_layers": 1}}))
+    with pytest.raises(ValueError, match="no place for.*connector.*config"):
         FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "eyes")
