@@ -38,6 +38,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .audio_towers import load_audio_tower
+from .connectors import in_eval_mode
 from .parts import PARTS
 from .transformers_compat import resolve_revision
 from .vision_towers import load_vision_tower, quiet
@@ -285,8 +286,8 @@ def _load_text_encoder(name_or_path: str, *, config: PreTrainedConfig, **kwargs:
 def reads_ahead(language_model: PreTrainedModel) -> bool:
     """Whether what a text model gives for a word depends on the word behind it."""
     ids = torch.tensor([[0, 1], [0, 2]], device=language_model.device)
-    with torch.no_grad():
-        outputs = language_model.eval()(input_ids=ids)
+    with torch.no_grad(), in_eval_mode(language_model):
+        outputs = language_model(input_ids=ids)
     first = (outputs.get("logits") if "logits" in outputs else outputs.last_hidden_state)[:, 0].float()
     return not torch.allclose(first[0], first[1], atol=1e-4, rtol=1e-3)
 
@@ -402,7 +403,7 @@ def skips_padding(language_model: PreTrainedModel) -> bool:
     the next word must be the same."""
     ids = torch.tensor([[0, 1], [2, 1]], device=language_model.device)
     mask = torch.tensor([[0, 1], [0, 1]], device=language_model.device)
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(language_model):
         logits = language_model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].float()
     return torch.allclose(logits[0], logits[1], atol=1e-4, rtol=1e-4)
 

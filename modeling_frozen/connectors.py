@@ -12,11 +12,14 @@ kinds of middle: those that keep the positions (identity, linear, mlp) and those
 import difflib
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class Connector(nn.Module):
@@ -338,6 +341,10 @@ class _Reader(Connector):
         self.reset_parameters()
 
 
+class TransformerLayer(GradientCheckpointingLayer, nn.TransformerEncoderLayer):
+    """torch's own, which activation checkpointing finds."""
+
+
 class TransformerConnector(_Reader):
     """ClipCap's mapper (arXiv 2111.09734): learned constants beside the projected positions in a transformer encoder.
 
@@ -364,7 +371,7 @@ class TransformerConnector(_Reader):
         super().__init__(**common)
         self.project = nn.Linear(self.vision_width, hidden_size)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
+            TransformerLayer(
                 hidden_size,
                 num_heads,
                 feedforward_size or 2 * hidden_size,
@@ -386,7 +393,7 @@ class TransformerConnector(_Reader):
         return self.norm(hidden[:, : self.prefix_length])
 
 
-class ResamplerLayer(nn.Module):
+class ResamplerLayer(GradientCheckpointingLayer):
     """Queries attend to positions and to each other in one step, then a feed-forward (Flamingo, arXiv 2204.14198)."""
 
     def __init__(self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float):
@@ -506,7 +513,7 @@ class QFormerConnector(_Reader):
                 init.normal_(module.weight, std=0.55 * module.in_features**-0.5)
 
 
-class LSTMLayer(nn.Module):
+class LSTMLayer(GradientCheckpointingLayer):
     """One LSTM whose gates' biases stand as the weights of one more input, 1 at valid positions and 0 at masked ones.
 
     So the state stays exactly zero over leading positions that are all zero. `torch.lstm` in place of `nn.LSTM`, which
@@ -656,13 +663,28 @@ def build_connector(
 
 
 def draws(module: nn.Module) -> bool:
-    """Whether a module's output is random: it trains with dropout."""
-    return module.training and any(isinstance(one, nn.Dropout) and one.p > 0 or _drops(one) for one in module.modules())
+    """Whether a module's output is random: something in it trains with dropout, as a module or as a number of its own."""
+    return any(one.training and (_rate(one) > 0) for one in module.modules())
 
 
-def _drops(module: nn.Module) -> bool:
-    rate = getattr(module, "dropout", 0.0)  # of attention, where it is a number
-    return isinstance(rate, float) and rate > 0
+def _rate(module: nn.Module) -> float:
+    if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
+        return module.p
+    numbers = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
+    return max(numbers, default=0.0)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """For looks at a module, which must not draw: its mode, and that of every module in it, comes back afterwards."""
+    training = [one for one in module.modules() if one.training]
+    for one in training:
+        one.training = False
+    try:
+        yield
+    finally:
+        for one in training:
+            one.training = True
 
 
 class Head(nn.Module):

@@ -110,6 +110,8 @@ def stays_frozen(model: Any) -> list[bool]:
         (part := getattr(module, "_frozen_prefix_part", None)) is not None
         and part not in model.config.trainable
         and id(module) not in unlocked
+        # Trainer's NEFTune (arXiv 2310.05914) adds its noise where the embeddings are in train mode; they draw nothing else.
+        and getattr(module, "neftune_noise_alpha", None) is None
         for module in model.modules()
     ]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
-from transformers.generation import LogitsProcessorList
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -23,7 +23,7 @@ from .backbones import language_model_geometry
 from .caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .padding import pad_right, reads_in_chunks
-from .parts import MEDIA_INPUTS, take_media
+from .parts import MEDIA_INPUTS, MODALITIES, take_media
 from .prefix_cache import (
     PrefixCache,
     joined_media,
@@ -47,33 +47,47 @@ from .transformers_compat import (
 )
 
 
+# Options of `generate()` that can't be served, and why.
+UNSUPPORTED = {
+    "assistant_early_exit": "stops in the middle of a model's own layers, and these are its language model's: pass a smaller "
+    "language model as `assistant_model`, or `prompt_lookup_num_tokens`.",
+    "token_healing": "writes the prompt anew as text, in which placeholders of images are lost: end the prompt at a word, "
+    "without a space behind it.",
+}
+
+
 class PaddedLogitsProcessorList(LogitsProcessorList):
     """Runs the processors on scores widened so that placeholders' ids, which lie past the head, are columns of their
-    own: processors that gather at prompt ids read it there and nowhere else."""
+    own: processors that gather at prompt ids read it there and nowhere else. One that asks the model itself for scores
+    (classifier-free guidance) compares them with scores of the head's width."""
 
     last_placeholder_id: int
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
         width = scores.shape[-1]
-        missing = self.last_placeholder_id + 1 - width
-        if missing <= 0 or len(self) == 0:
-            return super().__call__(input_ids, scores, **kwargs)
-        scores = nn.functional.pad(scores, (0, missing), value=-float("inf"))
-        return super().__call__(input_ids, scores, **kwargs)[..., :width]
+        missing = max(0, self.last_placeholder_id + 1 - width)
+        for processor in self:
+            by = 0 if hasattr(processor, "model") else missing
+            widened = nn.functional.pad(scores, (0, by), value=-float("inf"))
+            scores = LogitsProcessorList([processor])(input_ids, widened, **kwargs)[..., :width]
+        return scores
 
 
-class BlindCandidateGenerator(CandidateGenerator):
+class CandidatesOfText(CandidateGenerator):
     """
-    A candidate generator of transformers, shown no placeholder.
+    A candidate generator of transformers whose candidates end before a placeholder, and where learned positions run out.
 
     Args:
         generator (`CandidateGenerator`): transformers'.
         placeholders: gives the mask of `input_ids`' placeholders.
-        word (`int`): id that stands where a placeholder does; it is masked from the assistant's attention.
+        word (`int`, *optional*):
+            For a generator that takes no images: the id that it is shown where a placeholder stands, which is masked from its
+            attention. `None`: it is shown all.
+        limit (`int`, *optional*): how many positions the language model has.
     """
 
-    def __init__(self, generator: CandidateGenerator, placeholders: Any, word: int):
-        self.generator, self.placeholders, self.word = generator, placeholders, word
+    def __init__(self, generator: CandidateGenerator, placeholders: Any, word: int | None, limit: int | None):
+        self.generator, self.placeholders, self.word, self.limit = generator, placeholders, word, limit
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["generator"], name)
@@ -83,16 +97,15 @@ class BlindCandidateGenerator(CandidateGenerator):
         return self.generator.requires_model_outputs
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
-        """Candidates after `input_ids`, up to the first placeholder among them."""
+        """Candidates after `input_ids`."""
         length = input_ids.shape[1]
-        hidden = input_ids.masked_fill(self.placeholders(input_ids), self.word)
-        ids, logits = self.generator.get_candidates(hidden, **kwargs)
+        shown = input_ids if self.word is None else input_ids.masked_fill(self.placeholders(input_ids), self.word)
+        ids, logits = self.generator.get_candidates(shown, **kwargs)
         new = ids[:, length:].to(input_ids.device)
-        proposed = self.placeholders(new).any(0)
-        if bool(proposed.any()):
-            new = new[:, : int(proposed.nonzero()[0, 0])]
-            logits = None if logits is None else logits[:, : new.shape[1]]
-        return torch.cat([input_ids, new], dim=1), logits
+        ends = self.placeholders(new).any(0).nonzero()[:, 0].tolist()
+        ends += [] if self.limit is None else [max(0, self.limit - length)]
+        count = min(ends, default=new.shape[1])
+        return torch.cat([input_ids, new[:, :count]], dim=1), None if logits is None else logits[:, :count]
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int) -> None:
         """As transformers'."""
@@ -130,6 +143,10 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         Returns:
             As transformers'; sequences begin with the prefix's ids, as if each question had been asked afresh.
         """
+        config = kwargs.get("generation_config") or self.generation_config
+        for option, reason in UNSUPPORTED.items():
+            if kwargs.get(option, getattr(config, option, None)):
+                raise ValueError(f"`{option}` {reason}")
         if prefix_cache is not None:
             question = kwargs.pop("input_ids", None) if inputs is None else inputs
             inputs, kwargs = (
@@ -235,13 +252,13 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         model_input_name: str | None,
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
-        if not self.config.is_encoder_decoder:
-            model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
-            return self._without_what_is_cached(inputs_tensor, model_kwargs)
         if model_kwargs.get("encoder_outputs") is not None:
             return model_kwargs
-        # The prefix goes among the encoder's words, so images are encoded and merged before the encoder runs.
         model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        self._refuse_placeholders_alone(inputs_tensor, model_kwargs)
+        if not self.config.is_encoder_decoder:
+            return self._without_what_is_cached(inputs_tensor, model_kwargs)
+        # The prefix goes among the encoder's words, so images are merged before the encoder runs.
         inputs_embeds = model_kwargs.pop("inputs_embeds", None)
         input_ids, inputs_embeds, _ = self.model.merge(
             inputs_tensor if inputs_embeds is None else None,
@@ -250,12 +267,27 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             model_kwargs.pop("mm_encoder_outputs", None),
         )
         input_ids, inputs_embeds, mask = pad_right(input_ids, inputs_embeds, model_kwargs.get("attention_mask"))
+        self.model.refuse_too_long((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
         if mask is not None:
             model_kwargs["attention_mask"] = mask
         name, tensor = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
         model_kwargs = self._prepare_text_encoder_decoder_kwargs_for_generation(tensor, model_kwargs, name, generation_config)
         model_kwargs.pop("inputs_embeds", None)
         return model_kwargs
+
+    def _refuse_placeholders_alone(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Only `generate()` can tell that nothing comes for a placeholder: `forward` meets them again behind a cache."""
+        known = model_kwargs.get("mm_encoder_outputs") or cache_of(model_kwargs) is not None
+        if known or input_ids.ndim != 2 or input_ids.is_floating_point():
+            return
+        for name, index in self.config.placeholder_ids.items():
+            count = int((input_ids == index).sum())
+            if count:
+                sources = " or ".join(f"`{source}`" for source in MODALITIES[name].sources)
+                raise ValueError(
+                    f"`input_ids` hold {count} {name} placeholders, and no {name} was given for them: pass {sources} too, as "
+                    f"the processor makes them of text and {name}s together, or leave `<{name}>` out of the text."
+                )
 
     def _without_what_is_cached(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Leaves encoded media out whose placeholders a passed cache has read already, so that a dialogue goes on from
@@ -311,12 +343,30 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
-        last = max(self.config.placeholder_ids.values())
-        if last < language_model_geometry(self.model.language_model).num_embeddings:
+        placeholders = list(self.config.placeholder_ids.values())
+        rows = language_model_geometry(self.model.language_model).num_embeddings
+        inside = [index for index in placeholders if index < rows]
+        if inside:  # written, one would stand for an image in the next turn
+            processors.insert(0, SuppressTokensLogitsProcessor(inside, device=self.device))
+        if max(placeholders) < rows:
             return processors
         padded = PaddedLogitsProcessorList(processors)
-        padded.last_placeholder_id = last
+        padded.last_placeholder_id = max(placeholders)
         return padded
+
+    def _prepare_generated_length(
+        self, *, model_input_name: str, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs: Any
+    ) -> GenerationConfig:
+        # Where learned positions run out an answer ends, as at any length limit; a prompt that is longer is refused.
+        lengths = {"model_input_name": model_input_name, "input_ids_length": input_ids_length}
+        generation_config = super()._prepare_generated_length(**lengths, inputs_tensor=inputs_tensor, **kwargs)
+        if self.model.max_positions is not None:
+            # Embeddings without ids are no part of what is written.
+            alone = model_input_name == "inputs_embeds" and not self.config.is_encoder_decoder and input_ids_length == 0
+            last = self.model.max_positions + 1 - (inputs_tensor.shape[1] if alone else 0)
+            if input_ids_length < last:
+                generation_config.max_length = min(generation_config.max_length, last)
+        return generation_config
 
     # -------------------------------------------------------------------------------- one prompt for all its beams and answers
 
@@ -405,7 +455,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             assistant_model=assistant_model,
             **kwargs,
         )
-        return BlindCandidateGenerator(generator, self.model.placeholders, word) if blind else generator
+        return CandidatesOfText(generator, self.model.placeholders, word if blind else None, self.model.max_positions)
 
     def _text_alone(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Mask and positions of the words without the placeholders between them."""

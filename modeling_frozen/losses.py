@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import logging
 
+from .connectors import in_eval_mode
 from .transformers_compat import forward_parameters, slice_logits_to_keep
 
 
@@ -283,7 +284,8 @@ def headless_path(language_model: nn.Module) -> str | None:
         candidates = [language_model.base_model, language_model.get_decoder()]
         names = {id(module): name for name, module in language_model.named_modules()}
         paths = [names[id(module)] for module in candidates if names.get(id(module))]
-        _PATHS[language_model] = next((path for path in dict.fromkeys(paths) if _is_exact(language_model, path)), None)
+        with in_eval_mode(language_model):
+            _PATHS[language_model] = next((path for path in dict.fromkeys(paths) if _is_exact(language_model, path)), None)
     path = _PATHS[language_model]
     if path is not None and "." in path and _is_wrapped(language_model.get_submodule(path.rpartition(".")[0])):
         return None

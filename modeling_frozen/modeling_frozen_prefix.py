@@ -461,7 +461,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     @staticmethod
     def _connect(connector: Connector, features: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         parameter = next(connector.parameters(), None)
-        device = features.device if parameter is None else parameter.device
+        # Offloaded, its weights are on the meta device until accelerate's hooks bring them, and the features with them.
+        device = features.device if parameter is None or parameter.is_meta else parameter.device
         kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
         return connector(features.to(device), **kwargs)
 
@@ -672,7 +673,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         """Arguments for the language model (or its headless base), by the names that `callee` has for them."""
         names = forward_parameters(type(callee))
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        self._refuse_too_long(length, cache)
+        self.refuse_too_long(length, cache)
         inputs = dict(kwargs)
         inputs.pop("mm_token_type_ids", None)
         if input_ids is not None:
@@ -698,13 +699,17 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             inputs = {key: value for key, value in inputs.items() if key in names}
         return {key: value for key, value in inputs.items() if value is not None}
 
-    def _refuse_too_long(self, length: int, cache: Cache | None) -> None:
-        if torch.compiler.is_compiling() or self._max_positions is None:
+    def refuse_too_long(self, length: int, cache: Cache | None = None) -> None:
+        """
+        Raises:
+            ValueError: if an input of this length, behind what the cache holds, has more words than there are positions.
+        """
+        if torch.compiler.is_compiling() or self.max_positions is None:
             return
         past = cached_length(cache)
-        if length + past > self._max_positions:
+        if length + past > self.max_positions:
             raise ValueError(
-                f"The input is {length + past} long, prefix included, but the language model has {self._max_positions} "
+                f"The input is {length + past} long, prefix included, but the language model has {self.max_positions} "
                 "learned positions: shorten the text (the processor's `max_length` does), use fewer images, or a smaller "
                 "`prefix_length`."
             )
@@ -736,7 +741,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         return skips_padding(self.language_model)
 
     @functools.cached_property
-    def _max_positions(self) -> int | None:
+    def max_positions(self) -> int | None:
+        """How many learned positions the language model has; `None` where it computes them."""
         return max_learned_positions(self.language_model)
 
 

@@ -69,6 +69,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True  # taken back where a backbone can't
     _skip_keys_device_placement = list(CACHE_NAMES)
     _no_split_modules = []
     # One checkpoint serves all classes: each leaves the others' heads aside.

@@ -18,15 +18,15 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from .caches import copied_cache, narrowed_cache, new_kept_cache
-from .connectors import draws
+from .connectors import draws, in_eval_mode
 from .losses import nearly_equal
 
 
 # Reading in two parts has a cost of its own: it must spare at least this share of the batch's positions.
 SMALLEST_SHARE = 0.1
 
-# Language model -> by whether it is training, whether it was seen to read the same in parts as at once.
-_TRIED: "weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]]" = weakref.WeakKeyDictionary()
+# Language model -> whether it was seen to read the same in parts as at once.
+_TRIED: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -179,19 +179,19 @@ def encode_alike(model: Any, start: SharedStart, inputs_embeds: torch.Tensor, at
 
 
 def reads_in_parts(model: Any, reader: nn.Module) -> bool:
-    """Whether hidden states, and the gradient of what was read, are the same read in two parts as read at once, in this
-    mode: tried on eight words, once."""
+    """Whether hidden states, and the gradient of what was read, are the same read in two parts as read at once: tried on
+    eight words, once, where nothing draws."""
     language_model = model.language_model
-    # Adapters may have come since it was tried, and layers computed again in the backward pass keep no cache.
-    if any(_draws_or_computes_again(module) for module in language_model.modules()):
+    # Layers computed again in the backward pass keep no cache.
+    if draws(language_model) or any(getattr(one, "gradient_checkpointing", False) for one in language_model.modules()):
         return False
-    tried, mode = _TRIED.setdefault(language_model, {}), language_model.training
-    if mode not in tried:
+    if language_model not in _TRIED:
         try:
-            tried[mode] = _try_parts(model, reader)
+            with in_eval_mode(language_model):
+                _TRIED[language_model] = _try_parts(model, reader)
         except Exception:  # whatever it is that this model does otherwise, the plain way is always open
-            tried[mode] = False
-    return tried[mode]
+            _TRIED[language_model] = False
+    return _TRIED[language_model]
 
 
 def _try_parts(model: Any, reader: nn.Module) -> bool:
@@ -226,11 +226,6 @@ def _try_parts(model: Any, reader: nn.Module) -> bool:
             found.append((states.detach(), shared, *([] if encodes else [gradient[:, at:]])))
     # Wider than for logits: gradients gather rounding on their way through all layers.
     return all(nearly_equal(one, other, 1e-3, 5e-2) for one, other in zip(*found, strict=True))
-
-
-def _draws_or_computes_again(module: nn.Module) -> bool:
-    draws_now = isinstance(module, nn.Dropout) and module.training and module.p > 0
-    return draws_now or bool(getattr(module, "gradient_checkpointing", False))
 
 
 __all__ = ["SharedStart", "best_shared_start", "encode_alike", "find_shared_start", "mark_images", "read_shared_start"]

@@ -99,6 +99,10 @@ PRIVATE = [
         "transformers.GenerationConfig()._from_model_config",
         "tells a generation config that nobody chose from one that a checkpoint holds; nothing public does",
     ),
+    Private(
+        "transformers.GenerationMixin._prepare_generated_length",
+        "hook of generate(): ends an answer where learned positions run out",
+    ),
     # ---------------------------------------------------------------------------------------------------------- models
     Private("transformers.PreTrainedModel._can_compile_fullgraph", FLAG),
     Private("transformers.PreTrainedModel._is_stateful", FLAG),
