@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from packaging import version
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -195,12 +196,21 @@ def parts_to_save(model: Any) -> tuple[str, ...]:
     return ("connector", *(part for part in model.backbones if part in changed or part not in with_home))
 
 
-def remove_stale_weights(before: dict[Path, Any], after: dict[Path, Any]) -> None:
-    """Of [`weight_files`] before and after a save, takes away what it didn't write: one file beside an index, or an index
-    beside one file, would be read in place of what was saved."""
+def finish_weights(folder: str | Path, before: dict[Path, Any], variant: str | None = None) -> None:
+    """
+    Leaves in a folder the weights that were saved just now, and no others: one file beside an index, or an index beside one
+    file, would be read in their place. A model without a weight of its own (an `identity` connector) has an empty file.
+
+    Args:
+        before: [`weight_files`] as they were before the save.
+    """
+    after = weight_files(folder, variant)
     stale = [path for path, written in after.items() if before.get(path) == written]
-    for path in stale if len(stale) < len(after) else []:
+    for path in stale:
         path.unlink()
+    is_adapter = (Path(folder) / "adapter_config.json").is_file()
+    if len(stale) == len(after) and not is_adapter:
+        save_file({}, Path(folder) / _with_variant(SAFE_WEIGHTS_NAME, variant), metadata={"format": "pt"})
 
 
 def _with_variant(name: str, variant: str | None) -> str:
@@ -485,6 +495,7 @@ __all__ = [
     "Loading",
     "changed_parts",
     "dtype_plan",
+    "finish_weights",
     "key_prefix",
     "keys_left_out",
     "loading",
@@ -497,7 +508,6 @@ __all__ = [
     "refuse_unexpected",
     "refuse_without_home",
     "reload_base_model",
-    "remove_stale_weights",
     "renames_on_load",
     "split_part_options",
     "trained_parts",

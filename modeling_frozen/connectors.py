@@ -341,8 +341,44 @@ class _Reader(Connector):
         self.reset_parameters()
 
 
+class Attention(nn.MultiheadAttention):
+    """torch's, with its output layer called as a module, so that hooks (of offloading, say) are run for it too."""
+
+    def forward(  # type: ignore[override]  # torch's gives weights as well
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if need_weights or attn_mask is not None:
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, **kwargs)
+        sizes = [self.embed_dim, 2 * self.embed_dim]
+        (query_weight, weight), (query_bias, bias) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
+        keys, values = nn.functional.linear(key, weight, bias).chunk(2, dim=-1)
+        heads = [
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (nn.functional.linear(query, query_weight, query_bias), keys, values)
+        ]
+        mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
+        if mask is not None and mask.dtype == torch.bool:
+            mask = ~mask
+        dropout = self.dropout if self.training else 0.0
+        read = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(read.transpose(1, 2).flatten(2)), None
+
+
 class TransformerLayer(GradientCheckpointingLayer, nn.TransformerEncoderLayer):
     """torch's own, which activation checkpointing finds."""
+
+    def __init__(self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float):
+        super().__init__(
+            hidden_size, num_heads, feedforward_size, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.self_attn = Attention(hidden_size, num_heads, dropout, batch_first=True)
 
 
 class TransformerConnector(_Reader):
@@ -371,16 +407,7 @@ class TransformerConnector(_Reader):
         super().__init__(**common)
         self.project = nn.Linear(self.vision_width, hidden_size)
         self.layers = nn.ModuleList(
-            TransformerLayer(
-                hidden_size,
-                num_heads,
-                feedforward_size or 2 * hidden_size,
-                dropout,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(num_layers)
+            TransformerLayer(hidden_size, num_heads, feedforward_size or 2 * hidden_size, dropout) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(hidden_size)
         self._add_queries(hidden_size)
@@ -400,7 +427,7 @@ class ResamplerLayer(GradientCheckpointingLayer):
         super().__init__()
         self.query_norm = nn.LayerNorm(hidden_size)
         self.context_norm = nn.LayerNorm(hidden_size)
-        self.attention = nn.MultiheadAttention(hidden_size, num_heads, dropout, batch_first=True)
+        self.attention = Attention(hidden_size, num_heads, dropout, batch_first=True)
         self.feedforward = nn.Sequential(
             nn.LayerNorm(hidden_size),
             nn.Linear(hidden_size, feedforward_size),

@@ -347,7 +347,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         rows = language_model_geometry(self.model.language_model).num_embeddings
         inside = [index for index in placeholders if index < rows]
         if inside:  # written, one would stand for an image in the next turn
-            processors.insert(0, SuppressTokensLogitsProcessor(inside, device=self.device))
+            processors.insert(0, SuppressTokensLogitsProcessor(inside, device=kwargs.get("device") or "cpu"))
         if max(placeholders) < rows:
             return processors
         padded = PaddedLogitsProcessorList(processors)

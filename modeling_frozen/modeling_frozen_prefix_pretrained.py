@@ -23,6 +23,7 @@ from .checkpoints import (
     Loading,
     changed_parts,
     dtype_plan,
+    finish_weights,
     keys_left_out,
     loading,
     own_names,
@@ -32,7 +33,6 @@ from .checkpoints import (
     refuse_unexpected,
     refuse_without_home,
     reload_base_model,
-    remove_stale_weights,
     renames_on_load,
     split_part_options,
     trained_parts,
@@ -69,7 +69,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True  # taken back where a backbone can't
+    _can_compile_fullgraph = True  # taken back where the language model can't
     _skip_keys_device_placement = list(CACHE_NAMES)
     _no_split_modules = []
     # One checkpoint serves all classes: each leaves the others' heads aside.
@@ -108,9 +108,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         language_model = self.backbones.get("text")
         if language_model is not None:
             self._is_stateful = getattr(language_model, "_is_stateful", False)
-            self._can_compile_fullgraph = all(
-                getattr(backbone, "_can_compile_fullgraph", False) for backbone in self.backbones.values()
-            )
+            self._can_compile_fullgraph = getattr(language_model, "_can_compile_fullgraph", False)
             if self.config.fusion == "cross_attention":
                 self.base_model.cross_attention.stand_between(decoder_layers(language_model))
                 self._can_compile_fullgraph = False  # which word attends to which image is counted on the host
@@ -252,7 +250,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         finally:
             self._left_out_now, self.config.saved_parts = None, held
         if is_main_process:
-            remove_stale_weights(before, weight_files(save_directory, variant))
+            finish_weights(save_directory, before, variant)
         if include_base_models and is_main_process:
             complete_copy(save_directory, self)
 

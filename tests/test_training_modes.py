@@ -1,0 +1,143 @@
+"""What trains does so in the mode that was asked for, and looks at a model leave modes and random numbers alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from transformers import CLIPVisionModel, Trainer, TrainingArguments
+
+from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
+from tests.helpers.families_text import language_model
+from tests.helpers.tiny import join, recompute_activations, rows, vision_config
+
+
+def batch(model: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    ids = torch.tensor([[1, *[model.config.image_token_id] * model.config.num_image_tokens, 4, 5, 6, 2]])
+    return {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+
+
+# --------------------------------------------------------------------------------------------------------- no look draws
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "mamba", "t5", "bart"])
+def test_the_first_step_draws_as_every_later_one(family: str) -> None:
+    """GPT-2 trains with dropout; what is tried on the first step is tried without."""
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        CLIPVisionModel(vision_config()).eval(),
+        language_model(family),
+        connector_type="linear",
+        trainable=("connector", "text"),
+    )
+    model.train()
+    inputs = batch(model)
+    losses = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        losses.append(model(**inputs, image_index=torch.tensor([0])).loss.item())
+    assert losses[0] == losses[1] == losses[2]
+    assert model.model.language_model.training
+
+
+def test_looks_leave_the_random_state_alone(tmp_path: Path) -> None:
+    join(tmp_path)  # writes the backbones
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    model, _ = join(tmp_path, connector_type="identity")  # without a weight
+    assert torch.equal(torch.random.get_rng_state(), state)
+    inputs = batch(model)
+    state = torch.random.get_rng_state()
+    model.save_pretrained(tmp_path / "eyes")
+    model.train()
+    model(**inputs).loss  # noqa: B018
+    FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "eyes")
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --------------------------------------------------------------------------------------------------------------- NEFTune
+
+
+def losses_of_training(tmp_path: Path, **options: Any) -> list[float]:
+    torch.manual_seed(0)
+    model, processor = join(tmp_path)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to="none", use_cpu=True,
+        remove_unused_columns=False, disable_tqdm=True, save_strategy="no", **options,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, DataCollatorForFrozenPrefix(processor), rows(8))
+    trainer.train()
+    assert not model.model.language_model.get_input_embeddings()._forward_hooks
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_neftune_adds_its_noise_to_the_words_of_a_frozen_model(tmp_path: Path) -> None:
+    join(tmp_path)  # writes the backbones
+    plain, noisy = losses_of_training(tmp_path), losses_of_training(tmp_path, neftune_noise_alpha=50.0)
+    assert plain == losses_of_training(tmp_path)
+    assert abs(plain[0] - noisy[0]) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------- activation checkpoints
+
+
+@pytest.mark.parametrize("connector_type", ["transformer", "resampler", "qformer", "lstm"])
+def test_layers_of_a_training_connector_are_computed_again(connector_type: str, tmp_path: Path) -> None:
+    model, _ = join(tmp_path, connector_type=connector_type, prefix_length=3, connector_config={"num_layers": 2})
+    connector = model.model.connector
+    layers = connector.qformer.encoder.layer if connector_type == "qformer" else connector.layers
+    kept: list[int] = []
+    results = []
+    for enable in (False, True):
+        recompute_activations(model, enable)
+        model.train()
+        assert all(layer.gradient_checkpointing is enable for layer in layers)
+        model.zero_grad()
+        kept.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            prefix = connector(torch.linspace(-1, 1, 128).view(1, 4, 32))
+        prefix.square().sum().backward()
+        results.append([prefix, *(parameter.grad for parameter in connector.parameters())])
+    assert kept[1] <= kept[0] / 2, "inside the layers nothing is kept but their inputs"
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ offloading
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+@pytest.mark.parametrize("connector_type", ["linear", "resampler"])
+def test_offloaded_it_sees_the_same(how: str, connector_type: str, tmp_path: Path) -> None:
+    model, _ = join(tmp_path, connector_type=connector_type, prefix_length=None if connector_type == "linear" else 3)
+    inputs = batch(model)
+    inputs.pop("labels")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        written = model.generate(**inputs, max_new_tokens=4)
+    if how == "device_map":
+        model.save_pretrained(tmp_path / "copy", include_base_models=True)
+        places = {"model.connector": "disk", "model.vision_tower": "cpu", "model.language_model": "cpu"}
+        model = FrozenPrefixForConditionalGeneration.from_pretrained(
+            tmp_path / "copy", device_map=places, offload_folder=str(tmp_path / "offload")
+        )
+    elif how == "disk_offload":
+        disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    else:
+        cpu_offload(model, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4), written)
+
+
+def test_what_can_compile_as_one_graph_says_so_on_the_class(tmp_path: Path) -> None:
+    assert FrozenPrefixForConditionalGeneration._can_compile_fullgraph
+    model, _ = join(tmp_path)
+    assert model._can_compile_fullgraph
+    gated, _ = join(tmp_path, fusion="cross_attention")
+    assert not gated._can_compile_fullgraph
