@@ -10,13 +10,14 @@ import inspect
 import json
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch exports it under no public name
 from transformers import (
@@ -51,6 +52,7 @@ logger = logging.get_logger(__name__)
 HUB_OPTIONS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
 
 _WINDOWS, _WINDOW_BYTES = 16, 64
+FULL = "full:"  # how a fingerprint of all bytes begins
 
 # The classes that each Auto class gives, by config.
 _MAPPINGS = {
@@ -197,14 +199,36 @@ def _weight_files(name_or_path: str, revision: str | None, **hub_options: Any) -
     return [cached_file(name_or_path, shard, revision=revision, **hub_options) for shard in shards]
 
 
-def fingerprint(name_or_path: str, revision: str | None = None, **hub_options: Any) -> str | None:
+def refuse_pickles(files: Iterable[str]) -> None:
     """
-    SHA-256 over the names, dtypes and shapes of all tensors of a parent's safetensors and over bytes of each of them:
-    the whole of small tensors, evenly spread windows of large ones, so that checking a parent costs milliseconds per
-    gigabyte. Fine-tuning moves nearly every weight, so no tuned copy passes; shard boundaries don't matter.
+    Raises:
+        ValueError: if one of the weight files is no safetensors, or is cut off.
+    """
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(
+                f"`{file}` is no safetensors, though its index names it; what it is may run code when it is read. Save the "
+                "model anew."
+            )
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"`{file}` can't be read ({error}): it is damaged or not whole. Fetch or save it again."
+            ) from error
+
+
+def fingerprint(name_or_path: str, revision: str | None = None, *, full: bool = False, **hub_options: Any) -> str | None:
+    """
+    SHA-256 over the names, dtypes and shapes of all tensors of a backbone's safetensors and over bytes of each of them:
+    the whole of small tensors, evenly spread windows of large ones, so that checking a backbone costs milliseconds per
+    gigabyte. Fine-tuning moves nearly every weight, so no tuned copy passes; shard boundaries don't matter. A few values
+    that were edited by hand in a large tensor may lie between the windows: `full` reads every byte, a second or so per
+    gigabyte. (On the Hub the recorded commit decides by itself what the files hold.)
 
     Returns:
-        `str`, or `None` for a parent that has no safetensors.
+        `str`, beginning with `full:` where every byte was read; `None` for a backbone that has no safetensors.
     """
     tensors: dict[str, bytes] = {}
     for path in _weight_files(name_or_path, revision, **hub_options):
@@ -216,7 +240,7 @@ def fingerprint(name_or_path: str, revision: str | None = None, **hub_options: A
                     continue
                 start, end = (8 + header_size + offset for offset in entry["data_offsets"])
                 digest = hashlib.sha256(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-                if end - start <= _WINDOWS * _WINDOW_BYTES:
+                if full or end - start <= _WINDOWS * _WINDOW_BYTES:
                     digest.update(data[start:end])
                 else:
                     spread = end - start - _WINDOW_BYTES
@@ -225,7 +249,8 @@ def fingerprint(name_or_path: str, revision: str | None = None, **hub_options: A
                 tensors[name] = digest.digest()
     if not tensors:
         return None
-    return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
+    digest = hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
+    return f"{FULL}{digest}" if full else digest
 
 
 def _context(part: str, name_or_path: str) -> str:
@@ -310,6 +335,7 @@ def load_base_model(
     config: PreTrainedConfig | None = None,
     revision: str | None = None,
     headless: bool | None = False,
+    full_fingerprint: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
@@ -323,6 +349,7 @@ def load_base_model(
         headless (`bool`, *optional*, defaults to `False`):
             Of a language model: `True` loads it without its head, as what reads alone (BERT); `None` only where it has none
             or reads ahead.
+        full_fingerprint (`bool`, defaults to `False`): whether all bytes of its weights are read for the fingerprint.
         kwargs: options of `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `quantization_config`,
             `token`, …).
 
@@ -332,8 +359,13 @@ def load_base_model(
 
     Raises:
         OSError: transformers' own, when the repository or folder can't be reached, with our sentence of context.
-        ValueError: when weights are missing there that the model needs.
+        ValueError: when weights are missing there that the model needs, or a file is named.
     """
+    if os.path.isfile(name_or_path):
+        raise ValueError(
+            f"`{name_or_path}` is a file: name the folder, or the id on the Hub, of the {PARTS[part].description}, with its "
+            "config and weights as transformers saves them."
+        )
     hub_options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
     # `proxies` and `force_download` mean nothing for resolving a branch to a commit.
     resolvable = {k: v for k, v in hub_options.items() if k in ("token", "cache_dir", "local_files_only")}
@@ -350,11 +382,12 @@ def load_base_model(
     commit = getattr(revision, "resolved", revision)
     is_folder = os.path.isdir(name_or_path)
     hub_options.pop("force_download", None)  # the files were fetched a moment ago
+    digest = fingerprint(name_or_path, revision, full=full_fingerprint, **hub_options)
     record = {
         "name_or_path": os.path.abspath(name_or_path) if is_folder else str(name_or_path),
         "revision": None if is_folder or commit is None else str(commit),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "fingerprint": fingerprint(name_or_path, revision, **hub_options),
+        "fingerprint": digest,
     }
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.pre_quantized:
@@ -371,7 +404,7 @@ def verify_fingerprint(part: str, recorded: dict[str, Any], found: dict[str, Any
     Raises:
         ValueError: naming both fingerprints and the override.
     """
-    if recorded.get("fingerprint") is None or recorded["fingerprint"] == found["fingerprint"]:
+    if recorded["fingerprint"] == found["fingerprint"]:  # or neither has safetensors
         return
     raise ValueError(
         f"The {PARTS[part].description} at `{found['name_or_path']}` has fingerprint "

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .audio_towers import probe_audio_tower
-from .backbones import HUB_OPTIONS, language_model_geometry, load_base_model, load_unrecorded, verify_fingerprint
+from .backbones import FULL, HUB_OPTIONS, language_model_geometry, load_base_model, load_unrecorded, verify_fingerprint
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connector_switching import keys_of_idle_connectors
 from .cross_attention import check_decoder
@@ -326,7 +326,12 @@ def refill(
 def load_recorded(config: FrozenPrefixConfig, part: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The backbone that a config records, checked, and its record now."""
     record = getattr(config, f"{part}_base_model")
-    options = {"dtype": record["dtype"], **kwargs}
+    options = {"dtype": record["dtype"], "full_fingerprint": str(record["fingerprint"]).startswith(FULL), **kwargs}
+    if "quantization" in record and kwargs.get("quantization_config") is None:
+        logger.warning(
+            f"The connector was trained with the {PARTS[part].description} quantised by {record['quantization']}, and it is "
+            f"loaded in {record['dtype']}, for which other words may come out: pass the same `quantization_config`."
+        )
     place = {"config": getattr(config, f"{part}_config"), "revision": record["revision"]}
     module, found = load_base_model(part, record["name_or_path"], **place, **options)
     verify_fingerprint(part, record, found)

@@ -48,6 +48,9 @@ _LIBRARY_KEYS = {
     "distributed_config", "custom_generate",
 }  # fmt: skip
 
+# What is written down of a backbone, with "quantization" where it was quantised while loading.
+RECORD_KEYS = ("name_or_path", "revision", "dtype", "fingerprint")
+
 # Set while a config is read from a file, whose keys are not the user's own.
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
@@ -420,6 +423,7 @@ class FrozenPrefixConfig(CompositeConfig):
         from .losses import check_loss_config
 
         check_loss_config(self.loss_config)
+        self._validate_records()
         self._validate_fusion()
         self._validate_media()
         self._validate_classifier()
@@ -436,6 +440,17 @@ class FrozenPrefixConfig(CompositeConfig):
                 f"{max_positions} positions. Choose a smaller `prefix_length`, with a connector that can shorten "
                 "(`resampler`, `transformer`, `qformer`, `lstm`), or a language model with more positions."
             )
+
+    def _validate_records(self) -> None:
+        for part in PARTS:
+            record = getattr(self, f"{part}_base_model")
+            lacking = [] if record is None else [key for key in RECORD_KEYS if key not in record]
+            if lacking:
+                raise ValueError(
+                    f"`{part}_base_model={record}` lacks {lacking}, without which the {PARTS[part].description} can't be "
+                    "found and checked: restore the config that was saved, or set it to `None` and name the place when loading, "
+                    f'`from_pretrained(..., {part}_base_model="id or folder")`.'
+                )
 
     def _validate_media(self) -> None:
         from .connectors import CONNECTORS, check_connector

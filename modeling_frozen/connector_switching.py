@@ -1,15 +1,17 @@
-"""Several eyes for one loaded pair of parents, as PEFT users know adapters: load, switch, list, save.
+"""Several connectors for one loaded pair of backbones, as PEFT users know adapters: load, switch, list, save.
 
 A connector travels with the part of the config that describes it, so two of different kind, length or tower layer share
 the same parents.
 """
 
+import re
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
+from .backbones import refuse_pickles
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import build_connector
 
@@ -31,6 +33,8 @@ def connector_specs(model: Any) -> dict[str, dict[str, Any]]:
 
 def load_connector(model: Any, name_or_path: str, name: str, **hub_options: Any) -> None:
     """As [`FrozenPrefixPreTrainedModel.load_connector`]."""
+    if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"A connector can't be named `{name}`: take letters, digits and `_`, and no word of torch's.")
     if name in model.connectors:
         raise ValueError(f"A connector named `{name}` is loaded already, of {model.connectors}: choose another name.")
     config = FrozenPrefixConfig.from_pretrained(name_or_path, **hub_options)
@@ -41,6 +45,9 @@ def load_connector(model: Any, name_or_path: str, name: str, **hub_options: Any)
         )
     _refuse_other_parents(model, name_or_path, config)
     weights = cached_file(str(name_or_path), SAFE_WEIGHTS_NAME, **hub_options)
+    if weights is None:
+        raise ValueError(f"`{name_or_path}` holds no {SAFE_WEIGHTS_NAME}: name a checkpoint of this package.")
+    refuse_pickles([weights])
     parts = {"connector": build_connector(**config.connector_arguments)}
     tensors = {key.removeprefix(f"{model.base_model_prefix}."): value for key, value in load_file(weights).items()}
     for attribute, module in parts.items():

@@ -22,6 +22,10 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+# No connector needs as many; a config that asks for millions would be built for hours.
+MAX_LAYERS = 1000
+
+
 class Connector(nn.Module):
     """What every connector shares. Build one with `build_connector`, which checks the values first.
 
@@ -137,6 +141,8 @@ class Connector(nn.Module):
             elif not (_is_positive_int(value) or (value is None and default is None)):
                 problems.append(f"{name}={value!r} must be a positive whole number{' or None' * (default is None)}")
         if not problems:
+            if values.get("num_layers", 0) > MAX_LAYERS:
+                problems.append(f"num_layers={values['num_layers']} must be at most {MAX_LAYERS}")
             width, heads = values.get("hidden_size"), values.get("num_heads")
             if heads is not None and width % heads:
                 problems.append(f"num_heads={heads} must divide hidden_size={width}; change one of the two")

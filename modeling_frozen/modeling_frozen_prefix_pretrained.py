@@ -17,6 +17,7 @@ from .backbones import (
     language_model_geometry,
     load_base_model,
     reads_ahead,
+    refuse_pickles,
     word_embedding_norm,
 )
 from .checkpoints import (
@@ -328,6 +329,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any) -> Any:
         # Private: no option takes away rules that a backbone's class brings for files of its own repository.
+        refuse_pickles(checkpoint_files or ())
         if not model._is_assembled:  # else it is an adapter's file
             load_config = replace(load_config, weight_mapping=renames_on_load(model, load_config.weight_mapping))
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
@@ -390,6 +392,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         video_token: str = "<video>",
         audio_token: str = "<audio>",
         load_vision_tower: bool = True,
+        full_fingerprint: bool = False,
         **kwargs: Any,
     ) -> "FrozenPrefixPreTrainedModel":
         """
@@ -408,6 +411,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
                 tokenizer. Videos are taken where `num_frames` is given.
             load_vision_tower (`bool`, defaults to `True`):
                 `False` takes down where the tower is, and leaves its weights there.
+            full_fingerprint (`bool`, defaults to `False`):
+                Know the backbones again by every byte, in place of a sample of large tensors; see
+                [`~modeling_frozen.backbones.fingerprint`]. Loading the checkpoint then reads all bytes too.
             kwargs:
                 Keys of [`FrozenPrefixConfig`] (`connector_type`, `prefix_length`, `connector_config`, `trainable`, …) and
                 options of `from_pretrained` as described there (`dtype`, `device_map`, `text_attn_implementation`, …).
@@ -430,6 +436,8 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
                     "Of a PEFT model, merge_and_unload() gives one; adapters that can't be merged (prompts) are put on the "
                     "joined model."
                 )
+            if source is None and part == "text":
+                raise ValueError("`text_model_name_or_path=None`: give the id or folder of a language model, or a loaded one.")
             if source is None:
                 del sources[part]
             elif not isinstance(source, PreTrainedModel):
@@ -451,7 +459,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
                 backbones[part] = (source, None)
                 continue
             headless = {"headless": config_options.get("text_headless", cls._text_headless)} if part == "text" else {}
-            backbones[part] = load_base_model(part, source, **headless, **options[part])
+            backbones[part] = load_base_model(part, source, full_fingerprint=full_fingerprint, **headless, **options[part])
             hub_options[part]["revision"] = backbones[part][1]["revision"]
         language_model = backbones["text"][0]
         if cls._text_headless is not False:
