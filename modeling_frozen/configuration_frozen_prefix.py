@@ -448,8 +448,8 @@ class FrozenPrefixConfig(CompositeConfig):
             if lacking:
                 raise ValueError(
                     f"`{part}_base_model={record}` lacks {lacking}, without which the {PARTS[part].description} can't be "
-                    "found and checked: restore the config that was saved, or set it to `None` and name the place when loading, "
-                    f'`from_pretrained(..., {part}_base_model="id or folder")`.'
+                    "found and checked: restore the config that was saved, or set it to `None` and name the place when "
+                    f'loading, `from_pretrained(..., {part}_base_model="id or folder")`.'
                 )
 
     def _validate_media(self) -> None:
