@@ -18,7 +18,6 @@ from packaging import version
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .audio_towers import probe_audio_tower
@@ -447,15 +446,6 @@ def renames_on_load(model: PreTrainedModel, rules: list[Any]) -> list[Any]:
     return [] if written_by is None or version.parse(written_by) >= FIRST_WITH_OWN_NAMES else rules
 
 
-def own_names(model: PreTrainedModel) -> dict[str, Any]:
-    """Options of `load_adapter` by which an adapter's keys stay as they are.
-
-    transformers' rules for old checkpoints hold `model.language_model.model` for a mistake of theirs, and would take the last
-    part away; here it is the language model's own.
-    """
-    return {"weight_mapping": get_model_conversion_mapping(model, add_legacy=False)}
-
-
 def refuse_partly_loaded(model: Any, result: Any) -> Any:
     """
     What `load_state_dict(strict=False)` left as it was: of that, what trains.
@@ -504,7 +494,6 @@ __all__ = [
     "key_prefix",
     "keys_left_out",
     "loading",
-    "own_names",
     "parts_to_build",
     "parts_to_save",
     "parts_with_home",

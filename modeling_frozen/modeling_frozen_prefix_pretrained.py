@@ -27,7 +27,6 @@ from .checkpoints import (
     finish_weights,
     keys_left_out,
     loading,
-    own_names,
     parts_to_save,
     refill,
     refuse_partly_loaded,
@@ -48,14 +47,14 @@ from .cross_attention import GatedCrossAttention, decoder_layers
 from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
 from .hub import AUTO_MAP, complete_copy, complete_repository
 from .parts import MODALITIES, PARTS
-from .transformers_compat import CACHE_NAMES
+from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens
 from .weight_alignment import align_weights
 
 
 logger = logging.get_logger(__name__)
 
 
-class FrozenPrefixPreTrainedModel(PreTrainedModel):
+class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     """
     What all frozen-prefix models share: freezing, small checkpoints, backbones that are refilled and checked on loading.
 
@@ -108,6 +107,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
             self._mark(part)
         language_model = self.backbones.get("text")
         if language_model is not None:
+            mask_later_tokens(language_model)
             self._is_stateful = getattr(language_model, "_is_stateful", False)
             self._can_compile_fullgraph = getattr(language_model, "_can_compile_fullgraph", False)
             if self.config.fusion == "cross_attention":
@@ -332,7 +332,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         refuse_pickles(checkpoint_files or ())
         if not model._is_assembled:  # else it is an adapter's file
             load_config = replace(load_config, weight_mapping=renames_on_load(model, load_config.weight_mapping))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
+        return PreTrainedModelWithAdapters._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
@@ -348,7 +348,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModel):
         if state is not None:
             state.adapters.append((args, kwargs))
             return state.report
-        loaded = super().load_adapter(*args, **{**own_names(self), **kwargs})
+        loaded = super().load_adapter(*args, **{"weight_mapping": adapter_rules(self), **kwargs})
         align_weights(self)
         return loaded
 

@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import nn
-from transformers import Cache, PreTrainedConfig, configuration_utils, modeling_utils
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, configuration_utils, integrations, modeling_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import hub
@@ -180,6 +182,61 @@ else:  # before 5.18
         return hub.extract_commit_hash(config, None) or revision
 
 
+# -------------------------------------------------------------------------------------------------------- language models
+
+
+def mask_later_tokens(language_model: PreTrainedModel) -> None:
+    """Keeps the decoder's self-attention from tokens to come: before 5.18 UMT5's, alone of its kind, reads them where no mask
+    is made (SDPA, no padding), so that it is scored, and trained, on answers that it sees."""
+    for name, module in language_model.named_modules():
+        if name.endswith(".SelfAttention") and getattr(module, "is_decoder", False):
+            module.is_causal = True
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapter_rules(model: PreTrainedModel) -> list[WeightTransform]:
+    """
+    The rules by which `load_adapter` renames an adapter's tensors: those of the model's parts.
+
+    transformers' rules for old checkpoints are left out: since 5.23 they hold `model.language_model.model` for a mistake, and
+    would take the last part away; here it is the language model's own. A list without rules would be taken for none given.
+    """
+    return get_model_conversion_mapping(model, add_legacy=False) or [WeightRenaming("^model", "model")]
+
+
+if hasattr(integrations.peft, "WeightRenaming"):
+    PreTrainedModelWithAdapters = PreTrainedModel
+else:  # before 5.18, where `load_adapter` leaves out the modules that an adapter holds whole (`modules_to_save`)
+
+    class PreTrainedModelWithAdapters(PreTrainedModel):
+        """A model that fills the modules that an adapter holds whole, the connector for one."""
+
+        def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+            self._adapter_to_load = adapter_name or "default"
+            try:
+                return super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+            finally:
+                del self._adapter_to_load
+
+        @staticmethod
+        def _load_pretrained_model(
+            model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            adapter = getattr(model, "_adapter_to_load", None)
+            if adapter is not None:  # its modules are in their places, and their rules can be known, from here on
+                from peft.utils.other import AuxiliaryTrainingWrapper
+
+                load_config.weight_mapping.extend(
+                    WeightRenaming(f"{name}.{saved}", f"{name}.{own}")
+                    for name, module in model.named_modules()
+                    if isinstance(module, AuxiliaryTrainingWrapper)
+                    for saved, own in module.adapter_state_dict_load_map(adapter).items()
+                )
+            return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+
 # ----------------------------------------------------------------------------------------------------------- generate()
 
 # Whether a prompt with images is read in chunks (`prefill_chunk_size`) images and all; before 5.23 they are left out.
@@ -233,12 +290,15 @@ __all__ = [
     "AnyCacheName",
     "CompositeConfig",
     "GenerationMixin",
+    "PreTrainedModelWithAdapters",
     "SubConfigSpec",
+    "adapter_rules",
     "cache_argument",
     "cache_of",
     "cached_length",
     "forward_parameters",
     "generation_cache",
+    "mask_later_tokens",
     "resolve_revision",
     "slice_logits_to_keep",
     "take_cache",

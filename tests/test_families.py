@@ -93,6 +93,19 @@ def test_text_only_logits_are_the_bare_parents(family: str) -> None:
 
 @every_family
 @torch.no_grad()
+def test_no_token_sees_a_later_one(family: str) -> None:
+    model, ids = eyes(family), prompt()
+    inputs = {"input_ids": ids, **decoder_inputs(family)}
+    name, tokens = list(inputs.items())[-1]
+    logits = []
+    for last in (10, 11):
+        changed = torch.cat([tokens[:, :-1], torch.tensor([[last]])], dim=1)
+        logits.append(model(**{**inputs, name: changed}, pixel_values=pictures()).logits[:, :-1])
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@every_family
+@torch.no_grad()
 def test_merged_words_are_the_bare_parents(family: str) -> None:
     """The route through `inputs_embeds` reads words as the parent reads ids: with the prefix replaced by the embeddings
     of real words, logits are those of the words."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
-from tests.helpers.tiny import join, rows, skip_before, skip_where_peft_is_too_old
+from tests.helpers.families_vision import TOWERS, tiny_tower
+from tests.helpers.tiny import join, rows, save_parents, skip_where_peft_is_too_old
 
 
 peft = pytest.importorskip("peft")
@@ -123,8 +124,6 @@ def test_the_librarys_own_adapters(tmp_path: Path) -> None:
     from modeling_frozen.training.lora import lora_config
 
     skip_where_peft_is_too_old()
-    skip_before("5.18", "renames an adapter's keys by its rules for old checkpoints, whatever rules it is given")
-
     model, processor = join(tmp_path)
     model.save_pretrained(tmp_path / "eyes")
     model = Eyes.from_pretrained(tmp_path / "eyes")
@@ -141,6 +140,33 @@ def test_the_librarys_own_adapters(tmp_path: Path) -> None:
     model.disable_adapters()
     with torch.no_grad():
         assert torch.equal(model(**asked(processor)).logits, plain(**asked(processor)).logits)
+
+
+@pytest.mark.parametrize("family", ["clip", "resnet"])
+def test_each_tensor_of_an_adapter_comes_back(tmp_path: Path, family: str) -> None:
+    """transformers has rules for the names of a CLIP tower's tensors, and none for those of a ResNet's and a Llama's."""
+    from modeling_frozen.training.lora import lora_config
+
+    save_parents(tmp_path)
+    if family != "clip":
+        tiny_tower(TOWERS[family]).save_pretrained(tmp_path / "tower")
+    model, _ = join(tmp_path)
+    model.save_pretrained(tmp_path / "eyes")
+    tuned = peft.get_peft_model(model, lora_config(model, r=2, init_lora_weights=False))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    tuned.save_pretrained(tmp_path / "adapter")
+    expected = {name: p for name, p in tuned.get_base_model().named_parameters() if p.requires_grad}
+    assert any("lora_" in name for name in expected) and any(".connector." in name for name in expected)
+    again = Eyes.from_pretrained(tmp_path / "eyes")
+    again.load_adapter(tmp_path / "adapter")
+    again.load_adapter(tmp_path / "adapter", "other")
+    values = dict(again.named_parameters())
+    for name, parameter in expected.items():
+        assert torch.equal(values[name], parameter), name
+        assert torch.equal(values[name.replace(".default.", ".other.")], parameter), name
 
 
 def test_a_wrapped_language_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -257,8 +257,6 @@ def plain_scores(
 @every_family
 @torch.no_grad()
 def test_scores_are_those_of_whole_sequences(family: str) -> None:
-    if family == "umt5":
-        skip_before("5.18", "scores answers of umt5 otherwise from a kept encoding; why was not found")
     model = eyes(family)
     starts = [shared(3, 1), shared(6, 2)] if can_batch(model) else [shared(3, 1), shared(3, 2)]
     images = pictures(2)

@@ -121,7 +121,8 @@ PRIVATE = [
     ),
     Private(
         "transformers.PreTrainedModel._load_pretrained_model",
-        "hook of from_pretrained: takes away the rules for names of a backbone's own repository, which no option does",
+        "hook of from_pretrained: takes away the rules for names of a backbone's own repository, which no option does; and "
+        "of load_adapter: adds those for an adapter's whole modules, before 5.18, which are known only there",
     ),
     Private(
         "transformers.PreTrainedModel._adjust_missing_and_unexpected_keys",

@@ -32,7 +32,7 @@ from modeling_frozen import (
 )
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.weight_alignment import ALIGNMENT, align_weights
-from tests.helpers.tiny import join, rows, save_parents, skip_before, skip_where_peft_is_too_old
+from tests.helpers.tiny import join, rows, save_parents, skip_where_peft_is_too_old
 from tests.test_package import ROOT
 
 
@@ -198,7 +198,6 @@ def test_adapters(tmp_path: Path) -> None:
     from modeling_frozen.training.lora import lora_config
 
     skip_where_peft_is_too_old()
-    skip_before("5.18", "renames an adapter's keys by its rules for old checkpoints, whatever rules it is given")
     saved(joined(tmp_path, 8), tmp_path / "eyes")
     model = Eyes.from_pretrained(tmp_path / "eyes")
     config = lora_config(model, r=2, init_lora_weights=False)
