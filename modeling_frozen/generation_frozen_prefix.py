@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -43,6 +42,7 @@ from .transformers_compat import (
     cached_length,
     forward_parameters,
     generation_cache,
+    masks_maker,
     take_cache,
 )
 
@@ -338,8 +338,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
 
     def create_masks_for_generate(self, config: FrozenPrefixConfig, **kwargs: Any) -> Any:
         """The masks of compilable caches, as the language model itself makes them (ALiBi wants them 2-D)."""
-        own = getattr(self.model.language_model, "create_masks_for_generate", create_masks_for_generate)
-        return own(config=config.get_text_config(decoder=True), **kwargs)
+        return masks_maker(self.model.language_model)(config=config.get_text_config(decoder=True), **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)

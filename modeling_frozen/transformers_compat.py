@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.generation import utils as generation_utils
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import hub
 
@@ -242,6 +243,27 @@ else:  # before 5.18, where `load_adapter` leaves out the modules that an adapte
 # Whether a prompt with images is read in chunks (`prefill_chunk_size`) images and all; before 5.23 they are left out.
 CHUNKS_HOLD_MEDIA = hasattr(generation_utils, "_slice_mm_encoder_output")
 
+
+def masks_maker(language_model: PreTrainedModel) -> Callable[..., Any]:
+    """What makes the masks of compilable caches: the language model itself, where it has ways of its own."""
+    if hasattr(language_model, "create_masks_for_generate"):
+        return language_model.create_masks_for_generate
+    if hasattr(language_model.base_model, "build_alibi_tensor"):  # Bloom before 5.21
+        return _two_dimensional_mask
+    return create_masks_for_generate
+
+
+def _two_dimensional_mask(
+    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs: Any
+) -> torch.Tensor:
+    """`(batch, length of the cache)`: the mask from which Bloom makes its ALiBi."""
+    length = past_key_values.get_max_length()
+    if attention_mask is not None:
+        return torch.nn.functional.pad(attention_mask, (0, length - attention_mask.shape[-1]))
+    read = torch.arange(length, device=inputs_embeds.device) < past_key_values.get_seq_length() + inputs_embeds.shape[1]
+    return read.long().expand(len(inputs_embeds), -1)
+
+
 if hasattr(transformers.GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"):
     GenerationMixin = transformers.GenerationMixin
 else:  # before 5.18, where `generate()` leaves the encoding of images to the first step's forward
@@ -299,6 +321,7 @@ __all__ = [
     "forward_parameters",
     "generation_cache",
     "mask_later_tokens",
+    "masks_maker",
     "resolve_revision",
     "slice_logits_to_keep",
     "take_cache",

@@ -13,7 +13,7 @@ from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGenera
 from modeling_frozen.cross_attention import decoder_layers, probe_decoder
 from modeling_frozen.transformers_compat import cache_of
 from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
-from tests.helpers.tiny import join, recompute_activations, skip_before
+from tests.helpers.tiny import join, recompute_activations
 from tests.test_families import IMAGE, pictures
 from tests.test_families import prompt as families_prompt
 
@@ -235,8 +235,6 @@ def test_left_padded_generation_equals_single_samples(family: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_static_cache_where_the_parent_has_it(family: str) -> None:
-    if family == "bloom":
-        skip_before("5.18", "prepares the mask of ALiBi over a static cache within Bloom alone")
     model, ids = eyes(family), prompt(images=2)
     if not model.model.language_model._can_compile_fullgraph:
         return
