@@ -2,6 +2,7 @@
 `transformers_compat.py`, which these files can't import: on the Hub all lie in one folder, and here they don't.
 """
 
+import bisect
 import inspect
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -9,6 +10,20 @@ from typing import Any
 
 from transformers import processing_utils
 from transformers.utils import chat_template_utils
+
+
+# Whether masks of what the assistant says are counted with the placeholders of images; before 5.18 they are not.
+_MASKS_HOLD_WITH_IMAGES = (
+    "return_text_replacement_offsets" in inspect.unwrap(processing_utils.ProcessorMixin.apply_chat_template).__code__.co_consts
+)
+
+
+def _mask_of_spans(offsets: Any, replacements: list[dict[str, Any]], spans: list[tuple[int, int]]) -> list[int]:
+    """1 for each token that stands in a span of the chat before its placeholders were written out."""
+    ends = [one["span"][1] for one in replacements]
+    gained = [0, *(one["new_span"][1] - one["span"][1] for one in replacements)]
+    moved = [[char + gained[bisect.bisect_right(ends, char)] for char in span] for span in spans]
+    return [int(any(start < to and end > begin for begin, to in moved)) for start, end in offsets]
 
 
 _merged_with = inspect.signature(processing_utils.ProcessorMixin._merge_kwargs).parameters.get("ModelProcessorKwargs")
@@ -30,6 +45,45 @@ else:  # before 5.23, where a call's defaults are those of its class of keywords
             defaults = {**getattr(of_class, "_defaults", {}), **{name: dict(getattr(self, name)) for name in names}}
             own = SimpleNamespace(_defaults=defaults, __annotations__=of_class.__annotations__)
             return super()._merge_kwargs(own, *args, **kwargs)
+
+        def apply_chat_template(self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any) -> Any:
+            signature = inspect.signature(super().apply_chat_template)
+            options = dict(signature.bind(conversation, chat_template, *args, **kwargs).arguments)
+            options |= (further := options.pop("kwargs", {}))
+            asked = {**(options.get("processor_kwargs") or {}), **further}
+            if asked.get("sanitize_control_tokens"):
+                raise ValueError(
+                    "`sanitize_control_tokens=True` would be ignored: before 5.23 transformers does not tell what users wrote "
+                    "from control tokens in a processor's chats. Upgrade to transformers 5.23, or take such tokens out."
+                )
+            if asked.get("images") is not None:
+                raise ValueError(
+                    "Before 5.23 transformers takes the images of a chat from its turns alone, not from `processor_kwargs`: "
+                    'write them there as {"type": "image", "image": image}, or upgrade to transformers 5.23.'
+                )
+            wanted = all(options.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"))
+            if _MASKS_HOLD_WITH_IMAGES or not wanted or options.get("continue_final_message"):
+                return super().apply_chat_template(**options)
+            options.pop("return_assistant_tokens_mask")
+            flags = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+            out = super().apply_chat_template(
+                **{**options, "processor_kwargs": {**(options.get("processor_kwargs") or {}), **flags}}
+            )
+            if "offset_mapping" not in out:
+                raise ValueError(
+                    f"Pass what is meant for the processor in `processor_kwargs`; it may be among {list(further)}."
+                )
+            batched = isinstance(conversation[0], list | tuple)
+            _, spans = chat_template_utils.render_jinja_template(
+                conversations=conversation if batched else [conversation],
+                return_assistant_tokens_mask=True,
+                **{name: options.get(name) for name in ("chat_template", "tools", "documents")},
+                add_generation_prompt=bool(options.get("add_generation_prompt")),
+                **{**self.tokenizer.special_tokens_map, **further},
+            )
+            rows = zip(out.pop("offset_mapping"), out.pop("text_replacement_offsets") or [[]] * len(spans), spans, strict=True)
+            out["assistant_masks"] = [_mask_of_spans(*row) for row in rows]
+            return out.convert_to_tensors(tensor_type=options.get("return_tensors"))
 
 
 # What stands around control tokens that a user wrote into a chat: such an `<image>` is text. Private, for no public name

@@ -29,7 +29,7 @@ from modeling_frozen.processors import (
     few_shot_messages,
     load_rgb_image,
 )
-from tests.helpers.tiny import skip_before
+from tests.helpers.tiny import is_before
 
 
 WORDS = "<unk> <s> </s> a red blue dog cat runs sees what is it ? : User Assistant Question Answer . one two".split()
@@ -527,14 +527,23 @@ def saved_url(image: Image.Image) -> str:
 
 
 def test_chat_templates_with_bos_get_it_once():
-    skip_before("5.18", "takes images of a chat from its turns alone")
     processor = make(word_tokenizer(chat_template=PRINTS_LISTS))
-    out = processor.apply_chat_template(TURNS, tokenize=True, return_dict=True, processor_kwargs={"images": [picture()]})
+    turns = [{"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "image", "image": picture()}]}]
+    out = processor.apply_chat_template(turns, tokenize=True, return_dict=True)
     assert words(processor, out["input_ids"][0]).count("<s>") == 1
 
 
+def test_images_beside_a_chat():
+    processor, beside = make(), {"processor_kwargs": {"images": [picture()]}}
+    if is_before("5.23"):
+        with pytest.raises(ValueError, match="write them there as .* or upgrade to transformers 5.23"):
+            processor.apply_chat_template(TURNS, tokenize=True, return_dict=True, **beside)
+        return
+    out = processor.apply_chat_template(TURNS, tokenize=True, return_dict=True, return_tensors="pt", **beside)
+    assert torch.equal(out["pixel_values"], processor(images=[picture()], return_tensors="pt")["pixel_values"])
+
+
 def test_assistant_mask_covers_the_answer_past_expanded_images():
-    skip_before("5.18", "counts the characters of a chat whose images are not written out yet")
     processor = make()
     turns = [
         {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "what"}]},
@@ -550,10 +559,13 @@ def test_assistant_mask_covers_the_answer_past_expanded_images():
 
 
 def test_placeholder_that_a_user_smuggled_into_a_chat_is_text():
-    skip_before("5.20", "does not tell a user's words from control tokens")
     processor = make(byte_tokenizer())
     turns = [{"role": "user", "content": [{"type": "text", "text": "a <image> dog"}]}]
     options = {"tokenize": True, "return_dict": True}
+    if is_before("5.23"):
+        with pytest.raises(ValueError, match="would be ignored.*Upgrade to transformers 5.23"):
+            processor.apply_chat_template(turns, **options, sanitize_control_tokens=True)
+        return
     out = processor.apply_chat_template(turns, **options, sanitize_control_tokens=True)
     assert processor.image_token_id not in out["input_ids"][0]
     with pytest.raises(ValueError, match="Sample 0: its text holds 1 <image> but it has 0"):

@@ -70,13 +70,19 @@ def join(folder: Path, **options: Any) -> tuple[FrozenPrefixForConditionalGenera
     return model, FrozenPrefixProcessor.from_model(model)
 
 
-def skip_before(release: str, why: str) -> None:
-    """For what an older transformers, in the supported range, does not do or does otherwise."""
-    import pytest
+def is_before(release: str) -> bool:
+    """Whether this transformers is older."""
     import transformers
     from packaging import version
 
-    if version.parse(transformers.__version__) < version.parse(release):
+    return version.parse(transformers.__version__) < version.parse(release)
+
+
+def skip_before(release: str, why: str) -> None:
+    """For what an older transformers, in the supported range, does not do or does otherwise."""
+    import pytest
+
+    if is_before(release):
         pytest.skip(f"transformers before {release} {why}")
 
 
