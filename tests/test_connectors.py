@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_frozen.connectors import CONNECTORS, Connector, build_connector, check_connector
+from tests.helpers.tiny import skip_where_torch_traces_no_forward
 
 
 IMAGES, POSITIONS, WIDTH, DIM, LENGTH = 3, 6, 12, 20, 4
@@ -260,6 +261,8 @@ def test_autocast(name):
 
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_compiles_without_a_graph_break(name):
+    if name == "qformer":  # is transformers' own
+        skip_where_torch_traces_no_forward()
     connector, features = build(name), inputs(name)
     mask = torch.ones(IMAGES, POSITIONS, dtype=torch.bool)
     mask[0, 3:] = False

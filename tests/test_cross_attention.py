@@ -13,7 +13,7 @@ from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGenera
 from modeling_frozen.cross_attention import decoder_layers, probe_decoder
 from modeling_frozen.transformers_compat import cache_of
 from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
-from tests.helpers.tiny import join, recompute_activations
+from tests.helpers.tiny import join, recompute_activations, skip_where_torch_traces_no_forward
 from tests.test_families import IMAGE, pictures
 from tests.test_families import prompt as families_prompt
 
@@ -565,6 +565,7 @@ def test_text_alone_trains_nothing_and_reaches_everything() -> None:
 @torch.no_grad()
 def test_compiled_it_gives_the_same_logits() -> None:
     """From what the connector gave: tower and connector are compiled in test_families_joined.py, in half the time."""
+    skip_where_torch_traces_no_forward()
     model, ids = build("llama"), prompt(images=2)
     seen = {"mm_encoder_outputs": {"image": model.get_image_features(pictures(2))}}
     compiled = torch.compile(model, backend="eager")

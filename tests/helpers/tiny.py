@@ -86,6 +86,20 @@ def skip_before(release: str, why: str) -> None:
         pytest.skip(f"transformers before {release} {why}")
 
 
+def skip_where_torch_traces_no_forward() -> None:
+    """For what compiles a model of transformers: its decorators look names up in `func.__code__.co_varnames`, which torch 2.6
+    can't trace, and breaks its graph at, losing what the model's outputs hold."""
+    import pytest
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x + ("x" in forward.__code__.co_varnames)
+
+    try:
+        torch.compile(forward, backend="eager", fullgraph=True)(torch.zeros(1))
+    except torch._dynamo.exc.Unsupported:
+        pytest.skip("this torch can't trace the forward of any model of transformers")
+
+
 def skip_where_peft_is_too_old() -> None:
     """PEFT 0.21 hands a cache on as `past_key_values`, which transformers 5.24 has under another name: its own Llama does not
     read such a prefix either."""
