@@ -43,6 +43,7 @@ from .transformers_compat import (
     forward_parameters,
     generation_cache,
     masks_maker,
+    refuse_prompts_of_old_peft,
     take_cache,
 )
 
@@ -147,6 +148,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         for option, reason in UNSUPPORTED.items():
             if kwargs.get(option, getattr(config, option, None)):
                 raise ValueError(f"`{option}` {reason}")
+        refuse_prompts_of_old_peft(self)
         if prefix_cache is not None:
             question = kwargs.pop("input_ids", None) if inputs is None else inputs
             inputs, kwargs = (

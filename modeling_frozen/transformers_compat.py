@@ -10,10 +10,11 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
+from packaging import version
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, configuration_utils, integrations, modeling_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -99,7 +100,7 @@ def windows_remember() -> bool:
     return layer.update(keys[:, :, :2], keys[:, :, :2])[0].shape[-2] == length
 
 
-if CACHE == "cache":
+if TYPE_CHECKING or CACHE == "cache":
 
     class AnyCacheName:
         """For outputs with a cache: it is read by `cache`, and by the names of earlier releases."""
@@ -119,7 +120,7 @@ else:  # before 5.24
 
 # -------------------------------------------------------------------------------------------------------------- configs
 
-if hasattr(configuration_utils, "SubConfigSpec"):
+if TYPE_CHECKING or hasattr(configuration_utils, "SubConfigSpec"):
     SubConfigSpec = configuration_utils.SubConfigSpec
     CompositeConfig = PreTrainedConfig
 else:  # before 5.20
@@ -152,7 +153,7 @@ else:  # before 5.20
 
 # ------------------------------------------------------------------------------------------------- logits and loading
 
-if hasattr(modeling_utils, "slice_logits_to_keep"):
+if TYPE_CHECKING or hasattr(modeling_utils, "slice_logits_to_keep"):
     slice_logits_to_keep = modeling_utils.slice_logits_to_keep
 else:  # before 5.21
 
@@ -168,7 +169,7 @@ else:  # before 5.21
         return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
-if hasattr(hub, "resolve_revision"):
+if TYPE_CHECKING or hasattr(hub, "resolve_revision"):
     resolve_revision = hub.resolve_revision
 else:  # before 5.18
 
@@ -207,7 +208,7 @@ def adapter_rules(model: PreTrainedModel) -> list[WeightTransform]:
     return get_model_conversion_mapping(model, add_legacy=False) or [WeightRenaming("^model", "model")]
 
 
-if hasattr(integrations.peft, "WeightRenaming"):
+if TYPE_CHECKING or hasattr(integrations.peft, "WeightRenaming"):
     PreTrainedModelWithAdapters = PreTrainedModel
 else:  # before 5.18, where `load_adapter` leaves out the modules that an adapter holds whole (`modules_to_save`)
 
@@ -238,6 +239,24 @@ else:  # before 5.18, where `load_adapter` leaves out the modules that an adapte
             return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
+def refuse_prompts_of_old_peft(model: PreTrainedModel) -> None:
+    """
+    Refuses to generate by PEFT's prompts with a PEFT older than this transformers asks for: before 0.22 it does not see the
+    cache by its name since transformers 5.24, and puts its prompts before every token anew.
+    """
+    method: Any = model.prepare_inputs_for_generation
+    tuned: Any = getattr(method, "__self__", model)  # PEFT puts its own method there
+    if tuned is model or not tuned.active_peft_config.is_prompt_learning:
+        return
+    import peft
+
+    if version.parse(peft.__version__) < version.parse(integrations.peft.MIN_PEFT_VERSION):
+        raise ValueError(
+            f"With transformers {transformers.__version__}, PEFT {peft.__version__} would put its prompts before every token. "
+            f"Use PEFT {integrations.peft.MIN_PEFT_VERSION} or later, or transformers before 5.24."
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------- generate()
 
 # Whether a prompt with images is read in chunks (`prefill_chunk_size`) images and all; before 5.23 they are left out.
@@ -246,8 +265,9 @@ CHUNKS_HOLD_MEDIA = hasattr(generation_utils, "_slice_mm_encoder_output")
 
 def masks_maker(language_model: PreTrainedModel) -> Callable[..., Any]:
     """What makes the masks of compilable caches: the language model itself, where it has ways of its own."""
-    if hasattr(language_model, "create_masks_for_generate"):
-        return language_model.create_masks_for_generate
+    own: Callable[..., Any] | None = getattr(language_model, "create_masks_for_generate", None)
+    if own is not None:
+        return own
     if hasattr(language_model.base_model, "build_alibi_tensor"):  # Bloom before 5.21
         return _two_dimensional_mask
     return create_masks_for_generate
@@ -264,7 +284,7 @@ def _two_dimensional_mask(
     return read.long().expand(len(inputs_embeds), -1)
 
 
-if hasattr(transformers.GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"):
+if TYPE_CHECKING or hasattr(transformers.GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"):
     GenerationMixin = transformers.GenerationMixin
 else:  # before 5.18, where `generate()` leaves the encoding of images to the first step's forward
 
@@ -322,6 +342,7 @@ __all__ = [
     "generation_cache",
     "mask_later_tokens",
     "masks_maker",
+    "refuse_prompts_of_old_peft",
     "resolve_revision",
     "slice_logits_to_keep",
     "take_cache",

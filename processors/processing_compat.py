@@ -6,7 +6,7 @@ import bisect
 import inspect
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import processing_utils
 from transformers.utils import chat_template_utils
@@ -27,7 +27,7 @@ def _mask_of_spans(offsets: Any, replacements: list[dict[str, Any]], spans: list
 
 
 _merged_with = inspect.signature(processing_utils.ProcessorMixin._merge_kwargs).parameters.get("ModelProcessorKwargs")
-if _merged_with is None or _merged_with.default is None:
+if TYPE_CHECKING or _merged_with is None or _merged_with.default is None:
     ProcessorMixin = processing_utils.ProcessorMixin
 else:  # before 5.23, where a call's defaults are those of its class of keywords alone
 

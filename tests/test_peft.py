@@ -9,7 +9,7 @@ import torch
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
 from tests.helpers.families_vision import TOWERS, tiny_tower
-from tests.helpers.tiny import join, rows, save_parents, skip_where_peft_is_too_old
+from tests.helpers.tiny import is_peft_too_old, join, rows, save_parents, skip_where_peft_is_too_old
 
 
 peft = pytest.importorskip("peft")
@@ -48,6 +48,9 @@ def asked(processor: Any) -> Any:
 @torch.no_grad()
 def same(first: Any, second: Any, processor: Any) -> bool:
     logits = torch.equal(first(**asked(processor)).logits, second(**asked(processor)).logits)
+    prompts = isinstance(first, peft.PeftModel) and first.active_peft_config.is_prompt_learning
+    if prompts and is_peft_too_old():
+        return logits
     told = [model.generate(**asked(processor), max_new_tokens=4, do_sample=False) for model in (first, second)]
     return logits and torch.equal(*told)
 
@@ -73,8 +76,6 @@ def test_methods_on_the_language_model(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
 def test_prompts_before_pictures_and_words(tmp_path: Path, kind: str) -> None:
     """The connector is frozen by PEFT then; one call trains it beside the prompts."""
-    if kind == "PrefixTuningConfig":
-        skip_where_peft_is_too_old()
     model, processor = join(tmp_path)
     tuned = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4))
     names = {name for name, p in tuned.named_parameters() if p.requires_grad}
@@ -94,12 +95,15 @@ def test_prompts_before_pictures_and_words(tmp_path: Path, kind: str) -> None:
 
 
 def test_prompts_generate_as_step_by_step(tmp_path: Path) -> None:
-    skip_where_peft_is_too_old()
     model, processor = join(tmp_path)
     model.generation_config.eos_token_id = None
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     tuned = peft.get_peft_model(model, config).eval()
     inputs = asked(processor)
+    if is_peft_too_old():
+        with pytest.raises(ValueError, match="would put its prompts before every token. Use PEFT"):
+            tuned.generate(**inputs, max_new_tokens=4)
+        return
     image = model.config.image_token_id  # a random model may write it
     told = tuned.generate(**inputs, max_new_tokens=4, do_sample=False, suppress_tokens=[image])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

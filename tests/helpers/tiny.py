@@ -100,16 +100,20 @@ def skip_where_torch_traces_no_forward() -> None:
         pytest.skip("this torch can't trace the forward of any model of transformers")
 
 
-def skip_where_peft_is_too_old() -> None:
-    """PEFT 0.21 hands a cache on as `past_key_values`, which transformers 5.24 has under another name: its own Llama does not
-    read such a prefix either."""
+def is_peft_too_old() -> bool:
+    """Whether this transformers asks for a later PEFT: it refuses its own `add_adapter` then."""
     import peft
-    import pytest
     from packaging import version
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
-    if version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION):
-        pytest.skip(f"this transformers works with PEFT {MIN_PEFT_VERSION} on")
+    return version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION)
+
+
+def skip_where_peft_is_too_old() -> None:
+    import pytest
+
+    if is_peft_too_old():
+        pytest.skip("this transformers asks for a later PEFT")
 
 
 def recompute_activations(model: Any, enable: bool = True) -> None:
