@@ -9,9 +9,14 @@ from PIL import Image as Pictures
 from transformers import Trainer
 
 from modeling_frozen import DataCollatorForFrozenPrefix
-from modeling_frozen.data.lengths import add_lengths, length_of
+from modeling_frozen.data.lengths import add_lengths
 from tests.helpers.tiny import join, rows
 from tests.test_training import arguments
+
+
+def length_of(row: dict, collator: DataCollatorForFrozenPrefix) -> int:
+    """By way of a dataset of one row, unless its image is an object, which only a list holds."""
+    return add_lengths(Dataset.from_list([row]), collator)["length"][0]
 
 
 def test_a_length_is_that_of_the_row_alone_in_a_batch(tmp_path: Path) -> None:

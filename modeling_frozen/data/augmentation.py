@@ -1,8 +1,8 @@
-"""Random changes of training pictures that leave their captions true: crop, rotation, brightness, contrast, colour.
+"""Random changes of training images that leave their captions true: crop, rotation, brightness, contrast, colour.
 
 Off unless asked for: `DataCollatorForFrozenPrefix(processor, augment=PhotoAugmentation())`. Mirroring is off even then, for
 captions say left and right. The transforms are kornia's (`pip install frozen-prefix[augment]`); any other callable that takes
-and returns a picture will do in its place.
+and returns an image will do in its place.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from PIL import Image
 @dataclass
 class PhotoAugmentation:
     """
-    Changes a picture at random, anew at every call, from torch's global generator (`set_seed` repeats it).
+    Changes an image at random, anew at every call, from torch's global generator (`set_seed` repeats it).
 
     Args:
-        crop (`float`): least share of the picture's area that is kept, in (0, 1]; 1 keeps all. Its size in pixels stays.
+        crop (`float`): least share of the image's area that is kept, in (0, 1]; 1 keeps all. Its size in pixels stays.
         rotation (`float`): degrees, at most so many either way.
         brightness, contrast, saturation (`float`): at most this share up or down, in [0, 1].
         hue (`float`): at most this share of the colour circle, in [0, 0.5]. Captions name colours: keep it small.
@@ -74,7 +74,7 @@ class PhotoAugmentation:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
         transforms = self._transforms()
         if self.crop < 1:
-            transforms.append(RandomResizedCrop(tuple(pixels.shape[-2:]), scale=(self.crop, 1.0), ratio=(0.8, 1.25), p=1.0))
+            transforms.append(RandomResizedCrop((image.height, image.width), scale=(self.crop, 1.0), ratio=(0.8, 1.25), p=1.0))
         for transform in transforms:
             pixels = transform(pixels)
         array = (pixels[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

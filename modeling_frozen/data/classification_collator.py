@@ -1,7 +1,7 @@
-"""DataCollatorForFrozenPrefixClassification: rows of pictures, texts and labels to a batch for the classifier.
+"""DataCollatorForFrozenPrefixClassification: rows of images, texts and labels to a batch for the classifier.
 
-It reads pictures (videos, sounds, stored features) and texts as DataCollatorForFrozenPrefix does; only what is learnt is
-another: a label of the row, and none of its words.
+It reads images (videos, audio, stored features) and texts as DataCollatorForFrozenPrefix does; only what is learnt is
+another: a label of the row, and none of its tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
     Returns: `input_ids`, `attention_mask`, the inputs of the images, and `labels`: (batch,) long for class indices, else
     float, (batch,) or (batch, num_labels).
 
-    Errors: ValueError that names the row and the way out.
+    Raises: ValueError that names the row and the way out.
     """
 
     label_column: str = "label"
@@ -37,17 +37,17 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
         super().__post_init__()
         self.is_encoder_decoder = False  # whatever it is, nothing is written
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
         del batch["labels"]
         labels = [sample.get(self.label_column) for _, sample in self._samples(rows)]
         if any(label is not None for label in labels):
-            batch["labels"] = self._stack(labels)
+            batch["labels"] = self._stack_labels(labels)
         return batch
 
     def _read(self, index: int, row: Mapping[str, Any]) -> _Example:
         others = self._others(row)
-        images = self._images(index, row, required=False)
+        images = self._images(index, row, required=self.image_column is not None)
         text = row.get(self.text_column)
         if text is None and not images and not others:
             raise ValueError(
@@ -59,7 +59,7 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
         # An empty target: the tokenizer's own special tokens, and no end of text to learn.
         return _Example([(self._place(text, images, others), False)], images, others, target="")
 
-    def _stack(self, labels: list[Any]) -> torch.Tensor:
+    def _stack_labels(self, labels: list[Any]) -> torch.Tensor:
         for index, label in enumerate(labels):
             if label is None or isinstance(label, str):
                 raise ValueError(
@@ -70,12 +70,8 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
             raise ValueError(f"Labels of shapes {sorted(shapes)} don't make a batch: every row needs as many numbers.")
-        stacked = (
-            torch.stack([tensor.float() for tensor in tensors])
-            if shapes != {()}
-            else torch.tensor([tensor.item() for tensor in tensors])
-        )
-        return stacked.float() if stacked.is_floating_point() else stacked.long()
+        stacked = torch.stack(tensors)
+        return stacked.float() if stacked.is_floating_point() or stacked.ndim > 1 else stacked.long()
 
 
 __all__ = ["DataCollatorForFrozenPrefixClassification"]

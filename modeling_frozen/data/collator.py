@@ -1,6 +1,6 @@
 """DataCollatorForFrozenPrefix: rows of a dataset to a training batch, with labels only on what is to be learnt.
 
-The collator, not `dataset.map`, does the image work: pictures stay compressed in the dataset and are opened when their
+The collator, not `dataset.map`, does the image work: images stay compressed in the dataset and are opened when their
 batch comes. Text is tokenised in one call per batch. Masks come from where a token stands (placeholder, prompt,
 padding by length), never from its id being the pad token's: where EOS pads too, the model would never learn to stop.
 """
@@ -15,14 +15,17 @@ from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processors import load_rgb_image
+from .columns import find_column, images_of, no_image_column
+from .draws import current_epoch, draw, seeded
 from .feature_store import StoredImage
+from .image_reading import digest_of_image
 
 
 IGNORE_INDEX = -100
 _UNKNOWN_LENGTH = int(1e20)  # transformers' own bound: above it, model_max_length means "not known"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark assistant turns while a chat is rendered
 _MEDIA_KEYS = ("image", "video", "audio", "url", "path", "base64")
-_OTHERS = {"video": "videos", "audio": "audio"}  # by modality, the name that the processor takes them under
+_OTHERS = {"video": "videos", "audio": "audio"}  # by modality, the processor's argument
 
 
 @dataclass
@@ -31,7 +34,7 @@ class _Example:
 
     pieces: list[tuple[str, bool]]
     images: list[Any]
-    others: dict[str, list[Any]] = field(default_factory=dict)  # videos and sounds, by modality
+    others: dict[str, list[Any]] = field(default_factory=dict)  # videos and audio, by modality
     target: str | None = None
     add_special_tokens: bool = True
     add_eos: bool = True
@@ -44,7 +47,7 @@ class _Example:
 
 @dataclass
 class DataCollatorForFrozenPrefix:
-    """Collates rows of one of three kinds, also mixed in one batch (found by their columns, in this order):
+    """Collates rows of one of three kinds, also mixed in one batch (told apart by their columns, in this order):
 
     - `messages` (a chat; images inside the turns, or in an image column): assistant turns are learnt, their end token
       with them. The template's `{% generation %}` markers are used where it has them.
@@ -52,14 +55,15 @@ class DataCollatorForFrozenPrefix:
       neither brings any; at inference, give the processor the prompt alone.
     - `text` with an image column: everything after the (first) placeholder and EOS are learnt.
 
-    A model that takes videos or sounds finds them in the columns `video` (or `videos`) and `audio` in the same ways; a row
+    A model that takes videos or audio has them from the columns `video` (or `videos`) and `audio` in the same ways; a row
     with one of these needs no image column.
 
     An image column holds an image, a list of images, or None for a text-only row; every row of the last two kinds must
     have it. Texts without `<image>` get one per image where the processor puts them. `text` or `answer` may be a list
-    (several captions of one image): one is drawn per call from torch's global generator, so that every epoch draws
-    anew and `set_seed` repeats it. With `all_texts` each of them is a sample, and `prompt` may be as long a list (several
-    questions about one image): the model then reads the image once for all of them.
+    (several captions of one image), of which one is drawn: in the data loader of `Trainer` or accelerate by `seed`, epoch
+    and texts, so that a resumed training draws the same; elsewhere, and with persistent or spawned worker processes, from
+    torch's global generator. With `all_texts` each of them is a sample, and `prompt` may be as long a list (several questions
+    about one image): the model then reads the image once for all of them.
 
     Use it with `TrainingArguments(remove_unused_columns=False)`, or Trainer drops the columns that it reads.
 
@@ -79,7 +83,9 @@ class DataCollatorForFrozenPrefix:
         all_texts: take every text of a row that has several, in place of one of them; a batch then has more samples than
             `per_device_train_batch_size` rows.
         augment: random change of every image at each use, from a PIL image in RGB to such a one; also in an evaluation
-            that goes through this collator. Stored images can't be changed: give it to [`cache_vision_features`] then.
+            that goes through this collator; drawn as texts are. Stored images can't be changed: give it to
+            [`cache_vision_features`] then.
+        seed: of what is drawn.
 
     Rows of [`cache_vision_features`] hold features in place of images, and no image is opened for them.
 
@@ -90,7 +96,7 @@ class DataCollatorForFrozenPrefix:
     stored images `vision_features` (images, positions, vision_width) in their place, in the dtype of the store, with
     `vision_features_mask` (images, positions) where positions vary.
 
-    Errors: ValueError that names the row, the numbers and the way out.
+    Raises: ValueError that names the row, the numbers and the way out.
     """
 
     processor: Any
@@ -105,6 +111,7 @@ class DataCollatorForFrozenPrefix:
     share_images: bool = True
     all_texts: bool = False
     augment: Callable[[Any], Any] | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         tokenizer = self.processor.tokenizer
@@ -128,29 +135,22 @@ class DataCollatorForFrozenPrefix:
         self._special_tokens = _special_tokens(self.processor)
 
     # ------------------------------------------------------------------------------------------------------- calls
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         examples = [self._read(index, sample) for index, sample in self._samples(rows)]
         self._encode(examples)
         for index, example in enumerate(examples):
             self._truncate(index, example)
-        length = self._padded(max(len(example.ids) for example in examples))
-        pad = self.processor.tokenizer.pad_token_id or 0
-        batch = {
-            "input_ids": [example.ids + [pad] * (length - len(example.ids)) for example in examples],
-            "attention_mask": [[1] * len(one.ids) + [0] * (length - len(one.ids)) for one in examples],
-        }
         labels = self._targets(examples) if self.is_encoder_decoder else [self._labels(one) for one in examples]
-        length = self._padded(max(map(len, labels))) if self.is_encoder_decoder else length
-        batch["labels"] = [one + [IGNORE_INDEX] * (length - len(one)) for one in labels]
-        images = [image for example in examples for image in example.images]
-        batch = {name: torch.tensor(value, dtype=torch.long) for name, value in batch.items()}
-        others = {
-            name: [one for example in examples for one in example.others.get(modality, [])]
-            for modality, name in _OTHERS.items()
+        batch: dict[str, Any] = {
+            "input_ids": self._stack([one.ids for one in examples], self.processor.tokenizer.pad_token_id or 0),
+            "attention_mask": self._stack([[1] * len(one.ids) for one in examples], 0),
+            "labels": self._stack(labels, IGNORE_INDEX),
         }
-        for name, media in others.items():
+        for modality in _OTHERS:
+            media = [one for example in examples for one in example.others.get(modality, [])]
             if media:
-                batch.update(self.processor(**{name: [media]}, return_tensors="pt"))
+                batch.update(self.processor(**{_OTHERS[modality]: [media]}, return_tensors="pt"))
+        images = [image for example in examples for image in example.images]
         return {**batch, **(self.process_images(images) if images else {})}
 
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
@@ -158,9 +158,9 @@ class DataCollatorForFrozenPrefix:
         index = None
         if self.share_images and self.augment is None:
             places: dict[Any, int] = {}
-            index = [places.setdefault(_identity(image), len(places)) for image in images]
-            distinct = {place: image for place, image in zip(index, images, strict=True)}
-            index = torch.tensor(index) if len(distinct) < len(images) else None
+            order = [places.setdefault(image_identity(image), len(places)) for image in images]
+            distinct = {place: image for place, image in zip(order, images, strict=True)}
+            index = torch.tensor(order) if len(distinct) < len(images) else None
             images = [distinct[place] for place in range(len(distinct))]
         stored = sum(isinstance(image, StoredImage) for image in images)
         if stored not in (0, len(images)):
@@ -174,28 +174,40 @@ class DataCollatorForFrozenPrefix:
                     "`augment` can't change stored images, which are the tower's features: store augmented views "
                     "(`cache_vision_features(..., views=k, augment=…)`), or train from the images."
                 )
-            images = [self.augment(load_rgb_image(image)) for image in images]
+            images = [self._augmented(number, image) for number, image in enumerate(images)]
         batch = stack_features(images) if stored else dict(self.processor(images=images, return_tensors="pt"))
         return batch if index is None else {**batch, "image_index": index}
+
+    def _augmented(self, number: int, image: Any) -> Any:
+        assert self.augment is not None
+        image, epoch = load_rgb_image(image, f"image {number}"), current_epoch()
+        if epoch is None:
+            return self.augment(image)
+        with seeded(self.seed, epoch, number, digest_of_image(image)):
+            return self.augment(image)
 
     @staticmethod
     def _labels(example: _Example) -> list[int]:
         return [i if learn else IGNORE_INDEX for i, learn in zip(example.ids, example.learn, strict=True)]
 
-    def _padded(self, length: int) -> int:
+    def _stack(self, rows: list[list[int]], padding: int) -> torch.Tensor:
         multiple = self.pad_to_multiple_of or 1
-        return -(-length // multiple) * multiple
+        length = -(-max(map(len, rows)) // multiple) * multiple
+        return torch.tensor([row + [padding] * (length - len(row)) for row in rows], dtype=torch.long)
 
     # -------------------------------------------------------------------------------------------------- reading rows
     def _samples(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
         """What the batch is made of, each with the number of its row."""
+        if not rows:
+            raise ValueError("The batch has no rows, so there is nothing to collate: give at least one.")
+        rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
         if not self.all_texts:
             return list(enumerate(rows))
-        return [(index, sample) for index, row in enumerate(rows) for sample in self.each_text(index, row)]
+        return [(index, sample) for index, row in enumerate(rows) for sample in self._each_text(index, row)]
 
-    def each_text(self, index: int, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    def _each_text(self, index: int, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """A row for each of its texts, in place of one with a list of them."""
-        column = next((one for one in (self.answer_column, self.text_column) if row.get(one) is not None), None)
+        column = self.text_column if row.get(self.answer_column) is None else self.answer_column
         texts, prompts = row.get(column), row.get(self.prompt_column)
         if not isinstance(texts, list | tuple) or not texts:
             return [row]
@@ -242,15 +254,15 @@ class DataCollatorForFrozenPrefix:
         return tuple(self.processor.tokens.values())
 
     def _others(self, row: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Videos and sounds of a row, by modality, for those that the processor takes and the row has a column of."""
-        found = {}
-        for modality, name in _OTHERS.items():
-            column = next((one for one in (modality, name) if one in row), None)
+        """Videos and audio of a row, by modality, for those that the processor takes and the row has a column of."""
+        media = {}
+        for modality in _OTHERS:
+            column = find_column(row, modality=modality)
             if modality in self.processor.tokens and column is not None:
                 nest = self.processor._nest_videos if modality == "video" else self.processor._nest_audio
                 own = [] if row[column] is None else nest(row[column])[0]
-                found[modality] = [one for some in own for one in some]
-        return found
+                media[modality] = [one for some in own for one in some]
+        return media
 
     def _place(self, text: str, images: list[Any], others: dict[str, list[Any]]) -> str:
         order = [("image", images), *others.items()]
@@ -258,29 +270,24 @@ class DataCollatorForFrozenPrefix:
             text = self.processor.place_images(text, len(media), modality)
         return text
 
-    @staticmethod
-    def _draw(index: int, column: str, value: Any) -> str:
+    def _draw(self, index: int, column: str, value: Any) -> str:
         """The text itself, or one of several."""
         if isinstance(value, list | tuple) and value:
-            value = value[int(torch.randint(len(value), ()))] if len(value) > 1 else value[0]
+            value = value[draw(len(value), self.seed, *value)] if len(value) > 1 else value[0]
         if not isinstance(value, str):
-            raise ValueError(f"Row {index}: column {column!r} must be a string or a list of them, got {value!r:.80}.")
+            what = "an empty list" if isinstance(value, list | tuple) and not value else f"{value!r:.80}"
+            raise ValueError(f"Row {index}: column {column!r} must be a string or a list of them, got {what}.")
         return value
 
     def _images(self, index: int, row: Mapping[str, Any], required: bool) -> list[Any]:
-        names = (self.image_column,) if self.image_column else ("image", "images")
-        name = next((one for one in names if one in row), None)
-        if name is None:
-            if required:
-                raise ValueError(
-                    f"Row {index} has no image column {' or '.join(map(repr, names))} (its columns: {sorted(row)}). "
-                    "Trainer drops it unless TrainingArguments(remove_unused_columns=False). If it has another name, "
-                    "pass image_column=…; a text-only row has None in it."
-                )
-            return []
-        value = row[name]
-        value = list(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4 else [value]
-        return [image for image in value if image is not None]
+        images = images_of(row, self.image_column)
+        if images is None and required:
+            raise ValueError(
+                f"Row {index} has {no_image_column(row, self.image_column)}. Trainer drops it unless "
+                "TrainingArguments(remove_unused_columns=False). If it has another name, pass image_column=…; a text-only row "
+                "has None in it."
+            )
+        return images or []
 
     def _read_messages(self, index: int, row: Mapping[str, Any]) -> _Example:
         """A chat as pieces, cut at both ends of each assistant turn: so the prompt's tokens are those of inference."""
@@ -292,12 +299,12 @@ class DataCollatorForFrozenPrefix:
         tokenizer = self.processor.tokenizer
         if not any(message["role"] == "assistant" for message in messages):
             raise ValueError(f"Row {index}: its messages have no assistant turn, so there is nothing to learn.")
-        target = None
+        target, spans = None, list[tuple[int, int]]()
         if self.is_encoder_decoder:
             if messages[-1]["role"] != "assistant":
                 raise ValueError(f"Row {index}: for an encoder-decoder the last message must be the assistant's.")
             target = _plain_text(messages[-1]["content"])
-            text, spans = _render(self.processor, messages[:-1], add_generation_prompt=True), []
+            text = _render(self.processor, messages[:-1], add_generation_prompt=True)
         else:
             text, spans = assistant_spans(self.processor, messages, index)
         add_eos = False
@@ -363,11 +370,11 @@ class DataCollatorForFrozenPrefix:
                     ids += [token] * count
                     learn += [learnt and modality is None] * count
                     fixed += [modality is not None] * count
-            for modality, given in {"image": example.images, **dict.fromkeys(_OTHERS, []), **example.others}.items():
-                if seen[modality] != len(given):
+            for modality, media in {"image": example.images, **dict.fromkeys(_OTHERS, []), **example.others}.items():
+                if seen[modality] != len(media):
                     token = self.processor.tokens.get(modality)
                     raise ValueError(
-                        f"Row {index} holds {seen[modality]} {token} but has {len(given)} {modality}s. Write one {token} per "
+                        f"Row {index} holds {seen[modality]} {token} but has {len(media)} {modality}s. Write one {token} per "
                         f"{modality}, or none: then they are put in."
                     )
             number += seen["image"]
@@ -418,7 +425,12 @@ class DataCollatorForFrozenPrefix:
 
 
 # ------------------------------------------------------------------------------------------------------------- images
-def _identity(image: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """An array of objects or strings, as pandas and numpy's format of `datasets` have them, as a list."""
+    return value.tolist() if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "U") else value
+
+
+def image_identity(image: Any) -> Any:
     """Equal for images that are surely the same: by object, path, bytes or place in a store."""
     if isinstance(image, StoredImage | str | bytes):
         return image
@@ -430,8 +442,17 @@ def _identity(image: Any) -> Any:
 
 def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
     """Stored images as `vision_features` (images, positions, vision_width), padded to the longest, and, where positions
-    vary, `vision_features_mask` (images, positions)."""
-    loaded = [image.load() for image in images]
+    vary, `vision_features_mask` (images, positions).
+
+    Raises:
+        ValueError: if one can't be read, with its number among `images`; if they are of several stores.
+    """
+    loaded = []
+    for number, image in enumerate(images):
+        try:
+            loaded.append(image.load())
+        except ValueError as error:
+            raise ValueError(f"Image {number} of the batch: {error}") from error
     features = [one for one, _ in loaded]
     widths = {(one.shape[1], one.dtype) for one in features}
     if len(widths) > 1:
@@ -448,8 +469,9 @@ def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
 
 # -------------------------------------------------------------------------------------------------------------- chats
 def _clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    """Messages without the None that Arrow fills in, and the images, videos and sounds that stand in their turns."""
-    cleaned, media = [], {"image": [], **{modality: [] for modality in _OTHERS}}
+    """Messages without the None that Arrow fills in, and the images, videos and audio in their turns."""
+    cleaned = []
+    media: dict[str, list[Any]] = {modality: [] for modality in ("image", *_OTHERS)}
     for message in messages:
         message = {key: value for key, value in message.items() if value is not None}
         content = message.get("content", "")
@@ -499,38 +521,38 @@ def assistant_spans(processor: Any, messages: list[dict[str, Any]], index: int =
     """A rendered chat and the (start, end) characters of what the assistant is to say in it.
 
     Templates with `{% generation %}` mark it themselves. With others a turn runs from the end of the generation prompt
-    (found by rendering the turns before it) through the end token that follows the content. The content is found by
+    (rendered with the turns before it) through the end token that follows the content. The content is found by
     rendering once more with private-use characters around it, not as the difference of growing prefixes: templates
     that rewrite earlier turns (reasoning models) have no such prefixes.
 
-    Errors: ValueError where the template changes what the assistant said.
+    Raises: ValueError where the template changes what the assistant said.
     """
     template = processor.template_of()
     if template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        rendered, spans = render_jinja_template(
+        rendered: tuple[Any, Any] = render_jinja_template(  # type: ignore[assignment]  # it gives the spans too
             conversations=[messages],
             chat_template=template,
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
         )
-        return rendered[0], [tuple(span) for span in spans[0] if span[1] > span[0]]
+        return rendered[0][0], [(start, end) for start, end in rendered[1][0] if end > start]
 
     text = _render(processor, messages)
     turn_of = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for strip in (False, True):  # many templates trim content; inside the marks they can't
         marked = _render(processor, [_mark(message, strip) for message in messages])
-        found = list(re.finditer(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}", marked))
+        contents = list(re.finditer(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}", marked))
         whole = marked.replace(_OPEN, "").replace(_CLOSE, "") == text
-        if whole and len(found) == marked.count(_OPEN) == marked.count(_CLOSE) == len(turn_of):
+        if whole and len(contents) == marked.count(_OPEN) == marked.count(_CLOSE) == len(turn_of):
             break
     else:
         raise ValueError(
-            f"Row {index}: the chat template changes what the assistant says, so it can't be found in the rendered "
-            "chat. Give the processor a template with {% generation %} … {% endgeneration %} around its turns."
+            f"Row {index}: the chat template changes what the assistant says, so it can't be located in the "
+            "rendered chat. Give the processor a template with {% generation %} … {% endgeneration %} around its turns."
         )
     stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, _stop_tokens(processor))) + ")")
-    spans, position = [], 0
-    for number, match in enumerate(found):
+    spans, position = list[tuple[int, int]](), 0
+    for number, match in enumerate(contents):
         start = match.start() - 2 * number
         end = start + len(match.group(1))
         try:

@@ -1,29 +1,34 @@
 """Runs the frozen tower once per image and trains from the store: it would only repeat itself, epoch by epoch.
 
 `cache_vision_features` gives a dataset whose images are replaced by what the tower made of them, for `Trainer` and
-`DataCollatorForFrozenPrefix` as they are. An image is known by its content, not by its row: five captions of one picture are
-one image, and a second run, or another dataset with the same pictures, finds them. Decoding and preprocessing happen in
+`DataCollatorForFrozenPrefix` as they are. An image is known by its content, not by its row: five captions of one image are
+one image, and a second run, or another dataset with the same images, has them. Decoding and preprocessing happen in
 worker processes, while the tower runs on the batch before. Needs the package `datasets`.
 """
 
 import hashlib
 import inspect
+import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from ..checkpoints import parts_with_home
+from ..modeling_frozen_prefix import FrozenPrefixModel
+from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from ..vision_towers import encode_images
-from .feature_store import DTYPES, FeatureStore, StoredImage
-from .image_reading import Batches, Found, Hashing, HeldImages, Images, Prepare, as_list, inner_feature, load_in_workers
+from ..weight_digests import weights_digest
+from . import columns
+from .columns import as_list
+from .draws import draw
+from .feature_store import DTYPES, FeatureStore, StoredImage, remove_leftovers, temporary_path, write_whole
+from .image_reading import Batches, Digests, Hashing, HeldImages, Images, Prepare, inner_feature, load_in_workers, name_of
 
 
 try:
@@ -33,14 +38,14 @@ except ImportError:
     pa = register_feature = None
 
 # Raise it when what is stored for the same key changes.
-_FORMAT = 1
+_FORMAT = 2
 _STREAM = 1024  # rows of a stream whose images are held at a time
 
 
 @dataclass
 class VisionFeatures:
-    """Feature type of `datasets`: a column of it holds indices into a store and reads as [`StoredImage`]. Each read of an
-    image with several views draws one from torch's global generator.
+    """Feature type of `datasets`: a column of it holds digests of images, with their places in a store, and reads as
+    [`StoredImage`]. Of several views each read draws one ([`draw`]).
 
     Args:
         store: folder of the [`FeatureStore`].
@@ -51,18 +56,23 @@ class VisionFeatures:
     views: int = 1
     id: str | None = field(default=None, repr=False)
     dtype: ClassVar[str] = "StoredImage"
-    pa_type: ClassVar[Any] = None if pa is None else pa.int64()
+    pa_type: ClassVar[Any] = None if pa is None else pa.binary()  # 16 bytes of digest and 8 of index
     _type: str = field(default="VisionFeatures", init=False, repr=False)
 
     def __call__(self) -> Any:
         return self.pa_type
 
-    def encode_example(self, value: Any) -> int | None:
-        return value.index if isinstance(value, StoredImage) else value
+    def encode_example(self, value: Any) -> bytes | None:
+        return value.digest + value.index.to_bytes(8, "little") if isinstance(value, StoredImage) else value
 
-    def decode_example(self, value: int, token_per_repo_id: Any = None) -> StoredImage:
-        view = int(torch.randint(self.views, ())) if self.views > 1 else 0
-        return StoredImage(self.store, value, view)
+    def decode_example(self, value: bytes, token_per_repo_id: Any = None) -> StoredImage:
+        if not isinstance(value, bytes):
+            raise ValueError(
+                f"This column of stored features was made by an earlier version, which kept a mere index ({value!r}) that may "
+                "point to another image by now: run `cache_vision_features` again, on the dataset with the images."
+            )
+        view = draw(self.views, "view", value[:16]) if self.views > 1 else 0
+        return StoredImage(self.store, value[:16], view, int.from_bytes(value[16:], "little"))
 
 
 if register_feature is not None:
@@ -73,7 +83,7 @@ if register_feature is not None:
 
 def cache_vision_features(
     dataset: Any,
-    model: nn.Module,
+    model: FrozenPrefixPreTrainedModel,
     processor: Any,
     *,
     image_column: str | None = None,
@@ -106,9 +116,11 @@ def cache_vision_features(
         num_workers (`int`, *optional*):
             Processes that decode and preprocess. Defaults to the cores of this machine, at most 8, shared by its processes.
         dtype (`"bfloat16"`, `"float16"` or `"float32"`): of what is stored.
-        views (`int`, defaults to 1): augmented views stored of each image; each read draws one.
+        views (`int`, defaults to 1):
+            Augmented views stored of each image. Each read draws one: in `Trainer` by image and epoch, so that a resumed
+            training draws the same; elsewhere from torch's global generator.
         augment (`Callable`, *optional*):
-            Random change of an image: takes and gives a PIL image in RGB. The draws (of `random`, numpy's and torch's
+            Random change of an image: takes and gives a PIL image in RGB. Its draws (of `random`, numpy's and torch's
             global generators) depend on `seed`, the image and the number of the view alone.
         plain_view (`bool`, defaults to `False`): the first of the views is the image as it is.
         seed (`int`, defaults to 0): of the augmentation.
@@ -125,7 +137,9 @@ def cache_vision_features(
 
     Raises:
         ValueError: for a tower that trains; for an augmentation without views, or views without augmentation; for images
-            that are missing from the store where the tower is not loaded.
+            that are missing from the store where the tower is not loaded; for an image that can't be opened, that changes
+            meanwhile, or whose features are not finite, with its row.
+        OSError: if a shard can't be written.
 
     Example:
 
@@ -141,24 +155,24 @@ def cache_vision_features(
     _check_choices(dtype, views, augment, plain_view, min(batch_size, images_per_shard))
     if isinstance(dataset, dict):
         options = dict(locals())
-        names = cache_vision_features.__kwdefaults__
-        shared = {name: options[name] for name in names}
+        shared = {name: options[name] for name in cache_vision_features.__kwdefaults__ or ()}
         return type(dataset)({key: cache_vision_features(one, model, processor, **shared) for key, one in dataset.items()})
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise ValueError(
             f"A dataset of type {type(dataset).__name__} can't be stored: give a `datasets.Dataset` or `IterableDataset`; "
             "`Dataset.from_list(rows)` makes one."
         )
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base = model.base_model
-    _refuse_trained_tower(base)
-    cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix"
-    store = FeatureStore.for_key(cache_dir, store_key(model, processor, dtype, views, augment, plain_view, seed))
+    model = getattr(model, "get_base_model", lambda: model)()  # PEFT's
+    _refuse_trained_tower(model)
+    cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix").expanduser()
+    tower_digest = _tower_digest(model, cache_dir)
+    key = store_key(model, processor, dtype, views, augment, plain_view, seed, tower_digest=tower_digest)
+    store = FeatureStore.for_key(cache_dir, key)
     prepare = Prepare(processor, views, augment, plain_view, seed)
-    work = _Work(base, prepare, store, batch_size, num_workers, images_per_shard, device)
+    work = _Work(model, prepare, store, batch_size, num_workers, images_per_shard, device)
     column = _image_column(dataset, image_column)
     if isinstance(dataset, datasets.IterableDataset):
-        return _from_stream(dataset, column, work, Path(cache_dir))
+        return _from_stream(dataset, column, work, cache_dir)
     return _from_rows(dataset, column, work)
 
 
@@ -169,7 +183,7 @@ def _check_choices(dtype: str, views: int, augment: Any, plain_view: bool, small
         raise ValueError(f"views={views}, batch_size and images_per_shard must be at least 1.")
     if augment is not None and views == 1:
         raise ValueError(
-            "`augment` draws another picture at each epoch, but a store holds what the tower saw once, so both together "
+            "`augment` draws another image at each epoch, but a store holds what the tower saw once, so both together "
             "would train on one draw for ever: pass `views=k` to store k draws of each image, or leave `augment` out."
         )
     if augment is None and views > 1:
@@ -178,12 +192,16 @@ def _check_choices(dtype: str, views: int, augment: Any, plain_view: bool, small
         raise ValueError("`plain_view=True` sets the image itself beside augmented views: pass `augment` and `views`.")
 
 
-def _refuse_trained_tower(base: nn.Module) -> None:
-    tower = base.vision_tower
-    if base.config.vision_config is None:
+def _tower(model: FrozenPrefixPreTrainedModel) -> PreTrainedModel | None:
+    return cast(PreTrainedModel | None, cast(FrozenPrefixModel, model.base_model).vision_tower)
+
+
+def _refuse_trained_tower(model: FrozenPrefixPreTrainedModel) -> None:
+    tower = _tower(model)
+    if model.config.vision_config is None:
         raise ValueError("This model has no vision tower, so there are no features to store.")
     trained = tower is not None and any(parameter.requires_grad for parameter in tower.parameters())
-    if "vision" in base.config.trainable or trained:
+    if "vision" in model.config.trainable or trained:
         raise ValueError(
             'The vision tower trains ("vision" in `config.trainable`, or adapters in it), so its features change at each '
             "step and can't be stored: train from the images, or freeze it."
@@ -191,49 +209,37 @@ def _refuse_trained_tower(base: nn.Module) -> None:
 
 
 def _image_column(dataset: Any, image_column: str | None) -> str:
-    names = (image_column,) if image_column else ("image", "images")
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    found = next((name for name in names if name in columns), None)
-    if found is None:
-        raise ValueError(
-            f"The dataset has no column {' or '.join(map(repr, names))}, but {columns}: name its images by `image_column`."
-        )
-    if dataset.features is not None and isinstance(inner_feature(dataset.features[found]), VisionFeatures):
-        raise ValueError(f"The column {found!r} holds stored features already.")
+    column = columns.image_column(dataset.column_names or list(next(iter(dataset), {})), image_column)
+    if dataset.features is not None and isinstance(inner_feature(dataset.features[column]), VisionFeatures):
+        raise ValueError(f"The column {column!r} holds stored features already.")
     if getattr(dataset, "format", {}).get("type") == "custom":
         raise ValueError(
             "The dataset has a transform of its own (`set_transform`), which may change or draw images at each read. Give the "
             "dataset without it (`dataset.with_format(None)`), and what draws as `augment` with `views=k`."
         )
-    return found
+    return column
 
 
 # ------------------------------------------------------------------------------------------------------------- the key
 
 
 def store_key(
-    model: nn.Module,
+    model: FrozenPrefixPreTrainedModel,
     processor: Any,
     dtype: str,
     views: int = 1,
     augment: Any = None,
     plain_view: bool = False,
     seed: int = 0,
+    *,
+    tower_digest: str,
 ) -> dict[str, Any]:
-    """All that features depend on beside the image: the tower (id, commit, fingerprint, dtype), layer and selection, what the
-    image processor does, the stored dtype, and the augmentation. Of the tower the config's record is enough, so that it need
-    not be loaded."""
-    base, config = model.base_model, model.config
-    tower, record = base.vision_tower, dict(config.vision_base_model or {})
-    if tower is not None:
-        record["dtype"] = str(tower.dtype).removeprefix("torch.")
-        homeless = "vision" not in parts_with_home(model) or record.get("fingerprint") is None
-        if homeless or "vision" in model.changed_parts():
-            record["fingerprint"] = _digest_of_weights(tower)
-    image_processor = processor.image_processor
+    """All that features depend on beside the image: the tower (id, commit, fingerprint, dtype, all its weights), layer and
+    selection, what the image processor does, the stored dtype, and the augmentation."""
+    config, image_processor = model.config, processor.image_processor
     key = {
         "format": _FORMAT,
-        "tower": {name: record.get(name) for name in ("name_or_path", "revision", "fingerprint", "dtype", "quantization")},
+        "tower": {**_tower_record(model), "weights": tower_digest},
         "layer": config.vision_feature_layer,
         "select_strategy": config.vision_feature_select_strategy,
         "num_leading_tokens": config.num_leading_tokens,
@@ -245,6 +251,28 @@ def store_key(
     if augment is not None:
         key["augment"] = {"function": _digest_of_function(augment), "plain_view": plain_view, "seed": seed}
     return key
+
+
+def _tower_record(model: FrozenPrefixPreTrainedModel) -> dict[str, Any]:
+    tower, record = _tower(model), dict(model.config.vision_base_model or {})
+    if tower is not None:
+        record["dtype"] = str(tower.dtype).removeprefix("torch.")
+    return {name: record.get(name) for name in ("name_or_path", "revision", "fingerprint", "dtype", "quantization")}
+
+
+def _tower_digest(model: FrozenPrefixPreTrainedModel, cache_dir: Path) -> str:
+    """The digest of the tower's weights. One that is not loaded is as its repository has it: it is loaded for a moment, and a
+    note in `cache_dir` remembers its digest."""
+    record = json.dumps(_tower_record(model), sort_keys=True).encode()
+    note = cache_dir / f"tower-{hashlib.sha256(record).hexdigest()[:32]}"
+    if (tower := _tower(model)) is not None:
+        return weights_digest(tower)
+    if not note.is_file():
+        model.load_base_model("vision")
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(note, weights_digest(cast(PreTrainedModel, _tower(model))).encode())
+        model.unload_base_model("vision")
+    return note.read_text(encoding="utf-8")
 
 
 def _digest_of_function(function: Any) -> str:
@@ -260,14 +288,6 @@ def _digest_of_function(function: Any) -> str:
     return Hasher.hash([function, sources])
 
 
-def _digest_of_weights(tower: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tower.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------- the tower
 
 
@@ -275,27 +295,22 @@ class _Processes:
     """This process among those that run the same program, whether or not they met already."""
 
     def __init__(self) -> None:
-        ours = torch.distributed
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (ours.is_available() and ours.is_initialized()):
+        distributed = torch.distributed
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import PartialState
 
-            PartialState()
-        together = ours.is_available() and ours.is_initialized()
-        self.rank, self.count = (ours.get_rank(), ours.get_world_size()) if together else (0, 1)
+            PartialState()  # lets them meet
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.count = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
 
-    def wait(self) -> None:
-        if self.count > 1:
-            torch.distributed.barrier()
-
     def gather(self, value: Any) -> list[Any]:
-        if self.count == 1:
-            return [value]
-        values: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(values, value)
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(values, value)
         return values
 
-    def mine(self, digest: bytes) -> bool:
+    def does(self, digest: bytes) -> bool:
         # By content: what is done already may look different to each process, while others write.
         return int.from_bytes(digest[:8], "little") % self.count == self.rank
 
@@ -305,7 +320,7 @@ class _Work:
 
     def __init__(
         self,
-        base: nn.Module,
+        model: FrozenPrefixPreTrainedModel,
         prepare: Prepare,
         store: FeatureStore,
         batch_size: int,
@@ -313,7 +328,7 @@ class _Work:
         images_per_shard: int,
         device: Any,
     ):
-        self.base, self.prepare, self.store, self.images_per_shard = base, prepare, store, images_per_shard
+        self.model, self.prepare, self.store, self.images_per_shard = model, prepare, store, images_per_shard
         self.processes = _Processes()
         self.images_per_batch = max(1, batch_size // store.views)
         if num_workers is None:
@@ -322,66 +337,69 @@ class _Work:
         self.workers = num_workers
         self.device = device
 
-    def _device(self, tower: nn.Module) -> torch.device:
+    def _device(self, tower: PreTrainedModel) -> torch.device:
         if self.device is not None:
             return torch.device(self.device)
         if tower.device.type == "cpu" and not os.environ.get("ACCELERATE_USE_CPU") and torch.accelerator.is_available():
             local = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
-            return torch.device(torch.accelerator.current_accelerator().type, local)
+            return torch.device(str(torch.accelerator.current_accelerator()), local)
         return tower.device
 
-    def encode(self, images: Any, places: Iterable[tuple[bytes, int, int]], title: str = "Vision features") -> None:
-        """Encodes and stores the images at `places` that are this process's and not there yet."""
-        places = list(places)
+    def encode(self, images: Any, places: dict[bytes, tuple[int, int]], title: str = "Vision features") -> None:
+        """Encodes and stores the images at `places` (row and position in its list, by digest) that are this process's and not
+        there yet."""
         done = self.store.indices()
-        lacking = [place for place in places if place[0] not in done]
-        tower = self.base.vision_tower
-        if lacking and tower is None:
+        lacking = [(digest, *place) for digest, place in places.items() if digest not in done]
+        tower = _tower(self.model)
+        if not lacking:
+            return
+        if tower is None:
             raise ValueError(
-                f"{len(lacking)} of {len(places)} images are not in the store `{self.store.folder}`, and the vision tower is "
-                'not loaded: load it by `model.load_base_model("vision")`.'
+                f"{len(lacking)} of {len(places)} images are not in the store `{self.store.folder}` (the first: "
+                f"{name_of(*lacking[0][1:])}), and the vision tower is not loaded: load it by "
+                '`model.load_base_model("vision")`.'
             )
-        mine = [place for place in lacking if self.processes.mine(place[0])]
-        if not mine:
+        own = [place for place in lacking if self.processes.does(place[0])]
+        if not own:
             return
         device, home = self._device(tower), tower.device
         moves = device != home and not hasattr(tower, "hf_device_map")
         if moves:
-            tower.to(device)
+            tower.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
         device = device if moves else home
-        batches = Batches(images, self.prepare, mine, self.images_per_batch)
+        batches = Batches(images, self.prepare, own, self.images_per_batch)
         loader = load_in_workers(batches, self.workers, pin_memory=device.type == "cuda")
         try:
             with (
                 torch.no_grad(),
                 self.store.writer(self.images_per_shard) as writer,
-                tqdm(total=len(mine), desc=title, unit="image", disable=self.processes.rank != 0) as bar,
+                tqdm(total=len(own), desc=title, unit="image", disable=self.processes.rank != 0) as bar,
             ):
-                for digests, features, mask in self._run(tower, loader, device):
-                    writer.add(digests, features, mask)
+                for digests, names, features, mask in self._run(tower, loader, device):
+                    writer.add(digests, features, mask, names)
                     bar.update(len(digests))
         finally:
             if moves:
-                tower.to(home)
+                tower.to(home)  # type: ignore[arg-type]
 
     def _run(
-        self, tower: nn.Module, loader: Iterable[Any], device: torch.device
-    ) -> Iterator[tuple[list[bytes], torch.Tensor, torch.Tensor | None]]:
+        self, tower: PreTrainedModel, loader: Iterable[Any], device: torch.device
+    ) -> Iterator[tuple[list[bytes], list[str], torch.Tensor, torch.Tensor | None]]:
         """Features on the host; those of a batch come when a GPU is at work on the next."""
-        config, waiting = self.base.config, None
-        for digests, inputs in loader:
+        config, waiting = self.model.config, None
+        for digests, names, inputs in loader:
             inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
             features, mask, _ = encode_images(
                 tower,
                 inputs.pop("pixel_values"),
                 layer=config.vision_feature_layer,
                 select_strategy=config.vision_feature_select_strategy,
-                num_leading_tokens=config.num_leading_tokens,
+                num_leading_tokens=cast(int, config.num_leading_tokens),
                 **inputs,
             )
             features, mask = features.to(self.store.dtype), None if mask is None else mask.cpu()
             if device.type != "cuda":
-                yield digests, features.cpu(), mask
+                yield digests, names, features.cpu(), mask
                 continue
             on_host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features, non_blocking=True)
             event = torch.cuda.Event()
@@ -389,19 +407,19 @@ class _Work:
             if waiting is not None:
                 waiting[1].synchronize()
                 yield waiting[0]
-            waiting = (digests, on_host, mask), event
+            waiting = (digests, names, on_host, mask), event
         if waiting is not None:
             waiting[1].synchronize()
             yield waiting[0]
 
     def indices(self, wanted: Iterable[bytes]) -> dict[bytes, int]:
         """Where the images are, when every process has done its part."""
-        self.processes.wait()
-        found = self.store.indices()
-        lacking = sum(digest not in found for digest in wanted)
+        self.processes.gather(None)  # waits
+        indices = self.store.indices()
+        lacking = sum(digest not in indices for digest in wanted)
         if lacking:
             raise RuntimeError(f"{lacking} images are not in `{self.store.folder}`: did another process fail?")
-        return found
+        return indices
 
 
 # ------------------------------------------------------------------------------------------------------ two kinds of data
@@ -409,41 +427,45 @@ class _Work:
 
 def _from_rows(dataset: Any, column: str, work: _Work) -> Any:
     images = Images(dataset, column)
-    found = _hash_rows(images, work)
+    digests = _hash_rows(images, work)
     places: dict[bytes, tuple[int, int]] = {}
-    for row, one in enumerate(found):
-        for position, digest in enumerate(as_list(one)):
-            if digest is not None:
-                places.setdefault(digest, (row, position))
-    work.encode(images, ((digest, *place) for digest, place in places.items()))
-    return _replace(dataset, column, found, work.indices(places), work.store)
+    for row, own in enumerate(digests):
+        _note_places(places, row, own)
+    work.encode(images, places)
+    return _replace(dataset, column, digests, work.indices(places), work.store)
 
 
-def _hash_rows(images: Images, work: _Work) -> list[Found]:
+def _note_places(places: dict[bytes, tuple[int, int]], row: int, digests: Digests) -> None:
+    for position, digest in enumerate(as_list(digests)):
+        if digest is not None:
+            places.setdefault(digest, (row, position))
+
+
+def _hash_rows(images: Images, work: _Work) -> list[Digests]:
     """What images each row has; the rows are shared among the processes."""
     hashing, processes = Hashing(images), work.processes
-    chunks = range(processes.rank, len(hashing), processes.count)
-    part = torch.utils.data.Subset(hashing, chunks)
+    part = torch.utils.data.Subset(hashing, range(processes.rank, len(hashing), processes.count))
     few = len(part) < 16  # hashed before workers would have started
     own = list(tqdm(load_in_workers(part, 0 if few else work.workers), "Distinct images", disable=few or processes.rank != 0))
     parts = processes.gather(own)
     return [one for chunk in range(len(hashing)) for one in parts[chunk % processes.count][chunk // processes.count]]
 
 
-def _replace(dataset: Any, column: str, found: list[Found], indices: dict[bytes, int], store: FeatureStore) -> Any:
+def _replace(dataset: Any, column: str, digests: list[Digests], indices: dict[bytes, int], store: FeatureStore) -> Any:
     import datasets
 
-    def index(one: bytes | None) -> int | None:
-        return None if one is None else indices[one]
+    feature = VisionFeatures(str(store.folder), store.views)
 
-    nested = any(isinstance(one, list) for one in found)
-    values = [[index(digest) for digest in one] if isinstance(one, list) else index(one) for one in found]
-    feature: Any = VisionFeatures(str(store.folder), store.views)
-    feature = [feature] if nested else feature
+    def encode(digest: bytes | None) -> bytes | None:
+        return None if digest is None else feature.encode_example(StoredImage("", digest, index=indices[digest]))
+
+    values = [[encode(one) for one in own] if isinstance(own, list) else encode(own) for own in digests]
+    column_type = [feature] if any(isinstance(own, list) for own in digests) else feature
     rest = dataset.with_format(None).remove_columns(column)
     if not rest.column_names:  # nothing to stand beside
-        return datasets.Dataset.from_dict({column: values}, features=datasets.Features({column: feature}), split=dataset.split)
-    return rest.add_column(column, values, feature=feature)
+        features = datasets.Features({column: column_type})
+        return datasets.Dataset.from_dict({column: values}, features=features, split=dataset.split)
+    return rest.add_column(column, values, feature=column_type)
 
 
 def _from_stream(stream: Any, column: str, work: _Work, cache_dir: Path) -> Any:
@@ -456,22 +478,19 @@ def _from_stream(stream: Any, column: str, work: _Work, cache_dir: Path) -> Any:
         if isinstance(stream.features[column], datasets.Image):
             stream = stream.cast_column(column, datasets.Image(mode=decoder.mode, decode=False))
     hashing = Hashing(HeldImages([], decoder))
-    found: list[Found] = []
-    wanted: set[bytes] = set()
+    digests: list[Digests] = []
+    known: set[bytes] = set()
 
     def rest() -> Iterator[dict[str, Any]]:
         for rows in _pieces(stream):
-            values = [row.pop(column) for row in rows]
+            start, values = len(digests), [row.pop(column) for row in rows]
             places: dict[bytes, tuple[int, int]] = {}
-            for number, value in enumerate(values):
-                found.append(hashing.of(value))
-                for position, digest in enumerate(as_list(found[-1])):
-                    if digest is not None and digest not in wanted:
-                        places.setdefault(digest, (number, position))
-            wanted.update(places)
-            work.encode(
-                HeldImages(values, decoder), ((digest, *place) for digest, place in places.items()), f"{len(found)} rows"
-            )
+            for row, value in enumerate(values, start):
+                digests.append(hashing.of(row, value))
+                _note_places(places, row, digests[-1])
+            places = {digest: place for digest, place in places.items() if digest not in known}
+            known.update(places)
+            work.encode(HeldImages(values, decoder, start), places, f"{len(digests)} rows")
             yield from rows
 
     others = [name for name in stream.column_names or [] if name != column]
@@ -484,12 +503,14 @@ def _from_stream(stream: Any, column: str, work: _Work, cache_dir: Path) -> Any:
     else:
         for _ in rest():
             pass
-    indices = work.indices(wanted)
+    indices = work.indices(known)
     path = work.processes.gather(path)[0]
-    written = datasets.Dataset.from_dict({column: [None] * len(found)}) if path is None else datasets.Dataset.from_file(path)
-    if path is not None:
-        written = written.add_column(column, [None] * len(found))
-    return _replace(written, column, found, indices, work.store)
+    empty = [None] * len(digests)
+    if path is None:
+        written = datasets.Dataset.from_dict({column: empty})
+    else:
+        written = datasets.Dataset.from_file(path).add_column(column, empty)
+    return _replace(written, column, digests, indices, work.store)
 
 
 def _pieces(stream: Any) -> Iterator[list[dict[str, Any]]]:
@@ -509,7 +530,8 @@ def _write_rows(rows: Iterator[dict[str, Any]], features: Any, folder: Path) -> 
     from datasets.arrow_writer import ArrowWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"writing-{os.getpid()}-{time.time_ns()}"
+    remove_leftovers(folder)
+    temporary = temporary_path(folder)
     row: dict[str, Any] = {}
     with ArrowWriter(path=str(temporary), features=features) as writer:
         for row in rows:
@@ -520,8 +542,8 @@ def _write_rows(rows: Iterator[dict[str, Any]], features: Any, folder: Path) -> 
     if not row:
         temporary.unlink(missing_ok=True)
         return None
-    digest = hashlib.sha256()
     with open(temporary, "rb") as file:
+        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return str(temporary.replace(folder / f"{digest.hexdigest()[:32]}.arrow"))

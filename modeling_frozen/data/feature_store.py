@@ -1,17 +1,20 @@
 """A folder of tower features on disk: memory-mapped Arrow shards, found by the content of their image, read lazily.
 
-`FeatureStore` is the folder, `StoredImage` one image in it, which stands in a row where its picture stood. Who fills the
-folder is `feature_cache`. A shard is written under another name and renamed when it is whole, so that a killed run leaves
-no half of one, and its number is claimed by creating the file, so that many processes can write at once. A number, once
-given, never changes: rows keep them.
+`FeatureStore` is the folder, `StoredImage` one image in it, which stands in a row where its image stood. `feature_cache` fills
+the folder. What is read is checked: that it is of the image that was asked for, and that its bytes are those written.
+
+A shard is written under another name and renamed when it is whole, so that a killed run leaves no half of one, and its number
+is claimed by creating the file, so that many processes can write at once.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _KEY_FILE = "key.json"
 _ROWS = 1 << 24  # an index is shard * _ROWS + row
 _SECONDS = 120  # a slow tower's shards are closed after so long, or a killed run would lose hours
+_DISK = "See to the disk, and run `cache_vision_features` again"
+_AGAIN = "Run `cache_vision_features` again, on the dataset with the images"
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,20 @@ class StoredImage:
 
     Args:
         store: folder of the [`FeatureStore`].
-        index: of the image in it.
+        digest: of the image's content.
         view: which of the image's views.
+        index: where it was when the row was made, which spares a search.
     """
 
     store: str
-    index: int
+    digest: bytes
     view: int = 0
+    index: int = field(default=-1, compare=False)
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Reads `features` (positions, vision_width), in the dtype of the store, and `mask` (positions,), bool, or `None`
         where all positions are real."""
-        return open_store(self.store).read(self.index, self.view)
+        return open_store(self.store).read(self.digest, self.view, self.index)
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,53 +61,50 @@ def open_store(folder: str) -> "FeatureStore":
         ValueError: if there is none.
     """
     if not (Path(folder) / _KEY_FILE).is_file():
-        raise ValueError(
-            f"There is no store of features at `{folder}`: it was moved or deleted. Run `cache_vision_features` again, on the "
-            "dataset with the images."
-        )
+        raise ValueError(f"There is no store of features at `{folder}`: it was moved or deleted. {_AGAIN}.")
     return FeatureStore(folder)
 
 
 class FeatureStore:
     """
-    Features by image: `read` by index, `indices` by content, `writer` to add some.
+    Features by image: `read` by the digest of its content, `writer` to add some.
 
     Args:
         folder: where it lies.
 
     Attributes:
         key (`dict`): all that the features depend on beside the image; the folder's name is its hash.
+
+    Raises:
+        ValueError: if the key was changed.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.key: dict[str, Any] = json.loads((self.folder / _KEY_FILE).read_text(encoding="utf-8"))
+        text = (self.folder / _KEY_FILE).read_bytes()
+        if _hash(text) != self.folder.name:
+            raise ValueError(f"`{self.folder / _KEY_FILE}` was changed: delete the folder, and its features are made anew.")
+        self.key: dict[str, Any] = json.loads(text)
         self.dtype = DTYPES[self.key["dtype"]]
         self.width, self.views = self.key["vision_width"], self.key["views"]
         self._tables: dict[int, Any] = {}
-        self._found: dict[bytes, int] = {}
-        self._read: set[int] = set()
+        self._indices: dict[bytes, int] = {}
+        self._indexed: set[int] = set()
 
     @classmethod
     def for_key(cls, cache_dir: str | Path, key: dict[str, Any]) -> "FeatureStore":
         """The store of this key under `cache_dir`, made where there is none. Another key has another folder, so that what
         was made by another tower, layer or preprocessing is never read."""
-        text = json.dumps(key, sort_keys=True, indent=1)
-        folder = Path(cache_dir).expanduser().resolve() / hashlib.sha256(text.encode()).hexdigest()[:32]
+        text = json.dumps(key, sort_keys=True, indent=1).encode()
+        folder = Path(cache_dir).expanduser().resolve() / _hash(text)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         if not (folder / _KEY_FILE).exists():
-            _publish(text.encode(), folder / _KEY_FILE)
+            write_whole(folder / _KEY_FILE, text)
         open_store.cache_clear()  # the folder may be another than when it was opened
-        store = open_store(str(folder))
-        if store.key != json.loads(text):
-            raise ValueError(f"`{folder / _KEY_FILE}` was changed: delete the folder, and its features are made anew.")
-        return store
+        return open_store(str(folder))
 
     # --------------------------------------------------------------------------------------------------- reading
-
-    def _shards(self) -> list[int]:
-        """Numbers of the whole shards; an empty file is a number that was claimed and not filled (yet)."""
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.arrow") if path.stat().st_size)
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:08d}.arrow"
@@ -112,41 +116,89 @@ class FeatureStore:
             self._tables[shard] = MemoryMappedTable.from_file(str(self._path(shard)))
         return self._tables[shard]
 
-    def indices(self) -> dict[bytes, int]:
-        """Index of every image that is there, by the digest of its content."""
-        for shard in self._shards():
-            if shard not in self._read:
-                for row, digest in enumerate(self._table(shard).column("digest").to_pylist()):
-                    self._found.setdefault(digest, shard * _ROWS + row)
-                self._read.add(shard)
-        return self._found
+    def _damaged(self, shard: int, why: object) -> ValueError:
+        return ValueError(f"`{self._path(shard)}` is damaged ({why}): delete this file. {_AGAIN}: what it held is made anew.")
 
-    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def indices(self) -> dict[bytes, int]:
+        """Index of every image that is there, by the digest of its content.
+
+        Raises:
+            ValueError: if a shard is damaged.
+        """
+        # An empty file is a number that was claimed and not filled (yet).
+        shards = sorted(int(path.stem) for path in self.folder.glob("[0-9]*.arrow") if path.stat().st_size)
+        for shard in shards:
+            if shard not in self._indexed:
+                try:
+                    digests = self._table(shard).column("digest")
+                    digests.validate(full=True)
+                except (OSError, ValueError, KeyError) as error:
+                    raise self._damaged(shard, error) from error
+                for row, digest in enumerate(digests.to_pylist()):
+                    self._indices.setdefault(digest, shard * _ROWS + row)
+                self._indexed.add(shard)
+        return self._indices
+
+    def read(self, digest: bytes, view: int = 0, index: int = -1) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Features of one view of one image.
+
+        Args:
+            digest: of the image's content.
+            view: which of its views.
+            index: where it probably is. What lies there is another image's, or nothing, where the store was made anew.
 
         Returns:
             `features` (positions, vision_width) and `mask` (positions,), bool, or `None` where all positions are real; what
             is masked is zero.
-        """
-        shard, row = divmod(index, _ROWS)
-        table = self._table(shard).fast_slice(row, 1)
-        data, mask = (_buffer(table, name) for name in ("features", "mask"))
-        size = self.width * self.dtype.itemsize
-        if mask is None:
-            start, count = divmod(view * len(data), self.views)[0], len(data) // self.views
-            return self._tensor(data[start : start + count]), None
-        valid = torch.from_numpy(mask.reshape(self.views, -1).astype(bool))
-        ends = valid.sum(-1).cumsum(0).tolist()
-        start = ends[view - 1] if view else 0
-        features = torch.zeros(valid.shape[1], self.width, dtype=self.dtype)
-        features[valid[view]] = self._tensor(data[start * size : ends[view] * size])
-        return features, valid[view]
 
-    def _tensor(self, data: np.ndarray) -> torch.Tensor:
+        Raises:
+            ValueError: if the image is not in the store, or its shard is damaged.
+        """
+        record = self._record(index) if index >= 0 else None
+        if record is None or record["digest"] != digest:
+            index = self.indices().get(digest, -1)
+            record = self._record(index) if index >= 0 else None
+        if record is None or record["digest"] != digest or not 0 <= view < self.views:
+            what = f"View {view} of image {digest.hex()}" if self.views > 1 else f"Image {digest.hex()}"
+            raise ValueError(f"{what} is not in the store `{self.folder}`. {_AGAIN}.")
+        data, size = record["features"], self.width * self.dtype.itemsize
+        mask = None if record["mask"] is None else record["mask"].reshape(self.views, -1).astype(bool)
+        if mask is None:
+            ends = np.arange(self.views + 1) * (len(data) // self.views)
+        else:
+            ends = np.cumsum([0, *mask.sum(-1)]) * size
+        data = data[ends[view] : ends[view + 1]]
+        if _checksum(digest, record["mask"], data) != record["checksums"][8 * view : 8 * view + 8].tobytes():
+            raise self._damaged(index // _ROWS, f"the bytes of image {digest.hex()} are not those that were written")
         copy = torch.empty(len(data), dtype=torch.uint8)  # numpy promises no address; products depend on it
         copy.numpy()[:] = data
-        return copy.view(self.dtype).view(-1, self.width)
+        values = copy.view(self.dtype).view(-1, self.width)
+        if mask is None:
+            return values, None
+        valid = torch.from_numpy(mask[view])
+        features = torch.zeros(len(valid), self.width, dtype=self.dtype)
+        features[valid] = values
+        return features, valid
+
+    def _record(self, index: int) -> dict[str, Any] | None:
+        """What is stored at an index, where it lies in the memory map; `None` if there is nothing."""
+        shard, row = divmod(index, _ROWS)
+        if shard not in self._tables and not self._path(shard).is_file():
+            return None
+        try:
+            table = self._table(shard)
+            if row >= len(table):
+                return None
+            table = table.fast_slice(row, 1)
+            table.validate(full=True)  # where a length is damaged, reading would end the process
+            record: dict[str, Any] = {}
+            for name in ("digest", "features", "mask", "checksums"):
+                value = table.column(name).chunk(0)[0]
+                record[name] = np.frombuffer(value.as_buffer(), np.uint8) if value.is_valid else None
+            return {**record, "digest": record["digest"].tobytes()}
+        except (OSError, ValueError, LookupError, AttributeError) as error:
+            raise self._damaged(shard, error) from error
 
     # --------------------------------------------------------------------------------------------------- writing
 
@@ -155,12 +207,14 @@ class FeatureStore:
 
 
 class ShardWriter:
-    """Adds images to a store, in shards of so many; a context manager. Leaving it, by an error too, publishes what there
-    is."""
+    """Adds images to a store, in shards of so many; a context manager. Leaving it, by an error too, publishes what there is; a
+    shard that could not be written is dropped whole."""
 
     def __init__(self, store: FeatureStore, images_per_shard: int):
         self.store, self.images_per_shard = store, min(images_per_shard, _ROWS)
-        self._file = self._stream = None
+        self._path: Path | None = None
+        self._file: Any = None
+        self._stream: Any = None
         self._count = 0
 
     def __enter__(self) -> "ShardWriter":
@@ -169,7 +223,9 @@ class ShardWriter:
     def __exit__(self, *error: Any) -> None:
         self.close()
 
-    def add(self, digests: list[bytes], features: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def add(
+        self, digests: list[bytes], features: torch.Tensor, mask: torch.Tensor | None, names: list[str] | None = None
+    ) -> None:
         """
         Writes images with all their views.
 
@@ -177,44 +233,71 @@ class ShardWriter:
             digests: of the images' contents.
             features: (images * views, positions, vision_width), on the host; stored in the store's dtype.
             mask: (images * views, positions), true at real positions; others are not stored.
+            names: what errors call the images. Defaults to their digests.
+
+        Raises:
+            ValueError: if a feature is not finite.
+            OSError: if they can't be written.
         """
         import pyarrow as pa
 
         store, images = self.store, len(digests)
+        names = names or [f"image {digest.hex()}" for digest in digests]
         features = features.to(store.dtype).contiguous()
-        if store.dtype is torch.float16 and not features.isfinite().all():
-            raise ValueError('Features of this tower are too large for float16: store them with `dtype="bfloat16"`.')
         if mask is None:
-            counts = [features[0].numel() * store.views] * images
+            counts = np.full(images * store.views, features.shape[1])
         else:
-            counts = (mask.view(images, -1).sum(-1) * store.width).tolist()
+            counts = mask.sum(-1).numpy()
             features = features[mask]
-        ends = np.cumsum([0, *counts]) * store.dtype.itemsize
-        data = features.flatten().view(torch.uint8).numpy()
-        column = pa.LargeBinaryArray.from_buffers(
-            pa.large_binary(), images, [None, pa.py_buffer(ends.astype(np.int64).tobytes()), pa.py_buffer(data)]
-        )
-        masks = [None] * images
-        if mask is not None:
-            masks = [one.numpy().astype(np.uint8).tobytes() for one in mask.view(images, -1)]
-        batch = pa.record_batch([pa.array(digests, pa.binary()), column, pa.array(masks, pa.large_binary())], _schema())
-        if self._stream is None:
-            self._temporary = store.folder / f"writing-{os.getpid()}-{time.time_ns()}"
-            self._file = pa.OSFile(str(self._temporary), "wb")
-            self._stream, self._since = pa.ipc.new_stream(self._file, _schema()), time.monotonic()
-        self._stream.write_batch(batch)
+        data = features.view(torch.uint8).numpy().reshape(-1)
+        ends = np.cumsum([0, *counts]) * store.width * store.dtype.itemsize
+        if not features.isfinite().all():
+            finite = features.flatten(0, -2).isfinite().all(-1).split(counts.tolist())
+            name = names[next(i for i, one in enumerate(finite) if not one.all()) // store.views]
+            too_large = store.dtype is torch.float16 and not features.isnan().any()
+            raise ValueError(
+                f'The features of {name} are too large for float16: store them with `dtype="bfloat16"`.'
+                if too_large
+                else f"The tower gives NaN or infinity for {name}, and nothing can be learnt from that: leave it out, or run "
+                "the tower in float32."
+            )
+        masks = [None] * images if mask is None else [one.numpy().astype(np.uint8) for one in mask.view(images, -1)]
+        sums = [
+            _checksum(digests[i // store.views], masks[i // store.views], data[ends[i] : ends[i + 1]])
+            for i in range(images * store.views)
+        ]
+        offsets = pa.py_buffer(ends[:: store.views].astype(np.int64).tobytes())
+        columns = {
+            "digest": pa.array(digests, pa.binary(16)),
+            "features": pa.LargeBinaryArray.from_buffers(pa.large_binary(), images, [None, offsets, pa.py_buffer(data)]),
+            "mask": pa.array([None if one is None else one.tobytes() for one in masks], pa.large_binary()),
+            "checksums": pa.array(
+                [b"".join(sums[start : start + store.views]) for start in range(0, len(sums), store.views)],
+                pa.binary(8 * store.views),
+            ),
+        }
+        batch = pa.record_batch(columns)
+        try:
+            if self._stream is None:
+                self._path, self._since = temporary_path(store.folder), time.monotonic()
+                self._file = pa.OSFile(str(self._path), "wb")
+                self._stream = pa.ipc.new_stream(self._file, batch.schema)
+            self._stream.write_batch(batch)
+        except OSError as error:
+            self._drop(error)
         self._count += images
         if self._count >= self.images_per_shard or time.monotonic() - self._since > _SECONDS:
             self.close()
 
     def close(self) -> None:
         """Publishes the shard that is being written, if any."""
-        if self._stream is None:
+        if self._stream is None or self._path is None:
             return
-        self._stream.close()
-        self._file.close()
-        self._file = self._stream = None
-        self._count = 0
+        try:
+            self._stream.close()
+            self._file.close()
+        except OSError as error:
+            self._drop(error)
         number = max((int(path.stem) for path in self.store.folder.glob("[0-9]*.arrow")), default=-1) + 1
         while True:
             target = self.store._path(number)
@@ -223,25 +306,68 @@ class ShardWriter:
                 break
             except FileExistsError:
                 number += 1
-        self._temporary.replace(target)
+        self._path.replace(target)
+        self._stream, self._path, self._count = None, None, 0
+
+    def _drop(self, error: OSError) -> None:
+        path, count = self._path, self._count
+        self._stream, self._path, self._count = None, None, 0
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if path is not None:
+            path.unlink(missing_ok=True)
+        raise OSError(
+            f"A shard of features could not be written to `{self.store.folder}` ({error}). It was dropped, with {count} "
+            f"images in it; finished shards are kept. {_DISK}."
+        ) from error
 
 
-def _schema() -> Any:
-    import pyarrow as pa
+def _checksum(digest: bytes, mask: np.ndarray | None, data: np.ndarray) -> bytes:
+    """Of one view, with whose it is. `datasets` brings the package."""
+    import xxhash
 
-    return pa.schema({"digest": pa.binary(), "features": pa.large_binary(), "mask": pa.large_binary()})
-
-
-def _buffer(table: Any, name: str) -> np.ndarray | None:
-    """Bytes of a one-row column, where they lie in the memory map."""
-    value = table.column(name).chunk(0)[0]
-    return np.frombuffer(value.as_buffer(), np.uint8) if value.is_valid else None
-
-
-def _publish(data: bytes, target: Path) -> None:
-    temporary = target.with_name(f"writing-{os.getpid()}-{time.time_ns()}")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    checksum = xxhash.xxh3_64(digest)
+    if mask is not None:
+        checksum.update(mask.data)
+    checksum.update(data.data)
+    return checksum.digest()
 
 
-__all__ = ["DTYPES", "FeatureStore", "ShardWriter", "StoredImage", "open_store"]
+def _hash(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:32]
+
+
+# ------------------------------------------------------------------------------------------------------- unfinished files
+
+
+def temporary_path(folder: Path) -> Path:
+    """Where this process writes what gets its name when it is whole."""
+    return folder / f"writing-{platform.node()}-{os.getpid()}-{time.time_ns()}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes of this machine began to write in a folder and died over."""
+    import psutil
+
+    for path in folder.glob(f"writing-{platform.node()}-*"):
+        number, began = (int(one) for one in path.name.split("-")[-2:])
+        try:  # the number may be another process's by now, one that was born later
+            alive = psutil.Process(number).create_time() <= began / 1e9
+        except psutil.NoSuchProcess:
+            alive = False
+        if not alive:
+            path.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    temporary = temporary_path(target.parent)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"`{target}` could not be written ({error}). {_DISK}.") from error
+
+
+__all__ = ["DTYPES", "FeatureStore", "ShardWriter", "StoredImage", "open_store", "remove_leftovers", "temporary_path"]

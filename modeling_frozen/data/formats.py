@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import columns
+from .image_reading import Hashing, Images
+
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -29,10 +32,10 @@ def load_coco_captions(annotations: str | Path, image_folder: str | Path) -> "Da
     Raises:
         ValueError: annotations of unknown images, or image files that aren't there.
     """
-    found = _read(annotations, ("images", "annotations"))
-    files = {image["id"]: image["file_name"] for image in found["images"]}
+    content = _read(annotations, ("images", "annotations"))
+    files = {image["id"]: image["file_name"] for image in content["images"]}
     captions: dict[Any, list[str]] = {}
-    for entry in found["annotations"]:
+    for entry in content["annotations"]:
         captions.setdefault(entry["image_id"], []).append(entry["caption"])
     if unknown := [index for index in captions if index not in files]:
         raise ValueError(f"{annotations} has captions of images that it does not list: {unknown[:5]}.")
@@ -63,20 +66,20 @@ def load_vqa(
         ValueError: questions without answers, or image files that aren't there.
     """
     asked = _read(questions, ("questions",))["questions"]
-    columns: dict[str, list[Any]] = {
+    content: dict[str, list[Any]] = {
         "image": [file_name.format(image_id=one["image_id"]) for one in asked],
         "prompt": [one["question"] for one in asked],
     }
     if annotations is not None:
-        given = {one["question_id"]: one for one in _read(annotations, ("annotations",))["annotations"]}
-        if missing := [one["question_id"] for one in asked if one["question_id"] not in given]:
+        answered = {one["question_id"]: one for one in _read(annotations, ("annotations",))["annotations"]}
+        if missing := [one["question_id"] for one in asked if one["question_id"] not in answered]:
             raise ValueError(f"{annotations} has no answers to {len(missing)} questions, the first {missing[:5]}.")
-        entries = [given[one["question_id"]] for one in asked]
-        columns["answers"] = [[answer["answer"] for answer in entry["answers"]] for entry in entries]
-        columns["answer"] = [entry["multiple_choice_answer"] for entry in entries]
+        entries = [answered[one["question_id"]] for one in asked]
+        content["answers"] = [[answer["answer"] for answer in entry["answers"]] for entry in entries]
+        content["answer"] = [entry["multiple_choice_answer"] for entry in entries]
     for name in ("question_id", "image_id"):
-        columns[name] = [one[name] for one in asked]
-    return _with_images(columns, image_folder)
+        content[name] = [one[name] for one in asked]
+    return _with_images(content, image_folder)
 
 
 def split_by_image(
@@ -84,26 +87,26 @@ def split_by_image(
     *,
     validation: float = 0.1,
     test: float = 0.1,
-    image_column: str = "image",
+    image_column: str | None = None,
     key_column: str | None = None,
     seed: int = 0,
 ) -> "DatasetDict":
     """
-    Train, validation and test splits in which no picture's rows fall on two sides: five captions of one photo in five rows
-    stay together, and so do copies of a photo under several names.
+    Train, validation and test splits in which no image's rows fall on two sides: five captions of one photo in five rows stay
+    together, and so do copies of a photo under several names.
 
     Args:
         dataset: rows with an image (or a list of images, which tie their row to every other with one of them).
-        validation, test (`float`): shares of the pictures; 0 for no such split.
-        image_column (`str`): pictures are told apart by their content.
-        key_column (`str`, *optional*): a column that names the picture (`image_id`), quicker than reading the pictures.
+        validation, test (`float`): shares of the images; 0 for no such split.
+        image_column (`str`, *optional*): images are told apart by their content. Defaults to `image`, else `images`.
+        key_column (`str`, *optional*): a column that names the image (`image_id`), quicker than reading the images.
         seed (`int`): of the shuffle. Rows keep their order within a split.
 
     Returns:
         `DatasetDict` with "train" and, where their share is not 0, "validation" and "test".
 
     Raises:
-        ValueError: shares that leave nothing to train on, or too few pictures for them.
+        ValueError: shares that leave nothing to train on, or too few images for them; no image column.
     """
     from datasets import DatasetDict
 
@@ -115,7 +118,7 @@ def split_by_image(
     sizes = {"validation": round(validation * len(names)), "test": round(test * len(names))}
     asked = {"validation": validation, "test": test}
     if empty := [name for name, size in sizes.items() if asked[name] and not size]:
-        raise ValueError(f"{len(names)} different pictures are too few for a share of {asked[empty[0]]} ({empty[0]}).")
+        raise ValueError(f"{len(names)} different images are too few for a share of {asked[empty[0]]} ({empty[0]}).")
     side = dict.fromkeys(names, "train")
     side.update(dict.fromkeys(names[: sizes["validation"]], "validation"))
     side.update(dict.fromkeys(names[sizes["validation"] : sizes["validation"] + sizes["test"]], "test"))
@@ -125,18 +128,15 @@ def split_by_image(
     return DatasetDict({name: dataset.select(indices) for name, indices in rows.items()})
 
 
-def _groups(dataset: "Dataset", image_column: str, key_column: str | None) -> list[int]:
-    """For each row the number of its group: rows that share a picture, directly or over others."""
-    keys: list[list[Any]]
+def _groups(dataset: "Dataset", image_column: str | None, key_column: str | None) -> list[int]:
+    """For each row the number of its group: rows that share an image, directly or over others."""
+    keys: list[Any]
     if key_column is not None:
-        keys = [[key] for key in dataset[key_column]]
+        keys = list(dataset[key_column])
     else:
-        from .image_reading import Hashing, Images
-
-        hashing = Hashing(Images(dataset, image_column))
-        found = [one for chunk in range(len(hashing)) for one in hashing[chunk]]
-        keys = [[key for key in (one if isinstance(one, list) else [one]) if key is not None] for one in found]
-    parent: dict[Any, int] = {}
+        hashing = Hashing(Images(dataset, columns.image_column(dataset.column_names, image_column)))
+        keys = [one for chunk in range(len(hashing)) for one in hashing[chunk]]
+    first: dict[Any, int] = {}
     group = list(range(len(keys)))
 
     def root(index: int) -> int:
@@ -145,29 +145,27 @@ def _groups(dataset: "Dataset", image_column: str, key_column: str | None) -> li
             index = group[index]
         return index
 
-    for index, some in enumerate(keys):
-        for key in some:
-            if key in parent:
-                group[root(index)] = root(parent[key])
-            else:
-                parent[key] = index
+    for index, own in enumerate(keys):
+        for key in own if isinstance(own, list) else [own]:
+            if key is not None:
+                group[root(index)] = root(first.setdefault(key, index))
     return [root(index) for index in range(len(keys))]
 
 
 def _read(path: str | Path, needed: tuple[str, ...]) -> Mapping[str, Any]:
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if missing := [name for name in needed if name not in found]:
-        raise ValueError(f"{path} lacks {missing} (it has {sorted(found)[:8]}): is it another kind of file?")
-    return found
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if missing := [name for name in needed if name not in content]:
+        raise ValueError(f"{path} lacks {missing} (it has {sorted(content)[:8]}): is it another kind of file?")
+    return content
 
 
-def _with_images(columns: dict[str, list[Any]], folder: str | Path) -> "Dataset":
+def _with_images(content: dict[str, list[Any]], folder: str | Path) -> "Dataset":
     from datasets import Dataset, Image
 
-    paths = [Path(folder) / name for name in columns["image"]]
+    paths = [Path(folder) / name for name in content["image"]]
     if missing := sorted({str(path) for path in paths if not path.is_file()}):
         raise ValueError(f"{len(missing)} image files are not there, the first {missing[0]}: check `image_folder`.")
-    return Dataset.from_dict({**columns, "image": [str(path) for path in paths]}).cast_column("image", Image())
+    return Dataset.from_dict({**content, "image": [str(path) for path in paths]}).cast_column("image", Image())
 
 
 __all__ = ["load_coco_captions", "load_vqa", "split_by_image"]

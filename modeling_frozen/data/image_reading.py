@@ -1,58 +1,105 @@
-"""Images of a dataset by their content, read, hashed and preprocessed in worker processes: what `feature_cache` feeds to the
-tower.
+"""Images by their content: the one digest that tells them apart everywhere, and their reading, hashing and preprocessing in
+worker processes for the feature cache.
 
-Nothing is decoded to tell images apart where their files are at hand. Decoding is left to the dataset's own feature, so that
-the tower sees what it would see in training.
+Nothing is decoded to tell images apart where their files are at hand. What is opened goes through the processor's own loader.
 """
 
 import hashlib
 import os
-import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..processors import load_rgb_image
+from .columns import as_list, is_list
+from .draws import seeded
+from .feature_store import StoredImage
 
 
-# What a row has of images: nothing, one, or a list with gaps.
-Found = bytes | list[bytes | None] | None
+# What a row has of images, by digest: none, one, or a list with gaps.
+Digests: TypeAlias = bytes | list[bytes | None] | None
 
 _CHUNK = 64  # rows that a worker hashes at a time
 
 
-def digest_of_image(value: Any, mode: str | None, known: dict[str, bytes]) -> bytes | None:
-    """16 bytes that tell an image by its content: by its file, which is not decoded, else by its pixels."""
-    if value is None:
-        return None
-    data = path = None
-    if isinstance(value, Mapping):
-        data, path = value.get("bytes"), value.get("path")
-    elif isinstance(value, str):
-        path = value
-    elif isinstance(value, bytes):
-        data = value
-    if data is None and path is not None:
-        if path in known:
-            return known[path]
-        if os.path.isfile(path):
-            data = Path(path).read_bytes()
-    else:
-        path = None  # a mere name, which others may bear too
+def read_image(value: Any, decoder: Any = None, name: str = "image") -> Any:
+    """
+    An image as it is hashed and decoded, read once.
+
+    Args:
+        value: what [`load_rgb_image`] takes.
+        decoder (`datasets.Image`, *optional*): of the column, for places that only `datasets` can open.
+        name (`str`): what an error calls it.
+
+    Returns:
+        `{"bytes", "path"}` of an encoded image, a local file's included; an array of floats as it is, for its range is not
+        known here; else a PIL image in RGB.
+
+    Raises:
+        ValueError: if it can't be opened, with its name.
+    """
+    if isinstance(value, bytes | str | os.PathLike):
+        value = {"bytes": value, "path": None} if isinstance(value, bytes) else {"bytes": None, "path": os.fspath(value)}
+    if not isinstance(value, Mapping):
+        return value if _is_float(value) else load_rgb_image(value, name)
+    data, path = value.get("bytes"), value.get("path")
     if data is not None:
-        digest = hashlib.blake2b(f"file {mode} ".encode(), digest_size=16)
-        digest.update(data)
+        return {"bytes": data, "path": path}
+    if path is not None and len(path) < 4096 and os.path.isfile(path):
+        return {"bytes": Path(path).read_bytes(), "path": path}
+    if decoder is not None and path is not None and "://" in path:
+        value = _decode(decoder, {"bytes": None, "path": path}, name)
+    return load_rgb_image(value, name)
+
+
+def digest_of_image(image: Any, decoder: Any = None, known: dict[str, bytes] | None = None, name: str = "image") -> bytes:
+    """
+    16 bytes by which an image is known, in stores, splits, batches of pairs and evaluation: by its file, which is not decoded,
+    else by its upright RGB pixels (an image that is a file here and decoded there has two).
+
+    Args:
+        image: what [`load_rgb_image`] or [`read_image`] takes, or a [`StoredImage`].
+        decoder (`datasets.Image`, *optional*): of the column; its `mode` is what the image is converted to.
+        known (`dict`, *optional*): digests by path, of files that don't change meanwhile; added to.
+        name (`str`): what an error calls it.
+
+    Raises:
+        ValueError: if it can't be opened, with its name.
+    """
+    if isinstance(image, StoredImage):
+        return image.digest
+    path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else image
+    if known is None or not isinstance(path, str):
+        path = None
+    elif path in known:
+        return known[path]
+    content = read_image(image, decoder, name)
+    if isinstance(content, Mapping):
+        kind, data = "file", content["bytes"]
+    elif _is_float(content):
+        kind, data = f"floats {tuple(content.shape)}", torch.as_tensor(content).detach().cpu().double().numpy().tobytes()
     else:
-        image = load_rgb_image(value)
-        digest = hashlib.blake2b(f"pixels {mode} {image.size} ".encode(), digest_size=16)
-        digest.update(image.tobytes())
-    if path is not None:
+        kind, data = f"pixels {content.size}", content.tobytes()
+    digest = hashlib.blake2b(f"{kind} {getattr(decoder, 'mode', None)} ".encode(), digest_size=16)
+    digest.update(data)
+    if known is not None and path is not None:
         known[path] = digest.digest()
     return digest.digest()
+
+
+def _is_float(value: Any) -> bool:
+    return value.is_floating_point() if isinstance(value, torch.Tensor) else getattr(value, "dtype", np.dtype("O")).kind == "f"
+
+
+def _decode(decoder: Any, value: Mapping[str, Any], name: str) -> Any:
+    try:
+        return decoder.decode_example(value)
+    except Exception as error:  # PIL, fsspec and the network raise some twenty kinds
+        raise ValueError(f"Can't open {name} ({value['path']!r}): {error or type(error).__name__}.") from error
 
 
 def inner_feature(feature: Any) -> Any:
@@ -68,9 +115,9 @@ class Images:
     def __init__(self, dataset: Any, column: str):
         import datasets
 
-        feature = dataset.features[column]
-        self.decoder = inner_feature(feature) if isinstance(inner_feature(feature), datasets.Image) else None
-        text = getattr(inner_feature(feature), "dtype", None) in ("string", "large_string", "binary", "large_binary")
+        feature = inner_feature(dataset.features[column])
+        self.decoder = feature if isinstance(feature, datasets.Image) else None
+        text = getattr(feature, "dtype", None) in ("string", "large_string", "binary", "large_binary")
         self.raw = self.decoder is not None or text
         self.dataset = dataset.select_columns([column]).with_format("arrow" if self.raw else None)
         self.column = column
@@ -79,80 +126,73 @@ class Images:
         values = self.dataset[start:end]
         return values.column(self.column).to_pylist() if self.raw else list(values[self.column])
 
-    def row(self, index: int) -> Any:
-        return self.rows(index, index + 1)[0]
-
     def __len__(self) -> int:
         return len(self.dataset)
 
 
 class HeldImages:
-    """Images of a piece of a stream, in memory."""
+    """Images of a piece of a stream, in memory; `start` is the number of its first row."""
 
-    def __init__(self, values: list[Any], decoder: Any):
-        self.values, self.decoder = values, decoder
+    def __init__(self, values: list[Any], decoder: Any, start: int = 0):
+        self.values, self.decoder, self.start = values, decoder, start
 
-    def row(self, index: int) -> Any:
-        return self.values[index]
-
-
-def as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+    def rows(self, start: int, end: int) -> list[Any]:
+        return self.values[start - self.start : end - self.start]
 
 
 class Hashing(Dataset):
     """Digests of the images of a chunk of rows; runs in worker processes."""
 
-    def __init__(self, images: Images):
-        self.images, self.known = images, {}
-        self.mode = getattr(images.decoder, "mode", None)
+    def __init__(self, images: Any):
+        self.images = images
+        self.known: dict[str, bytes] = {}
 
     def __len__(self) -> int:
         return -(-len(self.images) // _CHUNK)
 
-    def __getitem__(self, chunk: int) -> list[Found]:
-        values = self.images.rows(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.images)))
-        return [self.of(value) for value in values]
+    def __getitem__(self, chunk: int) -> list[Digests]:
+        start = chunk * _CHUNK
+        return [self.of(start + i, value) for i, value in enumerate(self.images.rows(start, start + _CHUNK))]
 
-    def of(self, value: Any) -> Found:
-        if isinstance(value, list | tuple):
-            return [digest_of_image(one, self.mode, self.known) for one in value]
-        return digest_of_image(value, self.mode, self.known)
+    def of(self, row: int, value: Any) -> Digests:
+        """Of what a row has in its image column."""
+        digests = [
+            None if one is None else digest_of_image(one, self.images.decoder, self.known, name_of(row, place))
+            for place, one in enumerate(as_list(value))
+        ]
+        return digests if is_list(value) else digests[0]
+
+
+def name_of(row: int, place: int = 0) -> str:
+    return f"image {place} of row {row}"
 
 
 class Prepare:
-    """From an image as it lies in the dataset to the tower's input, all views of it; runs in worker processes."""
+    """From images to the tower's input, all views of them; runs in worker processes."""
 
     def __init__(self, processor: Any, views: int, augment: Any, plain_view: bool, seed: int):
         self.processor, self.views, self.augment = processor, views, augment
         self.plain_view, self.seed = plain_view, seed
 
-    def __call__(self, values: list[Any], digests: list[bytes], decoder: Any) -> dict[str, torch.Tensor]:
-        if decoder is not None:
-            values = [decoder.decode_example(value) if isinstance(value, Mapping) else value for value in values]
+    def __call__(self, images: list[Any], digests: list[bytes]) -> dict[str, torch.Tensor]:
         if self.augment is not None:
-            values = [
+            images = [
                 self._view(image, digest, view)
-                for image, digest in zip(map(load_rgb_image, values), digests, strict=True)
+                for image, digest in zip(map(load_rgb_image, images), digests, strict=True)
                 for view in range(self.views)
             ]
-        return dict(self.processor(images=values, return_tensors="pt"))
+        return dict(self.processor(images=images, return_tensors="pt"))
 
     def _view(self, image: Any, digest: bytes, view: int) -> Any:
         if self.plain_view and view == 0:
             return image
-        drawn = hashlib.blake2b(digest + f"{self.seed} {view}".encode(), digest_size=4).digest()
-        states = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            number = int.from_bytes(drawn, "little")
-            random.seed(number), np.random.seed(number), torch.manual_seed(number)
-            changed = self.augment(image.copy())
-        random.setstate(states[0]), np.random.set_state(states[1])
-        return changed
+        with seeded(self.seed, digest, view):
+            return self.augment(image.copy())
 
 
 class Batches(Dataset):
-    """Preprocessed batches of images, by their places (row, position in the row's list)."""
+    """Preprocessed batches of images, by their places (digest, row, position in the row's list); of each image the digest and
+    the name."""
 
     def __init__(self, images: Any, prepare: Prepare, places: list[tuple[bytes, int, int]], size: int):
         self.images, self.prepare = images, prepare
@@ -161,22 +201,32 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[list[bytes], dict[str, torch.Tensor]]:
+    def __getitem__(self, index: int) -> tuple[list[bytes], list[str], dict[str, torch.Tensor]]:
         batch = self.batches[index]
-        values = [as_list(self.images.row(row))[position] for _, row, position in batch]
-        digests = [digest for digest, _, _ in batch]
-        return digests, self.prepare(values, digests, self.images.decoder)
+        digests, names = [digest for digest, _, _ in batch], [name_of(row, place) for _, row, place in batch]
+        images = [self._open(*place, name) for place, name in zip(batch, names, strict=True)]
+        return digests, names, self.prepare(images, digests)
+
+    def _open(self, digest: bytes, row: int, place: int, name: str) -> Any:
+        decoder = self.images.decoder
+        content = read_image(as_list(self.images.rows(row, row + 1)[0])[place], decoder, name)
+        if digest_of_image(content, decoder) != digest:
+            raise ValueError(
+                f"{name.capitalize()} is another than a moment ago: its file was replaced while features were made. Run "
+                "`cache_vision_features` again; what is stored already is kept."
+            )
+        if isinstance(content, Mapping) and getattr(decoder, "mode", None) is not None:
+            content = _decode(decoder, content, name)
+        return content if _is_float(content) else load_rgb_image(content, name)
 
 
-def _first(items: list[Any]) -> Any:
-    return items[0]
-
-
-def load_in_workers(dataset: Dataset, workers: int, **options: Any) -> Iterable[Any]:
+def load_in_workers(dataset: Any, workers: int, **options: Any) -> Iterable[Any]:
+    """The items of a map-style dataset, in order."""
     workers = min(workers, len(dataset)) if len(dataset) > 1 else 0
     if workers:
         options["prefetch_factor"] = 4
-    return DataLoader(dataset, batch_size=1, collate_fn=_first, num_workers=workers, **options)
+    return DataLoader(dataset, batch_size=None, num_workers=workers, **options)
 
 
-__all__ = ["Batches", "Found", "Hashing", "HeldImages", "Images", "Prepare", "as_list", "inner_feature", "load_in_workers"]
+__all__ = ["Batches", "Digests", "Hashing", "HeldImages", "Images", "Prepare", "digest_of_image", "inner_feature",
+    "load_in_workers", "name_of", "read_image"]  # fmt: skip

@@ -16,6 +16,7 @@ language models, where attention weighs most), even without the block mask. It i
 """
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,45 +27,26 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def length_of(row: Mapping[str, Any], collator: DataCollatorForFrozenPrefix) -> int:
-    """
-    Positions that a row takes in a batch, placeholders and special tokens included, before padding.
-
-    Args:
-        row (`Mapping`): as the collator takes it. Its pictures aren't opened.
-        collator ([`DataCollatorForFrozenPrefix`]): the one that will make the batches.
-
-    Returns:
-        `int`: of an encoder-decoder, those of the encoder and of the decoder together. Of a row with several texts their
-        mean.
-
-    Raises:
-        ValueError: as the collator, where it can't read the row.
-    """
-    return _lengths([row], collator)[0]
-
-
 def _lengths(rows: list[Mapping[str, Any]], collator: DataCollatorForFrozenPrefix) -> list[int]:
-    examples, counts = [], []
-    for index, row in enumerate(rows):
-        # The collator draws one of several texts; drawing here would move its random generator.
-        drawn = collator.each_text(index, row)
-        examples += [collator._read(index, one) for one in drawn]
-        counts.append(len(drawn))
+    """Of a row with several texts, their mean; of an encoder-decoder, positions of the encoder and decoder together."""
+    samples = dataclasses.replace(collator, all_texts=True)._samples(rows)
+    examples = [collator._read(index, sample) for index, sample in samples]
     collator._encode(examples)
     for index, example in enumerate(examples):
         collator._truncate(index, example)
     lengths = [len(example.ids) for example in examples]
     if collator.is_encoder_decoder:
         lengths = [length + len(target) for length, target in zip(lengths, collator._targets(examples), strict=True)]
-    ends = iter(lengths)
-    return [round(sum(next(ends) for _ in range(count)) / count) for count in counts]
+    of_row: dict[int, list[int]] = {}
+    for (index, _), length in zip(samples, lengths, strict=True):
+        of_row.setdefault(index, []).append(length)
+    return [round(sum(own) / len(own)) for own in of_row.values()]
 
 
 def _unopened(feature: Any) -> Any:
-    """A column's type, with the bytes of pictures and sounds left as they are."""
+    """A column's type, with the bytes of images and audio left as they are."""
     if isinstance(feature, Mapping):
-        return type(feature)({name: _unopened(inner) for name, inner in feature.items()})
+        return {name: _unopened(inner) for name, inner in feature.items()}
     if isinstance(feature, list):
         return [_unopened(inner) for inner in feature]
     feature = copy.copy(feature)
@@ -91,7 +73,7 @@ def add_lengths(
     ```
 
     Args:
-        dataset (`datasets.Dataset`): rows as the collator takes them. Pictures aren't opened, only texts are tokenised.
+        dataset (`datasets.Dataset`): rows as the collator takes them. Images aren't opened, only texts are tokenised.
         collator ([`DataCollatorForFrozenPrefix`]): the one that will make the batches.
         column (`str`): its name; `TrainingArguments.length_column_name`.
         batch_size (`int`): rows per call of the tokenizer.
@@ -113,11 +95,11 @@ def add_lengths(
             f"The dataset has a column {column!r} already: pass another name as `column=`, and to TrainingArguments as "
             "`length_column_name=`."
         )
-    unopened = dataset.with_format(None).cast(_unopened(dataset.features))
+    unopened = dataset.with_format(None).cast(type(dataset.features)(_unopened(dataset.features)))
     lengths: list[int] = []
     for start in range(0, len(unopened), batch_size):
         lengths += _lengths(list(unopened.select(range(start, min(start + batch_size, len(unopened))))), collator)
     return dataset.add_column(column, lengths)
 
 
-__all__ = ["add_lengths", "length_of"]
+__all__ = ["add_lengths"]

@@ -1,7 +1,7 @@
-"""DataCollatorForFrozenPrefixRetrieval: rows of a picture and its captions to pairs for the contrastive loss.
+"""DataCollatorForFrozenPrefixRetrieval: rows of an image and its captions to pairs for the contrastive loss.
 
-It reads pictures (files, objects, stored features) and draws captions as DataCollatorForFrozenPrefix does; texts to be
-matched hold no placeholder. It says which pairs show the same picture, so that its captions aren't each other's negatives.
+It reads images (files, objects, stored features) and draws captions as DataCollatorForFrozenPrefix does; the texts hold no
+placeholder. It says which pairs show the same image, so that its captions aren't each other's negatives.
 """
 
 import hashlib
@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from .collator import DataCollatorForFrozenPrefix
+from .collator import DataCollatorForFrozenPrefix, image_identity
 from .feature_store import StoredImage
+from .image_reading import digest_of_image, read_image
 
 
 @dataclass
@@ -27,15 +28,15 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
         processor, max_length, image_column, text_column, pad_to_multiple_of, share_images, all_texts:
             As [`DataCollatorForFrozenPrefix`].
         image_id_column: name of a column that names the image by a number or a string. Where a row has none, images are told
-            apart by path, content or place in a store.
+            apart by their content ([`digest_of_image`]).
         captions: give what `config.caption_loss_weight` asks for as well: the same captions, behind their image's
             placeholders.
 
     Returns: `input_ids`, `attention_mask` (batch, sequence), padded on the right; the inputs of the images, with
-    `image_index` where one stands twice; `image_ids` (batch,) where they are known; `return_loss`; with `captions`
+    `image_index` where one stands twice; `image_ids` (batch,); `return_loss`; with `captions`
     `caption_input_ids`, `caption_attention_mask` and `caption_targets`.
 
-    Errors: ValueError that names the row and the way out.
+    Raises: ValueError that names the row and the way out.
     """
 
     image_id_column: str = "image_id"
@@ -43,18 +44,24 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         images, texts, ids = [], [], []
+        known: dict[Any, tuple[Any, bytes]] = {}
         for index, row in self._samples(rows):
-            found = self._images(index, row, required=True)
-            if len(found) != 1 or not isinstance(row.get(self.text_column), str | list | tuple):
+            own = self._images(index, row, required=True)
+            if len(own) != 1 or not isinstance(row.get(self.text_column), str | list | tuple):
                 raise ValueError(
-                    f"Row {index} has {len(found)} images and {row.get(self.text_column)!r:.80} as {self.text_column!r}: a "
+                    f"Row {index} has {len(own)} images and {row.get(self.text_column)!r:.80} as {self.text_column!r}: a "
                     "pair is one image and a text, or a list of texts of which one is drawn. Leave other rows out."
                 )
-            images += found
+            identity = image_identity(own[0])
+            if identity not in known:
+                content = own[0] if isinstance(own[0], StoredImage) else read_image(own[0], name=f"the image of row {index}")
+                known[identity] = content, digest_of_image(content)
+            image, digest = known[identity]
+            images.append(image)
             texts.append(self._draw(index, self.text_column, row[self.text_column]))
-            ids.append(_stable_id(row.get(self.image_id_column), found[0]))
+            ids.append(_image_id(index, row.get(self.image_id_column), digest))
         limits = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
-        read = self.processor.tokenizer(
+        encoded = self.processor.tokenizer(
             texts,
             padding=True,
             padding_side="right",
@@ -62,9 +69,8 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
             return_tensors="pt",
             **limits,
         )
-        batch = {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"], "return_loss": True}
-        if None not in ids:
-            batch["image_ids"] = torch.tensor(ids)
+        batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        batch.update(image_ids=torch.tensor(ids), return_loss=True)
         if not self.captions:
             return {**batch, **self.process_images(images)}
         name = self.image_column or "image"
@@ -75,29 +81,18 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
         return {**described, **batch}
 
 
-def _stable_id(given: Any, image: Any) -> int | None:
-    """The same number for the same image in every process, or `None` where nothing tells."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        return given
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(given, str):
-        known: Any = given.encode()
-    elif isinstance(image, StoredImage):
-        known = f"{image.store}:{image.index}".encode()
-    else:
-        known = image.encode() if isinstance(image, str) else image if isinstance(image, bytes) else _content(image)
-    return None if known is None else int.from_bytes(hashlib.blake2b(known, digest_size=8).digest(), "big", signed=True)
-
-
-def _content(image: Any) -> bytes | None:
-    """Of decoded pictures: `datasets` decodes anew for every row."""
-    if isinstance(image, torch.Tensor):
-        image = image.cpu().numpy()
-    to_bytes = getattr(image, "tobytes", None)
-    if to_bytes is None:
-        return None
-    return f"{getattr(image, 'size', '')}{getattr(image, 'shape', '')}{getattr(image, 'mode', '')}".encode() + to_bytes()
+def _image_id(index: int, value: Any, digest: bytes) -> int:
+    """The same number for the same image in every process: by the row's own name for it, else by its content."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # of numpy or torch
+    if value is None or value != value or value == "":  # pandas writes NaN where there is none
+        return int.from_bytes(digest[:8], "big", signed=True)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(
+            f"Row {index}: an image is named by a number or a string, not by {value!r:.80} ({type(value).__name__})."
+        )
+    if not isinstance(value, str) and value % 1 == 0 and abs(value) < 2**63:
+        return int(value)
+    return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=8).digest(), "big", signed=True)
 
 
 __all__ = ["DataCollatorForFrozenPrefixRetrieval"]
