@@ -11,7 +11,7 @@ from transformers import Trainer
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.data.lengths import add_lengths
 from tests.helpers.tiny import join, rows
-from tests.test_training import arguments
+from tests.helpers.training import arguments
 
 
 def length_of(row: dict, collator: DataCollatorForFrozenPrefix) -> int:

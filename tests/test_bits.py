@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.bits import compares_bits
-from tests.test_checkpoints import same_logits
+from tests.helpers.tiny import same_logits
 
 
 def says_so(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -17,8 +17,8 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
 )
 from modeling_frozen.model_card.card import write_model_card
+from tests.helpers.audio_towers import AUDIO_TOWERS
 from tests.helpers.tiny import save_parents
-from tests.test_modalities import EARS
 
 
 METRICS = {"sighted": {"accuracy": 0.9}, "blind": {"accuracy": 0.2}, "random_connector": {"accuracy": 0.3}}
@@ -28,7 +28,7 @@ METRICS = {"sighted": {"accuracy": 0.9}, "blind": {"accuracy": 0.2}, "random_con
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("parents")
     tower, words = save_parents(folder)
-    config, kind, extractor = EARS["wav2vec2"]
+    config, kind, extractor = AUDIO_TOWERS["wav2vec2"]
     kind(config).save_pretrained(folder / "ears")
     extractor().save_pretrained(folder / "ears")
     return {"vision": tower, "text": words, "audio": str(folder / "ears")}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_frozen.processors import INTERLEAVED_CHAT_TEMPLATE, few_shot_messages
-from tests.test_processing import CHATML, make, picture, words
+from tests.helpers.processors import CHATML, make, picture, words
 
 
 TEMPLATES: dict[str, str | None] = {"own": None, "parent's": CHATML, "interleaved": INTERLEAVED_CHAT_TEMPLATE}

@@ -9,21 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, LlamaForCausalLM
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
-from tests.helpers.tiny import join, save_parents, text_config, vision_config
+from tests.helpers.tiny import image_inputs, join, same_logits, save_parents, text_config, vision_config
 
 
 Eyes = FrozenPrefixForConditionalGeneration
-
-
-def batch(model: Eyes) -> dict[str, torch.Tensor]:
-    ids = torch.full((1, 7), 5)
-    ids[:, 1 : 1 + model.config.prefix_length] = model.config.image_token_id
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
-
-
-def same_logits(first: Eyes, second: Eyes) -> bool:
-    with torch.no_grad():
-        return torch.equal(first(**batch(first)).logits, second(**batch(first)).logits)
 
 
 def test_a_checkpoint_is_the_connector_and_some_text(tmp_path: Path) -> None:
@@ -122,8 +111,9 @@ def test_headless_and_whole_share_a_checkpoint(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "eyes")
     base = AutoModel.from_pretrained(tmp_path / "eyes")
     assert isinstance(base, FrozenPrefixModel)
+    inputs = image_inputs(model)
     with torch.no_grad():
-        assert torch.equal(base(**batch(model)).last_hidden_state, model.model(**batch(model)).last_hidden_state)
+        assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
     base.save_pretrained(tmp_path / "base")
     assert same_logits(model, Eyes.from_pretrained(tmp_path / "base"))
 

@@ -39,9 +39,9 @@ from modeling_frozen.metrics.scores import classification_compute_metrics
 from modeling_frozen.modeling_frozen_prefix_classification import classification_loss, fuse
 from modeling_frozen.text_reading import pool_text, read_text
 from tests.helpers import fresh_python
+from tests.helpers.audio_towers import AUDIO_TOWERS
 from tests.helpers.families_text import FAMILIES, language_model
 from tests.helpers.tiny import COLOURS, WORDS, save_parents, text_config, tokenizer, vision_config
-from tests.test_modalities import EARS
 
 
 Classifier = FrozenPrefixForSequenceClassification
@@ -249,7 +249,7 @@ def test_it_compiles_as_one_graph(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_sounds_are_classified_by_the_same_formula(tmp_path: Path) -> None:
-    config, kind, extractor = EARS["wav2vec2"]
+    config, kind, extractor = AUDIO_TOWERS["wav2vec2"]
     kind(config).save_pretrained(tmp_path / "ears")
     extractor().save_pretrained(tmp_path / "ears")
     _, words = save_parents(tmp_path)

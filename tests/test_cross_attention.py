@@ -12,10 +12,10 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from modeling_frozen.cross_attention import decoder_layers, probe_decoder
 from modeling_frozen.transformers_compat import cache_of
+from tests.helpers.families_joined import IMAGE, pictures
+from tests.helpers.families_joined import prompt as families_prompt
 from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, language_model, text_config
 from tests.helpers.tiny import join, recompute_activations, skip_where_torch_traces_no_forward
-from tests.test_families import IMAGE, pictures
-from tests.test_families import prompt as families_prompt
 
 
 Eyes = FrozenPrefixForConditionalGeneration
@@ -52,7 +52,7 @@ def build(family: str, *, gates: bool = True, **options: object) -> Eyes:
 
 
 @functools.cache
-def eyes(family: str) -> Eyes:
+def shared_model(family: str) -> Eyes:
     """Shared by the checks that change nothing in it; its gates are open."""
     return build(family)
 
@@ -93,7 +93,7 @@ def test_at_first_it_is_the_bare_parent_bit_for_bit(family: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_words_before_any_image_are_the_bare_parents(family: str) -> None:
-    model, ids = eyes(family), prompt(words=6)
+    model, ids = shared_model(family), prompt(words=6)
     parent = model.model.language_model
     text = as_read(ids)
     assert torch.equal(model(text).logits, parent(text).logits)
@@ -107,7 +107,7 @@ def test_words_before_any_image_are_the_bare_parents(family: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_changing_the_image_changes_the_logits(family: str) -> None:
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     first, second = (model(ids, pictures(seed=seed)).logits for seed in (1, 2))
     assert (first - second)[:, -1].abs().max() > 1e-4
 
@@ -115,7 +115,7 @@ def test_changing_the_image_changes_the_logits(family: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_the_order_of_two_images_matters(family: str) -> None:
-    model, ids, images = eyes(family), prompt(images=2), pictures(2)
+    model, ids, images = shared_model(family), prompt(images=2), pictures(2)
     ahead, swapped, other_first = (
         model(ids, order).logits for order in (images, images.flip(0), torch.cat([pictures(1, 5), images[1:]]))
     )
@@ -147,7 +147,7 @@ def test_a_step_opens_the_gates(family: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_padded_batch_equals_single_samples(family: str, side: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     rows = [prompt(words=3, images=2, seed=1)[0], prompt(words=8, seed=2)[0], prompt(words=4, images=0, seed=3)[0]]
     width = max(len(row) for row in rows)
     ids = torch.zeros(3, width, dtype=torch.long)
@@ -169,7 +169,7 @@ def test_a_padded_batch_equals_single_samples(family: str, side: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_greedy_with_cache_equals_greedy_without(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     ids = torch.cat([prompt(words=7, images=1, seed=1), prompt(words=5, images=2, seed=2), prompt(words=9, images=0)])
     cached, anew = (model.generate(ids, pixel_values=pictures(3), use_cache=use, **greedy(ids)) for use in (True, False))
     assert torch.equal(cached, anew)
@@ -182,7 +182,7 @@ def test_greedy_with_cache_equals_greedy_without(family: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_generation_sees_the_image_at_every_step(family: str) -> None:
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     options = {**greedy(ids, 3), "return_dict_in_generate": True, "output_logits": True}
     outputs = model.generate(ids, pixel_values=pictures(seed=1), **options)
     whole = model(outputs.sequences, pictures(seed=1)).logits
@@ -196,7 +196,7 @@ def test_generation_sees_the_image_at_every_step(family: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_beams_and_return_sequences(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     rows = [prompt(words=5, images=2, seed=1), prompt(words=7, images=1, seed=2)]
     ids, images = torch.cat(rows), pictures(3)
     options = {
@@ -217,7 +217,7 @@ def test_beams_and_return_sequences(family: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_left_padded_generation_equals_single_samples(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     if model.model.language_model._is_stateful and not model.model._skips_padding:
         return  # refused; see the padded batch
     rows = [prompt(words=3, images=2, seed=1), prompt(words=8, seed=2)]
@@ -235,7 +235,7 @@ def test_left_padded_generation_equals_single_samples(family: str) -> None:
 @every_decoder
 @torch.no_grad()
 def test_static_cache_where_the_parent_has_it(family: str) -> None:
-    model, ids = eyes(family), prompt(images=2)
+    model, ids = shared_model(family), prompt(images=2)
     if not model.model.language_model._can_compile_fullgraph:
         return
     dynamic = model.generate(ids, pixel_values=pictures(2), **greedy(ids, 5))
@@ -418,7 +418,7 @@ def test_every_n_layers() -> None:
 
 
 def test_images_need_their_placeholders() -> None:
-    model = eyes("llama")
+    model = shared_model("llama")
     with pytest.raises(ValueError, match="holds 1 image placeholders.*but the images fill 2"):
         model(prompt(), pictures(2))
     with pytest.raises(ValueError, match="pass `input_ids`"):
@@ -432,7 +432,7 @@ def test_images_need_their_placeholders() -> None:
 @torch.no_grad()
 def test_a_kept_cache_is_asked_many_questions(family: str) -> None:
     """Read once, copied, its rows repeated and chosen: what was seen goes with it."""
-    model = eyes(family)
+    model = shared_model(family)
     ids, images = torch.cat([prompt(images=2, seed=1), prompt(words=7, images=1, seed=2)]), pictures(3)
     read = model(ids, images, use_cache=True)
     words = torch.tensor([[7, 8], [9, 10]])
@@ -463,7 +463,7 @@ def test_a_kept_cache_is_asked_many_questions(family: str) -> None:
 
 @torch.no_grad()
 def test_a_conversation_of_images_grows_and_is_cropped() -> None:
-    model = eyes("qwen2")
+    model = shared_model("qwen2")
     turns, images = (
         [prompt(words=3, seed=1), prompt(words=4, images=2, seed=2), prompt(words=2, images=0)],
         pictures(3),
@@ -487,7 +487,7 @@ def test_a_conversation_of_images_grows_and_is_cropped() -> None:
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 3}])
 @torch.no_grad()
 def test_other_ways_to_generate_are_greedy_too(options: dict) -> None:
-    model, ids = eyes("llama"), prompt(words=9, images=2)
+    model, ids = shared_model("llama"), prompt(words=9, images=2)
     plain = model.generate(ids, pixel_values=pictures(2), **greedy(ids, 12))
     assert torch.equal(model.generate(ids, pixel_values=pictures(2), **options, **greedy(ids, 12)), plain)
 
@@ -497,7 +497,7 @@ def test_images_of_different_lengths() -> None:
     """Towers that keep each image's own number of patches: padding is not looked at."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    model = eyes("llama")
+    model = shared_model("llama")
     short, long = (torch.randn(1, n * 32, generator=torch.Generator().manual_seed(n)) for n in (2, 5))
     rows = [prompt(words=5, images=2, seed=1), prompt(words=7, images=1, seed=2)]
     own = [[short, long], [short]]
@@ -517,7 +517,7 @@ def test_images_of_different_lengths() -> None:
 
 @torch.no_grad()
 def test_threads_do_not_mix() -> None:
-    model, ids = eyes("llama"), prompt()
+    model, ids = shared_model("llama"), prompt()
     expected = [model(ids, pictures(seed=seed)).logits for seed in range(4)]
     bare = model.model.language_model(as_read(ids)).logits
     wrong: list[int] = []

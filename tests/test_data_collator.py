@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, ViTImageProcess
 
 from modeling_frozen.data.collator import DataCollatorForFrozenPrefix, assistant_spans
 from modeling_frozen.processors import FrozenPrefixProcessor
-from tests.test_processing import (
+from tests.helpers.processors import (
     CHATML,
     PRINTS_LISTS,
     byte_tokenizer,

@@ -1,62 +1,14 @@
 """Every family of the tables, put through what a user would say of it."""
 
 import copy
-import functools
 
 import pytest
 import torch
 
-from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
-from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model, text_config
+from modeling_frozen import FrozenPrefixForConditionalGeneration
+from tests.helpers.families_joined import IMAGE, PREFIX, build, decoder_inputs, pictures, prompt, shared_model
+from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, language_model
 from tests.helpers.tiny import recompute_activations
-
-
-PREFIX = 4
-IMAGE = VOCAB_SIZE  # one past the vocabulary: the placeholder has no row of its own
-
-
-def build(family: str, *, connector_type: str = "resampler", **options: object) -> FrozenPrefixForConditionalGeneration:
-    from transformers import CLIPVisionConfig
-
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    config = FrozenPrefixConfig.from_vision_text_configs(
-        vision,
-        text_config(family),
-        connector_type=connector_type,
-        prefix_length=PREFIX,
-        connector_config={"num_heads": 2, "hidden_size": 16, "num_layers": 1} if connector_type == "resampler" else {},
-        **options,
-    )
-    torch.manual_seed(0)
-    return FrozenPrefixForConditionalGeneration(config).eval()
-
-
-@functools.cache
-def eyes(family: str) -> FrozenPrefixForConditionalGeneration:
-    """Shared by the checks that change nothing in it."""
-    return build(family)
-
-
-def prompt(words: int = 5, images: int = 1, seed: int = 0, placeholders: int = PREFIX) -> torch.Tensor:
-    """One row: word, then each image (so many placeholders) followed by a word, then words."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCAB_SIZE, (words + images,), generator=generator).tolist()
-    row = [ids.pop()]
-    for _ in range(images):
-        row += [IMAGE] * placeholders + [ids.pop()]
-    return torch.tensor([row + ids])
-
-
-def pictures(count: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def decoder_inputs(family: str, rows: int = 1) -> dict[str, torch.Tensor]:
-    if family in DECODERS:
-        return {}
-    return {"decoder_input_ids": torch.tensor([[2, 7, 8, 9]]).expand(rows, -1)}
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -66,7 +18,7 @@ every_decoder = pytest.mark.parametrize("family", DECODERS)
 @every_family
 @torch.no_grad()
 def test_changing_the_image_changes_the_logits(family: str) -> None:
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     first, second = (model(ids, pictures(seed=seed), **decoder_inputs(family)).logits for seed in (1, 2))
     assert (first - second)[:, -1].abs().max() > 1e-4
 
@@ -84,7 +36,7 @@ def test_gradients_reach_every_connector_parameter_and_nothing_else(family: str)
 @every_family
 @torch.no_grad()
 def test_text_only_logits_are_the_bare_parents(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     ids = prompt(images=0)
     ours = model(ids, attention_mask=torch.ones_like(ids), **decoder_inputs(family)).logits
     bare = model.model.language_model(ids, attention_mask=torch.ones_like(ids), **decoder_inputs(family)).logits
@@ -94,7 +46,7 @@ def test_text_only_logits_are_the_bare_parents(family: str) -> None:
 @every_family
 @torch.no_grad()
 def test_no_token_sees_a_later_one(family: str) -> None:
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     inputs = {"input_ids": ids, **decoder_inputs(family)}
     name, tokens = list(inputs.items())[-1]
     logits = []
@@ -111,7 +63,7 @@ def test_merged_words_are_the_bare_parents(family: str) -> None:
     of real words, logits are those of the words."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    model = eyes(family)
+    model = shared_model(family)
     ids = prompt()
     words = ids.clone()
     words[ids == IMAGE] = torch.tensor([11, 12, 13, 14])
@@ -126,7 +78,7 @@ def test_merged_words_are_the_bare_parents(family: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_padded_batch_equals_single_samples(family: str, side: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     rows = [prompt(words=3, seed=1)[0], prompt(words=8, seed=2)[0]]
     width = max(len(row) for row in rows)
     ids = torch.zeros(2, width, dtype=torch.long)
@@ -149,7 +101,7 @@ def test_a_padded_batch_equals_single_samples(family: str, side: str) -> None:
 @every_family
 @torch.no_grad()
 def test_greedy_with_cache_equals_greedy_without(family: str) -> None:
-    model, ids = eyes(family), torch.cat([prompt(seed=1), prompt(seed=2)])
+    model, ids = shared_model(family), torch.cat([prompt(seed=1), prompt(seed=2)])
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids), "eos_token_id": None}
     cached, anew = (model.generate(ids, pixel_values=pictures(2), use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, anew)
@@ -158,7 +110,7 @@ def test_greedy_with_cache_equals_greedy_without(family: str) -> None:
 @every_family
 @torch.no_grad()
 def test_generation_sees_the_image(family: str) -> None:
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     options |= {"attention_mask": torch.ones_like(ids), "eos_token_id": None}
     first, second = (model.generate(ids, pixel_values=pictures(seed=s), **options).logits[0] for s in (1, 2))
@@ -175,7 +127,7 @@ def first_decoder_step(model: FrozenPrefixForConditionalGeneration) -> dict[str,
 @torch.no_grad()
 def test_beams_and_return_sequences(family: str) -> None:
     """Each row's beams are those that it has alone, whatever number of pictures its neighbours hold."""
-    model = eyes(family)
+    model = shared_model(family)
     rows = [prompt(words=5, images=2, seed=1), prompt(words=5 + PREFIX + 1, images=1, seed=2)]
     ids, images = torch.cat(rows), pictures(3)
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -190,7 +142,7 @@ def test_beams_and_return_sequences(family: str) -> None:
 @every_family
 @torch.no_grad()
 def test_sampling_with_a_seed_repeats(family: str) -> None:
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     drawn = []
     for seed in (1, 1, 2, 3, 4):
         torch.manual_seed(seed)
@@ -203,7 +155,7 @@ def test_sampling_with_a_seed_repeats(family: str) -> None:
 @every_family
 @torch.no_grad()
 def test_the_order_of_two_images_matters(family: str) -> None:
-    model, ids, images = eyes(family), prompt(images=2), pictures(2)
+    model, ids, images = shared_model(family), prompt(images=2), pictures(2)
     ahead, swapped = (model(ids, order, **decoder_inputs(family)).logits for order in (images, images.flip(0)))
     assert (ahead - swapped)[:, -1].abs().max() > 1e-5
 
@@ -213,7 +165,7 @@ def test_the_order_of_two_images_matters(family: str) -> None:
 def test_processors_meet_a_placeholder_past_the_vocabulary(family: str) -> None:
     """Repetition penalty gathers logits at prompt ids: the placeholder, which has no logit, must neither crash it nor
     lend its penalty to a word."""
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids), "eos_token_id": None}
     plain = model.generate(ids, pixel_values=pictures(), **options)
     neutral = model.generate(ids, pixel_values=pictures(), repetition_penalty=1.0 + 1e-12, **options)
@@ -305,7 +257,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less(family
 @every_family
 @torch.no_grad()
 def test_static_cache_where_the_parent_has_it(family: str) -> None:
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     parent = model.model.language_model
     assert model._can_compile_fullgraph == (parent._can_compile_fullgraph and model.model.vision_tower._can_compile_fullgraph)
     if not parent._can_compile_fullgraph:

@@ -10,9 +10,9 @@ from transformers.utils import ModelOutput
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from modeling_frozen.transformers_compat import cache_of
+from tests.helpers.families_joined import IMAGE, PREFIX, build, pictures, prompt, shared_model
 from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model
 from tests.helpers.tiny import WORDS, join, rows, skip_where_torch_traces_no_forward, text_config, tokenizer
-from tests.test_families import IMAGE, PREFIX, build, eyes, pictures, prompt
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -23,11 +23,11 @@ GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
 
 
 def new_cache(family: str) -> DynamicCache:
-    return DynamicCache(config=eyes(family).config.get_text_config(decoder=True))
+    return DynamicCache(config=shared_model(family).config.get_text_config(decoder=True))
 
 
 def keeps_cache(family: str) -> bool:
-    model = eyes(family).model
+    model = shared_model(family).model
     return model.keeps_cache and not model.is_recurrent
 
 
@@ -111,7 +111,7 @@ def test_each_step_reads_one_word(family: str) -> None:
 @pytest.mark.parametrize("knows", ["the same words", "other weights"])
 @torch.no_grad()
 def test_an_assistant_that_cannot_see_changes_nothing(family: str, knows: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     assistant = copy.deepcopy(model.model.language_model) if knows == "the same words" else language_model(family, seed=5)
     for ids, images in ((prompt(), pictures()), (prompt(words=8, images=2), pictures(2))):
         expected = model.generate(ids, pixel_values=images, **GREEDY)
@@ -166,7 +166,7 @@ def test_an_assistant_reads_the_words_alone() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text", "bloom", "t5"])
 @torch.no_grad()
 def test_prompt_lookup_never_proposes_a_picture(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     ids = torch.tensor([[7, 8, *[IMAGE] * PREFIX, 9, 7, 8]])  # what followed "7 8" before was a picture
     expected = model.generate(ids, pixel_values=pictures(), **GREEDY)
     assert torch.equal(model.generate(ids, pixel_values=pictures(), prompt_lookup_num_tokens=3, **GREEDY), expected)
@@ -203,7 +203,7 @@ def test_an_offloaded_cache_gives_the_same(family: str) -> None:
         with pytest.raises((RuntimeError, AssertionError)) as error:
             language_model(family).generate(prompt(images=0), **options)
         with pytest.raises(type(error.value)):
-            eyes(family).generate(prompt(), pixel_values=pictures(), **options)
+            shared_model(family).generate(prompt(), pixel_values=pictures(), **options)
         return
     if not torch.cuda.is_available():
         pytest.skip("moves to CUDA")
@@ -259,7 +259,7 @@ def test_prefill_in_chunks_gives_the_same(family: str) -> None:
     """Chunks cut pictures in two."""
     if not keeps_cache(family):
         pytest.skip("the family keeps no cache of the library")
-    model = eyes(family)
+    model = shared_model(family)
     ids, images = torch.cat([prompt(words=6, images=2, seed=1), prompt(words=6, images=2, seed=2)]), pictures(4)
     options = {**GREEDY, "use_cache": True}
     expected = model.generate(ids, pixel_values=images, **options)
@@ -272,7 +272,7 @@ def test_prefill_in_chunks_gives_the_same(family: str) -> None:
 def test_a_dialogue_goes_on_from_its_cache(family: str) -> None:
     if not keeps_cache(family):
         pytest.skip("the family keeps no cache of the library")
-    model = eyes(family)
+    model = shared_model(family)
     ids, images = torch.cat([prompt(seed=1), prompt(seed=2)]), pictures(2)
     first = model.generate(ids, pixel_values=images, return_dict_in_generate=True, **{**GREEDY, "use_cache": True})
     assert isinstance(cache_of(first), DynamicCache)
@@ -296,7 +296,7 @@ def test_a_dialogue_goes_on_from_its_cache(family: str) -> None:
 @torch.no_grad()
 def test_embeddings_in_place_of_ids(family: str) -> None:
     """With the picture in them already; new ids alone come back."""
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     if not model.model.keeps_cache:
         pytest.skip("embeddings are read at the first step alone, so the library itself wants a cache")
     _, embeds, _ = model.model.merge(ids, None, {"pixel_values": pictures()})
@@ -307,7 +307,7 @@ def test_embeddings_in_place_of_ids(family: str) -> None:
 @every_family
 @torch.no_grad()
 def test_scores_logits_and_states_come_back(family: str) -> None:
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     options = {**GREEDY, "max_new_tokens": 3, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     output = model.generate(ids, pixel_values=pictures(), output_hidden_states=True, **options)
     assert torch.equal(output.sequences, model.generate(ids, pixel_values=pictures(), **{**GREEDY, "max_new_tokens": 3}))
@@ -324,7 +324,7 @@ def test_scores_logits_and_states_come_back(family: str) -> None:
 def test_an_encoder_output_is_used_again(family: str) -> None:
     if family in DECODERS:
         pytest.skip("for encoder-decoders")
-    model, ids = eyes(family), prompt()
+    model, ids = shared_model(family), prompt()
     expected = model.generate(ids, pixel_values=pictures(), **GREEDY)
     _, embeds, _ = model.model.merge(ids, None, {"pixel_values": pictures()})
     encoded = model.get_encoder()(inputs_embeds=embeds, return_dict=True)
@@ -334,7 +334,7 @@ def test_an_encoder_output_is_used_again(family: str) -> None:
 @some_families
 @torch.no_grad()
 def test_several_answers_to_each_of_several_pictures(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     ids, images = torch.cat([prompt(seed=1), prompt(seed=2)]), pictures(2)
     config = GenerationConfig(do_sample=True, num_return_sequences=3, max_new_tokens=4, eos_token_id=None, top_k=1)
     config.decoder_start_token_id = model.generation_config.decoder_start_token_id

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
+from tests.helpers.fresh_python import ROOT
 from tests.helpers.tiny import join, save_parents
-from tests.test_package import ROOT
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}])

@@ -14,10 +14,10 @@ from transformers import Trainer
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
 from modeling_frozen.losses import check_loss_config, headless_path, rows_per_chunk
+from tests.helpers.families_joined import IMAGE, build, pictures, prompt
 from tests.helpers.families_text import DECODERS, FAMILIES, VOCAB_SIZE
 from tests.helpers.tiny import join, recompute_activations, rows
-from tests.test_families import IMAGE, build, pictures, prompt
-from tests.test_training import arguments
+from tests.helpers.training import arguments
 
 
 # Shift labels inside their own forward alone, so that it must see them: they take the plain way.

@@ -12,22 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    ASTConfig,
-    ASTFeatureExtractor,
-    ASTForAudioClassification,
     AutoModelForImageTextToText,
     AutoProcessor,
-    ClapConfig,
-    ClapFeatureExtractor,
-    ClapModel,
     CLIPVisionConfig,
-    PreTrainedConfig,
-    Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForCTC,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
 )
 
 from modeling_frozen import (
@@ -38,6 +26,7 @@ from modeling_frozen import (
 )
 from modeling_frozen.audio_towers import encode_audio, load_audio_tower, probe_audio_tower
 from tests.helpers import tiny
+from tests.helpers.audio_towers import AUDIO_TOWERS
 from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
 
 
@@ -56,50 +45,7 @@ def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
 
 
-# Each: config, the class that such checkpoints are saved by, and the feature extractor.
-_SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-_WAV2VEC2 = {
-    **_SMALL, "conv_dim": (8, 8), "conv_stride": (16, 16), "conv_kernel": (32, 16), "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
-}  # fmt: skip
-_LAYER_NORM = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
-EARS: dict[str, tuple[PreTrainedConfig, type, Any]] = {
-    "whisper": (
-        WhisperConfig(
-            d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-            encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=50, max_target_positions=8,
-            vocab_size=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-        ),
-        WhisperForConditionalGeneration,
-        lambda: WhisperFeatureExtractor(feature_size=8, chunk_length=1),
-    ),
-    "wav2vec2": (Wav2Vec2Config(**_WAV2VEC2), Wav2Vec2ForCTC, lambda: Wav2Vec2FeatureExtractor()),
-    "wav2vec2 with layer norm": (
-        Wav2Vec2Config(**_WAV2VEC2, **_LAYER_NORM), Wav2Vec2ForCTC, lambda: Wav2Vec2FeatureExtractor()
-    ),
-    "ast": (
-        ASTConfig(**_SMALL, patch_size=4, frequency_stride=4, time_stride=4, max_length=32, num_mel_bins=8),
-        ASTForAudioClassification,
-        lambda: ASTFeatureExtractor(num_mel_bins=8, max_length=32),
-    ),
-    "clap": (
-        ClapConfig(
-            text_config={**_SMALL, "vocab_size": 12},
-            audio_config={
-                "spec_size": 32, "num_mel_bins": 16, "patch_size": 4, "patch_stride": [4, 4], "window_size": 2,
-                "depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 8, "hidden_size": 16,
-                "projection_dim": 16, "num_hidden_layers": 2,
-            },
-            projection_dim=16,
-        ),
-        ClapModel,
-        lambda: ClapFeatureExtractor(
-            feature_size=16, sampling_rate=16000, hop_length=500, max_length_s=1, frequency_max=8000,
-            truncation="rand_trunc",
-        ),
-    ),
-}  # fmt: skip
-every_ear = pytest.mark.parametrize("ear", EARS)
+every_audio_tower = pytest.mark.parametrize("ear", AUDIO_TOWERS)
 
 
 def build(family: str, **options: Any) -> FrozenPrefixForConditionalGeneration:
@@ -111,7 +57,7 @@ def build(family: str, **options: Any) -> FrozenPrefixForConditionalGeneration:
         "num_frames": FRAMES,
     }
     defaults |= {
-        "audio_config": EARS["wav2vec2"][0],
+        "audio_config": AUDIO_TOWERS["wav2vec2"][0],
         "audio_prefix_length": SOUND,
         "audio_connector_config": RESAMPLER,
     }
@@ -425,7 +371,7 @@ def test_a_model_without_videos_and_sounds_does_not_mention_them(tmp_path: Path)
 
 
 def save_ear(folder: Path, ear: str) -> str:
-    config, model_class, extractor = EARS[ear]
+    config, model_class, extractor = AUDIO_TOWERS[ear]
     torch.manual_seed(1)
     model_class(copy.deepcopy(config)).save_pretrained(folder)
     extractor().save_pretrained(folder)
@@ -436,12 +382,12 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(int(16000 * seconds)).astype(np.float32)
 
 
-@every_ear
+@every_audio_tower
 @torch.no_grad()
 def test_any_audio_tower_is_loaded_whole_and_padding_changes_nothing(ear: str, tmp_path: Path) -> None:
     save_ear(tmp_path, ear)
     tower = load_audio_tower(str(tmp_path)).eval()
-    _, model_class, extractor = EARS[ear]
+    _, model_class, extractor = AUDIO_TOWERS[ear]
     own = {key for key in tower.state_dict()}
     assert not [key for key in own if "masked_spec_embed" in key]  # many checkpoints lack it: it would be random
     whole = model_class.from_pretrained(tmp_path).state_dict()
@@ -465,7 +411,7 @@ def test_any_audio_tower_is_loaded_whole_and_padding_changes_nothing(ear: str, t
     torch.testing.assert_close(long, features(noise(0.9, seed=1))[0], atol=1e-5, rtol=1e-4)
 
 
-@every_ear
+@every_audio_tower
 @pytest.mark.parametrize("eyes", [True, False])
 def test_saved_small_and_reloaded_it_hears_the_same(ear: str, eyes: bool, tmp_path: Path) -> None:
     tower, words = tiny.save_parents(tmp_path)
@@ -725,3 +671,10 @@ def test_a_model_with_ears_alone_trains_as_others_do(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_model_without_its_audio_tower_says_so() -> None:
+    model = build("llama")
+    model.model.audio_tower = None
+    with pytest.raises(ValueError, match=r'audio tower is not loaded: load it by `model.load_base_model\("audio"\)`\.'):
+        model.get_audio_features(sounds())

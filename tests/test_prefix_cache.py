@@ -9,9 +9,9 @@ from transformers import CONFIG_MAPPING
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from modeling_frozen.transformers_compat import cache_of
 from tests.helpers import families_text
+from tests.helpers.families_joined import IMAGE, PREFIX, build, pictures, shared_model
 from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE
 from tests.helpers.tiny import join, rows, skip_before
-from tests.test_families import IMAGE, PREFIX, build, eyes, pictures
 
 
 Inputs = dict[str, torch.Tensor]
@@ -71,7 +71,7 @@ def count_calls(module: torch.nn.Module) -> list[int]:
 @torch.no_grad()
 def test_questions_of_unequal_length_are_answered_as_if_asked_afresh(family: str) -> None:
     """Total lengths pass the windows of those families that have them."""
-    model = eyes(family)
+    model = shared_model(family)
     start = shared(4)
     questions = [words(length, seed) for seed, length in enumerate((9, 2, 1, 5) if can_batch(model) else (4, 4, 4), 1)]
     prefix = model.encode_prefix(**padded([start]), pixel_values=pictures())
@@ -90,7 +90,7 @@ def test_questions_of_unequal_length_are_answered_as_if_asked_afresh(family: str
 @every_family_slowly
 @torch.no_grad()
 def test_many_pictures_each_with_their_questions(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     lengths = ((3, 5), (4, 2, 6)) if can_batch(model) else ((3, 3), (4, 4, 4))
     starts = [shared(length, seed=length) for length in lengths[0]]
     questions = [words(length, seed) for seed, length in enumerate(lengths[1], 1)]
@@ -117,7 +117,7 @@ def test_many_pictures_each_with_their_questions(family: str) -> None:
 @every_family_slowly
 @torch.no_grad()
 def test_beams_and_samples_are_those_of_asking_afresh(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     start = shared(3)
     questions = [words(length, seed) for seed, length in enumerate((4, 2) if can_batch(model) else (3, 3), 1)]
     prefix = model.encode_prefix(**padded([start]), pixel_values=pictures())
@@ -160,7 +160,7 @@ def test_the_towers_and_the_prefix_are_read_once(family: str) -> None:
 @torch.no_grad()
 def test_the_kept_keys_go_to_generate_as_the_librarys_own(family: str) -> None:
     """`past_key_values=` with all words so far, as users of the library go on from a cache; pictures may come again."""
-    model = eyes(family)
+    model = shared_model(family)
     start, question = shared(4), words(5, 1)
     prefix = model.encode_prefix(**padded([start]), pixel_values=pictures())
     whole = torch.tensor([start + question])
@@ -183,7 +183,7 @@ def test_the_kept_keys_go_to_generate_as_the_librarys_own(family: str) -> None:
 @some_families
 @torch.no_grad()
 def test_a_dialogue_goes_on_with_another_picture(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     first, second = shared(4, seed=1), shared(5, seed=2)
     images = pictures(2)
     prefix = model.encode_prefix(**padded([first]), pixel_values=images[:1])
@@ -203,7 +203,7 @@ def test_a_dialogue_goes_on_with_another_picture(family: str) -> None:
 @some_families
 @torch.no_grad()
 def test_whole_prompts_and_no_question_at_all(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     start, question = shared(4), words(3, 1)
     prefix = model.encode_prefix(**padded([start]), pixel_values=pictures())
     whole = torch.tensor([start + question])
@@ -257,7 +257,7 @@ def plain_scores(
 @every_family
 @torch.no_grad()
 def test_scores_are_those_of_whole_sequences(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     starts = [shared(3, 1), shared(6, 2)] if can_batch(model) else [shared(3, 1), shared(3, 2)]
     images = pictures(2)
     answers = [words(length, seed) for seed, length in enumerate((1, 4, 2, 1, 7))]
@@ -282,7 +282,7 @@ def test_scores_are_those_of_whole_sequences(family: str) -> None:
 @some_families
 @torch.no_grad()
 def test_a_prompt_after_the_prefix_and_candidates_of_its_own(family: str) -> None:
-    model = eyes(family)
+    model = shared_model(family)
     start, questions = shared(3), [words(4, 1), words(2, 2)] if can_batch(model) else [words(3, 1), words(3, 2)]
     answers = [[words(2, 5), words(1, 6)], [words(3, 7)]]
     prefix = model.encode_prefix(**padded([start]), pixel_values=pictures())
@@ -334,14 +334,14 @@ def test_hybrids_read_the_words_again_and_answer_the_same(family: str, monkeypat
     test_questions_of_unequal_length_are_answered_as_if_asked_afresh(family)
     test_scores_are_those_of_whole_sequences(family)
     with torch.no_grad():
-        assert eyes(family).encode_prefix(**padded([shared(3)]), pixel_values=pictures()).cache is None
+        assert shared_model(family).encode_prefix(**padded([shared(3)]), pixel_values=pictures()).cache is None
 
 
 # ------------------------------------------------------------------------------------------------------------ refused
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
-    model = eyes("llama")
+    model = shared_model("llama")
     prefix = model.encode_prefix(**padded([shared(3), shared(3, 1)]), pixel_values=pictures(2))
     question = torch.tensor([words(3, 1)])
     with pytest.raises(ValueError, match=r"1 question.*2 prefixes"):
@@ -365,7 +365,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 
 def test_a_question_costs_no_copy_of_what_is_kept() -> None:
     """Many questions share one row's keys until they grow."""
-    model = eyes("llama")
+    model = shared_model("llama")
     prefix = model.encode_prefix(**padded([shared(3)]), pixel_values=pictures())
     many = prefix[[0] * 50]
     for layer, kept in zip(many.cache.layers, prefix.cache.layers, strict=True):
@@ -378,7 +378,7 @@ def test_a_question_costs_no_copy_of_what_is_kept() -> None:
 
 @torch.no_grad()
 def test_words_without_a_picture_and_stored_features_are_prefixes_too() -> None:
-    model = eyes("llama")
+    model = shared_model("llama")
     start, question = words(5, 1), words(3, 2)
     prefix = model.encode_prefix(torch.tensor([start]))
     expected = model.generate(torch.tensor([start + question]), **GREEDY)

@@ -10,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
 from modeling_frozen.prefix_sharing import best_shared_start, mark_images
 from modeling_frozen.training.lora import lora_config
-from tests import test_vision_features
-from tests.helpers import tiny
+from tests.helpers import families_joined, tiny
+from tests.helpers.families_joined import CONNECTOR_SIZES, pictures
 from tests.helpers.families_text import DECODERS, FAMILIES, VOCAB_SIZE
 
 
@@ -21,7 +21,7 @@ ROW_BY_ROW = {"mamba", "mamba2", "rwkv", "blenderbot-small", "m2m_100"}
 
 
 def build(family: str = "llama", **options: Any) -> FrozenPrefixForConditionalGeneration:
-    return test_vision_features.build(family, "transformer", prefix_length=LENGTH, **options)
+    return families_joined.build(family, connector_type="transformer", **{"prefix_length": LENGTH, **options})
 
 
 def batch(family: str = "llama", words: tuple[int, ...] = (3, 1, 2, 3, 2)) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def batch(family: str = "llama", words: tuple[int, ...] = (3, 1, 2, 3, 2)) -> di
         "input_ids": padded,
         "attention_mask": mask,
         "labels": labels,
-        "pixel_values": test_vision_features.pictures(),
+        "pixel_values": pictures(2),
         "image_index": torch.tensor([0, 1, 0, 0, 1]),
     }
 
@@ -114,7 +114,7 @@ def test_the_same_question_is_read_once_and_another_picture_is_not() -> None:
     with_question, without = compare(model, longer), compare(model, given)
     assert with_question < without < 0.8
     # Each of another picture: nothing but the word before the pictures is common.
-    other = {**given, "pixel_values": test_vision_features.pictures(5), "image_index": torch.arange(5)}
+    other = {**given, "pixel_values": pictures(5), "image_index": torch.arange(5)}
     assert positions_read(model, other)[0] == given["input_ids"].numel()
 
 
@@ -137,7 +137,7 @@ def test_rows_of_unequal_kind_share_a_batch(padding: str) -> None:
         "input_ids": ids,
         "attention_mask": (ids != 0).long(),
         "labels": labels,
-        "pixel_values": test_vision_features.pictures(),
+        "pixel_values": pictures(2),
         "image_index": torch.tensor([0, 0, 1, 0, 1]),
     }
     assert compare(build().train(), given) <= 1
@@ -150,7 +150,7 @@ def test_rows_of_unequal_kind_share_a_batch(padding: str) -> None:
 
 
 def test_dropout_falls_on_each_row_by_itself() -> None:
-    options = {**test_vision_features.SIZES["transformer"], "dropout": 0.5}
+    options = {**CONNECTOR_SIZES["transformer"], "dropout": 0.5}
     model = build(connector_config=options).train()
     given = batch()
     model(**given)

@@ -6,18 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
 from tests.helpers.tiny import join, rows, save_parents
-
-
-def arguments(folder: Path, **options: object) -> TrainingArguments:
-    defaults = {
-        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "report_to": "none",
-        "remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 3,
-    }  # fmt: skip
-    return TrainingArguments(str(folder), **{**defaults, **options})
+from tests.helpers.training import arguments
 
 
 def train(folder: Path, model, processor, *, resume: str | None = None, eval_rows=None, **options: object) -> Trainer:

@@ -15,7 +15,7 @@ from modeling_frozen.transformers_compat import (
     slice_logits_to_keep,
     take_cache,
 )
-from tests.test_families import eyes, pictures, prompt
+from tests.helpers.families_joined import pictures, prompt, shared_model
 
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "use_cache": True}
@@ -25,7 +25,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "use_cache
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "t5"])
 @torch.no_grad()
 def test_the_cache_is_read_by_every_name(family: str) -> None:
-    model, more = eyes(family), {}
+    model, more = shared_model(family), {}
     if model.config.is_encoder_decoder:
         more = {"decoder_input_ids": torch.tensor([[1, 2]])}
     outputs = model(prompt(), pictures(), use_cache=True, **more)
@@ -40,7 +40,7 @@ def test_the_cache_is_read_by_every_name(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @torch.no_grad()
 def test_the_cache_is_taken_by_every_name(family: str, name: str) -> None:
-    model, ids, images = eyes(family), prompt(), pictures()
+    model, ids, images = shared_model(family), prompt(), pictures()
     whole = model(torch.cat([ids, torch.tensor([[5, 6]])], dim=1), images).logits[:, -2:]
     read = cache_of(model(ids, images, use_cache=True))
     mask = torch.ones(1, ids.shape[1] + 2)
@@ -58,7 +58,7 @@ def test_the_cache_is_taken_by_every_name(family: str, name: str) -> None:
 
 @torch.no_grad()
 def test_two_caches_are_refused() -> None:
-    model = eyes("llama")
+    model = shared_model("llama")
     with pytest.raises(ValueError, match="`cache` and as `past_key_values`: pass it once"):
         model(torch.tensor([[1]]), cache=DynamicCache(), past_key_values=DynamicCache())
     kwargs = {"past_key_values": None, "cache": "kept", "other": 1}
@@ -74,7 +74,7 @@ def test_which_argument_a_model_has_for_its_cache() -> None:
 @pytest.mark.parametrize("family", ["llama", "mamba", "t5"])
 @torch.no_grad()
 def test_the_length_of_a_cache(family: str) -> None:
-    model, more = eyes(family), {}
+    model, more = shared_model(family), {}
     if model.config.is_encoder_decoder:
         more = {"decoder_input_ids": torch.tensor([[1, 2]])}
     read = model(prompt(), pictures(), use_cache=True, **more).cache
@@ -84,7 +84,7 @@ def test_the_length_of_a_cache(family: str) -> None:
 
 def test_outputs_survive_pickling() -> None:
     with torch.no_grad():
-        outputs = eyes("llama")(prompt(), pictures(), use_cache=True)
+        outputs = shared_model("llama")(prompt(), pictures(), use_cache=True)
     again = pickle.loads(pickle.dumps(outputs))
     assert type(again) is type(outputs) and torch.equal(again.logits, outputs.logits)
     assert torch.equal(again.image_hidden_states, outputs.image_hidden_states)
@@ -93,7 +93,7 @@ def test_outputs_survive_pickling() -> None:
 def test_the_order_of_an_output_as_a_tuple() -> None:
     """Loss and logits first, as in every model of transformers, whatever the cache is called."""
     with torch.no_grad():
-        outputs = eyes("llama")(prompt(), pictures(), labels=prompt(), use_cache=True)
+        outputs = shared_model("llama")(prompt(), pictures(), labels=prompt(), use_cache=True)
     first, second, third = outputs.to_tuple()[:3]
     assert first is outputs.loss and second is outputs.logits and third is outputs.cache
 

@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
 from modeling_frozen.connectors import CONNECTORS
 from modeling_frozen.vision_towers import encode_images
+from tests.helpers.families_joined import CONNECTOR_SIZES
 from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
 from tests.helpers.families_vision import TOWERS, vision_config
 
@@ -21,21 +22,14 @@ GATED = {
     "fusion": "cross_attention",
     "cross_attention_config": {"every_n_layers": 1, "num_heads": 2, "head_dim": 8, "feedforward_multiple": 2},
 }
-SIZES: dict[str, dict[str, Any]] = {
-    "mlp": {"hidden_size": 16},
-    "transformer": {"hidden_size": 16, "num_heads": 2, "num_layers": 1},
-    "resampler": {"hidden_size": 16, "num_heads": 2, "num_layers": 1},
-    "qformer": {"hidden_size": 16, "num_heads": 2, "num_layers": 2},
-    "lstm": {"hidden_size": 16},
-}
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 
 def build(family: str = "llama", connector: str = "mlp", **options: Any) -> FrozenPrefixForConditionalGeneration:
-    eyes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    options = {"connector_type": connector, "connector_config": SIZES.get(connector, {}), "prefix_length": LENGTH, **options}
-    tower = options.pop("tower", None) or CLIPVisionConfig(**eyes, image_size=8, patch_size=4)
-    config = FrozenPrefixConfig.from_vision_text_configs(tower, text_config(family), **options)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"connector_config": CONNECTOR_SIZES.get(connector, {}), "prefix_length": LENGTH, **options}
+    tower = options.pop("tower", None) or CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    config = FrozenPrefixConfig.from_vision_text_configs(tower, text_config(family), connector_type=connector, **options)
     torch.manual_seed(0)
     model = FrozenPrefixForConditionalGeneration(config).eval()
     for block in model.model.cross_attention or ():
@@ -121,7 +115,8 @@ def test_losses_and_gradients_are_those_of_the_pictures(connector: str, options:
 @pytest.mark.parametrize("connector", ["mlp", "resampler", "transformer"])
 def test_dropout_falls_on_each_use_by_itself(connector: str) -> None:
     """As many draws as without the index, so the very same ones; and two uses of an image differ."""
-    model, pixels = build(connector=connector, connector_config={**SIZES[connector], "dropout": 0.5}).train(), pictures()
+    options = {**CONNECTOR_SIZES[connector], "dropout": 0.5}
+    model, pixels = build(connector=connector, connector_config=options).train(), pictures()
     repeated = []
     for images in ({"pixel_values": pixels[INDEX]}, {"pixel_values": pixels, "image_index": INDEX}):
         torch.manual_seed(3)
@@ -209,15 +204,6 @@ def test_a_model_without_its_tower_reads_features() -> None:
     torch.testing.assert_close(model(**given, **features, image_index=INDEX).logits, whole)
     with pytest.raises(ValueError, match="tower is not loaded.*load_base_model.*vision_features"):
         model(**given, pixel_values=pixels, image_index=INDEX)
-
-
-def test_a_model_without_its_audio_tower_says_so() -> None:
-    from tests import test_modalities
-
-    model = test_modalities.build("llama")
-    model.model.audio_tower = None
-    with pytest.raises(ValueError, match=r'audio tower is not loaded: load it by `model.load_base_model\("audio"\)`\.'):
-        model.get_audio_features(test_modalities.sounds())
 
 
 @pytest.mark.parametrize(

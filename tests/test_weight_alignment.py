@@ -32,8 +32,8 @@ from modeling_frozen import (
 )
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.weight_alignment import ALIGNMENT, align_weights
+from tests.helpers.fresh_python import ROOT
 from tests.helpers.tiny import join, rows, save_parents, skip_where_peft_is_too_old
-from tests.test_package import ROOT
 
 
 Eyes = FrozenPrefixForConditionalGeneration

@@ -129,3 +129,29 @@ def rows(count: int = 8) -> list[dict[str, Any]]:
         {"image": Image.new("RGB", (20, 18), COLOURS[names[i % 4]]), "text": f"a {names[i % 4]} square ."}
         for i in range(count)
     ]
+
+
+def captioned_rows(count: int = 8) -> list[dict[str, Any]]:
+    """The same squares with a prompt, or none, and two captions each."""
+    names = list(COLOURS)
+    return [
+        {
+            "image": Image.new("RGB", (20, 18), COLOURS[names[i % 4]]),
+            "prompt": "a picture" if i % 3 else "",
+            "captions": [f"a {names[i % 4]} square .", f"that is {names[i % 4]} ."],
+        }
+        for i in range(count)
+    ]
+
+
+def image_inputs(model: FrozenPrefixForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """One row of seven ids, an image's placeholders among them."""
+    ids = torch.full((1, 7), 5)
+    ids[:, 1 : 1 + model.config.prefix_length] = model.config.image_token_id
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+
+
+def same_logits(first: FrozenPrefixForConditionalGeneration, second: FrozenPrefixForConditionalGeneration) -> bool:
+    """Whether two models agree to the last bit on an image and words."""
+    with torch.no_grad():
+        return torch.equal(first(**image_inputs(first)).logits, second(**image_inputs(second)).logits)
