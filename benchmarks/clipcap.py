@@ -29,6 +29,7 @@ import contextlib
 import io
 import json
 import pickle
+import re
 import statistics
 import tempfile
 import time
@@ -45,9 +46,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks import timing
 from benchmarks.clipcap_checkout import decoding_functions, training_code
 from benchmarks.digits import shuffled
-from examples.train_captioning import CaptionedViews, read_split, store_features, tidy
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.data.collator import stack_features
+from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.metrics import caption_metrics
 
 
@@ -66,20 +67,28 @@ class Data:
         dataset = load_dataset(args.dataset)
         model = build(args, "mlp")
         self.processor = FrozenPrefixProcessor.from_model(model)
-        columns = Namespace(image_column=args.image_column, captions_column=args.captions_column)
         self.rows, self.captions, self.features = {}, {}, {}
         for split in ("train", args.split):
-            photos, self.captions[split] = read_split(dataset, split, columns)
-            self.rows[split] = store_features(model, self.processor, photos, Path(args.store or folder))
+            rows = dataset[split].filter(bool, input_columns=args.captions_column)
+            self.captions[split] = [[one] if isinstance(one, str) else one for one in rows[args.captions_column]]
+            photos = rows.select_columns([args.image_column]).rename_columns({args.image_column: "image"})
+            store = args.store or str(folder)
+            self.rows[split] = cache_vision_features(photos, model, self.processor, cache_dir=store, dtype="float32")
             self.features[split] = stack_features(list(self.rows[split]["image"]))["vision_features"]
-        captions = [
+        self.sentences = [
             {"image_id": photo, "clip_embedding": photo, "caption": tidy(one)}
             for photo, several in enumerate(self.captions["train"])
             for one in several
         ]
         self.pickle = str(folder / "train.pkl")
         with open(self.pickle, "wb") as file:  # one vector per photo, as CLIP's
-            pickle.dump({"clip_embedding": self.features["train"][:, 0], "captions": captions}, file)
+            pickle.dump({"clip_embedding": self.features["train"][:, 0], "captions": self.sentences}, file)
+
+
+def tidy(caption: str) -> str:
+    """A caption as a sentence that continues a text: " a dog runs." Language models know those best."""
+    words = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(caption.lower().split()))
+    return f" {words.rstrip(' .')}."
 
 
 def build(args: Namespace, mapper: str) -> FrozenPrefixForConditionalGeneration:
@@ -127,6 +136,8 @@ def write(model: Any, processor: Any, args: Namespace, beams: int, stop: int | N
 
 
 def run_ours(mapper: str, seed: int, args: Namespace, data: Data, folder: str) -> dict[str, Any]:
+    photos = list(data.rows["train"]["image"])
+    rows = [{"image": photos[one["image_id"]], "prompt": "", "answer": one["caption"]} for one in data.sentences]
     set_seed(seed)
     model = build(args, mapper)
     trainer = Trainer(
@@ -150,7 +161,7 @@ def run_ours(mapper: str, seed: int, args: Namespace, data: Data, folder: str) -
             use_cpu=True,
             seed=seed,
         ),
-        train_dataset=CaptionedViews(data.rows["train"], data.captions["train"], ""),
+        train_dataset=rows,
         data_collator=DataCollatorForFrozenPrefix(data.processor),
     )
     start = time.perf_counter()

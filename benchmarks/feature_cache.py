@@ -1,7 +1,7 @@
 """Does decoding hide behind the tower? `cache_vision_features` over JPEG files against the tower's bare forward on the same
 batches, preprocessed beforehand and held in memory.
 
-    python benchmarks/feature_cache.py --images 256 --rounds 5 --output feature_cache.json
+    python -m benchmarks.feature_cache --images 256 --rounds 5 --output feature_cache.json
 
 Timed is the whole call, from the files to the store: hashing, starting workers, decoding, preprocessing, the tower, writing.
 The tower has random weights, which cost what trained ones cost; the pictures are made on the fly.
@@ -18,11 +18,10 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import parents
 from benchmarks.timing import Report, Timing, add_arguments, alternate
-from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor, cache_vision_features
-from tests.helpers.tiny import tokenizer
+from modeling_frozen import FrozenPrefixProcessor, cache_vision_features
 
 
 BAR = 0.95  # of the tower's own throughput
@@ -43,27 +42,11 @@ def write_pictures(folder: Path, count: int, width: int, height: int) -> list[st
 
 def build(folder: Path, args: argparse.Namespace) -> tuple[Any, Any]:
     """The tower beside a language model that plays no part."""
-    config = CLIPVisionConfig(
-        hidden_size=args.width,
-        intermediate_size=4 * args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
-        image_size=args.image_size,
-        patch_size=args.patch_size,
-    )
-    CLIPVisionModel(config).save_pretrained(folder / "tower")
-    size = {"height": args.image_size, "width": args.image_size}
-    CLIPImageProcessorPil(size={"shortest_edge": args.image_size}, crop_size=size).save_pretrained(folder / "tower")
-    words = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-    LlamaForCausalLM(words).save_pretrained(folder / "words")
-    tokenizer().save_pretrained(folder / "words")
-    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-        str(folder / "tower"),
-        str(folder / "words"),
-        connector_type="resampler",
-        prefix_length=4,
-        vision_dtype=args.tower_dtype,
-    )
+    sizes = parents.Sizes(
+        vision_width=args.width, vision_layers=args.layers, image_size=args.image_size, patch_size=args.patch_size,
+        text_width=32, text_layers=1, vocab_size=64, prefix_length=4,
+    )  # fmt: skip
+    model = parents.join(folder, sizes, vision_dtype=args.tower_dtype)
     return model.to(args.device), FrozenPrefixProcessor.from_model(model)
 
 

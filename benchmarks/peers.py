@@ -96,7 +96,7 @@ def nanovlm_code(checkout: str, tokenizer: Any) -> SimpleNamespace:
 
     before = {name: sys.modules.pop(name) for name in taken()}
     sys.modules.update(given)
-    sys.path.insert(0, str(checkout))
+    sys.path.insert(0, str(checkout))  # its modules import each other by the names that they have from there
     try:
         from models.config import VLMConfig
         from models.vision_language_model import VisionLanguageModel

@@ -14,17 +14,49 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Features, Image, IterableDataset, Value
+from PIL import Image as Picture
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks import parents
+from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixProcessor
+
+
+SIZES = parents.Sizes(
+    vision_width=32, vision_layers=2, image_size=16, patch_size=8, text_width=32, text_layers=2, vocab_size=40
+)
+
+
+class LazyRows(torch.utils.data.Dataset):
+    """Pictures made when they are asked for, with texts of three lengths."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": Picture.new("RGB", (20, 18), (index % 256, 30, 200)), "text": "w0 w1 w2 w3 " * (1 + index % 3)}
+
+
+def streamed(count: int) -> IterableDataset:
+    """The same rows, one after another."""
+
+    def generate() -> Iterator[dict[str, Any]]:
+        lazy = LazyRows(count)
+        for index in range(count):
+            yield lazy[index]
+
+    return IterableDataset.from_generator(generate, features=Features({"image": Image(), "text": Value("string")}))
 
 
 def one(source: str, count: int) -> dict[str, float]:
-    import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from modeling_frozen import DataCollatorForFrozenPrefix
-    from tests.helpers.tiny import join
-    from tests.test_scale import LazyRows, streamed
-
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
@@ -41,7 +73,8 @@ def one(source: str, count: int) -> dict[str, float]:
                 self.before = memory("VmRSS")
 
     with tempfile.TemporaryDirectory() as folder:
-        model, processor = join(Path(folder))
+        model = parents.join(folder, SIZES, connector_type="mlp", prefix_length=None)
+        processor = FrozenPrefixProcessor.from_model(model)
         start = AfterTheTenth()
         trainer = Trainer(
             model=model,

@@ -14,7 +14,7 @@ from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.evaluation.evaluator import EvaluationCallback, bootstrap, evaluate, over_seeds, random_connectors
 from modeling_frozen.metrics.scores import caption_metrics, exact_match, token_f1, vqa_accuracy
 from tests.helpers import fresh_python
-from tests.helpers.tiny import COLOURS, join, rows
+from tests.helpers.tiny import COLOURS, captioned_rows, join, rows
 
 
 GENERATE = {"max_new_tokens": 4}
@@ -29,18 +29,6 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return model, processor
 
 
-def split(count: int = 8) -> list[dict[str, Any]]:
-    names = list(COLOURS)
-    return [
-        {
-            "image": Image.new("RGB", (20, 18), COLOURS[names[i % 4]]),
-            "prompt": "a picture" if i % 3 else "",
-            "captions": [f"a {names[i % 4]} square .", f"that is {names[i % 4]} ."],
-        }
-        for i in range(count)
-    ]
-
-
 def said(model: Any, processor: Any, image: Image.Image | None, prompt: str) -> str:
     """One row by hand."""
     text = prompt if image is None else f"{processor.image_token}{prompt}"
@@ -52,7 +40,7 @@ def said(model: Any, processor: Any, image: Image.Image | None, prompt: str) -> 
 
 def test_each_condition_is_what_it_says(joined: tuple[Any, Any]) -> None:
     model, processor = joined
-    data = split()
+    data = captioned_rows()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = evaluate(model, processor, data, batch_size=3, **GENERATE)
     by_hand = {(i % 4, row["prompt"]): said(model, processor, row["image"], row["prompt"]) for i, row in enumerate(data)}
@@ -87,14 +75,14 @@ def test_a_random_connector_differs_from_a_loaded_one_too(joined: tuple[Any, Any
 def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, Any]) -> None:
     from modeling_frozen.evaluation.evaluator import _others_pictures, _read
 
-    data = [{**row, "text": "a"} for row in split(12)]
+    data = [{**row, "text": "a"} for row in captioned_rows(12)]
     for seed in range(20):
         read = _read(data, "image", "prompt", None, "")
         given = _others_pictures(read, seed)
         assert all(read[i]["keys"] != read[j]["keys"] for i, j in enumerate(given))
         assert {read[j]["keys"][0] for j in given} == {row["keys"][0] for row in read}
     with pytest.raises(ValueError, match="show the same"):
-        evaluate(*joined, split(1), **GENERATE)
+        evaluate(*joined, captioned_rows(1), **GENERATE)
 
 
 def test_copies_under_another_name_are_the_same_picture(tmp_path: Path) -> None:
@@ -110,7 +98,9 @@ def test_copies_under_another_name_are_the_same_picture(tmp_path: Path) -> None:
 
 
 def test_answers_of_vqa(joined: tuple[Any, Any]) -> None:
-    data = [{"image": row["image"], "prompt": "what colour ?", "answers": [{"answer": "red"}] * 10} for row in split(4)]
+    data = [
+        {"image": row["image"], "prompt": "what colour ?", "answers": [{"answer": "red"}] * 10} for row in captioned_rows(4)
+    ]
     result = evaluate(*joined, data, task="vqa", kinds=("sighted", "blind"), postprocess=lambda text: "red", **GENERATE)
     assert result.scores["sighted"] == {"vqa_accuracy": 1.0, "exact_match": 1.0, "token_f1": 1.0}
     result = evaluate(*joined, data, task="vqa", kinds=("sighted", "blind"), **GENERATE)
@@ -138,7 +128,7 @@ from pathlib import Path
 import torch
 import modeling_frozen.evaluation.evaluator as evaluation
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from tests.test_evaluation import GENERATE, split
+from tests.helpers.tiny import captioned_rows
 model = FrozenPrefixForConditionalGeneration.from_pretrained(sys.argv[1])
 processor = FrozenPrefixProcessor.from_pretrained(sys.argv[1])
 whole, calls = evaluation._generate, []
@@ -148,7 +138,7 @@ def generate(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(*args)
 evaluation._generate = generate
-evaluation.evaluate(model, processor, split(), batch_size=2, output_dir=sys.argv[2], **GENERATE)
+evaluation.evaluate(model, processor, captioned_rows(), batch_size=2, output_dir=sys.argv[2], max_new_tokens=4)
 """
 
 
@@ -170,10 +160,10 @@ def test_a_killed_run_goes_on_where_it_was(joined: tuple[Any, Any], tmp_path: Pa
     whole = evaluation._generate
     monkeypatch.setattr(evaluation, "_generate", lambda *args: calls.append(args[2]) or whole(*args))
     model = type(model).from_pretrained(tmp_path / "eyes")
-    result = evaluate(model, processor, split(), batch_size=2, output_dir=out, **GENERATE)
+    result = evaluate(model, processor, captioned_rows(), batch_size=2, output_dir=out, **GENERATE)
     resumed = len(calls)
     calls.clear()
-    assert result.predictions == evaluate(model, processor, split(), batch_size=2, **GENERATE).predictions
+    assert result.predictions == evaluate(model, processor, captioned_rows(), batch_size=2, **GENERATE).predictions
     assert resumed == len(calls) - 2  # the batches that were done
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 4 * 8 and len({(line["kind"], line["row"]) for line in lines}) == 32
@@ -183,11 +173,11 @@ def test_a_killed_run_goes_on_where_it_was(joined: tuple[Any, Any], tmp_path: Pa
     assert written["sighted"] == pytest.approx(result.scores["sighted"])
     # A finished run is not run again; a changed connector is.
     calls.clear()
-    evaluate(model, processor, split(), batch_size=2, output_dir=out, **GENERATE)
+    evaluate(model, processor, captioned_rows(), batch_size=2, output_dir=out, **GENERATE)
     assert not calls
     with torch.no_grad():
         model.model.connector.output.bias.add_(1)
-    evaluate(model, processor, split(), batch_size=2, output_dir=out, **GENERATE)
+    evaluate(model, processor, captioned_rows(), batch_size=2, output_dir=out, **GENERATE)
     assert calls
 
 
@@ -196,7 +186,7 @@ def test_several_seeds_in_one_file(joined: tuple[Any, Any]) -> None:
     for scale in (1.0, 1.5):
         with torch.no_grad():
             joined[0].model.connector.output.weight.mul_(scale)
-        results.append(evaluate(*joined, split(), kinds=("sighted", "blind"), **GENERATE))
+        results.append(evaluate(*joined, captioned_rows(), kinds=("sighted", "blind"), **GENERATE))
     with torch.no_grad():
         joined[0].model.connector.output.weight.div_(1.5)
     found = over_seeds(results, [3, 4])
@@ -220,7 +210,7 @@ def test_scores_while_training_choose_the_best_checkpoint(tmp_path: Path) -> Non
         eval_dataset=rows(8),
         data_collator=DataCollatorForFrozenPrefix(processor),
     )  # fmt: skip
-    callback = EvaluationCallback(trainer, processor, split(4), max_new_tokens=6)
+    callback = EvaluationCallback(trainer, processor, captioned_rows(4), max_new_tokens=6)
     trainer.add_callback(callback)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_blind_cider" in entry]
@@ -232,8 +222,8 @@ def test_scores_while_training_choose_the_best_checkpoint(tmp_path: Path) -> Non
 
 def test_mistakes_are_named(joined: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="captioning"):
-        evaluate(*joined, split(), task="captions")
+        evaluate(*joined, captioned_rows(), task="captions")
     with pytest.raises(ValueError, match="sighted"):
-        evaluate(*joined, split(), kinds=("blind",))
+        evaluate(*joined, captioned_rows(), kinds=("blind",))
     with pytest.raises(ValueError, match="references"):
         evaluate(*joined, [{"image": None, "label": 3}])

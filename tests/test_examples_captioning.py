@@ -1,13 +1,11 @@
 """examples/train_captioning.py on pictures of coloured squares with tiny parents: it learns, scores and writes."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+import train_captioning as example
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from safetensors.torch import load_file
 
@@ -18,17 +16,6 @@ from tests.helpers.tiny import rows, save_parents
 
 pytest.importorskip("pycocoevalcap")
 pytest.importorskip("matplotlib")
-
-
-def load_example(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Trainer pickles its arguments
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load_example("train_captioning")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """examples/classify.py: drawn scenes and rows of one's own; what it writes, and that it sees."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import classify as example
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from safetensors.torch import load_file
@@ -14,21 +12,6 @@ from modeling_frozen import FrozenPrefixForSequenceClassification
 from tests.helpers.tiny import COLOURS, rows, save_parents
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Trainer pickles its arguments
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return module
-
-
-example = load_example("classify")
 SMALL = '{"num_layers": 1, "num_heads": 2, "hidden_size": 16}'
 
 

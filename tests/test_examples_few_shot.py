@@ -1,6 +1,5 @@
 """examples/few_shot.py, story.py and describe_video.py: tiny runs write what they say; their worlds are what they claim."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -8,31 +7,22 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.helpers import fresh_python
+from tests.helpers.scripts import run_example
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 FEW = ["--tower_steps", "2", "--language_model_steps", "2", "--steps", "2", "--held_out", "16", "--batch_size", "2"]
 
 
-def run(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    command = [str(EXAMPLES / script), "--output_dir", str(folder), *arguments]
-    done = fresh_python.run(*command, env=fresh_python.environment())
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((folder / "results.json").read_text())
-    assert all(name in done.stdout for name in results)
+def run(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    results, printed = run_example(name, folder, *FEW, *arguments)
+    assert all(name in printed for name in results)
     return results
-
-
-@pytest.fixture
-def examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def test_few_shot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    given = ["--shots", "1,2", "--episodes", "3", "--repeats", "1,2", "--ways", "2,3"]
-    results = run("few_shot.py", tmp_path, *FEW, *given)
+    options = ["--shots", "1,2", "--episodes", "3", "--repeats", "1,2", "--ways", "2,3"]
+    results = run("few_shot", tmp_path, *options)
     cases = [f"{case}{ways}" for ways in ("", "_3_ways") for case in ("1_shots", "2_shots", "1_shots_2_repeats")]
     names = {f"{how}_{case}" for how in ("sighted", "blind", "swapped", "without", "new", "told") for case in cases}
     assert set(results) == names | {"chance", "chance_3_ways", "seconds"}
@@ -42,16 +32,16 @@ def test_few_shot(tmp_path: Path) -> None:
 
 
 def test_story(tmp_path: Path) -> None:
-    results = run("story.py", tmp_path, *FEW)
+    results = run("story", tmp_path)
     assert {"exact_match", "blind_exact_match", "turned_round_exact_match", "cider", "blind_cider"} < set(results)
 
 
 def test_describe_video(tmp_path: Path) -> None:
-    results = run("describe_video.py", tmp_path, *FEW)
+    results = run("describe_video", tmp_path)
     assert {"exact_match", "blind_exact_match", "backwards_exact_match", "where_from", "blind_where_to"} < set(results)
 
 
-def test_an_episode_names_what_it_shows(examples: None) -> None:
+def test_an_episode_names_what_it_shows() -> None:
     from few_shot import NAMES, is_new, make_episode, split, words
     from shapes import split_scenes
 
@@ -71,7 +61,7 @@ def test_an_episode_names_what_it_shows(examples: None) -> None:
             assert is_new(episode.query) and words(episode.query) not in {words(scene) for scene, _ in episode.support}
 
 
-def test_the_connector_meets_single_pictures_and_no_made_up_name(examples: None) -> None:
+def test_the_connector_meets_single_pictures_and_no_made_up_name() -> None:
     from few_shot import NAMES, is_new, make_rows, split, write
     from shapes import Scene
 
@@ -88,7 +78,7 @@ def test_the_connector_meets_single_pictures_and_no_made_up_name(examples: None)
     assert not any(pair in f" {text} " for pair in new for text in texts)
 
 
-def test_words_and_pictures_of_an_episode_stand_in_the_same_order(examples: None) -> None:
+def test_words_and_pictures_of_an_episode_stand_in_the_same_order() -> None:
     """Told and sighted differ in the descriptions alone: what is read around them is the same."""
     from few_shot import in_words, induction, make_episode, split, words
 
@@ -105,7 +95,7 @@ def test_words_and_pictures_of_an_episode_stand_in_the_same_order(examples: None
     assert "".join(parts).split() == told.split() and told.count(episode.answer) == 3
 
 
-def test_a_story_told_backwards(examples: None) -> None:
+def test_a_story_told_backwards() -> None:
     from shapes import split_scenes
     from story import reversed_story, story
 
@@ -113,7 +103,7 @@ def test_a_story_told_backwards(examples: None) -> None:
     assert " ".join(reversed_story(story(scenes))) == story(scenes[::-1])
 
 
-def test_a_film_run_backwards_answers_the_other_way_round(examples: None) -> None:
+def test_a_film_run_backwards_answers_the_other_way_round() -> None:
     from describe_video import backwards, make_rows
     from shapes import split_scenes
 

@@ -1,29 +1,16 @@
 """The four languages: sentences that agree with their shapes' gender, and the script on tiny parents."""
 
-import json
 from pathlib import Path
 
-import pytest
+import languages
 from datasets import Dataset, Image
+from shapes import Scene, make_tokenizer, split_scenes
 
-from tests.helpers import fresh_python
+from tests.helpers.scripts import run_example
 from tests.helpers.tiny import rows, save_parents
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def languages(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import languages
-
-    return languages
-
-
-def test_sentences_of_each_language(languages) -> None:
-    from shapes import Scene, make_tokenizer, split_scenes
-
+def test_sentences_of_each_language() -> None:
     cross = Scene("large", "green", "cross", "in the middle")
     assert languages.tell(cross, "English") == "a large green cross in the middle ."
     assert languages.tell(cross, "German") == "ein großes grünes Kreuz in der Mitte ."
@@ -40,12 +27,9 @@ def test_sentences_of_each_language(languages) -> None:
 
 def run(folder: Path, *options: str) -> dict:
     tower, words = save_parents(folder / "parents")
-    command = [str(ROOT / "examples" / "train_multilingual.py"), "--vision", tower, "--text", words]
-    command += ["--output_dir", str(folder / "out"), "--max_steps", "2", "--pictures", "4", "--test_pictures", "3"]
-    command += ["--max_new_tokens", "4", "--use_cpu", "true", *options]
-    done = fresh_python.run(*command, env=fresh_python.environment())
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "out" / "results.json").read_text())
+    few = ["--max_steps", "2", "--pictures", "4", "--test_pictures", "3", "--max_new_tokens", "4", "--use_cpu", "true"]
+    parents = ["--vision", tower, "--text", words]
+    return run_example("train_multilingual", folder / "out", *parents, *few, *options)[0]
 
 
 def test_it_trains_and_scores_each_language_beside_blind(tmp_path: Path) -> None:

@@ -1,23 +1,17 @@
 """examples/quickstart.py: it runs, writes what it says, and (slow) sees held-out pictures."""
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
+from shapes import split_scenes
 
-from tests.helpers import fresh_python
-
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.scripts import run_example
 
 
 def quickstart(folder: Path, *arguments: str) -> dict:
-    script = str(ROOT / "examples" / "quickstart.py")
-    done = fresh_python.run(script, "--output_dir", str(folder), *arguments, env=fresh_python.environment())
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "sighted" in done.stdout and "random_connector" in done.stdout
-    return json.loads((folder / "results.json").read_text())
+    results, printed = run_example("quickstart", folder, *arguments)
+    assert "sighted" in printed and "random_connector" in printed
+    return results
 
 
 def test_a_short_run_writes_everything(tmp_path: Path) -> None:
@@ -30,11 +24,6 @@ def test_a_short_run_writes_everything(tmp_path: Path) -> None:
 
 
 def test_held_out_scenes_are_new_and_their_pairs_are_not() -> None:
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from shapes import split_scenes
-    finally:
-        sys.path.pop(0)
     known, held_out = split_scenes()
     assert len(held_out) >= 90 and not set(known) & set(held_out)
     properties = ("size", "colour", "shape", "place")

@@ -1,22 +1,13 @@
 """examples/search.py: it runs on what it makes itself, and its index finds what exact search finds."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import fresh_python
+from tests.helpers.scripts import run_example
 
 
 pytest.importorskip("faiss")
-ROOT = Path(__file__).parents[1]
-
-
-def search(folder: Path, *arguments: str) -> dict:
-    script = str(ROOT / "examples" / "search.py")
-    done = fresh_python.run(script, "--output_dir", str(folder), *arguments, env=fresh_python.environment())
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
 
 
 def test_a_short_run_writes_everything_and_its_index_is_exact(tmp_path: Path) -> None:
@@ -24,7 +15,7 @@ def test_a_short_run_writes_everything_and_its_index_is_exact(tmp_path: Path) ->
     from datasets import load_from_disk
 
     few = ["--tower_steps", "1", "--language_model_steps", "1", "--steps", "2", "--batch_size", "8", "--gallery", "12"]
-    results = search(tmp_path, *few)
+    results = run_example("search", tmp_path, *few)[0]
     assert results["gallery"] == 12 and 0 <= results["text_to_image_recall_at_1"] <= 1
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
     rows = load_from_disk(tmp_path / "pictures")
@@ -34,12 +25,12 @@ def test_a_short_run_writes_everything_and_its_index_is_exact(tmp_path: Path) ->
     expected = (embeds[:3] @ embeds.T).argsort(axis=1)[:, ::-1][:, :5]
     assert (np.sort(found.total_indices) == np.sort(expected)).all()
     # what it saved is a matcher, and it goes on from there
-    again = search(tmp_path / "again", "--model", str(tmp_path / "matcher"), "--gallery", "12")
+    again = run_example("search", tmp_path / "again", "--model", str(tmp_path / "matcher"), "--gallery", "12")[0]
     assert again == results
 
 
 @pytest.mark.slow
 def test_pictures_and_words_find_each_other(tmp_path: Path) -> None:
-    results = search(tmp_path)
+    results = run_example("search", tmp_path)[0]
     assert results["text_to_image_recall_at_1"] >= 0.5 and results["image_to_text_recall_at_1"] >= 0.5
     assert results["recommended_of_the_liked_colour"] >= 0.6 > results["chance_of_that"]

@@ -5,35 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import fresh_python
+from tests.helpers.scripts import run_example
 from tests.helpers.tiny import save_parents
-
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = str(ROOT / "examples" / "train_vqa.py")
 
 
 def run(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> dict:
     tower, words = save_parents(folder / "parents")
-    command = [*launcher, SCRIPT, "--vision", tower, "--text", words, "--output_dir", str(folder / "out")]
-    command += [
-        "--rows",
-        "24",
-        "--test_rows",
-        "8",
-        "--max_steps",
-        "2",
-        "--per_device_train_batch_size",
-        "4",
-        "--use_cpu",
-        "true",
-    ]
-    done = fresh_python.run(*command, *options, env=fresh_python.environment())
-    assert done.returncode == 0, done.stderr[-3000:]
+    few = ["--rows", "24", "--test_rows", "8", "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
+    parents = ["--vision", tower, "--text", words]
+    results, printed = run_example("train_vqa", folder / "out", *parents, *few, *options, launcher=launcher)
     # Rows of an epoch over those of two steps tell the number of processes.
     processes = 2 if launcher else 1
-    assert f"'epoch': '{round(2 * 4 * processes / 24, 4)}'" in done.stdout, done.stdout[-2000:]
-    return json.loads((folder / "out" / "results.json").read_text())
+    assert f"'epoch': '{round(2 * 4 * processes / 24, 4)}'" in printed, printed[-2000:]
+    return results
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -75,14 +75,32 @@ def test_one_version() -> None:
     assert modeling_frozen.__version__ == VERSION
 
 
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, by the names that it says; of its own folder's, none."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+
+
 def test_nobody_imports_a_second_copy_of_the_processors() -> None:
     """`import processors` would give other classes than `modeling_frozen.processors`, or a folder of the user's."""
-    for path in [*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
-        text = path.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(text)) if "processors" in text else ():
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            assert not any(name.split(".")[0] == "processors" for name in names), path
+    for path in [*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        assert not any(name.split(".")[0] == "processors" for name in imported(path)), path
+
+
+def test_no_test_imports_another() -> None:
+    """Nor does the code that it runs in another process; what tests share is in tests/helpers/."""
+    tests = {path.stem for path in ROOT.glob("tests/test_*.py")}
+    for path in ROOT.glob("tests/**/*.py"):
+        said = set(re.findall(r"\btests(?:\.| import )(test_\w+)", path.read_text(encoding="utf-8")))
+        assert said & tests <= {path.stem}, path
+
+
+def test_benchmarks_import_neither_tests_nor_examples() -> None:
+    others = {"tests", "examples", *(path.stem for path in ROOT.glob("examples/*.py"))}
+    for path in ROOT.glob("benchmarks/*.py"):
+        assert not others & {name.split(".")[0] for name in imported(path)}, path
+        assert "sys.path" not in path.read_text(encoding="utf-8") or path.name == "peers.py", path  # of a checkout, there
 
 
 def test_a_folder_named_processors_beside_a_script_is_not_ours(tmp_path: Path) -> None:

@@ -1,40 +1,16 @@
 """More data takes more time, but no more memory: what lives after many steps is what lived after a few."""
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Features, Image, IterableDataset, Value
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from benchmarks.scale import LazyRows, streamed
 from modeling_frozen import DataCollatorForFrozenPrefix
-from tests.helpers.tiny import join, rows
-from tests.test_training import arguments
-
-
-class LazyRows(torch.utils.data.Dataset):
-    """Pictures made when they are asked for."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict:
-        row = rows(4)[index % 4]
-        return {**row, "text": row["text"] * (1 + index % 3)}
-
-
-def streamed(count: int) -> IterableDataset:
-    def generate() -> Iterator[dict]:
-        lazy = LazyRows(count)
-        for index in range(count):
-            yield lazy[index]
-
-    return IterableDataset.from_generator(generate, features=Features({"image": Image(), "text": Value("string")}))
+from tests.helpers.tiny import join
+from tests.helpers.training import arguments
 
 
 class LiveTensors(TrainerCallback):

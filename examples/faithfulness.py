@@ -1,11 +1,11 @@
 """Does the method behave as its papers say? Four claims, tried on data that is made here, each with a verdict.
 
-    python -m benchmarks.faithfulness --output_dir faithfulness                      (all claims, seeds 0, 1 and 2)
-    python -m benchmarks.faithfulness --only towers frozen --seeds 0                 (some of them, one seed)
+    python examples/faithfulness.py --output_dir faithfulness                        (all claims, seeds 0, 1 and 2)
+    python examples/faithfulness.py --only towers frozen --seeds 0                   (some of them, one seed)
 
 - `shots`: more shots in the prompt help (Frozen, arXiv 2106.13884, figure 4), by examples/few_shot.py;
 - `towers`: through a linear connector gets more of the picture, the more language the tower was trained with (LiMBeR,
-  arXiv 2209.15162); five towers of one architecture, see benchmarks/shape_towers.py;
+  arXiv 2209.15162); five towers of one architecture, see examples/shape_towers.py;
 - `frozen`: a language model that is tuned on few captions fits them better, and forgets and generalises worse (Frozen,
   section 3), beside LoRA;
 - `prefix_length`: a longer prefix helps a frozen language model, and there the transformer beats the MLP (ClipCap, arXiv
@@ -28,6 +28,8 @@ random, self-supervised; the contrastive tower tells size and place, and after 3
 import argparse
 import contextlib
 import json
+import os
+import platform
 import random
 import statistics
 import sys
@@ -40,22 +42,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
+from few_shot import FewShotArguments
+from few_shot import run as run_episodes
+from shape_towers import WAYS, Pictures, train_tower_by
+from shapes import QUESTIONS, Scene, draw, sentence_and_questions, split_scenes, train_language_model
+from tiny_world import Arguments, first_sentence, train_connector
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.shape_towers import WAYS, Pictures, examples, train_tower_by
-from benchmarks.timing import machine
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.evaluation import evaluate
 from modeling_frozen.evaluation.plots import BLUE, GREEN, GREY, ORANGE, RED, finish, new_figure, plain_axes
 from modeling_frozen.metrics import exact_match, perplexity
 
-
-with examples():
-    from shapes import QUESTIONS, Scene, draw, sentence_and_questions, split_scenes, train_language_model
-    from tiny_world import Arguments, first_sentence, train_connector
 
 Run = dict[str, dict[str, float]]  # of one seed: row of the table -> column -> figure
 Panels = dict[str, dict[str, dict[Any, list[float]]]]  # name of the score -> line -> x -> a figure per seed
@@ -260,10 +262,6 @@ class Judged:
 
 
 def measure_shots(world: World, args: argparse.Namespace, run: Run) -> Iterator[None]:
-    with examples():
-        from few_shot import FewShotArguments
-        from few_shot import run as run_episodes
-
     if run:
         return
 
@@ -560,12 +558,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     apart = ("only", "seeds", "output_dir", "parents_dir")
     settings = {key: value for key, value in vars(args).items() if key not in apart}
-    print("  ".join(f"{key} {value}" for key, value in {**settings, **machine()}.items()))
+    machine = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    machine |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    print("  ".join(f"{key} {value}" for key, value in {**settings, **machine}.items()))
     output = args.output_dir / "results.json"
     results = json.loads(output.read_text()) if output.exists() else {"settings": settings, "claims": {}}
     if results["settings"] != settings:
         raise ValueError(f"`{output}` holds figures of other settings ({results['settings']}): name another folder.")
-    results["machine"] = machine()
+    results["machine"] = machine
     with tempfile.TemporaryDirectory() as folder:
         worlds = [World(args, args.parents_dir or Path(folder), seed) for seed in args.seeds]
         for name in args.only:

@@ -1,15 +1,13 @@
-"""benchmarks/faithfulness.py: verdicts follow from the figures alone, measures measure, and all of it runs in small."""
+"""examples/faithfulness.py: verdicts follow from the figures alone, measures measure, and all of it runs in small."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import faithfulness
 import pytest
 import torch
-from transformers import ResNetModel, Trainer, TrainingArguments
-
-from benchmarks import faithfulness
-from benchmarks.faithfulness import (
+from faithfulness import (
     Statement,
     Unchanged,
     caption_loss,
@@ -19,7 +17,9 @@ from benchmarks.faithfulness import (
     verdict_of,
     words_right,
 )
-from benchmarks.shape_towers import WAYS, Pictures, train_tower_by
+from shape_towers import WAYS, Pictures, train_tower_by
+from transformers import ResNetModel, Trainer, TrainingArguments
+
 from modeling_frozen import DataCollatorForFrozenPrefix
 from tests.helpers import tiny
 

@@ -1,7 +1,7 @@
 """Scores a checkpoint on a split, beside the scores that it gets without looking.
 
-    python examples/evaluate.py --model ID_OR_FOLDER --dataset ID_OR_FOLDER --task captioning --output_dir scores
-    python examples/evaluate.py --model seed-0 seed-1 seed-2 --dataset ID_OR_FOLDER --task vqa --output_dir scores
+    python examples/evaluate_checkpoint.py --model ID_OR_FOLDER --dataset ID_OR_FOLDER --task captioning --output_dir scores
+    python examples/evaluate_checkpoint.py --model seed-0 seed-1 seed-2 --dataset ID_OR_FOLDER --task vqa --output_dir scores
 
 The dataset has an image column, maybe a column of prompts, and one of references (captions or answers). Beside the model as
 it is (*sighted*) stand the same model with shuffled pictures (*blind*), with a *random connector*, and the *language model*

@@ -1,6 +1,6 @@
 """Bytes on the wire for a push, and for a pull by somebody who has the parents already, against a Hub on loopback.
 
-    python -m benchmarks.hub_bytes
+    python -m tests.helpers.hub_bytes
 
 Every client is a process of its own with the real huggingface_hub; the server counts what comes and goes, HTTP headers
 included. Beside each figure stand the connector's own bytes and those of its parents.

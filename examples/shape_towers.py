@@ -1,4 +1,4 @@
-"""One architecture of tower, trained in five ways on the same pictures of examples/shapes.py, for LiMBeR's question.
+"""One architecture of tower, trained in five ways on the same pictures of shapes.py, for LiMBeR's question.
 
 LiMBeR (arXiv 2209.15162) lays a linear map between a frozen tower and a frozen language model and finds: the more language
 the tower met in its training, the more of the picture gets through. Its towers differ in size and data too; here they don't.
@@ -13,34 +13,16 @@ learning rate, and all but `self-supervised` are read for their loss by the mean
 - `random`: nothing learnt but the statistics of its batch norms, without which later layers would get nothing sensible.
 """
 
-import contextlib
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, draw, make_tokenizer, make_tower, optimize, split_scenes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_frozen import FrozenPrefixForImageTextRetrieval
-
-
-EXAMPLES = str(Path(__file__).parents[1] / "examples")
-
-
-@contextlib.contextmanager
-def examples() -> Iterator[None]:
-    """The examples on the path, while something of theirs is imported: one of them, evaluate.py, has a package's name."""
-    sys.path.append(EXAMPLES)
-    try:
-        yield
-    finally:
-        sys.path.remove(EXAMPLES)
-
-
-with examples():
-    from shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, draw, make_tokenizer, make_tower, optimize, split_scenes
 
 
 PROPERTIES = tuple(len(names) for names in (SIZES, COLOURS, SHAPES, PLACES))  # as in `Scene.numbers`
