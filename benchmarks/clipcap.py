@@ -214,21 +214,21 @@ def run_clipcap(mapper: str, seed: int, args: Namespace, data: Data, folder: str
 def run(side: str, mapper: str, seed: int, args: Namespace, data: Data) -> dict[str, Any]:
     """One training: scores of every way of writing, and of the same captions against another photo's."""
     with tempfile.TemporaryDirectory() as folder:
-        found = (run_ours if side == "ours" else run_clipcap)(mapper, seed, args, data, folder)
-    people, found["scores"] = data.captions[args.split], {}
+        result = (run_ours if side == "ours" else run_clipcap)(mapper, seed, args, data, folder)
+    people, result["scores"] = data.captions[args.split], {}
     other = shuffled(len(people), seed).tolist()
-    for name, written in found["captions"].items():
-        found["scores"][name] = caption_metrics(written, people)
+    for name, written in result["captions"].items():
+        result["scores"][name] = caption_metrics(written, people)
         if "control" not in name:
-            found["scores"][f"{name}, blind"] = caption_metrics([written[index] for index in other], people)
-    found["same"] = {
+            result["scores"][f"{name}, blind"] = caption_metrics([written[index] for index in other], people)
+    result["same"] = {
         name: statistics.mean(
-            a.strip() == b.strip() for a, b in zip(written, found["captions"][f"{name}, control"], strict=True)
+            a.strip() == b.strip() for a, b in zip(written, result["captions"][f"{name}, control"], strict=True)
         )
-        for name, written in found["captions"].items()
-        if f"{name}, control" in found["captions"]
+        for name, written in result["captions"].items()
+        if f"{name}, control" in result["captions"]
     }
-    return found
+    return result
 
 
 def cells(values: list[float]) -> str:
@@ -298,11 +298,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     runs = results["runs"].setdefault(f"{side}, {mapper}", {})
                     if runs.get(str(seed), {}).get("rate") == args.rates[mapper]:
                         continue  # of an earlier call
-                    found = runs[str(seed)] = {"rate": args.rates[mapper], **run(side, mapper, seed, args, data)}
+                    result = runs[str(seed)] = {"rate": args.rates[mapper], **run(side, mapper, seed, args, data)}
                     results["compared"] = compare(results)
                     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                    seen = {way: round(scores["cider"], 4) for way, scores in found["scores"].items()}
-                    print(side, mapper, seed, seen, f"{found['seconds_per_step']:.3f} s/step", flush=True)
+                    seen = {way: round(scores["cider"], 4) for way, scores in result["scores"].items()}
+                    print(side, mapper, seed, seen, f"{result['seconds_per_step']:.3f} s/step", flush=True)
     print(f"\n{len(data.captions['train'])} photos to learn from, {len(data.captions[args.split])} to caption ({args.split})")
     for name, runs in results["runs"].items():
         one = next(iter(runs.values()))

@@ -59,11 +59,11 @@ def read_digits() -> tuple[list[Image.Image], torch.Tensor, list[str]]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("The digits come with scikit-learn: pip install scikit-learn") from error
-    found = load_digits()
-    images = [Image.fromarray((255 - pixels / 16 * 255).astype(np.uint8)).convert("RGB") for pixels in found.images]
+    dataset = load_digits()
+    images = [Image.fromarray((255 - pixels / 16 * 255).astype(np.uint8)).convert("RGB") for pixels in dataset.images]
     rng = random.Random(0)
-    texts = [f"a handwritten digit that is {rng.choice(HINTS)(digit)}" for digit in found.target.tolist()]
-    return images, torch.tensor(found.target), texts
+    texts = [f"a handwritten digit that is {rng.choice(HINTS)(digit)}" for digit in dataset.target.tolist()]
+    return images, torch.tensor(dataset.target), texts
 
 
 def prompt(digit: int) -> str:
@@ -173,12 +173,12 @@ def nearest_prompt(args: argparse.Namespace, data: dict[str, Any], seed: int, un
     test = data["test"][torch.isin(labels[data["test"]], offered)]
     with torch.no_grad():
         texts = {name: value[offered] for name, value in prompts.items()}
-        found = {}
+        results = {}
         for kind, seen in (("sighted", test), ("blind", test[shuffled(len(test), seed)])):
             logits = model(**texts, vision_features=data["features"][seen]).logits_per_image
             said = offered[logits.argmax(-1)]
-            found[kind] = {"accuracy": accuracy(said, labels[test]), "f1": f1(said, labels[test])}
-    return found
+            results[kind] = {"accuracy": accuracy(said, labels[test]), "f1": f1(said, labels[test])}
+    return results
 
 
 def linear_probe(features: torch.Tensor, data: dict[str, Any]) -> dict[str, float]:
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         cells = [f"{key} {one['mean']:.3f} ± {one['std']:.3f}" for key, one in row.items()]
         print(f"  {name:<40}  " + "  ".join(cells), flush=True)
         result["seconds"] = round(time.time() - begin, 1)
-        if args.output:  # at once: a run that is cut short leaves what it found
+        if args.output:  # at once: a run that is cut short leaves what it measured
             Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     add("linear probe, mean of positions", [linear_probe(data["features"].mean(1), data)])

@@ -208,19 +208,19 @@ def run_apart(kind: str, folder: str, sizes: parents.Sizes, args: argparse.Names
 def compare(
     name: str,
     report: timing.Report,
-    found: dict[str, list[dict[str, Any]]],
+    results: dict[str, list[dict[str, Any]]],
     memory: dict[str, dict[str, Any]],
     args: argparse.Namespace,
 ) -> None:
     """The rows of one vocabulary."""
-    first = {kind: timing.Timing(kind, [one["epochs"][0] for one in runs]) for kind, runs in found.items()}
-    later = {kind: timing.Timing(kind, [s for one in runs for s in one["epochs"][1:]]) for kind, runs in found.items()}
+    first = {kind: timing.Timing(kind, [one["epochs"][0] for one in runs]) for kind, runs in results.items()}
+    later = {kind: timing.Timing(kind, [s for one in runs for s in one["epochs"][1:]]) for kind, runs in results.items()}
     report.compare(f"{name}: first epoch, store included", first["ours"], first["llava"], bar=1.0, unit="s", scale=1)
     report.compare(f"{name}: later epochs", later["ours"], later["llava"], bar=1 / 3, unit="s", scale=1)
     for what, above in (("peak memory", False), ("peak above weights", True)):
         taken = {
             kind: timing.Timing(kind, [one["peak"] - (one["weights"] if above else 0) for one in runs])
-            for kind, runs in found.items()
+            for kind, runs in results.items()
         }
         report.compare(f"{name}: {what}", taken["ours"], taken["llava"], unit="MB", scale=1e-6)
     if memory:
@@ -228,7 +228,7 @@ def compare(
         what = f"{name}: peak memory, batch {args.short_batch} of short captions"
         what += " (LLaVA ran out of it)" if memory["llava"].get("ran_out") else ""
         report.compare(what, values["ours"], values["llava"], unit="MB", scale=1e-6)
-    loss = {kind: runs[0]["losses"][-1] for kind, runs in found.items()}
+    loss = {kind: runs[0]["losses"][-1] for kind, runs in results.items()}
     report.figure(f"{name}: loss of the last epoch", loss["ours"], "nats", limit=loss["llava"], bar=loss["llava"] * 1.001)
 
 
@@ -255,12 +255,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     for vocab_size in args.vocab_sizes:
         sizes = dataclasses.replace(parents.sizes_of(args), vocab_size=vocab_size)
-        found: dict[str, list[dict[str, Any]]] = {"ours": [], "llava": []}
+        results: dict[str, list[dict[str, Any]]] = {"ours": [], "llava": []}
         with tempfile.TemporaryDirectory() as folder:
             parents.save_parents(folder, sizes)
             for turn in range(args.rounds):
                 for kind in ("ours", "llava") if turn % 2 else ("llava", "ours"):
-                    found[kind].append(run_apart(kind, folder, sizes, args))
+                    results[kind].append(run_apart(kind, folder, sizes, args))
             memory = {}
             if args.short_batch:
                 short = {
@@ -270,8 +270,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     "pictures": 2 * args.short_batch // CAPTIONS,
                 }
                 small = dataclasses.replace(sizes, text_length=12)
-                memory = {kind: run_apart(kind, folder, small, args, **short) for kind in found}
-        compare(f"vocabulary {vocab_size:,}", report, found, memory, args)
+                memory = {kind: run_apart(kind, folder, small, args, **short) for kind in results}
+        compare(f"vocabulary {vocab_size:,}", report, results, memory, args)
         report.save(args.output)
     report.print()
     report.save(args.output)

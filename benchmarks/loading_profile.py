@@ -30,15 +30,15 @@ print(json.dumps(time_steps(lambda: exec({load!r}), {clock!r})))
 
 def profile(load: str, *, rounds: int, clock: str) -> dict[str, float]:
     """The median seconds of each step of the piece of code `load`, each round in a Python of its own."""
-    found: dict[str, list[float]] = {}
+    seconds_of: dict[str, list[float]] = {}
     for _ in range(rounds):
         code = PROFILED.format(load=load, clock=clock)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"The profiled process failed:\n{done.stderr}")
         for step, seconds in json.loads(done.stdout.splitlines()[-1]).items():
-            found.setdefault(step, []).append(seconds)
-    return {step: statistics.median(seconds) for step, seconds in found.items()}
+            seconds_of.setdefault(step, []).append(seconds)
+    return {step: statistics.median(seconds) for step, seconds in seconds_of.items()}
 
 
 def time_steps(load: Callable[[], Any], clock: str) -> dict[str, float]:
@@ -50,8 +50,8 @@ def time_steps(load: Callable[[], Any], clock: str) -> dict[str, float]:
     now, spent, inside = CLOCKS[clock], {}, []
 
     def timed(owner: Any, name: str, label: Callable[..., str]) -> None:
-        found = vars(owner)[name]
-        plain = getattr(found, "__func__", found)
+        method = vars(owner)[name]
+        plain = getattr(method, "__func__", method)
 
         @functools.wraps(plain)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ def time_steps(load: Callable[[], Any], clock: str) -> dict[str, float]:
                 if inside:
                     inside[-1] += took
 
-        setattr(owner, name, type(found)(call) if isinstance(found, (classmethod, staticmethod)) else call)
+        setattr(owner, name, type(method)(call) if isinstance(method, (classmethod, staticmethod)) else call)
 
     ours = FrozenPrefixForConditionalGeneration
     timed(PreTrainedModel, "from_pretrained", lambda cls, *_: f"{cls.__name__}: the rest of transformers' loading")

@@ -242,7 +242,7 @@ def compare(
     ours.eval(), theirs.eval()
     with torch.inference_mode():
         written = {name: write() for name, write in writers.items()}
-        assert all(found.shape == (1, length) for found in written.values()), {k: v.shape for k, v in written.items()}
+        assert all(row.shape == (1, length) for row in written.values()), {k: v.shape for k, v in written.items()}
         report.figure(f"{peer}: words that differ", int((written["ours"] != written["theirs"]).sum()), f"of {length}", bar=0)
         write = timing.alternate(writers, rounds=args.rounds, clock=args.clock)
     steps = {name: step_of(models[name], loss_of) for name, loss_of in losses.items()}

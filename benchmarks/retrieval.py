@@ -180,12 +180,12 @@ def run(name: str, seed: int, args: argparse.Namespace, parts: dict[str, Any]) -
 def chance(data: Data) -> dict[str, float]:
     """Of an order drawn at random."""
     images, texts = len(data.captions), sum(map(len, data.captions))
-    found = {}
+    scores = {}
     for k in KS:
         missed = [math.comb(texts - len(several), k) / math.comb(texts, k) for several in data.captions]
-        found[f"image_to_text_recall_at_{k}"] = 1 - statistics.mean(missed)
-        found[f"text_to_image_recall_at_{k}"] = k / images
-    return found
+        scores[f"image_to_text_recall_at_{k}"] = 1 - statistics.mean(missed)
+        scores[f"text_to_image_recall_at_{k}"] = k / images
+    return scores
 
 
 def table(results: dict[str, Any]) -> str:

@@ -100,9 +100,9 @@ def alternate_processes(
     names = list(candidates)
     for turn in range(-warmup, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            found = number(candidates[name])
+            value = number(candidates[name])
             if turn >= 0:
-                timings[name].rounds.append(found)
+                timings[name].rounds.append(value)
     return timings
 
 
@@ -183,8 +183,8 @@ class Report:
     def save(self, path: str | None) -> None:
         if path is None:
             return
-        found = {"title": self.title, "settings": self.settings, "machine": machine(), "rows": self.rows}
-        Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        results = {"title": self.title, "settings": self.settings, "machine": machine(), "rows": self.rows}
+        Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def _number(value: float | None) -> str:

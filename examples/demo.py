@@ -181,13 +181,13 @@ def build_page(
                 owed: lambda: sightedness(demo.model, demo.processor, picture, said, prompts=prompt, other_images=grey),
                 words: lambda: nearest_words(demo.model, demo.processor, picture),
             }
-            found: dict[Any, Any] = {}
+            updates: dict[Any, Any] = {}
             for place, look in parts.items():
                 try:
-                    found[place] = as_image(look().plot())
+                    updates[place] = as_image(look().plot())
                 except ValueError as reason:  # a model without attention, or without a prefix among words
-                    found[note] = "\n\n".join([*filter(None, [found.get(note)]), str(reason)])
-                yield found  # all so far: what goes to a tab that isn't open is kept from the last one only
+                    updates[note] = "\n\n".join([*filter(None, [updates.get(note)]), str(reason)])
+                yield updates  # all so far: what goes to a tab that isn't open is kept from the last one only
 
         given = [image, question, longest, sentence, chat, explain]
         shown = [answer, blind, looked, owed, words, note]

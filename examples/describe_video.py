@@ -50,8 +50,8 @@ class Film:
         return f"a {scene.size} {scene.colour} {scene.shape} from {scene.place} to {self.end} ."
 
     def answer(self, question: str) -> str:
-        found = (self.scene.colour, self.scene.shape, self.scene.place, self.end)
-        return f"{found[QUESTIONS.index(question)]} ."
+        answers = (self.scene.colour, self.scene.shape, self.scene.place, self.end)
+        return f"{answers[QUESTIONS.index(question)]} ."
 
     @property
     def scenes(self) -> list[Scene]:

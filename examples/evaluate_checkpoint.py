@@ -82,10 +82,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(f"\n{name}\n{results[-1].table()}")
     if not several:
         return results[0].as_dict()
-    found = over_seeds(results)
-    (args.output_dir / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"\nmean ± standard deviation over {len(results)} checkpoints\n{table_over_seeds(found)}")
-    return found
+    summary = over_seeds(results)
+    (args.output_dir / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(f"\nmean ± standard deviation over {len(results)} checkpoints\n{table_over_seeds(summary)}")
+    return summary
 
 
 if __name__ == "__main__":

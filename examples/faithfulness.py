@@ -230,10 +230,10 @@ def _row(scene: Scene, image: Any, question: str = "") -> dict[str, Any]:
 
 def captions(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Scores of what the model says of held-out pictures, beside those of the same model blind."""
-    found = evaluate(model, processor, rows, kinds=("sighted", "blind"), num_resamples=0, max_new_tokens=16, batch_size=48)
-    scores = {"CIDEr": found.scores["sighted"]["cider"], "blind CIDEr": found.scores["blind"]["cider"]}
-    said = [first_sentence(text) for text in found.predictions["sighted"]]
-    scores["exact match"] = exact_match(said, found.references)
+    result = evaluate(model, processor, rows, kinds=("sighted", "blind"), num_resamples=0, max_new_tokens=16, batch_size=48)
+    scores = {"CIDEr": result.scores["sighted"]["cider"], "blind CIDEr": result.scores["blind"]["cider"]}
+    said = [first_sentence(text) for text in result.predictions["sighted"]]
+    scores["exact match"] = exact_match(said, result.references)
     return scores | words_right(said, [row["answer"] for row in rows])
 
 
@@ -365,7 +365,7 @@ def measure_frozen(world: World, args: argparse.Namespace, run: Run) -> Iterator
         }
         curve = Curve(model, measure, max(1, args.steps // 4))
         world.train(model, processor, few, [curve])
-        run |= {f"{name}, {step} steps": figures for step, figures in curve.found.items()}
+        run |= {f"{name}, {step} steps": figures for step, figures in curve.by_step.items()}
         end = {column: of(model) for column, of in measure.items()}
         learnt = caption_loss(model, collator, few)
         answers = evaluate(
@@ -404,16 +404,16 @@ def judge_frozen(runs: list[Run], args: argparse.Namespace) -> Judged:
 
 
 class Curve(TrainerCallback):
-    """Measures a model every so many steps; `found` holds the figures by step."""
+    """Measures a model every so many steps; `by_step` holds the figures by step."""
 
     def __init__(self, model: Any, measure: dict[str, Callable[[Any], float]], every: int):
         self.model, self.measure, self.every = model, measure, every
-        self.found: dict[int, dict[str, float]] = {}
+        self.by_step: dict[int, dict[str, float]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             self.model.eval()
-            self.found[state.global_step] = {name: of(self.model) for name, of in self.measure.items()}
+            self.by_step[state.global_step] = {name: of(self.model) for name, of in self.measure.items()}
             self.model.train()
 
 
@@ -574,7 +574,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 one = by_seed.setdefault(str(world.seed), {"table": {}, "seconds": 0.0, "whole": False})
                 begin, before = time.time(), one["seconds"]
                 for _ in [] if one["whole"] else CLAIMS[name].measure(world, args, one["table"]):
-                    # At once: a run that is cut short leaves what it found.
+                    # At once: a run that is cut short leaves what it measured.
                     one["seconds"] = round(before + time.time() - begin, 1)
                     results["claims"].setdefault(name, {})["seeds"] = by_seed
                     write(output, results)

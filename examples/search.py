@@ -107,24 +107,24 @@ def make_index(rows: Dataset, column: str, embeds: torch.Tensor, folder: Path) -
 
 def search(index: Dataset, queries: torch.Tensor, count: int) -> list[list[int]]:
     """For each query the rows that are nearest, the nearest first."""
-    return [list(found) for found in index.search_batch("embedding", queries.numpy(), k=count).total_indices]
+    return [list(rows) for rows in index.search_batch("embedding", queries.numpy(), k=count).total_indices]
 
 
 def recommend(index: Dataset, embeds: torch.Tensor, liked: Sequence[int], count: int) -> list[int]:
     """Rows for somebody who liked these: the nearest to their mean, without themselves."""
     user = torch.nn.functional.normalize(embeds[list(liked)].mean(0), dim=0)
-    found = search(index, user[None], count + len(liked))[0]
-    return [row for row in found if row not in liked][:count]
+    nearest = search(index, user[None], count + len(liked))[0]
+    return [row for row in nearest if row not in liked][:count]
 
 
 def draw_sheet(path: Path, pictures: Dataset, lines: list[tuple[str, list[int], list[str]]]) -> None:
-    """One line per question: its words, then the pictures that were found, each with what is written beneath it."""
-    width = max(len(found) for _, found, _ in lines)
+    """One line per question: its words, then the pictures that answer it, each with what is written beneath it."""
+    width = max(len(rows) for _, rows, _ in lines)
     figure, axes = plt.subplots(len(lines), width, figsize=(1.9 * width, 2.7 * len(lines)), squeeze=False)
-    for line, (title, found, notes) in zip(axes, lines, strict=True):
+    for line, (title, rows, notes) in zip(axes, lines, strict=True):
         for axis in line:
             axis.set_axis_off()
-        for axis, row, note in zip(line, found, notes, strict=False):
+        for axis, row, note in zip(line, rows, notes, strict=False):
             axis.imshow(ImageOps.fit(pictures[int(row)]["image"].convert("RGB"), (160, 160)))
             axis.text(0.5, -0.04, note, transform=axis.transAxes, fontsize=8, ha="center", va="top")
         line[0].text(0, 1.06, title, transform=line[0].transAxes, fontsize=11, fontweight="bold", va="bottom")
@@ -155,7 +155,7 @@ def main() -> dict:
     queries = args.queries or rng.sample(captions, 4)
     by_words = search(pictures, embed_texts(model, processor, queries), 8)
     chosen = rng.sample(range(len(gallery)), 8)
-    by_picture = [[captions[row] for row in found] for found in search(texts, seen[chosen], 3)]
+    by_picture = [[captions[row] for row in rows] for rows in search(texts, seen[chosen], 3)]
     owner = [index for index, several in enumerate(each) for _ in several]
     likeness = seen @ embed_texts(model, processor, [text for several in each for text in several]).T
     results = {"gallery": len(gallery), "texts": len(owner), **recall_at_k(likeness, owner)}
@@ -172,9 +172,9 @@ def main() -> dict:
         results["recommended_of_the_liked_colour"] = float(np.mean([colours[row] == "red" for row in offered]))
         results["chance_of_that"] = rest.count("red") / len(rest)
 
-    lines = [(f"“{textwrap.shorten(query, 90)}”", found, [""] * 8) for query, found in zip(queries, by_words, strict=True)]
-    notes = [textwrap.fill(textwrap.shorten(found[0], 66), 24) for found in by_picture]
-    lines += [("Words found for each picture:", chosen, notes)]
+    lines = [(f"“{textwrap.shorten(query, 90)}”", rows, [""] * 8) for query, rows in zip(queries, by_words, strict=True)]
+    notes = [textwrap.fill(textwrap.shorten(rows[0], 66), 24) for rows in by_picture]
+    lines += [("Captions nearest to each picture:", chosen, notes)]
     lines += [("Three that somebody liked, and five recommended:", [*liked, *offered], ["liked"] * 3 + ["offered"] * 5)]
     draw_sheet(args.output_dir / "sheet.png", gallery, lines)
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")

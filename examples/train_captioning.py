@@ -193,8 +193,8 @@ def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[
     )
     trainer.train()
     trainer.save_model()
-    found = caption(model, processor, *data["test"], args, seed=training.seed, output_dir=Path(training.output_dir))
-    return found, trainer
+    evaluation = caption(model, processor, *data["test"], args, seed=training.seed, output_dir=Path(training.output_dir))
+    return evaluation, trainer
 
 
 def show(folder: Path, model: Any, processor: Any, args: Arguments) -> None:
@@ -228,8 +228,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results = []
     for seed in args.seeds:
         of_seed = replace(training, seed=seed, output_dir=str(output_dir / f"seed-{seed}"))
-        found, trainer = run_seed(args, of_seed, data)
-        results.append(found)
+        evaluation, trainer = run_seed(args, of_seed, data)
+        results.append(evaluation)
         if seed == args.seeds[0]:
             plot_training(trainer, output_dir / "training.png")
             if args.show:

@@ -129,9 +129,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             rows = data["test"].filter(lambda one, key=(task, language): (one["task"], one["language"]) == key)
             options = {"kinds": ("sighted", "blind"), "batch_size": 64, "max_new_tokens": args.max_new_tokens}
             place = folder / f"{task}-{language}"
-            found = evaluate(model, processor, rows, output_dir=place, postprocess=first_sentence, **options)
-            exact = {kind: _share_right(said, found.references) for kind, said in found.predictions.items()}
-            scores = {kind: {**found.scores[kind], "exact_match": exact[kind]} for kind in found.scores}
+            result = evaluate(model, processor, rows, output_dir=place, postprocess=first_sentence, **options)
+            exact = {kind: _share_right(said, result.references) for kind, said in result.predictions.items()}
+            scores = {kind: {**result.scores[kind], "exact_match": exact[kind]} for kind in result.scores}
             results[f"{task} {language}"] = scores
             cells = [f"{scores[kind][name]:>20.3f}" for name in columns for kind in ("sighted", "blind")]
             print(f"{task + ', ' + language:24}" + "".join(cells))

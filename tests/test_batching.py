@@ -31,9 +31,9 @@ def test_a_length_is_that_of_the_row_alone_in_a_batch(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "what is that ?"}, {"role": "assistant", "content": "a square"}]},
     ]
     processor.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    found = [length_of(row, collator) for row in several]
-    assert found == [collator([row])["attention_mask"].sum().item() for row in several]
-    assert found[3] == 16 and len(set(found)) > 3
+    lengths = [length_of(row, collator) for row in several]
+    assert lengths == [collator([row])["attention_mask"].sum().item() for row in several]
+    assert lengths[3] == 16 and len(set(lengths)) > 3
     state = torch.get_rng_state()
     texts = ["a square .", "a red square that is red ."]
     both = [length_of({"image": picture, "text": text}, collator) for text in texts]

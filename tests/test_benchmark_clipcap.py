@@ -30,7 +30,7 @@ def test_both_sides_are_trained_and_scored(tmp_path: Path, assets: Path) -> None
     assert json.loads((tmp_path / "clipcap.json").read_text()) == results
     assert set(results["runs"]) == {f"{side}, {mapper}" for side in clipcap.SIDES for mapper in clipcap.MAPPERS}
     assert [row["seeds"] for row in results["compared"]] == [1, 1]
-    runs = {name: found["0"] for name, found in results["runs"].items()}
+    runs = {name: by_seed["0"] for name, by_seed in results["runs"].items()}
     assert len({run["steps"] for run in runs.values()}) == 1
     for mapper in clipcap.MAPPERS:
         assert set(runs[f"ours, {mapper}"]["scores"]) == {"greedy", "greedy, blind"}

@@ -15,11 +15,11 @@ def test_one_seed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("sklearn")
     result = main(["--seeds", "0", "--epochs", "5", "--output", str(tmp_path / "digits.json")])
     assert json.loads((tmp_path / "digits.json").read_text())["rows"] == result["rows"]
-    found = {name: row["accuracy"]["mean"] for name, row in result["rows"].items()}
-    assert found["classifier, image"] > 0.8 and found["classifier, both"] > 0.8
-    assert found["classifier, image, blind"] < 0.2 and found["classifier, text"] <= 0.25
-    assert found["classifier, image, random connector"] < found["classifier, image"]
-    assert found["nearest prompt"] > 0.8 and found["nearest prompt, blind"] < 0.2
+    accuracy = {name: row["accuracy"]["mean"] for name, row in result["rows"].items()}
+    assert accuracy["classifier, image"] > 0.8 and accuracy["classifier, both"] > 0.8
+    assert accuracy["classifier, image, blind"] < 0.2 and accuracy["classifier, text"] <= 0.25
+    assert accuracy["classifier, image, random connector"] < accuracy["classifier, image"]
+    assert accuracy["nearest prompt"] > 0.8 and accuracy["nearest prompt, blind"] < 0.2
     assert "linear probe, all positions" in capsys.readouterr().out
 
 

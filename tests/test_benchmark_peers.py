@@ -18,15 +18,15 @@ def test_ours_and_blip2_are_the_same_model_and_both_are_measured(tmp_path: Path)
     arguments = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     rows = peers.main([*arguments, "--device", "cpu", "--output", str(output)])["rows"]
     assert json.loads(output.read_text())["rows"] == rows
-    found = {row["name"].removeprefix("BLIP-2, prefix 3: "): row for row in rows}
-    assert found["parameters"]["ours"] == found["parameters"]["limit"] > found["trained parameters"]["limit"]
-    loss = found["loss at the start"]
+    by_name = {row["name"].removeprefix("BLIP-2, prefix 3: "): row for row in rows}
+    assert by_name["parameters"]["ours"] == by_name["parameters"]["limit"] > by_name["trained parameters"]["limit"]
+    loss = by_name["loss at the start"]
     assert loss["ours"] == pytest.approx(loss["limit"], abs=1e-4)
     for source in ("pictures", "features"):
-        assert 0 <= found[f"how far apart the gradients, from {source}"]["ours"] < 1e-3
-    assert found["words that differ"]["ours"] == 0
+        assert 0 <= by_name[f"how far apart the gradients, from {source}"]["ours"] < 1e-3
+    assert by_name["words that differ"]["ours"] == 0
     timed = ("step from pictures", "step from stored features, to theirs from pictures", "3 words from a picture")
-    assert all(math.isfinite(found[name]["ratio"]) and found[name]["ratio"] > 0 for name in timed)
+    assert all(math.isfinite(by_name[name]["ratio"]) and by_name[name]["ratio"] > 0 for name in timed)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Tests that compare bits are found by what they say, or by what a helper of theirs says."""
+"""Tests that compare bits are recognised by what they say, or by what a helper of theirs says."""
 
 import functools
 
@@ -41,8 +41,8 @@ def close(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def test_comparisons_of_bits_are_found() -> None:
     wrapped = functools.wraps(says_so)(lambda a, b: None)
-    for found in (says_so, to_zero, of_arrays, calls_one, calls_one_of_another_file, wrapped):
-        assert compares_bits(found), found.__name__
+    for function in (says_so, to_zero, of_arrays, calls_one, calls_one_of_another_file, wrapped):
+        assert compares_bits(function), function.__name__
     for other in (close, round_and_round):
         assert not compares_bits(other), other.__name__
 

@@ -86,8 +86,8 @@ def test_masks_of_what_the_assistant_said(template: str, expected: list[str]) ->
         padding = {"padding": True, "padding_side": side}
         out = one.apply_chat_template([chat()[:3], chat()], **options, processor_kwargs=padding)
         masks = out["assistant_masks"].bool()
-        found = [words(one, ids[mask]) for ids, mask in zip(out["input_ids"], masks, strict=True)]
-        assert found == [expected[: expected.index("a", 1)], expected]
+        masked = [words(one, ids[mask]) for ids, mask in zip(out["input_ids"], masks, strict=True)]
+        assert masked == [expected[: expected.index("a", 1)], expected]
 
 
 @every_template

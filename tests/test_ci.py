@@ -49,12 +49,12 @@ def test_workflows_may_only_read(path: Path) -> None:
 
 def test_the_workflow_runs_each_job_on_the_pythons_that_are_promised() -> None:
     jobs = re.search(r"for job in (.*); do", RUN)[1].split()
-    found = workflow("tests.yml")["jobs"]
-    assert sorted(found) == sorted(jobs)
-    for name, job in found.items():
+    actual = workflow("tests.yml")["jobs"]
+    assert sorted(actual) == sorted(jobs)
+    for name, job in actual.items():
         assert job["steps"][-1]["run"] == f".ci/run {name}"
     promised = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.py").read_text(encoding="utf-8"))
-    assert found["stranger"]["strategy"]["matrix"]["python"] == promised
+    assert actual["stranger"]["strategy"]["matrix"]["python"] == promised
 
 
 def test_the_oldest_job_names_tests_that_are_there() -> None:

@@ -222,8 +222,8 @@ def test_what_comes_out(tmp_path: Path) -> None:
     loss, logits = model(**inputs, labels=torch.arange(4), return_dict=False)
     assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
     embeds = model.get_input_embeddings()(processor.tokenizer(TEXTS[3], return_tensors="pt").input_ids)
-    found = model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"][3:])
-    torch.testing.assert_close(found.logits, output.logits[3:])
+    result = model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"][3:])
+    torch.testing.assert_close(result.logits, output.logits[3:])
     prefix = {"image": model.model.get_image_features(inputs.pop("pixel_values"))}
     assert torch.equal(model(**inputs, mm_encoder_outputs=prefix).logits, output.logits)
 
@@ -303,13 +303,13 @@ def test_class_weights() -> None:
 
 
 def test_the_problem_is_found_from_labels_as_in_the_library(tmp_path: Path) -> None:
-    for labels, options, found in (
+    for labels, options, kind in (
         (torch.arange(4), {}, "single_label_classification"),
         (torch.eye(4), {}, "multi_label_classification"),
         (torch.randn(4), {"id2label": {0: "how much"}}, "regression"),
     ):
         model, processor = join(tmp_path, **options)
-        assert model(**inputs_of(processor), labels=labels).loss.isfinite() and model.config.problem_type == found
+        assert model(**inputs_of(processor), labels=labels).loss.isfinite() and model.config.problem_type == kind
     with pytest.raises(ValueError, match="holds 2 weights, for 4 labels"):
         join(tmp_path, class_weights=[1.0, 2.0])
     weighted, processor = join(tmp_path, class_weights=[1.0, 0.0, 0.0, 0.0])
@@ -566,10 +566,10 @@ def test_the_librarys_pipelines(tmp_path: Path) -> None:
         kind = "images" if fused == ("image",) else "text"
         with torch.no_grad():
             probabilities = model(**processor(**{kind: given}, return_tensors="pt")).logits.softmax(-1)[0]
-        found = pipeline(task, model=str(folder), device="cpu")(given)
+        result = pipeline(task, model=str(folder), device="cpu")(given)
         best = probabilities.argmax().item()
-        assert found[0]["label"] == model.config.id2label[best]
-        assert found[0]["score"] == pytest.approx(probabilities[best].item(), abs=1e-5)
+        assert result[0]["label"] == model.config.id2label[best]
+        assert result[0]["score"] == pytest.approx(probabilities[best].item(), abs=1e-5)
 
 
 def test_lora_trains_the_head_as_well(tmp_path: Path) -> None:
@@ -660,8 +660,8 @@ def test_kinds_of_labels(tmp_path: Path, labels: list[Any], dtype: Any, shape: A
     _, processor = join(tmp_path)
     data = [{**row, "label": label} for row, label in zip(rows(2), labels, strict=True)]
     batch = DataCollatorForFrozenPrefixClassification(processor)(data)
-    found = batch.get("labels")
-    assert (found is None) if dtype is None else (found.dtype == dtype and tuple(found.shape) == shape)
+    result = batch.get("labels")
+    assert (result is None) if dtype is None else (result.dtype == dtype and tuple(result.shape) == shape)
 
 
 def test_rows_that_cannot_be_collated(tmp_path: Path) -> None:

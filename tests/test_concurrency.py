@@ -33,25 +33,25 @@ def opened(folder: Path, fusion: str) -> tuple[Any, Any]:
 
 def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
     """All at once; what one raises is raised."""
-    found: list[Any] = [None] * len(calls)
+    output: list[Any] = [None] * len(calls)
     barrier = threading.Barrier(len(calls))
 
     def run(i: int) -> None:
         barrier.wait()
         try:
-            found[i] = calls[i]()
+            output[i] = calls[i]()
         except Exception as error:
-            found[i] = error
+            output[i] = error
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for result in found:
+    for result in output:
         if isinstance(result, Exception):
             raise result
-    return found
+    return output
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

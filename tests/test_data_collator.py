@@ -160,8 +160,8 @@ def test_all_texts_of_a_row_are_samples_about_one_image():
     texts = ["a dog", "one", "what ? a cat", "Question : cat", "it: one", "it: two", "dog"]
     apart = [{"image": None, "text": text} for text in texts]
     expected = [tokens(collator, row) for row in DataCollatorForFrozenPrefix(make())(apart)["input_ids"]]
-    found = [[word for word in tokens(collator, row) if word not in IMAGE3] for row in batch["input_ids"]]
-    assert [" ".join(one) for one in found] == [" ".join(one) for one in expected]
+    results = [[word for word in tokens(collator, row) if word not in IMAGE3] for row in batch["input_ids"]]
+    assert [" ".join(one) for one in results] == [" ".join(one) for one in expected]
     assert learnt(collator, batch, 2) == ["a", "cat", "</s>"] and learnt(collator, batch, 5) == ["two", "</s>"]
     assert len(batch["pixel_values"]) == 2 and batch["image_index"].tolist() == [0, 0, 1, 1, 1, 1, 0]
 

@@ -29,7 +29,7 @@ def write(path: Path, content: Any) -> Path:
 
 
 def test_captions_of_coco(folder: Path) -> None:
-    found = {
+    results = {
         "images": [{"id": 7, "file_name": "0000.png"}, {"id": 3, "file_name": "0001.png"}, {"id": 5, "file_name": "0002.png"}],
         "annotations": [
             {"image_id": 3, "id": 1, "caption": "a green square ."},
@@ -37,12 +37,12 @@ def test_captions_of_coco(folder: Path) -> None:
             {"image_id": 3, "id": 3, "caption": "that is green ."},
         ],
     }
-    rows = load_coco_captions(write(folder / "captions.json", found), folder / "images")
+    rows = load_coco_captions(write(folder / "captions.json", results), folder / "images")
     assert rows["captions"] == [["a red square ."], ["a green square .", "that is green ."]]
     assert [one.convert("RGB").getpixel((0, 0)) for one in rows["image"]] == [COLOURS["red"], COLOURS["green"]]
     with pytest.raises(ValueError, match=r"does not list.*99"):
         load_coco_captions(
-            write(folder / "b.json", {**found, "annotations": [{"image_id": 99, "caption": "x"}]}), folder / "images"
+            write(folder / "b.json", {**results, "annotations": [{"image_id": 99, "caption": "x"}]}), folder / "images"
         )
     with pytest.raises(ValueError, match="not there"):
         load_coco_captions(folder / "captions.json", folder)
@@ -86,8 +86,8 @@ def test_everything_that_datasets_reads_is_collated(folder: Path, tmp_path_facto
     (folder / "images" / "metadata.csv").write_text(csv)
     from_csv = load_dataset("imagefolder", data_dir=str(folder / "images"), split="train")
     for other in (parquet, stream, from_csv):
-        found = collator(list(other))
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        result = collator(list(other))
+        assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 def captioned(folder: Path, pictures: int = 20, captions: int = 5) -> Dataset:

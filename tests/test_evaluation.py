@@ -189,11 +189,11 @@ def test_several_seeds_in_one_file(joined: tuple[Any, Any]) -> None:
         results.append(evaluate(*joined, captioned_rows(), kinds=("sighted", "blind"), **GENERATE))
     with torch.no_grad():
         joined[0].model.connector.output.weight.div_(1.5)
-    found = over_seeds(results, [3, 4])
-    assert [run["seed"] for run in found["seeds"]] == [3, 4]
+    result = over_seeds(results, [3, 4])
+    assert [run["seed"] for run in result["seeds"]] == [3, 4]
     values = [one.scores["sighted"]["cider"] for one in results]
-    assert found["mean"]["sighted"]["cider"] == pytest.approx(sum(values) / 2)
-    assert found["std"]["sighted"]["cider"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert result["mean"]["sighted"]["cider"] == pytest.approx(sum(values) / 2)
+    assert result["std"]["sighted"]["cider"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
 def test_scores_while_training_choose_the_best_checkpoint(tmp_path: Path) -> None:

@@ -68,13 +68,13 @@ def test_no_picture_keeps_its_place_and_every_text_does() -> None:
 
 @pytest.mark.slow
 def test_picture_and_question_together_tell_what_neither_tells_alone(tmp_path: Path) -> None:
-    found = {}
+    results = {}
     options = {"connector_config": example.Arguments().connector_config, "prefix_length": 8}
     parents: dict[str, object] = {}
     for inputs in ("image|text", "image", "text"):
         folder = tmp_path / inputs.replace("|", "_")
-        found[inputs] = run(output_dir=folder, fused_inputs=inputs, **options, **parents)
+        results[inputs] = run(output_dir=folder, fused_inputs=inputs, **options, **parents)
         parents = parents or {"vision": folder / "tower", "text": folder / "language_model"}
-    both = found["image|text"]["sighted"]["accuracy"]
-    assert both > 0.8 and both > max(found[one]["sighted"]["accuracy"] for one in ("image", "text")) + 0.3
-    assert found["image|text"]["blind"]["accuracy"] < 0.45
+    both = results["image|text"]["sighted"]["accuracy"]
+    assert both > 0.8 and both > max(results[one]["sighted"]["accuracy"] for one in ("image", "text")) + 0.3
+    assert results["image|text"]["blind"]["accuracy"] < 0.45

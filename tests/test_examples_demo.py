@@ -103,9 +103,9 @@ def page(checkpoint: Path) -> Iterator[str]:
     with open(checkpoint / "stderr", "w") as errors:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         try:
-            found = next((found for line in server.stdout if (found := re.search(r"http://\S+", line))), None)
-            assert found, (checkpoint / "stderr").read_text()
-            yield found[0]
+            match = next((match for line in server.stdout if (match := re.search(r"http://\S+", line))), None)
+            assert match, (checkpoint / "stderr").read_text()
+            yield match[0]
         finally:
             server.terminate()
             server.wait()

@@ -62,8 +62,8 @@ def test_a_table_has_means_deviations_and_gaps() -> None:
     assert head.split() == ["score", "parameters", "other"] and len(head) == len(one) == len(two)
     assert one.split() == ["one", "0.500", "±", "0.354", "18,816"]
     assert two.split() == ["two", "1.000", "±", "0.000"] and two.index("1.000") > one.index("18,816")
-    found = compare(runs, "score > other", ("one", "score"), ("two", "other"))
-    assert found.larger == [0.25, 0.75] and found.smaller == [1.0, 1.0] and found.verdict == "contrary"
+    statement = compare(runs, "score > other", ("one", "score"), ("two", "other"))
+    assert statement.larger == [0.25, 0.75] and statement.smaller == [1.0, 1.0] and statement.verdict == "contrary"
 
 
 @pytest.mark.parametrize("trainable", [("connector",), ("connector", "text")])
@@ -95,8 +95,8 @@ def test_perplexity_and_loss_are_over_words_not_batches(tmp_path: Path) -> None:
 
 def test_words_of_a_caption_are_told_apart() -> None:
     said = ["a large red circle in the middle .", "a small red circle at the top left .", "a large red ring .", "a"]
-    found = words_right(said, ["a large red circle in the middle ."] * 4)
-    assert found == {"shape, colour": 2 / 4, "size, place": 1 / 4}
+    scores = words_right(said, ["a large red circle in the middle ."] * 4)
+    assert scores == {"shape, colour": 2 / 4, "size, place": 1 / 4}
     assert words_right(["a large blue ring in the middle ."], ["a large red circle in the middle ."])["size, place"] == 1
 
 

@@ -21,9 +21,9 @@ def test_a_short_run_writes_everything_and_its_index_is_exact(tmp_path: Path) ->
     rows = load_from_disk(tmp_path / "pictures")
     embeds = np.array(rows["embedding"], dtype=np.float32)
     rows.load_faiss_index("embedding", tmp_path / "pictures.faiss")
-    found = rows.search_batch("embedding", embeds[:3], k=5)
+    result = rows.search_batch("embedding", embeds[:3], k=5)
     expected = (embeds[:3] @ embeds.T).argsort(axis=1)[:, ::-1][:, :5]
-    assert (np.sort(found.total_indices) == np.sort(expected)).all()
+    assert (np.sort(result.total_indices) == np.sort(expected)).all()
     # what it saved is a matcher, and it goes on from there
     again = run_example("search", tmp_path / "again", "--model", str(tmp_path / "matcher"), "--gallery", "12")[0]
     assert again == results

@@ -57,9 +57,9 @@ def check(model: FrozenPrefixForConditionalGeneration, tower: Tower, format: str
         for images in (1, 5):
             inputs = image_inputs(tower, images=images, seed=3)
             expected = torch.stack(model.get_image_features(**inputs).pooler_output)
-            found = source(**inputs)["image_embeds"]
-            assert expected.std() > 1e-3 and found.shape == expected.shape
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+            result = source(**inputs)["image_embeds"]
+            assert expected.std() > 1e-3 and result.shape == expected.shape
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], value) and after[name].requires_grad == grad for name, (value, grad) in before.items())
 
@@ -116,10 +116,10 @@ def test_other_layers_and_strategies(tmp_path: Path) -> None:
 def test_half_precision_parents_keep_a_full_precision_connector(tmp_path: Path) -> None:
     model, processor = join(tmp_path, dtype=torch.bfloat16)
     inputs = processor(images=[row["image"] for row in rows(3)], return_tensors="pt")
-    found = export_image_encoder(model, format="pt2", sample_inputs=inputs)(**inputs)["image_embeds"]
+    result = export_image_encoder(model, format="pt2", sample_inputs=inputs)(**inputs)["image_embeds"]
     expected = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
-    assert found.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert result.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_images_of_the_processors_size_are_asked_for(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_images_of_the_processors_size_are_asked_for(tmp_path: Path) -> None:
     model, processor = join(tmp_path)
     inputs = processor(images=rows(1)[0]["image"], return_tensors="pt")
     expected = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
-    found = export_image_encoder(model, format="pt2")(**inputs)["image_embeds"]
-    torch.testing.assert_close(found, expected)
+    result = export_image_encoder(model, format="pt2")(**inputs)["image_embeds"]
+    torch.testing.assert_close(result, expected)
     with pytest.raises(ValueError, match="no pixel_values"):
         export_image_encoder(model, format="pt2", sample_inputs={"input_ids": torch.zeros(1, 1)})
 
@@ -175,12 +175,12 @@ def test_the_first_step(name: str, format: str, tmp_path: Path) -> None:
             expected = model(input_ids=ids, attention_mask=mask, use_cache=True, **images)
             prefix = torch.cat(model.get_image_features(**images).pooler_output)
             embeds = model.get_input_embeddings()(ids.where(ids != 17, 0)).masked_scatter((ids == 17)[..., None], prefix)
-            found = source(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
+            result = source(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
             real = mask.bool()
-            torch.testing.assert_close(found["logits"][real], expected.logits[real], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(result["logits"][real], expected.logits[real], rtol=1e-3, atol=1e-3)
             step = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
             told = model(**step, cache=expected.cache).logits
-            torch.testing.assert_close(model(**step, cache=cache_of(found)).logits, told, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(model(**step, cache=cache_of(result)).logits, told, rtol=1e-3, atol=1e-3)
 
 
 def three_graphs(model: Any, processor: Any, images: list[Any], texts: list[str], format: str) -> tuple[Any, Any]:
@@ -209,8 +209,8 @@ def test_three_graphs_answer_as_generate_does(format: str, tmp_path: Path) -> No
     skip_without(format)
     eyes = talking(tmp_path)
     images, texts = [picture("red"), picture("blue")], [f"<image> {QUESTION}", "<image> a"]
-    found, expected = three_graphs(eyes.model, eyes.processor, images, texts, format)
-    assert torch.equal(found, expected) and not torch.equal(found[0], found[1])
+    result, expected = three_graphs(eyes.model, eyes.processor, images, texts, format)
+    assert torch.equal(result, expected) and not torch.equal(result[0], result[1])
 
 
 @pytest.mark.slow
@@ -227,5 +227,5 @@ def test_real_weights_and_photos(assets: Path, format: str) -> None:
     processor = FrozenPrefixProcessor.from_model(model)
     photos = sorted(str(path) for path in (assets / "vision/sample_photos").glob("*.jp*g"))[:2]
     texts = ["<image> One day, there was a", "<image> A"]
-    found, expected = three_graphs(model, processor, photos, texts, format)
-    assert torch.equal(found, expected)
+    result, expected = three_graphs(model, processor, photos, texts, format)
+    assert torch.equal(result, expected)

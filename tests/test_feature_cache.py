@@ -1,4 +1,4 @@
-"""The tower runs once per distinct image, what it made is kept and found again by all it depends on, and training from it is
+"""The tower runs once per distinct image, what it made is kept and read again by all it depends on, and training from it is
 training without it."""
 
 import dataclasses
@@ -144,8 +144,8 @@ def test_names_inside_an_archive_tell_nothing(pair: tuple[Any, Any], tmp_path: P
     )
     noise(2).save("2.png")
     out = store(pair, dataset, tmp_path / "store")
-    found = torch.stack([row["image"].load()[0] for row in out])
-    torch.testing.assert_close(found, tower_features(pair, [noise(seed) for seed in range(3)]))
+    result = torch.stack([row["image"].load()[0] for row in out])
+    torch.testing.assert_close(result, tower_features(pair, [noise(seed) for seed in range(3)]))
 
 
 def test_images_that_lie_in_no_file_are_known_by_their_pixels(pair: tuple[Any, Any], tmp_path: Path) -> None:
@@ -562,9 +562,9 @@ def test_masks_come_back_as_they_were(pair: tuple[Any, Any], tmp_path: Path) -> 
         writer.add([b"d" * 16], features[:2, :3], None)
     for number, letter in enumerate([b"a", b"b", b"c"]):
         for view in range(2):
-            found, there = shelf.read(letter * 16, view)
+            result, there = shelf.read(letter * 16, view)
             assert torch.equal(there, mask[2 * number + view])
-            assert torch.equal(found, features[2 * number + view] * there[:, None])
+            assert torch.equal(result, features[2 * number + view] * there[:, None])
     assert torch.equal(shelf.read(b"d" * 16, 1)[0], features[1, :3])
     with pytest.raises(ValueError, match='too large for float16: .*"bfloat16"'):
         FeatureStore.for_key(tmp_path, {**key, "dtype": "float16"}).writer(1).add([b"e" * 16], features[:2] * 1e6, None)
@@ -604,13 +604,14 @@ def test_an_image_of_several_samples_is_processed_once(pair: tuple[Any, Any], pa
         short, long = shared(examples), plain(examples)
         assert len(short["pixel_values"]) == 2 and short["image_index"].tolist() == [0, 1, 0, 0], kind
         assert len(long["pixel_values"]) == 4 and "image_index" not in long
-        found = []
+        results = []
         for batch in (short, long):
             model.zero_grad()
             output = model.train()(**batch, skip_logits=False)
             output.loss.backward()
-            found.append([output.loss.detach(), output.logits.detach(), *(p.grad for p in model.model.connector.parameters())])
-        torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+            gradients = [p.grad for p in model.model.connector.parameters()]
+            results.append([output.loss.detach(), output.logits.detach(), *gradients])
+        torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
     augmented = DataCollatorForFrozenPrefix(processor, augment=crop)(examples)
     assert "image_index" not in augmented and not torch.equal(*augmented["pixel_values"][[0, 3]])  # each use by itself
     different = shared([{"image": noise(seed), "text": "a"} for seed in (0, 1)])
@@ -641,7 +642,7 @@ def train(folder: Path, model: Model, processor: Any, dataset: Any, **options: A
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_training_from_the_store_is_training_without_it(dropout: float, parents: Path, tmp_path: Path) -> None:
-    found = []
+    results = []
     for stored in (False, True):
         torch.manual_seed(0)
         model, processor = join(parents, connector_config={"hidden_size": 16, "dropout": dropout})
@@ -650,11 +651,11 @@ def test_training_from_the_store_is_training_without_it(dropout: float, parents:
             dataset = store((model, processor), dataset, tmp_path / "store")
             model.unload_base_model("vision")
         options = {"dataloader_num_workers": 1} if stored and not dropout else {}
-        found.append(train(tmp_path / f"run{stored}", model, processor, dataset, **options))
-    assert found[0][0][0] > found[0][0][-1] + 0.1
-    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
-    assert found[0][1].keys() == found[1][1].keys()
-    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
+        results.append(train(tmp_path / f"run{stored}", model, processor, dataset, **options))
+    assert results[0][0][0] > results[0][0][-1] + 0.1
+    np.testing.assert_allclose(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
+    assert results[0][1].keys() == results[1][1].keys()
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-5, rtol=1e-4)
     again = Model.from_pretrained(tmp_path / "runTrue")
     assert again.model.vision_tower is not None
 

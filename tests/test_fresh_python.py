@@ -53,8 +53,8 @@ def test_they_end_as_a_process_does() -> None:
 
 
 def test_they_import_for_themselves_what_reads_the_environment(tmp_path: Path) -> None:
-    found = "import sys; print(sorted({name.partition('.')[0] for name in sys.modules} & set(%r)))"
-    assert told("-c", found % (fresh_python.NEVER_PRELOADED,)) == "[]\n"
+    loaded = "import sys; print(sorted({name.partition('.')[0] for name in sys.modules} & set(%r)))"
+    assert told("-c", loaded % (fresh_python.NEVER_PRELOADED,)) == "[]\n"
     code = "from huggingface_hub import constants; print(constants.HF_HOME)"
     for name in ("one", "other"):
         assert told("-c", code, env={**os.environ, "HF_HOME": str(tmp_path / name)}) == f"{tmp_path / name}\n"

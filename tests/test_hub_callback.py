@@ -120,13 +120,13 @@ def loaded(module_hub: Hub, pushed: dict[str, Any]) -> dict[str, dict[str, Any]]
         photo = "Image.new('RGB', (30, 20), 'red').save('photo.jpg')\n"
         code = LOAD.format(first=first, commits=commits, options=options) + photo + textwrap.dedent(block)
         processes[way] = module_hub.spawn(code, package=way == "package")
-    found = {}
+    results = {}
     for way, process in processes.items():
         done = module_hub.finish(process)
         assert done.returncode == 0, done.stderr
         answer, words = done.stdout.splitlines()[-2:]
-        found[way] = {**json.loads(answer), "block": words}
-    return found
+        results[way] = {**json.loads(answer), "block": words}
+    return results
 
 
 def test_every_commit_loads_with_and_without_the_package(pushed: dict[str, Any], loaded: dict[str, Any]) -> None:

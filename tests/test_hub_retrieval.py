@@ -65,10 +65,10 @@ print(json.dumps({{
 @pytest.mark.bits
 @pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
 def test_pulled_elsewhere_it_finds_the_same(module_hub: Hub, pushed: list, trust: bool | None) -> None:  # noqa: F811
-    found = json.loads(module_hub.run(PULL.format(trust=trust), package=trust is None).splitlines()[-1])
-    assert found["told"] == pushed
-    assert found["module"].startswith("modeling_frozen" if trust is None else "transformers_modules")
-    assert found["writes"] == "FrozenPrefixForConditionalGeneration" and found["labels"] == ["blue", "red"]
+    pulled = json.loads(module_hub.run(PULL.format(trust=trust), package=trust is None).splitlines()[-1])
+    assert pulled["told"] == pushed
+    assert pulled["module"].startswith("modeling_frozen" if trust is None else "transformers_modules")
+    assert pulled["writes"] == "FrozenPrefixForConditionalGeneration" and pulled["labels"] == ["blue", "red"]
 
 
 @pytest.fixture(scope="module")

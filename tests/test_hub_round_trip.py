@@ -101,10 +101,10 @@ def pull(hub: Hub, name: str, *, trust: bool | None = None, revision: str = "mai
 @pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
 @pytest.mark.parametrize("name", ["eyes", "trained"])
 def test_pulled_elsewhere_it_says_the_same(module_hub: Hub, pushed: dict, name: str, trust: bool | None) -> None:  # noqa: F811
-    found = pull(module_hub, f"me/{name}", trust=trust)
-    assert found["told"] == pushed[name]
-    assert found["trainable"] == ["connector"]
-    assert found["module"].startswith("modeling_frozen" if trust is None else "transformers_modules")
+    pulled = pull(module_hub, f"me/{name}", trust=trust)
+    assert pulled["told"] == pushed[name]
+    assert pulled["trainable"] == ["connector"]
+    assert pulled["module"].startswith("modeling_frozen" if trust is None else "transformers_modules")
 
 
 def test_without_package_and_without_trust_it_is_refused(module_hub: Hub, pushed: dict) -> None:  # noqa: F811

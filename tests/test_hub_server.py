@@ -61,11 +61,11 @@ def client(code: str, *, size: int = 4096) -> str:
 
 def cached(home: Path) -> dict[str, int]:
     """{path: bytes} of every file of content in a client's cache: whole ones, parts, and links to them."""
-    found = {}
+    sizes = {}
     for path in (home / "hub").rglob("*"):
         if path.is_file() and path.suffix != ".lock" and {"blobs", "snapshots"} & set(path.parts):
-            found[str(path.relative_to(home / "hub"))] = path.stat().st_size
-    return found
+            sizes[str(path.relative_to(home / "hub"))] = path.stat().st_size
+    return sizes
 
 
 @pytest.fixture(scope="module")

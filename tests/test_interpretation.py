@@ -60,9 +60,9 @@ def family(folder: Path, name: str, **options: Any) -> tuple[Any, Any]:
 def test_a_prefix_of_words_is_read_as_these_words(tmp_path: Path) -> None:
     model, processor = join(tmp_path, vision_feature_select_strategy="pooled", prefix_length=3)
     write(model, "red", "square", "green")
-    found = nearest_words(model, processor, IMAGES[:2], top_k=2)
-    assert [[row[0] for row in image] for image in found.words] == [["red", "square", "green"]] * 2
-    for similarities, norms in zip(found.similarities, found.norms, strict=True):
+    result = nearest_words(model, processor, IMAGES[:2], top_k=2)
+    assert [[row[0] for row in image] for image in result.words] == [["red", "square", "green"]] * 2
+    for similarities, norms in zip(result.similarities, result.norms, strict=True):
         torch.testing.assert_close(similarities[:, 0], torch.ones(3))
         assert (similarities[:, 1] < 0.99).all()
         expected = model.model.embed_words(torch.tensor([WORDS.index("red")])).norm()
@@ -71,19 +71,19 @@ def test_a_prefix_of_words_is_read_as_these_words(tmp_path: Path) -> None:
 
 def test_nearest_words_are_those_of_all_words(joined: tuple[Any, Any]) -> None:
     model, processor = joined
-    found = nearest_words(model, processor, IMAGES, top_k=4, skip_special_tokens=False, batch_size=2)
+    result = nearest_words(model, processor, IMAGES, top_k=4, skip_special_tokens=False, batch_size=2)
     table = model.get_input_embeddings().weight.detach()[: len(WORDS)]
     with torch.no_grad():
         prefixes = model.get_image_features(processor(images=IMAGES, return_tensors="pt")["pixel_values"]).pooler_output
-    for prefix, ids, values, words in zip(prefixes, found.ids, found.similarities, found.words, strict=True):
+    for prefix, ids, values, words in zip(prefixes, result.ids, result.similarities, result.words, strict=True):
         cosines = torch.cosine_similarity(prefix[:, None], table[None], dim=-1)
         expected, order = cosines.topk(4)
         torch.testing.assert_close(values, expected)
         assert torch.equal(ids, order) and words == [[WORDS[i] for i in row] for row in order.tolist()]
-    assert len(found.rows()) == 3 * 4 * 4 and found.rows()[5]["position"] == 1
-    lines = found.table(2).splitlines()
-    assert len(lines) == 4 and lines[3].split()[:2] == ["3", found.words[2][3][0]]
-    assert f"{float(found.similarities[2][3][1]):.2f}" in lines[3]
+    assert len(result.rows()) == 3 * 4 * 4 and result.rows()[5]["position"] == 1
+    lines = result.table(2).splitlines()
+    assert len(lines) == 4 and lines[3].split()[:2] == ["3", result.words[2][3][0]]
+    assert f"{float(result.similarities[2][3][1]):.2f}" in lines[3]
 
 
 def test_placeholders_and_special_tokens_are_no_words(joined: tuple[Any, Any]) -> None:
@@ -108,7 +108,7 @@ def test_vectors_that_stand_in_no_space_of_words_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize("text", [None, "a green square ."])
 def test_attention_is_what_the_model_says_itself(joined: tuple[Any, Any], tmp_path: Path, text: str | None) -> None:
     model, processor = joined
-    found = attention_to_image(model, processor, IMAGES[0], "what is", text=text, max_new_tokens=5, min_new_tokens=5)
+    result = attention_to_image(model, processor, IMAGES[0], "what is", text=text, max_new_tokens=5, min_new_tokens=5)
     eager, _ = join(tmp_path)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
@@ -123,16 +123,16 @@ def test_attention_is_what_the_model_says_itself(joined: tuple[Any, Any], tmp_pa
     with torch.no_grad():
         output = eager(input_ids=ids[None], pixel_values=inputs["pixel_values"], output_attentions=True)
     kept = [place for place in range(length, len(ids)) if int(ids[place]) not in processor.tokenizer.all_special_ids]
-    assert found.ids.tolist() == ids[kept].tolist()
-    assert found.words == [WORDS[i] if i < len(WORDS) else f"<{i}>" for i in found.ids.tolist()]
+    assert result.ids.tolist() == ids[kept].tolist()
+    assert result.words == [WORDS[i] if i < len(WORDS) else f"<{i}>" for i in result.ids.tolist()]
     columns = (ids == model.config.image_token_id).nonzero()[:, 0]
-    for weights, expected in zip(found.attention, output.attentions, strict=True):
+    for weights, expected in zip(result.attention, output.attentions, strict=True):
         queries = torch.tensor(kept) - 1  # the place before a word is where it was written
         torch.testing.assert_close(weights, expected[0][:, queries][..., columns])
-    assert found.kind == "self" and found.grid == (2, 2)
-    torch.testing.assert_close(found.maps().sum((1, 2)), found.share())
-    torch.testing.assert_close(found.maps(1)[:, 1, 0], found.attention[1].mean(0)[:, 2])
-    assert (found.share() > 0).all() and (found.share() < 1).all()
+    assert result.kind == "self" and result.grid == (2, 2)
+    torch.testing.assert_close(result.maps().sum((1, 2)), result.share())
+    torch.testing.assert_close(result.maps(1)[:, 1, 0], result.attention[1].mean(0)[:, 2])
+    assert (result.share() > 0).all() and (result.share() < 1).all()
 
 
 def test_the_model_keeps_its_implementation_and_other_threads_notice_nothing(joined: tuple[Any, Any]) -> None:
@@ -162,8 +162,8 @@ def test_the_model_keeps_its_implementation_and_other_threads_notice_nothing(joi
 def test_words_never_attend_to_what_follows_them(tmp_path: Path, name: str) -> None:
     """Falcon's weights did, when its implementation was switched in the library's way."""
     model, processor = family(tmp_path, name)
-    found = attention_to_image(model, processor, IMAGES[0], text="a red square .")
-    assert found.words == ["a", "red", "square", "."]
+    result = attention_to_image(model, processor, IMAGES[0], text="a red square .")
+    assert result.words == ["a", "red", "square", "."]
     later = copy.deepcopy(processor)
     later.image_position = "end"  # the image stands behind the prompt, before the answer
     assert (attention_to_image(model, later, IMAGES[0], "what is", text="a red").share() > 0).all()
@@ -176,19 +176,19 @@ def test_words_never_attend_to_what_follows_them(tmp_path: Path, name: str) -> N
 def test_encoder_decoders_answer_by_their_cross_attention(tmp_path: Path, text: str | None) -> None:
     model, processor = family(tmp_path, "t5")
     options = {"min_new_tokens": 4, "max_new_tokens": 4}
-    found = attention_to_image(model, processor, IMAGES[0], "what is", text=text, skip_special_tokens=False, **options)
-    assert found.kind == "cross" and found.grid == (2, 2) and len(found.words) == len(found.ids) > 3
+    result = attention_to_image(model, processor, IMAGES[0], "what is", text=text, skip_special_tokens=False, **options)
+    assert result.kind == "cross" and result.grid == (2, 2) and len(result.words) == len(result.ids) > 3
     inputs = processor(images=[IMAGES[0]], text=["what is"], return_tensors="pt")
     never = [model.config.image_token_id]
     ids = model.generate(**inputs, do_sample=False, **options, suppress_tokens=never)
     if text is not None:  # T5 starts at the pad token; this tokenizer puts BOS before a text
         ids = torch.tensor([[0, *processor.tokenizer(text)["input_ids"], WORDS.index("</s>")]])
-    assert found.ids.tolist() == ids[0, 1:].tolist()
+    assert result.ids.tolist() == ids[0, 1:].tolist()
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(**inputs, decoder_input_ids=ids[:, :-1], output_attentions=True)
     columns = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
-    for weights, expected in zip(found.attention, output.cross_attentions, strict=True):
+    for weights, expected in zip(result.attention, output.cross_attentions, strict=True):
         torch.testing.assert_close(weights, expected[0][..., columns])
 
 
@@ -196,10 +196,10 @@ def test_gated_blocks_answer_by_their_own_attention(tmp_path: Path) -> None:
     model, processor = join(tmp_path, **GATED)
     for block in model.model.cross_attention:
         torch.nn.init.ones_(block.attention_gate)
-    found = attention_to_image(model, processor, IMAGES[0], text="a green square .")
-    assert found.kind == "gated" and [tuple(one.shape) for one in found.attention] == [(2, 4, 3)] * 2
-    torch.testing.assert_close(found.share(), torch.ones(4))
-    assert found.maps().shape == (4, 2, 2)
+    result = attention_to_image(model, processor, IMAGES[0], text="a green square .")
+    assert result.kind == "gated" and [tuple(one.shape) for one in result.attention] == [(2, 4, 3)] * 2
+    torch.testing.assert_close(result.share(), torch.ones(4))
+    assert result.maps().shape == (4, 2, 2)
     assert not any(block._forward_pre_hooks for block in model.model.cross_attention)
 
 
@@ -233,31 +233,31 @@ def test_models_without_attention_say_so(tmp_path: Path, name: str) -> None:
 )
 def test_a_prefix_without_places_says_why(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     model, processor = join(tmp_path, **options)
-    found = attention_to_image(model, processor, IMAGES[0], text="a red square")
-    assert found.grid is None and reason in found.why_not_spatial
+    result = attention_to_image(model, processor, IMAGES[0], text="a red square")
+    assert result.grid is None and reason in result.why_not_spatial
     with pytest.raises(ValueError, match=f"not spatial.*{reason}"):
-        found.maps()
-    assert found.by_word().shape == (3, options["prefix_length"])
-    figure = found.plot()
+        result.maps()
+    assert result.by_word().shape == (3, options["prefix_length"])
+    figure = result.plot()
     bars = [axes for axes in figure.axes if axes.patches]
     torch.testing.assert_close(
-        torch.tensor([[float(bar.get_height()) for bar in axes.patches] for axes in bars]).float(), 100 * found.by_word()
+        torch.tensor([[float(bar.get_height()) for bar in axes.patches] for axes in bars]).float(), 100 * result.by_word()
     )
 
 
 def test_leading_tokens_stand_on_no_place(tmp_path: Path) -> None:
     model, processor = join(tmp_path, vision_feature_select_strategy="full")
-    found = attention_to_image(model, processor, IMAGES[0], text="a red square")
-    assert found.num_leading == 1 and found.by_word().shape == (3, 5) and found.grid == (2, 2)
-    torch.testing.assert_close(found.maps().flatten(1), found.by_word()[:, 1:])
+    result = attention_to_image(model, processor, IMAGES[0], text="a red square")
+    assert result.num_leading == 1 and result.by_word().shape == (3, 5) and result.grid == (2, 2)
+    torch.testing.assert_close(result.maps().flatten(1), result.by_word()[:, 1:])
 
 
 def test_the_picture_is_what_the_tower_saw(joined: tuple[Any, Any]) -> None:
     model, processor = joined
     image = Image.fromarray(torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy())
-    found = attention_to_image(model, processor, image, text="a")
+    result = attention_to_image(model, processor, image, text="a")
     expected = torch.from_numpy(np.array(image)).float() / 255
-    torch.testing.assert_close(found.picture, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(result.picture, expected, atol=1e-3, rtol=0)
 
 
 # ------------------------------------------------------------------------------- from prefix vectors to places
@@ -355,9 +355,9 @@ def test_sightedness_is_made_of_plain_log_probabilities(tmp_path: Path, name: st
         for block in model.model.cross_attention:
             torch.nn.init.ones_(block.attention_gate)
     texts = ["a red square .", "a green", "a blue square"]
-    found = sightedness(model, processor, IMAGES, texts, prompts="what is", batch_size=2)
+    result = sightedness(model, processor, IMAGES, texts, prompts="what is", batch_size=2)
     collator = DataCollatorForFrozenPrefix(processor)
-    for index, (sample, text) in enumerate(zip(found.samples, texts, strict=True)):
+    for index, (sample, text) in enumerate(zip(result.samples, texts, strict=True)):
         start = ["<s>"] if name == "t5" else []  # this tokenizer writes BOS into what a decoder is to write
         assert sample.words == [*start, *text.split(), "</s>"] and sample.swapped.shape == (2, len(sample.words))
         nats = {}
@@ -376,8 +376,8 @@ def test_sightedness_is_made_of_plain_log_probabilities(tmp_path: Path, name: st
         torch.testing.assert_close(sample.swapped, others, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sample.drop, nats[index] - others.mean(0), atol=1e-4, rtol=1e-4)
         assert sample.drop.abs().max() > 1e-3  # this model is not blind
-    assert len(found.rows()) == sum(len(sample.words) for sample in found.samples)
-    assert found.mean == pytest.approx(sum(row["drop"] for row in found.rows()) / len(found.rows()), rel=1e-5)
+    assert len(result.rows()) == sum(len(sample.words) for sample in result.samples)
+    assert result.mean == pytest.approx(sum(row["drop"] for row in result.rows()) / len(result.rows()), rel=1e-5)
 
 
 @pytest.mark.bits

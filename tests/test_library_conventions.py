@@ -222,13 +222,13 @@ def test_compiled_in_training_it_gives_the_same_gradients() -> None:
     model = constructed().train()
     batch = inputs(model)
     batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
-    found = []
+    results = []
     torch.compiler.reset()
     for run in (model, torch.compile(model, backend="eager")):
         model.zero_grad()
         run(**batch).loss.backward()
-        found.append([p.grad.clone() for p in model.model.connector.parameters()])
-    for plain, compiled in zip(*found, strict=True):
+        results.append([p.grad.clone() for p in model.model.connector.parameters()])
+    for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(plain, compiled, atol=1e-6, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""lmms-eval's own command on tasks of local data: the real tool, found by its own plugin hook."""
+"""lmms-eval's own command on tasks of local data: the real tool, which loads the model by its plugin hook."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_tasks_of_both_kinds_score_as_by_hand(tmp_path: Path) -> None:
     env |= {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())["results"]
+    results = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())["results"]
 
     chosen = written = 0
     for picture, colour in zip(pictures, colours, strict=True):
@@ -92,6 +92,6 @@ def test_tasks_of_both_kinds_score_as_by_hand(tmp_path: Path) -> None:
         chosen += list(COLOURS)[scores.argmax()] == colour
         ids = model.generate(**inputs, max_new_tokens=1, do_sample=False)
         written += processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == colour
-    assert found["squares_multiple_choice"]["acc,none"] == pytest.approx(chosen / 8)
-    assert found["squares_generate_until"]["exact,none"] == pytest.approx(written / 8)
+    assert results["squares_multiple_choice"]["acc,none"] == pytest.approx(chosen / 8)
+    assert results["squares_generate_until"]["exact,none"] == pytest.approx(written / 8)
     assert chosen != 0

@@ -284,7 +284,7 @@ def test_trainer_smooths_labels_by_the_config_and_warns_of_its_own(tmp_path: Pat
 def test_evaluation_without_logits_is_the_same_loss(tmp_path: Path) -> None:
     """Trainer's evaluation makes logits of every position and throws them away, unless the batch says not to."""
     model, processor = join(tmp_path)
-    collator, found = DataCollatorForFrozenPrefix(processor), []
+    collator, losses = DataCollatorForFrozenPrefix(processor), []
     for options in ({}, {"skip_logits": True}):
         trainer = Trainer(
             model=model,
@@ -292,8 +292,8 @@ def test_evaluation_without_logits_is_the_same_loss(tmp_path: Path) -> None:
             eval_dataset=rows(8),
             data_collator=lambda batch, options=options: {**collator(batch), **options},
         )
-        found.append(trainer.evaluate()["eval_loss"])
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     skipped = model.eval()(**collator(rows(3)), skip_logits=True)
     assert skipped.logits is None and skipped.loss.requires_grad
 

@@ -381,10 +381,10 @@ def test_recall_equals_a_plain_sort():
     owner = np.repeat(np.arange(30), 5)[generator.permutation(150)]
     similarity = generator.normal(size=(30, 150))
     scores = metrics.recall_at_k(similarity, owner, ks=(3,))
-    found = [image in owner[np.argsort(-row)[:3]] for image, row in enumerate(similarity)]
+    hits = [image in owner[np.argsort(-row)[:3]] for image, row in enumerate(similarity)]
     named = [owner[text] in np.argsort(-column)[:3] for text, column in enumerate(similarity.T)]
-    assert 0 < np.mean(found) < 1 and 0 < np.mean(named) < 1
-    assert scores["image_to_text_recall_at_3"] == pytest.approx(np.mean(found))
+    assert 0 < np.mean(hits) < 1 and 0 < np.mean(named) < 1
+    assert scores["image_to_text_recall_at_3"] == pytest.approx(np.mean(hits))
     assert scores["text_to_image_recall_at_3"] == pytest.approx(np.mean(named))
 
 

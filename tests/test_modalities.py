@@ -165,9 +165,9 @@ def test_gradients_reach_the_right_connector_and_nothing_else(family: str, part:
     name = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}.get(part)
     labels = ids.masked_fill(ids >= VOCAB_SIZE, -100)
     model(ids, **({name: all_media()[name]} if name else {}), labels=labels).loss.backward()
-    found = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    trained = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     wanted = {} if reached is None else dict(getattr(model.model, reached).named_parameters())
-    assert found == {f"model.{reached}.{key}" for key in wanted}
+    assert trained == {f"model.{reached}.{key}" for key in wanted}
     # Distributed training waits for every parameter: those that had no part have a gradient of zero.
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -400,11 +400,11 @@ def test_any_audio_tower_is_loaded_whole_and_padding_changes_nothing(ear: str, t
 
     def features(*heard: np.ndarray) -> list[torch.Tensor]:
         made = processor(audio=list(heard), return_tensors="pt")
-        found, mask, _ = encode_audio(
+        encoded, mask, _ = encode_audio(
             tower, made["input_features"], mask=made.get("input_features_mask"), is_longer=made.get("is_longer")
         )
-        assert found.shape[2] == probed.audio_width and probed.num_positions in (None, found.shape[1])
-        return list(found) if mask is None else [one[valid] for one, valid in zip(found, mask, strict=True)]
+        assert encoded.shape[2] == probed.audio_width and probed.num_positions in (None, encoded.shape[1])
+        return list(encoded) if mask is None else [one[valid] for one, valid in zip(encoded, mask, strict=True)]
 
     short, long = features(noise(0.3), noise(0.9, seed=1))
     torch.testing.assert_close(short, features(noise(0.3))[0], atol=1e-5, rtol=1e-4)

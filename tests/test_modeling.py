@@ -271,17 +271,17 @@ def test_threads_generate_as_one_after_the_other(eyes) -> None:
     model, processor = eyes
     batches = [inputs(processor, ["a picture"], [row["image"]]) for row in rows(8)]
     expected = [model.generate(**batch, max_new_tokens=6, do_sample=False) for batch in batches]
-    found: list = [None] * len(batches)
+    actual: list = [None] * len(batches)
 
     def run(i: int) -> None:
-        found[i] = model.generate(**batches[i], max_new_tokens=6, do_sample=False)
+        actual[i] = model.generate(**batches[i], max_new_tokens=6, do_sample=False)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(batches))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- refused

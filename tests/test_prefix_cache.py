@@ -265,17 +265,17 @@ def test_scores_are_those_of_whole_sequences(family: str) -> None:
     prefix = model.encode_prefix(**padded(starts), pixel_values=images)
     before = snapshot(prefix)
     for batch_size in (2, 32):
-        found = model.score(answers, prefix_cache=prefix, batch_size=batch_size)
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        scores = model.score(answers, prefix_cache=prefix, batch_size=batch_size)
+        torch.testing.assert_close(scores, expected, atol=1e-3, rtol=1e-3)
     lengths = torch.tensor([len(answer) for answer in answers])
     means = model.score(answers, prefix_cache=prefix, reduction="mean")
     torch.testing.assert_close(means, expected / lengths, atol=1e-3, rtol=1e-3)
     for side in ("left", "right"):
         tensors = padded(answers, side)
-        found = model.score(
+        scores = model.score(
             tensors["input_ids"], candidates_mask=tensors["attention_mask"], **padded(starts, side), pixel_values=images
         )
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(scores, expected, atol=1e-3, rtol=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(prefix), strict=True))
 
 
@@ -286,11 +286,11 @@ def test_a_prompt_after_the_prefix_and_candidates_of_its_own(family: str) -> Non
     start, questions = shared(3), [words(4, 1), words(2, 2)] if can_batch(model) else [words(3, 1), words(3, 2)]
     answers = [[words(2, 5), words(1, 6)], [words(3, 7)]]
     prefix = model.encode_prefix(**padded([start]), pixel_values=pictures())
-    found = model.score(answers, prefix_cache=prefix, **padded(questions))
+    scores = model.score(answers, prefix_cache=prefix, **padded(questions))
     for row, (question, own) in enumerate(zip(questions, answers, strict=True)):
         expected = plain_scores(model, family, [start + question], pictures(), own)[0]
-        torch.testing.assert_close(found[row, : len(own)], expected, atol=1e-3, rtol=1e-3)
-    assert found[1, 1] == -float("inf")
+        torch.testing.assert_close(scores[row, : len(own)], expected, atol=1e-3, rtol=1e-3)
+    assert scores[1, 1] == -float("inf")
 
 
 def test_strings_by_the_processor(tmp_path) -> None:

@@ -63,10 +63,10 @@ class Private:
             return read in {name for name, _ in names_in(ast.parse(source))}
         owner, _, name = path.rpartition(".")
         try:
-            found = pkgutil.resolve_name(owner.removesuffix("()"))
+            thing = pkgutil.resolve_name(owner.removesuffix("()"))
         except (ImportError, AttributeError):
             return False
-        return hasattr(found() if owner.endswith("()") else found, name)
+        return hasattr(thing() if owner.endswith("()") else thing, name)
 
 
 HOOK_OF_GENERATE = "hook of generate(), meant to be overridden; there is no public one"
@@ -207,29 +207,29 @@ def names_in(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Names, with their lines, that somebody may look up on an object: attributes, members of classes, keywords, imports, and
     strings that stand where a name does."""
     for node in ast.walk(tree):
-        found: list[Any] = []
+        candidates: list[Any] = []
         if isinstance(node, ast.Attribute):
-            found = [node.attr]
+            candidates = [node.attr]
         elif isinstance(node, ast.ClassDef):
-            found = members(node)
+            candidates = members(node)
         elif isinstance(node, ast.Call):
             called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None)
             place = {"getattr": 1, "hasattr": 1, "setattr": 1, "delattr": 1, "get": 0, "pop": 0, "setdefault": 0}.get(called)
-            found = [keyword.arg for keyword in node.keywords] + ([] if place is None else node.args[place : place + 1])
+            candidates = [keyword.arg for keyword in node.keywords] + ([] if place is None else node.args[place : place + 1])
         elif isinstance(node, ast.Dict):
-            found = node.keys
+            candidates = node.keys
         elif isinstance(node, (ast.Set, ast.Tuple, ast.List)):
-            found = node.elts
+            candidates = node.elts
         elif isinstance(node, ast.Subscript):
-            found = [node.slice]
+            candidates = [node.slice]
         elif isinstance(node, ast.JoinedStr):  # a name that is put together
-            found = node.values[:1]
+            candidates = node.values[:1]
         elif isinstance(node, ast.arg):
-            found = [node.arg]
+            candidates = [node.arg]
         elif isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
             modules = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
-            found = ".".join(modules).split(".")
-        for name in found:
+            candidates = ".".join(modules).split(".")
+        for name in candidates:
             name = name.value if isinstance(name, ast.Constant) else name
             if isinstance(name, str) and is_private(name):
                 yield name, node.lineno
@@ -256,11 +256,11 @@ def package_trees() -> dict[str, ast.Module]:
 @cache
 def uses() -> dict[str, list[str]]:
     """Where the package uses each private name, its own and others'."""
-    found = defaultdict(list)
+    places = defaultdict(list)
     for file, tree in package_trees().items():
         for name, line in names_in(tree):
-            found[name].append(f"{file}:{line}")
-    return dict(found)
+            places[name].append(f"{file}:{line}")
+    return dict(places)
 
 
 @cache
@@ -291,11 +291,11 @@ def names_of_base_classes() -> dict[str, str]:
             classes = [one for one in vars(module).values() if inspect.isclass(one)]
             bases = {base for one in classes if one.__module__.startswith("modeling_frozen") for base in one.__mro__}
             sources |= {base.__module__ for base in bases if base.__module__.partition(".")[0] in ("transformers", "torch")}
-    found = {}
+    names = {}
     for source in sorted(sources - {"torch._C"}):  # of no Python
         tree = ast.parse(inspect.getsource(importlib.import_module(source)))
-        found.update({name: source for name, _ in names_in(tree)})
-    return found
+        names.update({name: source for name, _ in names_in(tree)})
+    return names
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests

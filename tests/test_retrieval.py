@@ -129,9 +129,9 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path, text: str | None
         alone.append(model.get_text_features(**processor.tokenizer([one], return_tensors="pt")).pooler_output)
     for side in ("left", "right"):
         batch = inputs(processor, side)
-        found = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
-        torch.testing.assert_close(found, torch.cat(alone), atol=2e-5, rtol=1e-4)
-    assert found.shape == (4, 16) and not torch.allclose(found[0], found[1])
+        embeds = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+        torch.testing.assert_close(embeds, torch.cat(alone), atol=2e-5, rtol=1e-4)
+    assert embeds.shape == (4, 16) and not torch.allclose(embeds[0], embeds[1])
 
 
 def test_pooling_by_default_is_the_text_model_s(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_a_text_half_of_a_dual_model_serves(tmp_path: Path) -> None:
     assert model.config.text_pooling == "last"
     assert type(model.model.language_model).__name__ == "CLIPTextModel" and model.config.text_headless
     ids = torch.tensor([[1, 4, 5, 6]])
-    found = model.get_text_features(ids).last_hidden_state
-    torch.testing.assert_close(found, whole.text_model(input_ids=ids).last_hidden_state)
+    states = model.get_text_features(ids).last_hidden_state
+    torch.testing.assert_close(states, whole.text_model(input_ids=ids).last_hidden_state)
     model.save_pretrained(tmp_path / "out")
     assert parts_saved(tmp_path / "out") == {"connector", "contrastive_head"}
     again = Retrieval.from_pretrained(tmp_path / "out")
@@ -361,10 +361,10 @@ def test_the_library_s_pipeline_by_path(tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path / "out")
     classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "out"))
     image = rows(1)[0]["image"]
-    found = classify(image, candidate_labels=list(COLOURS), hypothesis_template="a {} square .")
-    assert found[0]["label"] == "red"
+    labels = classify(image, candidate_labels=list(COLOURS), hypothesis_template="a {} square .")
+    assert labels[0]["label"] == "red"
     mine = zero_shot_classify(model, processor, [image], list(COLOURS), ["a {} square ."])[0]
-    torch.testing.assert_close(found[0]["score"], mine.max().item(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(labels[0]["score"], mine.max().item(), atol=1e-4, rtol=1e-3)
 
 
 def trained(folder: Path) -> tuple[Retrieval, FrozenPrefixProcessor]:
@@ -396,8 +396,8 @@ def trained(folder: Path) -> tuple[Retrieval, FrozenPrefixProcessor]:
 def test_trainer_learns_to_find_and_to_classify_what_it_was_not_told(tmp_path: Path) -> None:
     model, processor = trained(tmp_path)
     squares = [row["image"] for row in rows(4)]
-    found = evaluate_retrieval(model, processor, squares, [[row["text"], row["text"]] for row in rows(4)], ks=(1, 2))
-    assert found["text_to_image_recall_at_1"] == 1 and found["image_to_text_recall_at_1"] == 1
+    recall = evaluate_retrieval(model, processor, squares, [[row["text"], row["text"]] for row in rows(4)], ks=(1, 2))
+    assert recall["text_to_image_recall_at_1"] == 1 and recall["image_to_text_recall_at_1"] == 1
     scores = zero_shot_classify(model, processor, squares, list(COLOURS), ["a {} square .", "a picture that is {}"])
     assert scores.argmax(-1).tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(scores.sum(-1), torch.ones(4))
@@ -441,8 +441,8 @@ def test_one_connector_describes_and_finds(tmp_path: Path) -> None:
     assert parts_saved(tmp_path / "out") == {"connector", "contrastive_head"}
     finder = Retrieval.from_pretrained(tmp_path / "out")
     squares = [row["image"] for row in rows(4)]
-    found = evaluate_retrieval(finder, processor, squares, [row["text"] for row in rows(4)], ks=(1,))
-    assert found["text_to_image_recall_at_1"] == 1
+    recall = evaluate_retrieval(finder, processor, squares, [row["text"] for row in rows(4)], ks=(1,))
+    assert recall["text_to_image_recall_at_1"] == 1
     writer = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     batch = processor(images=squares, text=[""] * 4, return_tensors="pt")
     written = writer.generate(**batch, max_new_tokens=5, do_sample=False)

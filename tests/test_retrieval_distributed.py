@@ -35,8 +35,8 @@ def gradients(folder: Path, way: str, chosen: slice, wrap: bool) -> tuple[float,
 
 def process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {way: gradients(Path(folder), way, slice(4 * rank, 4 * rank + 4), wrap=True) for way in WAYS}
-    torch.save(found, Path(folder) / f"found{rank}.pt")
+    results = {way: gradients(Path(folder), way, slice(4 * rank, 4 * rank + 4), wrap=True) for way in WAYS}
+    torch.save(results, Path(folder) / f"gradients{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -47,7 +47,7 @@ def test_two_processes_learn_what_one_would(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / way)
     FrozenPrefixProcessor.from_model(model).save_pretrained(tmp_path / "processor")
     fresh_python.run_side_by_side(process, str(tmp_path))
-    first, second = (torch.load(tmp_path / f"found{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"gradients{rank}.pt") for rank in (0, 1))
     for way in WAYS:
         loss, expected = gradients(tmp_path, way, slice(None), wrap=False)
         assert (first[way][0] + second[way][0]) / 2 == pytest.approx(loss, rel=1e-5)

@@ -87,9 +87,9 @@ def test_each_part_keeps_its_own_dtype(tmp_path: Path, dtypes: dict[str, torch.d
     model, _ = join(tmp_path, **dtypes)
     model.save_pretrained(tmp_path / "copy", include_base_models=True)
     copy = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "copy")
-    found = {name: (value.dtype, value) for name, value in copy.state_dict().items()}
+    results = {name: (value.dtype, value) for name, value in copy.state_dict().items()}
     for name, value in model.state_dict().items():
-        assert found[name][0] == value.dtype and torch.equal(found[name][1], value), name
+        assert results[name][0] == value.dtype and torch.equal(results[name][1], value), name
 
 
 def test_another_dtype_is_had_by_asking(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_another_dtype_is_had_by_asking(tmp_path: Path) -> None:
         ({"dtype": "auto"}, torch.float32, torch.float32),
     ):
         copy = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "copy", **asked).model
-        found = {part: {p.dtype for p in getattr(copy, part).parameters()} for part in ("vision_tower", "language_model")}
-        assert found == {"vision_tower": {vision}, "language_model": {text}}, asked
+        results = {part: {p.dtype for p in getattr(copy, part).parameters()} for part in ("vision_tower", "language_model")}
+        assert results == {"vision_tower": {vision}, "language_model": {text}}, asked
         assert {p.dtype for p in copy.connector.parameters()} == {torch.float32}
 
 

@@ -95,7 +95,7 @@ def test_losses_and_gradients_are_those_of_the_pictures(connector: str, options:
     model, pixels = build(connector=connector, **options), pictures()
     given = batch(model)
     given["labels"] = given["input_ids"].masked_fill((given["input_ids"] == IMAGE) | (given["input_ids"] == 0), -100)
-    found = []
+    results = []
     for images in (
         {"pixel_values": pixels[INDEX]},
         {"pixel_values": pixels, "image_index": INDEX},
@@ -106,10 +106,10 @@ def test_losses_and_gradients_are_those_of_the_pictures(connector: str, options:
         if connector != "identity":
             loss.backward()
         grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-        found.append([loss.detach(), *grads])
-    assert connector == "identity" or sum(grad.abs().sum() for grad in found[0][1:]) > 1e-3
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], atol=1e-6, rtol=1e-4)
+        results.append([loss.detach(), *grads])
+    assert connector == "identity" or sum(grad.abs().sum() for grad in results[0][1:]) > 1e-3
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("connector", ["mlp", "resampler", "transformer"])

@@ -322,8 +322,8 @@ def test_products_are_the_same_wherever_weights_are_left(dtype: torch.dtype) -> 
         weight = torch.randn(rows_, width, generator=torch.Generator().manual_seed(0)).to(dtype)
         expected = list(products(weight))
         for address in range(0, 64, step):
-            found = products(at(weight, address))
-            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), (address, rows_, width)
+            actual = products(at(weight, address))
+            assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True)), (address, rows_, width)
 
 
 def test_on_an_older_cpu_too() -> None:

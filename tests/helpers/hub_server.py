@@ -122,13 +122,13 @@ class Handler(WireHandler):
 
     @route("GET", r"/api/(?P<kind>models|datasets|spaces)", "info")
     def search(self, kind: str) -> Any:
-        store, found = self.server.store, []
+        store, infos = self.server.store, []
         for repo in store.repos.values():
             seen = repo["kind"] == kind and (not repo["private"] or store.member(repo, self.user))
             author = self.query.get("author", repo["id"].split("/")[0])
             if seen and repo["id"].startswith(f"{author}/") and self.query.get("search", "") in repo["id"]:
-                found.append(store.info(repo, store.resolve(repo, "main")))
-        self.page(found)
+                infos.append(store.info(repo, store.resolve(repo, "main")))
+        self.page(infos)
 
     @route("GET", API + rf"(?:/revision/{REV})?", "info")
     def info(self, kind: str, repo_id: str, revision: str) -> Any:
@@ -182,8 +182,8 @@ class Handler(WireHandler):
         repo = self.repo(kind, repo_id)
 
         def listed(prefix: str, keep: str = "") -> list[dict[str, str]]:
-            found = [(ref, oid) for ref, oid in repo["refs"].items() if ref.startswith(prefix)]
-            return [{"name": keep + ref[len(prefix) :], "ref": ref, "targetCommit": oid} for ref, oid in found]
+            matching = [(ref, oid) for ref, oid in repo["refs"].items() if ref.startswith(prefix)]
+            return [{"name": keep + ref[len(prefix) :], "ref": ref, "targetCommit": oid} for ref, oid in matching]
 
         answer = {"branches": listed("refs/heads/"), "tags": listed("refs/tags/"), "converts": []}
         return answer | ({"pullRequests": listed("refs/pr/", "refs/pr/")} if self.flag("include_prs") else {})
@@ -402,14 +402,14 @@ class Handler(WireHandler):
     def open_discussion(self, repo: Repo, title: str, author: str, *, base: str | None) -> dict[str, Any]:
         """Notes a discussion down; a pull request where `base` names the commit it starts from."""
         num = len(repo["discussions"]) + 1
-        found = {"num": num, "title": title, "author": {"name": author}, "createdAt": now(), "events": [],
+        discussion = {"num": num, "title": title, "author": {"name": author}, "createdAt": now(), "events": [],
                  "repo": {"name": repo["id"], "type": repo["kind"][:-1]}, "isPullRequest": base is not None,
                  "status": "open" if base is None else "draft", "filesWithConflicts": [],
                  "changes": {"base": "refs/heads/main"}, "from": base, "diff": ""}  # fmt: skip
-        repo["discussions"].append(found)
+        repo["discussions"].append(discussion)
         if base is not None:
             repo["refs"][f"refs/pr/{num}"] = base
-        return found
+        return discussion
 
     @route("POST", API + r"/discussions", "discussions")
     def start_discussion(self, kind: str, repo_id: str) -> Any:
@@ -419,45 +419,45 @@ class Handler(WireHandler):
             if self.user is None:
                 raise HubError(401, "Invalid username or password.")
             base = store.resolve(repo, "main") if asked.get("pullRequest") else None
-            found = self.open_discussion(repo, asked["title"], self.user["name"], base=base)
+            discussion = self.open_discussion(repo, asked["title"], self.user["name"], base=base)
             store.save()
-        return {"num": found["num"], "pullRequest": base is not None}
+        return {"num": discussion["num"], "pullRequest": base is not None}
 
     @route("GET", API + r"/discussions(?:/(?P<num>\d+))?", "discussions")
     def discussions(self, kind: str, repo_id: str, num: str) -> Any:
-        found = self.repo(kind, repo_id)["discussions"]
+        opened = self.repo(kind, repo_id)["discussions"]
         if not num:
-            return {"discussions": found, "count": len(found), "start": 0}
-        if not 0 < int(num) <= len(found):
+            return {"discussions": opened, "count": len(opened), "start": 0}
+        if not 0 < int(num) <= len(opened):
             raise HubError(404, f"there is no discussion {num}")
-        return found[int(num) - 1]
+        return opened[int(num) - 1]
 
     @route("POST", API + r"/discussions/(?P<num>\d+)/(?P<what>merge|status)", "discussions")
     def change_discussion(self, kind: str, repo_id: str, num: str, what: str) -> Any:
         store = self.server.store
         with store.lock:
             repo = self.repo(kind, repo_id, write=True)
-            found = self.discussions(kind, repo_id, num)
+            discussion = self.discussions(kind, repo_id, num)
             event = {
-                "id": f"{num}-{len(found['events'])}",
+                "id": f"{num}-{len(discussion['events'])}",
                 "type": "status-change",
                 "createdAt": now(),
                 "author": self.user,
             }
             if what == "status":
-                found["status"] = self.json()["status"]
+                discussion["status"] = self.json()["status"]
             else:
-                base, theirs = (repo["commits"][oid]["tree"] for oid in (found["from"], repo["refs"][f"refs/pr/{num}"]))
+                base, theirs = (repo["commits"][oid]["tree"] for oid in (discussion["from"], repo["refs"][f"refs/pr/{num}"]))
                 tree = dict(repo["commits"][repo["refs"]["refs/heads/main"]]["tree"])
                 for path in {*base, *theirs}:
                     if base.get(path) != theirs.get(path):
                         tree.pop(path, None)
                         tree |= {path: theirs[path]} if path in theirs else {}
-                title = f"{found['title']} (#{num})"
+                title = f"{discussion['title']} (#{num})"
                 merged = store.commit(repo, "refs/heads/main", tree, title, "", self.user["name"])
-                found["status"], found["changes"]["mergeCommitId"] = "merged", merged
-            event["data"] = {"status": found["status"]}
-            found["events"].append(event)
+                discussion["status"], discussion["changes"]["mergeCommitId"] = "merged", merged
+            event["data"] = {"status": discussion["status"]}
+            discussion["events"].append(event)
             store.save()
         return {"newStatus": event}
 

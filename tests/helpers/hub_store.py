@@ -62,11 +62,11 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
 
 def front_matter(card: str) -> dict[str, Any]:
     """The YAML block at the head of a card; raises ValueError where it is no mapping."""
-    found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", card, re.DOTALL)
-    if not found:
+    block = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", card, re.DOTALL)
+    if not block:
         return {}
     try:
-        data = yaml.safe_load(found.group(1))
+        data = yaml.safe_load(block.group(1))
     except yaml.YAMLError as error:
         raise ValueError(f"the YAML block does not parse: {error}") from error
     if data is not None and not isinstance(data, dict):
@@ -169,9 +169,9 @@ class Store:
             if ref in repo["refs"]:
                 return repo["refs"][ref]
         if re.fullmatch(r"[0-9a-f]{7,40}", revision):
-            found = [commit for commit in repo["commits"] if commit.startswith(revision)]
-            if len(found) == 1:
-                return found[0]
+            matching = [commit for commit in repo["commits"] if commit.startswith(revision)]
+            if len(matching) == 1:
+                return matching[0]
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def writable_ref(self, repo: Repo, revision: str) -> str:
@@ -260,7 +260,7 @@ class Store:
         """The listing of a folder ("" is the whole repository), files and folders."""
         tree = repo["commits"][oid]["tree"]
         prefix = f"{under}/" if under else ""
-        found: dict[str, dict[str, Any]] = {}
+        listed: dict[str, dict[str, Any]] = {}
         for path, file in tree.items():
             if not path.startswith(prefix):
                 continue
@@ -270,12 +270,12 @@ class Store:
                     folder = prefix + "/".join(inner[:depth])
                     below = sorted((p, f["oid"]) for p, f in tree.items() if p.startswith(folder + "/"))
                     oid_of_folder = hashlib.sha1(json.dumps(below).encode()).hexdigest()
-                    found[folder] = {"type": "directory", "path": folder, "oid": oid_of_folder, "size": 0}
+                    listed[folder] = {"type": "directory", "path": folder, "oid": oid_of_folder, "size": 0}
             if len(inner) == 1 or recursive:
-                found[path] = self.entry(repo, oid, path, file, expand=expand)
-        if under and not found:
+                listed[path] = self.entry(repo, oid, path, file, expand=expand)
+        if under and not listed:
             raise HubError(404, f"{under} does not exist on {oid[:7]}", "EntryNotFound")
-        return [found[path] for path in sorted(found)]
+        return [listed[path] for path in sorted(listed)]
 
     def entry(self, repo: Repo, oid: str, path: str, file: dict[str, Any], *, expand: bool) -> dict[str, Any]:
         entry = {"type": "file", "path": path, "size": file["size"], "oid": file["oid"]}

@@ -70,10 +70,10 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 def _stand_in(name: str, **attributes: Any) -> None:
     """An empty module where the distribution has none."""
     try:
-        found = importlib.util.find_spec(name) is not None
+        installed = importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
-        found = False
-    if not found:
+        installed = False
+    if not installed:
         module = types.ModuleType(name)
         module.__path__ = []
         vars(module).update(attributes)
