@@ -1,6 +1,6 @@
 """ClipCap's own code out of a checkout of github.com/rmokady/CLIP_prefix_caption, for benchmarks that run beside it.
 
-Nothing of it is copied here: the files are read where they lie and run as they are, but for the names that are given to them.
+Nothing of it is copied here: the files are read where they lie and run as they are, but for the names that are put in.
 """
 
 import ast
@@ -45,7 +45,7 @@ def training_code(
     - the bar of `tqdm` is off.
     """
     tree = _parse(checkout, "train.py")
-    given = {
+    names = {
         "GPT2LMHeadModel": SimpleNamespace(from_pretrained=lambda *_: language_model()),
         "GPT2Tokenizer": SimpleNamespace(from_pretrained=lambda *_: tokenizer),
         "AdamW": functools.partial(torch.optim.AdamW, weight_decay=0.0, eps=1e-6),
@@ -57,6 +57,6 @@ def training_code(
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value == "cuda:0":
             node.value = device
-    space = {"__name__": "clipcap_train", **given}
+    space = {"__name__": "clipcap_train", **names}
     exec(compile(tree, "train.py", "exec"), space)
     return SimpleNamespace(**space)

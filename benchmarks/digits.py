@@ -1,4 +1,4 @@
-"""Handwritten digits told by the fused classifier: image, text and both, beside probes and beside blind.
+"""Handwritten digits classified by the fused classifier: image, text and both, beside probes and beside blind.
 
     python -m benchmarks.digits                                       (tiny random parents: three minutes on one core)
     python -m benchmarks.digits --vision FOLDER_OR_ID --text FOLDER_OR_ID         (real parents)
@@ -140,12 +140,12 @@ def classify(args: argparse.Namespace, data: dict[str, Any], inputs: str, seed: 
         model.model.connector.requires_grad_(False)
 
     def batch(rows: torch.Tensor, seen: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        given = {"labels": data["labels"][rows]}
+        media = {"labels": data["labels"][rows]}
         if "image" in INPUTS[inputs]:
-            given["vision_features"] = data["features"][rows if seen is None else seen]
+            media["vision_features"] = data["features"][rows if seen is None else seen]
         if "text" in INPUTS[inputs]:
-            given |= {name: value[rows] for name, value in data["texts"].items()}
-        return given
+            media |= {name: value[rows] for name, value in data["texts"].items()}
+        return media
 
     train(model, batch, data["train"], args)
     test, labels = data["test"], data["labels"]
@@ -154,8 +154,8 @@ def classify(args: argparse.Namespace, data: dict[str, Any], inputs: str, seed: 
 
 
 def nearest_prompt(args: argparse.Namespace, data: dict[str, Any], seed: int, unseen: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Trains pictures and prompts into one space and tells test digits (of `unseen` alone, if given, which it then is not
-    trained on) by the nearest prompt."""
+    """Trains pictures and prompts into one space and classifies test digits (of `unseen` alone, where named, on which it
+    then is not trained) by the nearest prompt."""
     set_seed(seed)
     model = FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(
         args.vision, args.text, projection_dim=64, **data["connector"]
@@ -164,8 +164,8 @@ def nearest_prompt(args: argparse.Namespace, data: dict[str, Any], seed: int, un
 
     def batch(rows: torch.Tensor) -> dict[str, Any]:
         # Pictures of one digit are no negatives of each other's prompts.
-        given = {name: value[labels[rows]] for name, value in prompts.items()}
-        return {**given, "vision_features": data["features"][rows], "image_ids": labels[rows], "return_loss": True}
+        inputs = {name: value[labels[rows]] for name, value in prompts.items()}
+        return {**inputs, "vision_features": data["features"][rows], "image_ids": labels[rows], "return_loss": True}
 
     fits = ~torch.isin(labels, torch.tensor(unseen)) if unseen else torch.ones_like(labels, dtype=torch.bool)
     train(model, batch, data["train"][fits[data["train"]]], args)

@@ -28,7 +28,7 @@ start = time.{clock}()
 {load}
 print(time.{clock}() - start)
 """
-OURS = 'model = modeling_frozen.FrozenPrefixForConditionalGeneration.from_pretrained("{eyes}"{options})'
+OURS = 'model = modeling_frozen.FrozenPrefixForConditionalGeneration.from_pretrained("{saved}"{options})'
 BOTH = (
     'parents = CLIPVisionModel.from_pretrained("{tower}"{options}), AutoModelForCausalLM.from_pretrained("{words}"{options})'
 )
@@ -62,10 +62,10 @@ def main(arguments: argparse.Namespace) -> Report:
     report = Report("loading", clock=arguments.clock, **sizes.as_dict())
     with tempfile.TemporaryDirectory() as folder:
         model = join(folder, sizes)
-        eyes = Path(folder) / "eyes"
-        model.save_pretrained(eyes)
+        saved = Path(folder) / "model"
+        model.save_pretrained(saved)
         places = {
-            "eyes": str(eyes),
+            "saved": str(saved),
             "tower": model.config.vision_base_model["name_or_path"],
             "words": model.config.text_base_model["name_or_path"],
             "third": str(Path(folder) / "third"),
@@ -93,7 +93,7 @@ def main(arguments: argparse.Namespace) -> Report:
                     report.figure(f"{which}, {step}", seconds * 1e3, "ms")
         if arguments.warm:
             warm(places, arguments, report)
-        written = sum(file.stat().st_size for file in eyes.iterdir())
+        written = sum(file.stat().st_size for file in saved.iterdir())
         report.figure("checkpoint beyond the connector", written - connector, "bytes", limit=connector, bar=64 * 1024)
         report.figure("checkpoint", written, "bytes", limit=connector)
         report.figure("checkpoint, to both parents' bytes", written, "bytes", limit=parents)
@@ -124,7 +124,7 @@ def warm(places: dict[str, str], arguments: argparse.Namespace, report: Report) 
     def both() -> tuple:
         return CLIPVisionModel.from_pretrained(places["tower"]), AutoModelForCausalLM.from_pretrained(places["words"])
 
-    calls = {"ours": lambda: FrozenPrefixForConditionalGeneration.from_pretrained(places["eyes"]), "both": both}
+    calls = {"ours": lambda: FrozenPrefixForConditionalGeneration.from_pretrained(places["saved"]), "both": both}
     timings = alternate(calls, rounds=3 * arguments.rounds, clock=arguments.clock)
     report.compare("from_pretrained, to both parents, warm", timings["ours"], timings["both"], bar=1.1)
 
@@ -133,12 +133,12 @@ def imports(arguments: argparse.Namespace, report: Report) -> None:
     clock = CLOCKS[arguments.clock].__name__
     code = {
         "ours": IMPORTED.format(clock=clock, code="import transformers, modeling_frozen"),
-        "library": IMPORTED.format(clock=clock, code="import transformers"),
+        "transformers": IMPORTED.format(clock=clock, code="import transformers"),
         "alone": IMPORTED.format(clock=clock, code="import modeling_frozen"),
     }
     timings = alternate_processes(code, rounds=3 * arguments.rounds)
-    report.compare("import transformers, modeling_frozen", timings["ours"], timings["library"])
-    above = (timings["ours"].median - timings["library"].median) * 1e3
+    report.compare("import transformers, modeling_frozen", timings["ours"], timings["transformers"])
+    above = (timings["ours"].median - timings["transformers"].median) * 1e3
     report.figure("import modeling_frozen, above transformers", above, "ms", bar=50)
     report.figure("import modeling_frozen alone", timings["alone"].median * 1e3, "ms", bar=50)
 

@@ -81,21 +81,21 @@ def nanovlm_code(checkout: str, tokenizer: Any) -> SimpleNamespace:
     """
     `VisionLanguageModel` and `VLMConfig` of a checkout.
 
-    Its models import one name beside torch and safetensors, `data.processors.get_tokenizer`: that is given to them, and gives
-    `tokenizer`, since the true one's module needs torchvision and einops for pictures that are not read here.
+    Its models import one name beside torch and safetensors, `data.processors.get_tokenizer`: a stand-in takes its place, and
+    gives `tokenizer`, since the true one's module needs torchvision and einops for pictures that are not read here.
     """
     if not (Path(checkout) / "models" / "vision_language_model.py").is_file():
         raise FileNotFoundError(
             f"{checkout!r} holds no models/vision_language_model.py: give a checkout of github.com/huggingface/nanoVLM."
         )
-    given = {"data": ModuleType("data"), "data.processors": ModuleType("data.processors")}
-    given["data.processors"].get_tokenizer = lambda *_: tokenizer
+    stand_ins = {"data": ModuleType("data"), "data.processors": ModuleType("data.processors")}
+    stand_ins["data.processors"].get_tokenizer = lambda *_: tokenizer
 
     def taken() -> list[str]:  # its packages have names that others may have too
         return [name for name in sys.modules if name.split(".")[0] in ("data", "models")]
 
     before = {name: sys.modules.pop(name) for name in taken()}
-    sys.modules.update(given)
+    sys.modules.update(stand_ins)
     sys.path.insert(0, str(checkout))  # its modules import each other by the names that they have from there
     try:
         from models.config import VLMConfig

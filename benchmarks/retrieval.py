@@ -8,9 +8,9 @@ for parents), three seeds each:
 - `both frozen`: connector and projections learn, from stored features;
 - `locked image`: LiT; the text model learns as well, from stored features;
 - `nothing locked`: the tower too, from pixels;
-- `library, nothing locked` and `library, locked image`: `VisionTextDualEncoderModel`. It takes towers whose config has a
-  `hidden_size` and text models that pool for themselves; where a parent lacks one of the two, it is given here, the pooling
-  being ours (the mean over words).
+- `transformers, nothing locked` and `transformers, locked image`: `VisionTextDualEncoderModel`. It takes towers whose config
+  has a `hidden_size` and text models that pool for themselves; where a parent lacks one of the two, it is added here, the
+  pooling being ours (the mean over words).
 
 The gallery is the validation and test split together, with all captions. A run adds to the figures that are in `--output`
 already, so that long comparisons can be made piece by piece (`--candidates`, `--seeds`).
@@ -52,8 +52,8 @@ CANDIDATES = {
     "both frozen": ("connector",),
     "locked image": ("connector", "text"),
     "nothing locked": ("connector", "vision", "text"),
-    "library, locked image": ("text",),
-    "library, nothing locked": ("vision", "text"),
+    "transformers, locked image": ("text",),
+    "transformers, nothing locked": ("vision", "text"),
 }
 KS = (1, 5, 10)
 
@@ -70,7 +70,7 @@ class Pooling(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pool_text(states, attention_mask, "mean"))
 
 
-def library_model(tower: str, words: str, dim: int) -> VisionTextDualEncoderModel:
+def dual_encoder(tower: str, words: str, dim: int) -> VisionTextDualEncoderModel:
     vision, text = AutoModel.from_pretrained(tower), load_base_model("text", words, headless=True)[0]
     if not hasattr(vision.config, "hidden_size"):
         pixels = AutoImageProcessor.from_pretrained(tower)(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
@@ -148,8 +148,8 @@ def recall(model: nn.Module, data: Data, tokenizer: Any, stored: bool) -> dict[s
 def run(name: str, seed: int, args: argparse.Namespace, parts: dict[str, Any]) -> dict[str, float]:
     trainable, stored = CANDIDATES[name], name in ("both frozen", "locked image")
     torch.manual_seed(seed)
-    if name.startswith("library"):
-        model: Any = library_model(args.tower, args.text_model, args.projection_dim)
+    if name.startswith("transformers"):
+        model: Any = dual_encoder(args.tower, args.text_model, args.projection_dim)
         model.locked = None
         if "vision" not in trainable:
             model.locked = model.vision_model.requires_grad_(False)

@@ -89,8 +89,8 @@ def read_rows(args: Arguments, seed: int) -> tuple[Dataset, Dataset, list[str]]:
         return rows["train"], rows["test"], list(kind.names)
     values = sorted(set(rows["train"][args.label_column]))
     place = {value: index for index, value in enumerate(values)}
-    told = (rows[split].map(lambda row: {args.label_column: place[row[args.label_column]]}) for split in ("train", "test"))
-    return *told, [str(value) for value in values]
+    labelled = (rows[split].map(lambda row: {args.label_column: place[row[args.label_column]]}) for split in ("train", "test"))
+    return *labelled, [str(value) for value in values]
 
 
 def blind(rows: Dataset, image_column: str, seed: int) -> list[dict[str, Any]]:

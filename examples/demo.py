@@ -89,7 +89,7 @@ class Demo:
             try:
                 options = {"do_sample": False, "max_new_tokens": max_new_tokens, "streamer": streamer}
                 self.model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([stop]))
-            except Exception as error:  # told below: nobody sees what a thread raises
+            except Exception as error:  # shown below: nobody sees what a thread raises
                 failed.append(error)
                 streamer.end()
 
@@ -189,11 +189,11 @@ def build_page(
                     updates[note] = "\n\n".join([*filter(None, [updates.get(note)]), str(reason)])
                 yield updates  # all so far: what goes to a tab that isn't open is kept from the last one only
 
-        given = [image, question, longest, sentence, chat, explain]
+        inputs = [image, question, longest, sentence, chat, explain]
         shown = [answer, blind, looked, owed, words, note]
         running = [
-            ask.click(respond, given, shown, api_name="ask"),
-            question.submit(respond, given, shown, api_visibility="private"),
+            ask.click(respond, inputs, shown, api_name="ask"),
+            question.submit(respond, inputs, shown, api_visibility="private"),
         ]
         halt.click(None, cancels=running)
     return page

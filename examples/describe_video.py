@@ -72,8 +72,8 @@ def write(rng: random.Random, scenes: list[Scene]) -> str:
     """What the language model reads: the scenes of a film, a sentence about it, and questions."""
     film = make_film(rng, scenes)
     asked = rng.sample(QUESTIONS, len(QUESTIONS))
-    told = [*(scene.sentence for scene in film.scenes), film.sentence]
-    return " ".join([*told, *(f"{question} {film.answer(question)}" for question in asked)])
+    sentences = [*(scene.sentence for scene in film.scenes), film.sentence]
+    return " ".join([*sentences, *(f"{question} {film.answer(question)}" for question in asked)])
 
 
 def make_rows(scenes: list[Scene], count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -109,15 +109,15 @@ def main() -> dict[str, Any]:
     said = list(map(first_sentence, tell(model, processor, rows, "asking about held-out films", 20)))
     blind = list(map(first_sentence, tell(model, processor, blinded(rows), "blind", 20)))
     turned = [backwards(row) for row in rows]
-    told_backwards = list(map(first_sentence, tell(model, processor, turned, "backwards", 20)))
+    backwards_said = list(map(first_sentence, tell(model, processor, turned, "backwards", 20)))
     results: dict[str, Any] = {}
     for question in ("", *QUESTIONS):
         chosen = [i for i, row in enumerate(rows) if row["prompt"] == question]
         name = question.removesuffix(" ?").replace(" ", "_") or "sentence"
-        for what, told, truth in (("", said, rows), ("blind_", blind, rows), ("backwards_", told_backwards, turned)):
-            results[what + name] = exact_match([told[i] for i in chosen], [truth[i] for i in chosen])
-    for what, told, truth in (("", said, rows), ("blind_", blind, rows), ("backwards_", told_backwards, turned)):
-        results[what + "exact_match"] = exact_match(told, truth)
+        for what, texts, truth in (("", said, rows), ("blind_", blind, rows), ("backwards_", backwards_said, turned)):
+            results[what + name] = exact_match([texts[i] for i in chosen], [truth[i] for i in chosen])
+    for what, texts, truth in (("", said, rows), ("blind_", blind, rows), ("backwards_", backwards_said, turned)):
+        results[what + "exact_match"] = exact_match(texts, truth)
     return write_results(args, results)
 
 

@@ -269,12 +269,12 @@ def measure_shots(world: World, args: argparse.Namespace, run: Run) -> Iterator[
     folder.mkdir(parents=True, exist_ok=True)
     shots = ",".join(map(str, args.shots))
     tower = str(world.tower("all labels"))
-    given = FewShotArguments(folder, tower, seed=world.seed, ways="2", shots=shots, repeats="1", episodes=100)
+    arguments = FewShotArguments(folder, tower, seed=world.seed, ways="2", shots=shots, repeats="1", episodes=100)
     for option in args.few_shot_options:
         name, _, value = option.partition("=")
-        setattr(given, name, type(getattr(given, name))(value))
+        setattr(arguments, name, type(getattr(arguments, name))(value))
     with contextlib.redirect_stdout(sys.stderr):
-        said = run_episodes(given)
+        said = run_episodes(arguments)
     hows = [name.removesuffix(end) for name in said if name.endswith(end := f"_{args.shots[0]}_shots")]
     run |= {how: {f"{n} shots": said[f"{how}_{n}_shots"] for n in args.shots} for how in hows}
     run |= {"chance": {f"{n} shots": said["chance"] for n in args.shots}}
@@ -288,7 +288,7 @@ def judge_shots(runs: list[Run], args: argparse.Namespace) -> Judged:
         compare(runs, f"{many} name more than chance", ("sighted", many), ("chance", many)),
         compare(runs, f"sighted is better than blind with {many}", ("sighted", many), ("blind", many)),
     ]
-    shown = ("told", "sighted", "blind", "swapped", "chance")
+    shown = ("in_words", "sighted", "blind", "swapped", "chance")
     lines = {row: {n: over_seeds(runs, row, f"{n} shots") for n in args.shots} for row in shown if row in runs[0]}
     return Judged(statements, {"named right": lines}, "Shots in the prompt", "pictures of each category in the prompt")
 
@@ -436,8 +436,8 @@ def text_perplexity(model: Any, tokenizer: Any, texts: list[str]) -> float:
     for at in range(0, len(texts), 50):
         batch = tokenizer(texts[at : at + 50], return_tensors="pt", padding=True, padding_side="right")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-        losses.append(model(**given).loss.item())
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        losses.append(model(**inputs).loss.item())
         counts.append(int((labels[:, 1:] != -100).sum()))
     return perplexity(losses, counts)
 

@@ -14,10 +14,10 @@ is shown to the connector in no picture, and every picture of an episode is of a
 A score is the share of episodes in which the likeliest of all words is the right name. Beside `sighted` stand, of the same
 model: `blind`, all pictures replaced by those of scenes drawn at random; `swapped`, the last picture replaced by one of
 another category, where naming what is seen gives 0; `without`, the last picture alone; `new`, the last picture of a pair
-that nobody described; and `told`, the pictures in words, which is what the language model itself can do.
+that nobody described; and `in_words`, the pictures in words, which is what the language model itself can do.
 
 What comes out, honestly: the language model learns in context, the pictures do not reach that. With `--ways 2 --repeats 1
---episodes 100` the defaults, with 1, 3 and 5 shots, gave `told` 0.97, 1.00 and 1.00, but `sighted` 0.52, 0.54 and 0.40,
+--episodes 100` the defaults, with 1, 3 and 5 shots, gave `in_words` 0.97, 1.00 and 1.00, but `sighted` 0.52, 0.54 and 0.40,
 `blind` 0.50, 0.48 and 0.53, where chance is 0.50: more shots do not help, so Frozen's figure is not reproduced here. In
 shorter runs (350 and 450 steps of the connector) the model always said one of the names of the episode, but not the one bound
 to the picture. Prefix vectors were three to seven times as long as words, and the second of them lay nearest to a shape,
@@ -50,7 +50,7 @@ VALUES = {"colour": tuple(COLOURS), "shape": tuple(SHAPES)}
 # Of one word each: asked right behind a description they are answered by where its words stand, which is what lets the
 # connector find out in which order it has to say them.
 ASKED = {"description:": ("colour", "shape"), "colour:": ("colour",), "shape:": ("shape",)}
-HOWS = ("sighted", "blind", "swapped", "without", "new", "told")
+HOWS = ("sighted", "blind", "swapped", "without", "new", "in_words")
 
 
 @dataclass
@@ -82,8 +82,8 @@ def words(scene: Scene) -> str:
 
 
 def is_new(scene: Scene) -> bool:
-    """One shape of every colour is kept out of all that the connector learns (and of the scenes told to the language model,
-    which meets the two words side by side by chance alone)."""
+    """One shape of every colour is kept out of all that the connector learns (and of the scenes that the language model reads
+    of, which meets the two words side by side by chance alone)."""
     return (VALUES["colour"].index(scene.colour) + VALUES["shape"].index(scene.shape)) % len(SHAPES) == 0
 
 
@@ -186,7 +186,7 @@ def name_them(
     said: list[str] = []
     for at in tqdm(range(0, len(episodes), 20), desc=how, leave=False):
         batch = episodes[at : at + 20]
-        if how == "told":
+        if how == "in_words":
             texts = [
                 induction(one.names) + "".join(in_words(*shown) for shown in one.support) + in_words(one.query)
                 for one in batch
@@ -252,7 +252,9 @@ def run(args: FewShotArguments) -> dict[str, Any]:
             name = f"{shots}_shots{f'_{repeats}_repeats' if repeats > 1 else ''}{of_ways}"
             scores = measure(model, processor, args, ways, shots, repeats)
             results |= {f"{how}_{name}": score for how, score in scores.items()}
-    curves = {how: {shots: results[f"{how}_{shots}_shots"] for shots in every_shots} for how in ("told", "sighted", "blind")}
+    curves = {
+        how: {shots: results[f"{how}_{shots}_shots"] for shots in every_shots} for how in ("in_words", "sighted", "blind")
+    }
     plot_shots(
         curves, args.output_dir / "shots.png", chance=results["chance"], score_name="named right, of all words",
         title=f"Names learnt from the prompt, {every_ways[0]} ways",

@@ -1,4 +1,4 @@
-"""The little world of `shapes.py` told in English, German, French and Czech, and a language model of all four.
+"""The little world of `shapes.py` described in English, German, French and Czech, and a language model of all four.
 
 The model reads the same scene in several languages after one another, so it can translate, but it never meets a picture. In
 some of its texts the first sentence lacks the colour: then it can only guess the colour of the next.

@@ -5,8 +5,8 @@
 
 Two tiny parents are trained apart (`shapes.py`): a language model on sentences, which never meets a picture, and a tower
 on pictures, which never meets a word. Both are saved as ordinary folders and frozen. Then only a connector is trained,
-with `Trainer`, and describes pictures of scenes that nobody met in training, neither drawn nor told. Beside the score stand
-those of the same model *blind* (pictures shuffled) and of a *random connector*. Written to `--output_dir`: the parents,
+with `Trainer`, and describes pictures of scenes that nobody met in training, neither drawn nor described. Beside the score
+stand those of the same model *blind* (pictures shuffled) and of a *random connector*. Written to `--output_dir`: the parents,
 the checkpoint, `results.json`, `training.png` and `pictures.png`.
 """
 
@@ -98,7 +98,7 @@ def folder_bytes(folder: str | Path, pattern: str = "*.safetensors") -> int:
 def draw_sheet(path: Path, images: list[Image.Image], rows: list[dict], said: list[str], asked: list[str]) -> None:
     """A sheet of held-out pictures with what the model said of them: green where it is right, red where not."""
     figure, axes = plt.subplots(3, 5, figsize=(15, 10.5))
-    figure.suptitle("Held-out scenes: nobody met them in training, neither drawn nor told", fontsize=16)
+    figure.suptitle("Held-out scenes: nobody met them in training, neither drawn nor described", fontsize=16)
     for axis, image, row, text, reply in zip(axes.flat, images, rows, said, asked, strict=False):
         axis.imshow(image)
         axis.set_axis_off()

@@ -2,12 +2,12 @@
 
     python examples/search.py --output_dir search_output
     python examples/search.py --vision ID_OR_FOLDER --text ID_OR_FOLDER --data ID_OR_FOLDER      (real parents, real photos)
-    python examples/search.py --model ID_OR_FOLDER --data ID_OR_FOLDER                           (a matcher that is trained)
+    python examples/search.py --model ID_OR_FOLDER --data ID_OR_FOLDER                              (a trained retrieval model)
 
-By default everything is made here: two tiny parents that never met (`shapes.py`), pictures of scenes, and a matcher that
-learns which sentence belongs to which picture. Its gallery holds scenes that nobody met in training. Embeddings go into a
-FAISS index through `datasets`, which is saved and loaded again. Written to `--output_dir`: the matcher, the gallery with its
-index, `results.json`, and `sheet.png`. Needs `pip install "frozen-prefix[search]"`.
+By default everything is made here: two tiny parents that never met (`shapes.py`), pictures of scenes, and a retrieval model
+that learns which sentence belongs to which picture. Its gallery holds scenes that nobody met in training. Embeddings go into
+a FAISS index through `datasets`, which is saved and loaded again. Written to `--output_dir`: the retrieval model, the gallery
+with its index, `results.json`, and `sheet.png`. Needs `pip install "frozen-prefix[search]"`.
 """
 
 import json
@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 @dataclass
 class Arguments:
     output_dir: Path = field(default=Path("search_output"), metadata={"help": "Where everything is written."})
-    model: str | None = field(default=None, metadata={"help": "A trained matcher: Hub id or folder."})
+    model: str | None = field(default=None, metadata={"help": "A trained retrieval model: Hub id or folder."})
     vision: str | None = field(default=None, metadata={"help": "A real vision tower: Hub id or folder."})
     text: str | None = field(default=None, metadata={"help": "A real text model: Hub id or folder."})
     data: str | None = field(default=None, metadata={"help": "Photos with captions, splits train and test: id or folder."})
@@ -47,7 +47,7 @@ class Arguments:
     trainable: list[str] = field(default_factory=lambda: ["connector", "text"])
     tower_steps: int = field(default=1000, metadata={"help": "Steps of training for the tiny tower."})
     language_model_steps: int = field(default=110, metadata={"help": "Steps of training for the tiny language model."})
-    steps: int = field(default=200, metadata={"help": "Steps of training for the matcher."})
+    steps: int = field(default=200, metadata={"help": "Steps of training for the retrieval model."})
     batch_size: int = 64
     learning_rate: float = 1e-3
     gallery: int = field(default=96, metadata={"help": "How many pictures are searched, at most."})
@@ -89,8 +89,8 @@ def train(args: Arguments, rows: Dataset) -> tuple[FrozenPrefixForImageTextRetri
     )  # fmt: skip
     collator = DataCollatorForFrozenPrefixRetrieval(processor)
     Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
-    model.eval().save_pretrained(out / "matcher")
-    processor.save_pretrained(out / "matcher")
+    model.eval().save_pretrained(out / "retrieval_model")
+    processor.save_pretrained(out / "retrieval_model")
     return model, processor
 
 

@@ -57,7 +57,7 @@ def _by_language(tower: nn.Module, pictures: Pictures) -> tuple[nn.Module, LossO
             num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.08, pad_token_id=0,
         )
     )  # fmt: skip
-    matcher = FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(
+    model = FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(
         tower, reader, trainable=("connector", "vision", "text"), connector_type="linear", projection_dim=64,
         text_pooling="mean", text_headless=True,
     )  # fmt: skip
@@ -68,12 +68,12 @@ def _by_language(tower: nn.Module, pictures: Pictures) -> tuple[nn.Module, LossO
 
     def loss_of_step(_: int) -> torch.Tensor:
         rows = batch()
-        return matcher(
+        return model(
             input_ids=texts["input_ids"][rows], attention_mask=texts["attention_mask"][rows],
             pixel_values=pictures.pixels[rows], image_ids=kinds[rows], return_loss=True,
         ).loss  # fmt: skip
 
-    return matcher, loss_of_step
+    return model, loss_of_step
 
 
 def _by_labels(tower: nn.Module, pictures: Pictures, which: tuple[int, ...]) -> tuple[nn.Module, LossOfStep]:

@@ -55,7 +55,7 @@ def main() -> dict[str, Any]:
     said = tell(model, processor, rows, "telling held-out series")
     blind = tell(model, processor, blinded(rows), "blind")
     turned = [{**row, "images": row["images"][::-1], "answer": " ".join(reversed_story(row["answer"]))} for row in rows]
-    told_turned = tell(model, processor, turned, "turned round")
+    turned_said = tell(model, processor, turned, "turned round")
     truth = [[row["answer"]] for row in rows]
     print(f"\nfor example\n  {said[0]}\nwhere right is\n  {rows[0]['answer']}\n")
     return write_results(
@@ -63,10 +63,10 @@ def main() -> dict[str, Any]:
         {
             "exact_match": exact_match(said, rows),
             "blind_exact_match": exact_match(blind, rows),
-            "turned_round_exact_match": exact_match(told_turned, turned),
+            "turned_round_exact_match": exact_match(turned_said, turned),
             "sentences_right": sentences_right(said, rows),
             "blind_sentences_right": sentences_right(blind, rows),
-            "turned_round_sentences_right": sentences_right(told_turned, turned),
+            "turned_round_sentences_right": sentences_right(turned_said, turned),
             "cider": caption_metrics(said, truth)["cider"],
             "blind_cider": caption_metrics(blind, truth)["cider"],
         },
@@ -76,9 +76,9 @@ def main() -> dict[str, Any]:
 def sentences_right(said: list[str], rows: list[dict[str, Any]]) -> float:
     """Share of all sentences that are right, word for word, in their place."""
     right = [
-        told.strip() == true.strip()
+        said_one.strip() == true.strip()
         for text, row in zip(said, rows, strict=True)
-        for told, true in zip_longest(
+        for said_one, true in zip_longest(
             text.split(".")[: len(OPENINGS)], row["answer"].split(".")[: len(OPENINGS)], fillvalue=""
         )
     ]
@@ -86,7 +86,7 @@ def sentences_right(said: list[str], rows: list[dict[str, Any]]) -> float:
 
 
 def reversed_story(text: str) -> list[str]:
-    """The sentences of a story told backwards, each under its new opening."""
+    """The sentences of a story backwards, each under its new opening."""
     sentences = [one.strip() + " ." for one in text.split(".") if one.strip()]
     bare = [sentence.removeprefix(opening).strip() for opening, sentence in zip(OPENINGS, sentences, strict=True)]
     return [f"{opening} {sentence}" for opening, sentence in zip(OPENINGS, reversed(bare), strict=True)]

@@ -30,7 +30,7 @@ class Arguments:
     steps: int = field(default=600, metadata={"help": "Steps of training for the connector."})
     batch_size: int = 16
     learning_rate: float = 3e-3
-    held_out: int = field(default=64, metadata={"help": "How many held-out rows are told."})
+    held_out: int = field(default=64, metadata={"help": "How many held-out rows are described."})
     seed: int = 0
 
 

@@ -57,7 +57,7 @@ class MultilingualTrainingArguments(ExampleTrainingArguments):
     output_dir: str = "multilingual"
 
 
-def told(image: Any, sentences: dict[str, str], hidden: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
+def rows_of(image: Any, sentences: dict[str, str], hidden: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
     """A caption in each language, and a translation into each from another; `hidden` are the sources."""
     rows = []
     for language, sentence in sentences.items():
@@ -76,7 +76,7 @@ def read(args: Arguments, split: str, limit: int, seed: int) -> Dataset:
             scene = rng.choice(scenes)
             sentences = {language: tell(scene, language) for language in LANGUAGES}
             hidden = {language: tell(scene, language, hide_colour=True) for language in LANGUAGES}
-            rows += told(draw(scene, rng), sentences, hidden, rng)
+            rows += rows_of(draw(scene, rng), sentences, hidden, rng)
         return Dataset.from_list(rows, features=FEATURES)
     photos = {}
     for part in load_dataset(args.images).values():
@@ -86,7 +86,7 @@ def read(args: Arguments, split: str, limit: int, seed: int) -> Dataset:
             part, index = photos[row[args.image_key]]
             sentences = dict(zip(LANGUAGES, (row[column] for column in args.columns), strict=False))
             sentences = {language: text for language, text in sentences.items() if text}
-            rows += told(part[index]["image"], sentences, sentences, rng)
+            rows += rows_of(part[index]["image"], sentences, sentences, rng)
     return Dataset.from_list(rows, features=FEATURES)
 
 

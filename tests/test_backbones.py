@@ -143,7 +143,7 @@ def test_geometry_and_norm_are_those_of_the_embedding_module() -> None:
 @pytest.mark.parametrize(
     ("family", "positions"), [("gpt2", 256), ("opt", 256), ("llama", None), ("bloom", None), ("t5", None), ("bart", 256)]
 )
-def test_learned_positions_are_told_from_computed_ones(family: str, positions: int | None) -> None:
+def test_learned_positions_are_distinguished_from_computed_ones(family: str, positions: int | None) -> None:
     assert max_learned_positions(language_model(family)) == positions
 
 

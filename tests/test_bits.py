@@ -39,7 +39,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a
 
 
-def test_comparisons_of_bits_are_found() -> None:
+def test_comparisons_of_bits_are_recognised() -> None:
     wrapped = functools.wraps(says_so)(lambda a, b: None)
     for function in (says_so, to_zero, of_arrays, calls_one, calls_one_of_another_file, wrapped):
         assert compares_bits(function), function.__name__

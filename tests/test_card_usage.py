@@ -29,9 +29,9 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("parents")
     tower, words = save_parents(folder)
     config, kind, extractor = AUDIO_TOWERS["wav2vec2"]
-    kind(config).save_pretrained(folder / "ears")
-    extractor().save_pretrained(folder / "ears")
-    return {"vision": tower, "text": words, "audio": str(folder / "ears")}
+    kind(config).save_pretrained(folder / "audio")
+    extractor().save_pretrained(folder / "audio")
+    return {"vision": tower, "text": words, "audio": str(folder / "audio")}
 
 
 def card(folder: Path, model: Any, **options: Any) -> tuple[str, dict[str, Any]]:
@@ -55,15 +55,15 @@ def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     return capsys.readouterr().out.strip()
 
 
-def ears(parents: dict[str, str], sees: bool) -> FrozenPrefixForConditionalGeneration:
+def audio_model(parents: dict[str, str], sees: bool) -> FrozenPrefixForConditionalGeneration:
     options = {"audio_prefix_length": 3, "audio_connector_config": {"num_heads": 2, "hidden_size": 16, "num_layers": 1}}
     return FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
         parents["vision"] if sees else None, parents["text"], parents["audio"], **options
     )
 
 
-def test_ears_alone_never_speak_of_images(parents: dict[str, str], tmp_path: Path) -> None:
-    text, data = card(tmp_path, ears(parents, sees=False), metrics=METRICS)
+def test_audio_alone_never_speaks_of_images(parents: dict[str, str], tmp_path: Path) -> None:
+    text, data = card(tmp_path, audio_model(parents, sees=False), metrics=METRICS)
     assert not re.search(r"\bimages?\b|\beyes?\b|\bseen\b|\bpictures?\b", text.split("<!--")[0], re.IGNORECASE), text
     assert data["pipeline_tag"] == "audio-text-to-text"
     assert "A pair of ears for a frozen language model. Each sound is written as 3 prefix vectors" in text
@@ -73,16 +73,16 @@ def test_ears_alone_never_speak_of_images(parents: dict[str, str], tmp_path: Pat
     assert {result["task"]["type"] for result in data["model-index"][0]["results"]} == {"audio-text-to-text"}
 
 
-def test_the_code_of_ears_runs(
+def test_the_code_for_audio_runs(
     parents: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("soundfile")
-    text, _ = card(tmp_path, ears(parents, sees=False))
+    text, _ = card(tmp_path, audio_model(parents, sees=False))
     run(text, tmp_path, monkeypatch, capsys)
 
 
-def test_eyes_and_ears(parents: dict[str, str], tmp_path: Path) -> None:
-    text, data = card(tmp_path, ears(parents, sees=True))
+def test_images_and_audio(parents: dict[str, str], tmp_path: Path) -> None:
+    text, data = card(tmp_path, audio_model(parents, sees=True))
     assert data["pipeline_tag"] == "image-text-to-text"
     said = "Each image is written as 4 prefix vectors and each sound is written as 3 prefix vectors that the language model"
     assert "Eyes and ears for a frozen language model." in text and said in text

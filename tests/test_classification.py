@@ -229,7 +229,7 @@ def test_what_comes_out(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_several_images_of_a_sample_are_told_by_placeholders(tmp_path: Path) -> None:
+def test_several_images_of_a_sample_are_counted_by_placeholders(tmp_path: Path) -> None:
     model, processor = join(tmp_path)
     images = [row["image"] for row in rows(3)]
     inputs = processor(images=[images[:2], images[2:]], text=["a", "a picture"], return_tensors="pt", padding=True)
@@ -250,11 +250,11 @@ def test_it_compiles_as_one_graph(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_sounds_are_classified_by_the_same_formula(tmp_path: Path) -> None:
     config, kind, extractor = AUDIO_TOWERS["wav2vec2"]
-    kind(config).save_pretrained(tmp_path / "ears")
-    extractor().save_pretrained(tmp_path / "ears")
+    kind(config).save_pretrained(tmp_path / "audio")
+    extractor().save_pretrained(tmp_path / "audio")
     _, words = save_parents(tmp_path)
     options = {"audio_prefix_length": 3, "audio_connector_config": {"num_heads": 2, "hidden_size": 16, "num_layers": 1}}
-    model = Classifier.from_vision_text_pretrained(None, words, str(tmp_path / "ears"), num_labels=3, **options)
+    model = Classifier.from_vision_text_pretrained(None, words, str(tmp_path / "audio"), num_labels=3, **options)
     assert model.config.resolved_fused_inputs == ("audio", "text")
     sounds = list(torch.randn(2, 800).numpy())
     processor = FrozenPrefixProcessor.from_model(model)
@@ -274,7 +274,7 @@ def test_sounds_are_classified_by_the_same_formula(tmp_path: Path) -> None:
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
 
-def test_problem_types_as_in_the_library() -> None:
+def test_problem_types_as_in_transformers() -> None:
     from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
     logits, single = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, -100, 1])
@@ -302,7 +302,7 @@ def test_class_weights() -> None:
     torch.testing.assert_close(classification_loss(logits, labels, "multi_label_classification", weights), expected)
 
 
-def test_the_problem_is_found_from_labels_as_in_the_library(tmp_path: Path) -> None:
+def test_the_problem_type_is_taken_from_the_labels_as_in_transformers(tmp_path: Path) -> None:
     for labels, options, kind in (
         (torch.arange(4), {}, "single_label_classification"),
         (torch.eye(4), {}, "multi_label_classification"),
@@ -524,11 +524,11 @@ def test_a_checkpoint_is_connector_and_head_and_comes_back(tmp_path: Path) -> No
 
 def test_a_connector_that_learnt_captions_is_a_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tower, words = save_parents(tmp_path)
-    eyes = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(tower, words)
-    eyes.save_pretrained(tmp_path / "eyes")
+    generator = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(tower, words)
+    generator.save_pretrained(tmp_path / "eyes")
     assert not {"fused_inputs", "text_width"} & set(json.loads((tmp_path / "eyes" / "config.json").read_text()))
     model = Classifier.from_pretrained(tmp_path / "eyes", num_labels=5)
-    for name, tensor in eyes.model.connector.state_dict().items():
+    for name, tensor in generator.model.connector.state_dict().items():
         assert torch.equal(model.model.connector.state_dict()[name], tensor)
     inputs = inputs_of(FrozenPrefixProcessor.from_model(model))
     assert model(**inputs).logits.shape == (4, 5)
@@ -544,7 +544,7 @@ def test_a_constructed_model_comes_back_whole(tmp_path: Path) -> None:
         assert torch.equal(Classifier.from_pretrained(tmp_path / "saved")(**inputs).logits, model(**inputs).logits)
 
 
-def test_parents_given_as_models(tmp_path: Path) -> None:
+def test_parents_as_loaded_models(tmp_path: Path) -> None:
     model = Classifier.from_vision_text_pretrained(
         CLIPVisionModel(vision_config()), LlamaForCausalLM(text_config()), label2id={"no": 0, "yes": 1}
     )
@@ -553,9 +553,9 @@ def test_parents_given_as_models(tmp_path: Path) -> None:
         Classifier.from_vision_text_pretrained("tower", "words", num_labels=3, label2id={"no": 0, "yes": 1})
 
 
-def test_the_librarys_pipelines(tmp_path: Path) -> None:
+def test_transformers_pipelines(tmp_path: Path) -> None:
     """Each calls with one input: so image alone, or text alone, is what they serve."""
-    for task, fused, given in (
+    for task, fused, value in (
         ("image-classification", ("image",), rows()[1]["image"]),
         ("text-classification", ("text",), "a picture"),
     ):
@@ -565,8 +565,8 @@ def test_the_librarys_pipelines(tmp_path: Path) -> None:
         processor.save_pretrained(folder)
         kind = "images" if fused == ("image",) else "text"
         with torch.no_grad():
-            probabilities = model(**processor(**{kind: given}, return_tensors="pt")).logits.softmax(-1)[0]
-        result = pipeline(task, model=str(folder), device="cpu")(given)
+            probabilities = model(**processor(**{kind: value}, return_tensors="pt")).logits.softmax(-1)[0]
+        result = pipeline(task, model=str(folder), device="cpu")(value)
         best = probabilities.argmax().item()
         assert result[0]["label"] == model.config.id2label[best]
         assert result[0]["score"] == pytest.approx(probabilities[best].item(), abs=1e-5)
@@ -605,8 +605,8 @@ from PIL import Image
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 inputs = processor(images=Image.new("RGB", (20, 18), (220, 30, 30)), text="a picture", return_tensors="pt")
-given = ["image-classification"] if sys.argv[2:] else []
-names = [pipeline(task, model=sys.argv[2], trust_remote_code=True)(Image.new("RGB", (20, 18)))[0]["label"] for task in given]
+tasks = ["image-classification"] if sys.argv[2:] else []
+names = [pipeline(task, model=sys.argv[2], trust_remote_code=True)(Image.new("RGB", (20, 18)))[0]["label"] for task in tasks]
 print(json.dumps([type(model).__module__, model(**inputs).logits[0].tolist(), names]))
 """
 

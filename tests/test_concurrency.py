@@ -106,7 +106,7 @@ def test_many_calls_leave_nothing_behind(tmp_path: Path, fusion: str, calls: int
         inputs = processor(images=image, text=PROMPTS[i % 4], return_tensors="pt")
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
 
-    for i in range(20):  # allocators and lazy modules settle
+    for i in range(20):  # allocators and lazy modules are warm then
         call(i)
     count, memory = tensors(), process.memory_info().rss
     for i in range(calls):

@@ -9,10 +9,10 @@ from modeling_frozen import FrozenPrefixForConditionalGeneration
 from tests.helpers.tiny import join, save_parents
 
 
-Eyes = FrozenPrefixForConditionalGeneration
+Model = FrozenPrefixForConditionalGeneration
 
 
-def logits(model: Eyes) -> torch.Tensor:
+def logits(model: Model) -> torch.Tensor:
     ids = torch.full((1, model.config.prefix_length + 2), 5)
     ids[:, 1:-1] = model.config.image_token_id
     images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -21,7 +21,7 @@ def logits(model: Eyes) -> torch.Tensor:
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> tuple[Eyes, Eyes]:
+def two(tmp_path: Path) -> tuple[Model, Model]:
     """Two checkpoints, `first` (mlp) and `second` (resampler of 3), of the same parents."""
     first, _ = join(tmp_path, connector_type="mlp")
     options = {"num_heads": 2, "hidden_size": 16}
@@ -31,9 +31,9 @@ def two(tmp_path: Path) -> tuple[Eyes, Eyes]:
     return first, second
 
 
-def test_switching_costs_no_reload(tmp_path: Path, two: tuple[Eyes, Eyes]) -> None:
+def test_switching_costs_no_reload(tmp_path: Path, two: tuple[Model, Model]) -> None:
     first, second = two
-    model = Eyes.from_pretrained(tmp_path / "first")
+    model = Model.from_pretrained(tmp_path / "first")
     parents = (model.model.vision_tower, model.model.language_model)
     assert model.connectors == ["default"] and model.active_connector == "default"
     model.load_connector(str(tmp_path / "second"), "short")
@@ -47,26 +47,26 @@ def test_switching_costs_no_reload(tmp_path: Path, two: tuple[Eyes, Eyes]) -> No
     assert parents == (model.model.vision_tower, model.model.language_model)
 
 
-def test_the_active_one_is_saved_or_all(tmp_path: Path, two: tuple[Eyes, Eyes]) -> None:
+def test_the_active_one_is_saved_or_all(tmp_path: Path, two: tuple[Model, Model]) -> None:
     first, second = two
-    model = Eyes.from_pretrained(tmp_path / "first")
+    model = Model.from_pretrained(tmp_path / "first")
     model.load_connector(str(tmp_path / "second"), "short")
     model.set_connector("short")
     model.save_pretrained(tmp_path / "active")
-    again = Eyes.from_pretrained(tmp_path / "active")
+    again = Model.from_pretrained(tmp_path / "active")
     assert again.connectors == ["default"] and torch.equal(logits(again), logits(second))
     for name in model.connectors:
         model.set_connector(name)
         model.save_pretrained(tmp_path / "all" / name)
     model.set_connector("short")
-    assert torch.equal(logits(Eyes.from_pretrained(tmp_path / "all" / "default")), logits(first))
-    assert torch.equal(logits(Eyes.from_pretrained(tmp_path / "all" / "short")), logits(second))
+    assert torch.equal(logits(Model.from_pretrained(tmp_path / "all" / "default")), logits(first))
+    assert torch.equal(logits(Model.from_pretrained(tmp_path / "all" / "short")), logits(second))
     model.save_pretrained(tmp_path / "whole", include_base_models=True)
-    assert torch.equal(logits(Eyes.from_pretrained(tmp_path / "whole")), logits(second))
+    assert torch.equal(logits(Model.from_pretrained(tmp_path / "whole")), logits(second))
 
 
-def test_a_loaded_connector_trains_when_in_use(tmp_path: Path, two: tuple[Eyes, Eyes]) -> None:
-    model = Eyes.from_pretrained(tmp_path / "first")
+def test_a_loaded_connector_trains_when_in_use(tmp_path: Path, two: tuple[Model, Model]) -> None:
+    model = Model.from_pretrained(tmp_path / "first")
     model.load_connector(str(tmp_path / "second"), "short")
     model.set_connector("short")
     ids = torch.full((1, 5), 5)
@@ -76,8 +76,8 @@ def test_a_loaded_connector_trains_when_in_use(tmp_path: Path, two: tuple[Eyes, 
     assert reached == {f"model.connector.{name}" for name, _ in model.model.connector.named_parameters()}
 
 
-def test_what_cannot_be_switched_is_refused(tmp_path: Path, two: tuple[Eyes, Eyes]) -> None:
-    model = Eyes.from_pretrained(tmp_path / "first")
+def test_what_cannot_be_switched_is_refused(tmp_path: Path, two: tuple[Model, Model]) -> None:
+    model = Model.from_pretrained(tmp_path / "first")
     with pytest.raises(ValueError, match=r"named `short`.*\['default'\]"):
         model.set_connector("short")
     with pytest.raises(ValueError, match="`default` is loaded already"):

@@ -200,7 +200,7 @@ def test_reset_leaves_loaded_tensors_alone(case, loaded_half):
 
 
 @pytest.mark.parametrize("name", [name for name in CONNECTORS if name != "identity"])
-def test_the_librarys_own_initialisation_leaves_it_alone(name):
+def test_transformers_own_initialisation_leaves_it_alone(name):
     class Model(PreTrainedModel):
         config_class = PreTrainedConfig
 
@@ -295,7 +295,7 @@ def test_mlp_is_llava():
     torch.testing.assert_close(connector(features), connector.output(gelu(hidden(features))))
 
 
-def test_qformer_is_the_librarys():
+def test_qformer_is_that_of_transformers():
     assert type(build("qformer").qformer).__module__ == "transformers.models.blip_2.modeling_blip_2"
 
 

@@ -67,7 +67,7 @@ def test_losses_and_their_gradients_are_those_of_the_formulas(name: str, options
     assert gradients[0].abs().sum() > 0
 
 
-def test_clip_without_duplicates_is_the_library_s() -> None:
+def test_clip_without_duplicates_is_that_of_transformers() -> None:
     from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
     values = inputs()

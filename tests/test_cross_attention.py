@@ -18,7 +18,7 @@ from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, VOCAB_SIZE, 
 from tests.helpers.tiny import join, recompute_activations, skip_where_torch_traces_no_forward
 
 
-Eyes = FrozenPrefixForConditionalGeneration
+Model = FrozenPrefixForConditionalGeneration
 
 TOKENS = 4
 BEGINNING = 1  # what a placeholder reads as
@@ -36,7 +36,7 @@ SPECIFICATION = {
 }
 
 
-def open_gates(model: Eyes) -> Eyes:
+def open_gates(model: Model) -> Model:
     with torch.no_grad():
         for number, block in enumerate(model.model.cross_attention):
             block.attention_gate.fill_(1.0 + number)
@@ -44,15 +44,15 @@ def open_gates(model: Eyes) -> Eyes:
     return model
 
 
-def build(family: str, *, gates: bool = True, **options: object) -> Eyes:
+def build(family: str, *, gates: bool = True, **options: object) -> Model:
     config = FrozenPrefixConfig.from_vision_text_configs(VISION, text_config(family), **{**SPECIFICATION, **options})
     torch.manual_seed(0)
-    model = Eyes(config).eval()
+    model = Model(config).eval()
     return open_gates(model) if gates else model
 
 
 @functools.cache
-def shared_model(family: str) -> Eyes:
+def shared_model(family: str) -> Model:
     """Shared by the checks that change nothing in it; its gates are open."""
     return build(family)
 
@@ -65,7 +65,7 @@ def as_read(ids: torch.Tensor) -> torch.Tensor:
     return ids.masked_fill(ids == IMAGE, BEGINNING)
 
 
-def connecting(model: Eyes) -> dict[str, torch.nn.Parameter]:
+def connecting(model: Model) -> dict[str, torch.nn.Parameter]:
     parts = ("model.connector.", "model.cross_attention.")
     return {name: p for name, p in model.named_parameters() if name.startswith(parts)}
 
@@ -324,10 +324,10 @@ def test_saved_small_and_reloaded_it_gives_the_same_logits(family: str, tmp_path
     CLIPVisionModel(VISION).save_pretrained(tmp_path / "tower")
     language_model(family).save_pretrained(tmp_path / "words")
     model = open_gates(
-        Eyes.from_vision_text_pretrained(tmp_path / "tower", tmp_path / "words", image_token_id=IMAGE, **SPECIFICATION)
+        Model.from_vision_text_pretrained(tmp_path / "tower", tmp_path / "words", image_token_id=IMAGE, **SPECIFICATION)
     )
     model.save_pretrained(tmp_path / "eyes")
-    again = Eyes.from_pretrained(tmp_path / "eyes")
+    again = Model.from_pretrained(tmp_path / "eyes")
     with torch.no_grad():
         before, after = (m(prompt(), pictures()).logits for m in (model, again))
     assert torch.equal(before, after)
@@ -376,7 +376,7 @@ def test_a_language_model_that_skips_layers_is_no_silent_failure() -> None:
         model(prompt(), pictures())
 
 
-def test_the_stack_is_found_by_asking() -> None:
+def test_the_decoder_layers_are_probed() -> None:
     assert (probe_decoder(text_config("opt_350m")).hidden_size, probe_decoder(text_config("mixtral")).num_layers) == (
         32,
         2,
@@ -412,7 +412,7 @@ def test_every_n_layers() -> None:
         config.n_layer = layers
         for every in (None, 2):
             options = {**SPECIFICATION, "cross_attention_config": {**BLOCKS, "every_n_layers": every}}
-            built = Eyes(FrozenPrefixConfig.from_vision_text_configs(VISION, config, **options))
+            built = Model(FrozenPrefixConfig.from_vision_text_configs(VISION, config, **options))
             places[layers, every] = built.model.cross_attention.places
     assert places == {(2, None): [1], (2, 2): [1], (9, None): [3, 7], (9, 2): [1, 3, 5, 7]}
 
@@ -541,10 +541,12 @@ def test_threads_do_not_mix() -> None:
 def test_two_composites_share_a_language_model_and_copies_are_whole() -> None:
     parent, tower = language_model("llama"), CLIPVisionModel(VISION)
     first, second = (
-        open_gates(Eyes.from_vision_text_pretrained(tower, parent, image_token_id=IMAGE, **SPECIFICATION)) for _ in range(2)
+        open_gates(Model.from_vision_text_pretrained(tower, parent, image_token_id=IMAGE, **SPECIFICATION)) for _ in range(2)
     )
     ids = prompt()
-    alone = open_gates(Eyes.from_vision_text_pretrained(tower, language_model("llama"), image_token_id=IMAGE, **SPECIFICATION))
+    alone = open_gates(
+        Model.from_vision_text_pretrained(tower, language_model("llama"), image_token_id=IMAGE, **SPECIFICATION)
+    )
     alone.load_state_dict(first.state_dict())
     assert torch.equal(first(ids, pictures()).logits, alone(ids, pictures()).logits)
     assert not torch.equal(first(ids, pictures()).logits, second(ids, pictures()).logits)
@@ -578,7 +580,7 @@ def test_compiled_it_gives_the_same_logits() -> None:
 def test_what_is_frozen_and_kept_in_fp32(tmp_path: Path) -> None:
     model, processor = join(tmp_path, fusion="cross_attention", cross_attention_config=BLOCKS, dtype=torch.bfloat16)
     open_gates(model).save_pretrained(tmp_path / "eyes")
-    again = Eyes.from_pretrained(tmp_path / "eyes", dtype=torch.bfloat16)
+    again = Model.from_pretrained(tmp_path / "eyes", dtype=torch.bfloat16)
     for loaded in (model, again):
         assert {p.dtype for p in connecting(loaded).values()} == {torch.float32}
         assert loaded.model.language_model.dtype == torch.bfloat16
@@ -586,7 +588,7 @@ def test_what_is_frozen_and_kept_in_fp32(tmp_path: Path) -> None:
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == model.config.num_image_tokens == 1
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, again(**inputs).logits)
-    locked = Eyes.from_pretrained(tmp_path / "eyes", trainable=("vision",))
+    locked = Model.from_pretrained(tmp_path / "eyes", trainable=("vision",))
     assert not any(p.requires_grad for p in connecting(locked).values())
 
 
@@ -606,7 +608,7 @@ def test_a_lacking_tensor_is_an_error(tmp_path: Path) -> None:
     del tensors["model.cross_attention.1.attention_gate"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 tensors.*cross_attention.1.attention_gate"):
-        Eyes.from_pretrained(tmp_path / "eyes")
+        Model.from_pretrained(tmp_path / "eyes")
 
 
 def test_another_language_model_must_have_the_same_layers(tmp_path: Path) -> None:
@@ -618,4 +620,4 @@ def test_another_language_model_must_have_the_same_layers(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "eyes")
     LlamaForCausalLM(tiny_text_config(num_hidden_layers=3)).save_pretrained(tmp_path / "deeper")
     with pytest.raises(ValueError, match="between 2 layers of width 32, but .* has 3 of width 32"):
-        Eyes.from_pretrained(tmp_path / "eyes", text_base_model=str(tmp_path / "deeper"))
+        Model.from_pretrained(tmp_path / "eyes", text_base_model=str(tmp_path / "deeper"))

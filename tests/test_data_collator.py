@@ -129,7 +129,7 @@ def test_tokenizer_without_offsets():
     assert collator.processor.decode(ids) == " a dog</s> no</s>"
 
 
-def test_bos_is_found_where_the_tokenizer_drops_unknown_words():
+def test_bos_is_known_where_the_tokenizer_drops_unknown_words():
     backend = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "d": 2}, []))
     backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

@@ -75,8 +75,8 @@ TWINS = {
 @pytest.mark.parametrize("twins", TWINS)
 def test_different_images_with_equal_raw_bytes_are_two(twins: str, processor: FrozenPrefixProcessor) -> None:
     one, other = TWINS[twins]
-    found = ids(processor, {"image": one}, {"image": other}, {"image": one.copy()})
-    assert found[0] == found[2] != found[1]
+    result = ids(processor, {"image": one}, {"image": other}, {"image": one.copy()})
+    assert result[0] == result[2] != result[1]
     assert digest_of_image(one) == digest_of_image(one.copy()) != digest_of_image(other)
 
 
@@ -97,16 +97,16 @@ def test_the_loss_of_pairs_tells_them_apart(tmp_path: Path) -> None:
 )
 def test_a_name_of_an_image_counts_whatever_type_it_has(name: Any, processor: FrozenPrefixProcessor) -> None:
     red, blue = TWINS["palettes"]
-    found = ids(processor, {"image": red, "image_id": name}, {"image": blue, "image_id": 7}, {"image": red, "image_id": 8})
-    assert found == [7, 7, 8]
+    result = ids(processor, {"image": red, "image_id": name}, {"image": blue, "image_id": 7}, {"image": red, "image_id": 8})
+    assert result == [7, 7, 8]
 
 
 def test_other_names_of_images(processor: FrozenPrefixProcessor) -> None:
     red, blue = TWINS["palettes"]
     names = ["7", np.str_("7"), None, float("nan"), "", 2**70, 0.5]
-    found = ids(processor, *({"image": red, "image_id": name} for name in names), {"image": red})
-    assert found[0] == found[1] and found[2] == found[3] == found[4] == found[-1]
-    assert len(set(found)) == 4
+    result = ids(processor, *({"image": red, "image_id": name} for name in names), {"image": red})
+    assert result[0] == result[1] and result[2] == result[3] == result[4] == result[-1]
+    assert len(set(result)) == 4
     with pytest.raises(ValueError, match=r"Row 0: an image is named by a number or a string, not by \[1\] \(list\)"):
         ids(processor, {"image": red, "image_id": [1]})
 
@@ -204,11 +204,11 @@ def test_arrays_of_objects_are_lists(collator: Any, processor: FrozenPrefixProce
     images = np.empty(1, dtype=object)
     images[0] = image
     collate = collator(processor, all_texts=True)
-    found = collate(
+    result = collate(
         [{"image": images, "text": np.array(["a", "a square"], dtype=kind), "label": 0} for kind in (object, "U9")]
     )
     wanted = collate([{"image": image, "text": ["a", "a square"], "label": 0}] * 2)
-    assert found.keys() - {"image_index"} == wanted.keys() - {"image_index"}
-    assert torch.equal(found["input_ids"], wanted["input_ids"])
+    assert result.keys() - {"image_index"} == wanted.keys() - {"image_index"}
+    assert torch.equal(result["input_ids"], wanted["input_ids"])
     with pytest.raises(ValueError, match=r"Row 0.*array\(\[1, 2\]\).*text|Row 0.*'text'.*array\(\[1, 2\]\)"):
         collator(processor)([{"image": image, "text": np.array([1, 2]), "label": 0}])

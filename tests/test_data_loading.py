@@ -53,13 +53,13 @@ def test_captions_of_coco(folder: Path) -> None:
 def test_questions_of_vqa(folder: Path) -> None:
     asked = {"questions": [{"question_id": 10 + i, "image_id": i, "question": "what colour ?"} for i in (2, 0)]}
     people = [{"answer": "red"}] * 9 + [{"answer": "dark red"}]
-    given = {
+    answers = {
         "annotations": [
             {"question_id": 10, "answers": people, "multiple_choice_answer": "red"},
             {"question_id": 12, "answers": [{"answer": "blue"}] * 10, "multiple_choice_answer": "blue"},
         ]
     }
-    files = write(folder / "q.json", asked), write(folder / "a.json", given)
+    files = write(folder / "q.json", asked), write(folder / "a.json", answers)
     rows = load_vqa(*files, folder / "images", file_name="{image_id:04d}.png")
     assert rows["answer"] == ["blue", "red"] and rows["answers"][1] == ["red"] * 9 + ["dark red"]
     assert rows["prompt"] == ["what colour ?"] * 2 and rows["question_id"] == [12, 10]

@@ -168,8 +168,8 @@ def test_metrics_of_evaluate(tmp_path: Path) -> None:
     metric = Exact(cache_dir=str(tmp_path))
     for row in rows(4):
         inputs = processor(images=row["image"], text="a", return_tensors="pt")
-        told = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-        text = processor.batch_decode(told[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        outputs = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        text = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         metric.add_batch(predictions=text, references=text[:1])
     assert metric.compute() == {"exact": 1.0}
 

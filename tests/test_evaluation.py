@@ -32,8 +32,8 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def said(model: Any, processor: Any, image: Image.Image | None, prompt: str) -> str:
     """One row by hand."""
     text = prompt if image is None else f"{processor.image_token}{prompt}"
-    given = {} if image is None else {"images": image}
-    inputs = processor(text=text or processor.tokenizer.bos_token, return_tensors="pt", **given)
+    media = {} if image is None else {"images": image}
+    inputs = processor(text=text or processor.tokenizer.bos_token, return_tensors="pt", **media)
     ids = model.generate(**inputs, do_sample=False, pad_token_id=0, **GENERATE)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
@@ -78,9 +78,9 @@ def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, An
     data = [{**row, "text": "a"} for row in captioned_rows(12)]
     for seed in range(20):
         read = _read(data, "image", "prompt", None, "")
-        given = _others_pictures(read, seed)
-        assert all(read[i]["keys"] != read[j]["keys"] for i, j in enumerate(given))
-        assert {read[j]["keys"][0] for j in given} == {row["keys"][0] for row in read}
+        others = _others_pictures(read, seed)
+        assert all(read[i]["keys"] != read[j]["keys"] for i, j in enumerate(others))
+        assert {read[j]["keys"][0] for j in others} == {row["keys"][0] for row in read}
     with pytest.raises(ValueError, match="show the same"):
         evaluate(*joined, captioned_rows(1), **GENERATE)
 
@@ -107,9 +107,9 @@ def test_answers_of_vqa(joined: tuple[Any, Any]) -> None:
     one = [{**row, "answers": ["red"]} for row in data]
     alone = evaluate(*joined, one, task="vqa", kinds=("sighted",), postprocess=lambda text: "red", **GENERATE)
     assert alone.scores["sighted"] == {"exact_match": 1.0, "token_f1": 1.0}
-    given = [["red"] * 10] * 4
+    references = [["red"] * 10] * 4
     for name, score in (("vqa_accuracy", vqa_accuracy), ("exact_match", exact_match), ("token_f1", token_f1)):
-        assert result.scores["sighted"][name] == pytest.approx(score(result.predictions["sighted"], given))
+        assert result.scores["sighted"][name] == pytest.approx(score(result.predictions["sighted"], references))
 
 
 def test_intervals_hold_the_mean_and_narrow_with_rows() -> None:

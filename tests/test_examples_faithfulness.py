@@ -93,7 +93,7 @@ def test_perplexity_and_loss_are_over_words_not_batches(tmp_path: Path) -> None:
     assert caption_loss(model, collator, rows * 17) == pytest.approx(caption_loss(model, collator, rows), rel=1e-4)
 
 
-def test_words_of_a_caption_are_told_apart() -> None:
+def test_words_of_a_caption_are_scored_by_property() -> None:
     said = ["a large red circle in the middle .", "a small red circle at the top left .", "a large red ring .", "a"]
     scores = words_right(said, ["a large red circle in the middle ."] * 4)
     assert scores == {"shape, colour": 2 / 4, "size, place": 1 / 4}

@@ -24,7 +24,7 @@ def test_few_shot(tmp_path: Path) -> None:
     options = ["--shots", "1,2", "--episodes", "3", "--repeats", "1,2", "--ways", "2,3"]
     results = run("few_shot", tmp_path, *options)
     cases = [f"{case}{ways}" for ways in ("", "_3_ways") for case in ("1_shots", "2_shots", "1_shots_2_repeats")]
-    names = {f"{how}_{case}" for how in ("sighted", "blind", "swapped", "without", "new", "told") for case in cases}
+    names = {f"{how}_{case}" for how in ("sighted", "blind", "swapped", "without", "new", "in_words") for case in cases}
     assert set(results) == names | {"chance", "chance_3_ways", "seconds"}
     assert results["chance"] == 0.5 and results["chance_3_ways"] == 1 / 3
     with Image.open(tmp_path / "shots.png") as image:
@@ -79,23 +79,23 @@ def test_the_connector_meets_single_pictures_and_no_made_up_name() -> None:
 
 
 def test_words_and_pictures_of_an_episode_stand_in_the_same_order() -> None:
-    """Told and sighted differ in the descriptions alone: what is read around them is the same."""
+    """In words and sighted differ in the descriptions alone: what is read around them is the same."""
     from few_shot import in_words, induction, make_episode, split, words
 
     from modeling_frozen.processors import few_shot_messages
 
     episode = make_episode(random.Random(0), split()[1], ways=2, shots=2)
-    told = induction(episode.names) + "".join(in_words(*shown) for shown in episode.support) + in_words(episode.query)
+    text = induction(episode.names) + "".join(in_words(*shown) for shown in episode.support) + in_words(episode.query)
     messages = few_shot_messages(
         [(words(scene), f" {name} . ") for scene, name in episode.support],
         words(episode.query),
         instruction=induction(episode.names),
     )
     parts = [part.get("text") or part["image"] for message in messages for part in message["content"]]
-    assert "".join(parts).split() == told.split() and told.count(episode.answer) == 3
+    assert "".join(parts).split() == text.split() and text.count(episode.answer) == 3
 
 
-def test_a_story_told_backwards() -> None:
+def test_a_story_backwards() -> None:
     from shapes import split_scenes
     from story import reversed_story, story
 

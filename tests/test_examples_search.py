@@ -24,8 +24,8 @@ def test_a_short_run_writes_everything_and_its_index_is_exact(tmp_path: Path) ->
     result = rows.search_batch("embedding", embeds[:3], k=5)
     expected = (embeds[:3] @ embeds.T).argsort(axis=1)[:, ::-1][:, :5]
     assert (np.sort(result.total_indices) == np.sort(expected)).all()
-    # what it saved is a matcher, and it goes on from there
-    again = run_example("search", tmp_path / "again", "--model", str(tmp_path / "matcher"), "--gallery", "12")[0]
+    # what it saved is a retrieval model, and it goes on from there
+    again = run_example("search", tmp_path / "again", "--model", str(tmp_path / "retrieval_model"), "--gallery", "12")[0]
     assert again == results
 
 

@@ -179,8 +179,8 @@ def test_the_first_step(name: str, format: str, tmp_path: Path) -> None:
             real = mask.bool()
             torch.testing.assert_close(result["logits"][real], expected.logits[real], rtol=1e-3, atol=1e-3)
             step = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
-            told = model(**step, cache=expected.cache).logits
-            torch.testing.assert_close(model(**step, cache=cache_of(result)).logits, told, rtol=1e-3, atol=1e-3)
+            logits = model(**step, cache=expected.cache).logits
+            torch.testing.assert_close(model(**step, cache=cache_of(result)).logits, logits, rtol=1e-3, atol=1e-3)
 
 
 def three_graphs(model: Any, processor: Any, images: list[Any], texts: list[str], format: str) -> tuple[Any, Any]:
@@ -207,9 +207,9 @@ def three_graphs(model: Any, processor: Any, images: list[Any], texts: list[str]
 @pytest.mark.parametrize("format", ["pt2", slow("onnx")])
 def test_three_graphs_answer_as_generate_does(format: str, tmp_path: Path) -> None:
     skip_without(format)
-    eyes = talking(tmp_path)
+    saved = talking(tmp_path)
     images, texts = [picture("red"), picture("blue")], [f"<image> {QUESTION}", "<image> a"]
-    result, expected = three_graphs(eyes.model, eyes.processor, images, texts, format)
+    result, expected = three_graphs(saved.model, saved.processor, images, texts, format)
     assert torch.equal(result, expected) and not torch.equal(result[0], result[1])
 
 

@@ -226,7 +226,7 @@ def test_bf16_parents_with_fp32_connector_train_a_step(family: str) -> None:
 
 @every_family
 def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less(family: str) -> None:
-    """Frozen layers are in eval mode, in which the library's checkpointing does nothing, silently."""
+    """Frozen layers are in eval mode, in which transformers' checkpointing does nothing, silently."""
     if not language_model(family).supports_gradient_checkpointing:
         with pytest.raises(ValueError, match="checkpointing"):
             recompute_activations(build(family).model.language_model)

@@ -34,7 +34,7 @@ def test_every_column_can_pass(column: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "family", "told"),
+    ("column", "family", "expected"),
     [
         ("VisionEncoderDecoder", "bloom", "blind"),
         ("Llava", "granite", "wrong: text"),
@@ -43,8 +43,8 @@ def test_every_column_can_pass(column: str) -> None:
         ("Blip2", "bart", "wrong: parent"),
     ],
 )
-def test_each_failure_is_told_by_its_kind(column: str, family: str, told: str) -> None:
-    assert cell(column, family) == told
+def test_each_failure_is_reported_by_its_kind(column: str, family: str, expected: str) -> None:
+    assert cell(column, family) == expected
 
 
 @torch.no_grad()
@@ -75,12 +75,12 @@ def test_llava_loses_the_scale_of_granites_head() -> None:
 
 
 def test_a_composite_that_ignores_its_picture_is_blind(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_eyes(*parents: object) -> families.Composite:
+    def blind(*parents: object) -> families.Composite:
         composite = families.frozen_prefix(*parents)
         composite.projector.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
         return composite
 
-    monkeypatch.setitem(families.COLUMNS, "frozen-prefix", without_eyes)
+    monkeypatch.setitem(families.COLUMNS, "frozen-prefix", blind)
     assert cell("frozen-prefix", "gpt2") == "blind"
 
 
@@ -95,7 +95,7 @@ def test_a_table_has_one_row_per_family_and_counts_those_that_see() -> None:
     ]
 
 
-def test_a_tower_that_hides_patches_at_random_is_told_by_its_kind() -> None:
+def test_a_tower_that_hides_patches_at_random_is_reported_by_its_kind() -> None:
     assert tower_row("vit_mae") == {
         "frozen-prefix": "sees",
         "Llava": "wrong: random",

@@ -70,7 +70,7 @@ def captioned(images: int = 4, captions: int = 3) -> datasets.Dataset:
 
 @contextmanager
 def seen(model: Model) -> Iterator[list[int]]:
-    """How many images the tower was given, call by call."""
+    """How many images the tower read, call by call."""
     counts: list[int] = []
     tower = model.model.vision_tower
     hook = tower.register_forward_pre_hook(lambda _, args, kwargs: counts.append(len(args[0])), with_kwargs=True)
@@ -92,7 +92,7 @@ def tower_features(pair: tuple[Any, Any], images: list[Any]) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------- distinct images
 
 
-def test_each_distinct_image_once_and_found_again(pair: tuple[Any, Any], tmp_path: Path) -> None:
+def test_each_distinct_image_once_and_read_again(pair: tuple[Any, Any], tmp_path: Path) -> None:
     with seen(pair[0]) as counts:
         first = store(pair, captioned(), tmp_path, batch_size=3)
         assert counts == [3, 1]

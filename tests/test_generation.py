@@ -1,4 +1,4 @@
-"""`generate()` in all the ways of the library: everything is encoded once, and every way gives what plain decoding gives."""
+"""`generate()` in all the ways of transformers: everything is encoded once, and every way gives what plain decoding gives."""
 
 import copy
 
@@ -80,7 +80,7 @@ def test_a_prompt_is_read_once_for_all_its_answers(family: str, way: str) -> Non
     torch.manual_seed(3)
     plain = model.generate(ids, pixel_values=images, **{**options, "use_cache": False})  # each answer reads all
     assert torch.equal(ours, plain)
-    # Of another picture each: rows of equal words are told apart.
+    # Of another picture each: rows of equal words differ.
     torch.manual_seed(3)
     ours = model.generate(ids[:1].expand(2, -1), pixel_values=images, **options)
     torch.manual_seed(3)
@@ -197,7 +197,7 @@ def test_a_prefix_is_asked_with_help(options: dict) -> None:
 @torch.no_grad()
 def test_an_offloaded_cache_gives_the_same(family: str) -> None:
     if not keeps_cache(family):
-        pytest.skip("the family keeps no cache of the library")
+        pytest.skip("the family keeps no cache of transformers")
     options = {**GREEDY, "use_cache": True, "cache_implementation": "offloaded"}
     if not torch.accelerator.is_available():
         with pytest.raises((RuntimeError, AssertionError)) as error:
@@ -219,7 +219,7 @@ def test_a_quantised_cache_does_as_in_the_parent(family: str) -> None:
     if not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("quantised caches of this transformers need quanto or HQQ")
     if not keeps_cache(family) or any(layer.is_sliding for layer in new_cache(family).layers):
-        pytest.skip("the library quantises no cache of this family")
+        pytest.skip("transformers quantises no cache of this family")
     model, words = build(family), prompt(words=12, images=0)
     options = {**GREEDY, "use_cache": True, "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     assert torch.equal(model.generate(words, **options), model.model.language_model.generate(words, **options))
@@ -258,7 +258,7 @@ def test_a_compiled_decode_step_over_a_static_cache_gives_the_same(family: str) 
 def test_prefill_in_chunks_gives_the_same(family: str) -> None:
     """Chunks cut pictures in two."""
     if not keeps_cache(family):
-        pytest.skip("the family keeps no cache of the library")
+        pytest.skip("the family keeps no cache of transformers")
     model = shared_model(family)
     ids, images = torch.cat([prompt(words=6, images=2, seed=1), prompt(words=6, images=2, seed=2)]), pictures(4)
     options = {**GREEDY, "use_cache": True}
@@ -271,7 +271,7 @@ def test_prefill_in_chunks_gives_the_same(family: str) -> None:
 @torch.no_grad()
 def test_a_dialogue_goes_on_from_its_cache(family: str) -> None:
     if not keeps_cache(family):
-        pytest.skip("the family keeps no cache of the library")
+        pytest.skip("the family keeps no cache of transformers")
     model = shared_model(family)
     ids, images = torch.cat([prompt(seed=1), prompt(seed=2)]), pictures(2)
     first = model.generate(ids, pixel_values=images, return_dict_in_generate=True, **{**GREEDY, "use_cache": True})
@@ -298,7 +298,7 @@ def test_embeddings_in_place_of_ids(family: str) -> None:
     """With the picture in them already; new ids alone come back."""
     model, ids = shared_model(family), prompt()
     if not model.model.keeps_cache:
-        pytest.skip("embeddings are read at the first step alone, so the library itself wants a cache")
+        pytest.skip("embeddings are read at the first step alone, so transformers itself wants a cache")
     _, embeds, _ = model.model.merge(ids, None, {"pixel_values": pictures()})
     expected = model.generate(ids, pixel_values=pictures(), **GREEDY)[:, ids.shape[1] if family in DECODERS else 0 :]
     assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), expected)

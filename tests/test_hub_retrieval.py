@@ -1,4 +1,4 @@
-"""A matcher on the Hub: pushed once, it finds the same elsewhere, with this package and without, and describes as well."""
+"""A retrieval model on the Hub: pushed once, it retrieves the same elsewhere, with this package and without, and captions."""
 
 import json
 
@@ -36,8 +36,8 @@ AutoModelForCausalLM.from_pretrained(words).push_to_hub("me/words")
 AutoTokenizer.from_pretrained(words).push_to_hub("me/words")
 model = FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained("me/tower", "me/words", text_pooling="ret")
 processor = FrozenPrefixProcessor.from_model(model)
-model.push_to_hub("me/matcher")
-processor.push_to_hub("me/matcher")
+model.push_to_hub("me/retrieval")
+processor.push_to_hub("me/retrieval")
 print(json.dumps(ask(model, processor)))
 """
 )
@@ -49,13 +49,13 @@ from transformers import AutoModelForImageTextToText, AutoModelForZeroShotImageC
 trust = {trust!r}
 if trust is None:
     import modeling_frozen
-model = AutoModelForZeroShotImageClassification.from_pretrained("me/matcher", trust_remote_code=trust)
-processor = AutoProcessor.from_pretrained("me/matcher", trust_remote_code=trust)
-writer = AutoModelForImageTextToText.from_pretrained("me/matcher", trust_remote_code=trust)
-classify = pipeline("zero-shot-image-classification", model="me/matcher", trust_remote_code=trust)
+model = AutoModelForZeroShotImageClassification.from_pretrained("me/retrieval", trust_remote_code=trust)
+processor = AutoProcessor.from_pretrained("me/retrieval", trust_remote_code=trust)
+writer = AutoModelForImageTextToText.from_pretrained("me/retrieval", trust_remote_code=trust)
+classify = pipeline("zero-shot-image-classification", model="me/retrieval", trust_remote_code=trust)
 labels = classify(Image.new("RGB", (20, 18), (200, 30, 30)), candidate_labels=["red", "blue"])
 print(json.dumps({{
-    "told": ask(model, processor), "module": type(model).__module__, "writes": type(writer).__name__,
+    "answers": ask(model, processor), "module": type(model).__module__, "writes": type(writer).__name__,
     "labels": sorted(one["label"] for one in labels),
 }}))
 """
@@ -66,12 +66,12 @@ print(json.dumps({{
 @pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
 def test_pulled_elsewhere_it_finds_the_same(module_hub: Hub, pushed: list, trust: bool | None) -> None:  # noqa: F811
     pulled = json.loads(module_hub.run(PULL.format(trust=trust), package=trust is None).splitlines()[-1])
-    assert pulled["told"] == pushed
+    assert pulled["answers"] == pushed
     assert pulled["module"].startswith("modeling_frozen" if trust is None else "transformers_modules")
     assert pulled["writes"] == "FrozenPrefixForConditionalGeneration" and pulled["labels"] == ["blue", "red"]
 
 
 @pytest.fixture(scope="module")
 def pushed(module_hub: Hub) -> list:  # noqa: F811
-    """A matcher and its parents on the Hub; what it said before."""
+    """A retrieval model and its parents on the Hub; what it said before."""
     return json.loads(module_hub.run(PUSH).splitlines()[-1])

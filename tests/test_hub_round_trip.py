@@ -43,10 +43,10 @@ model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained("me/tow
 processor = FrozenPrefixProcessor.from_model(model)
 model.push_to_hub("me/eyes")
 processor.push_to_hub("me/eyes")
-told = {"eyes": ask(model, processor), "record": model.config.text_base_model}
+answers = {"eyes": ask(model, processor), "record": model.config.text_base_model}
 
 class AfterEachPush(TrainerCallback):
-    # The library copies weights and config into a folder that a push may still be reading.
+    # transformers copies weights and config into a folder that a push may still be reading.
     def on_save(self, *_, **__):
         trainer.push_in_progress.wait_until_done()
 
@@ -65,8 +65,8 @@ trainer = Trainer(
 trainer.train()
 trainer.push_to_hub()
 model.eval()
-told["trained"] = ask(model, processor)
-print(json.dumps(told))
+answers["trained"] = ask(model, processor)
+print(json.dumps(answers))
 """
 )
 
@@ -82,7 +82,7 @@ options = {{"trust_remote_code": trust, "revision": revision}}
 model = AutoModelForImageTextToText.from_pretrained(name, **options)
 processor = AutoProcessor.from_pretrained(name, **options)
 trainable = sorted({{n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad}})
-print(json.dumps({{"told": ask(model, processor), "trainable": trainable, "module": type(model).__module__}}))
+print(json.dumps({{"answers": ask(model, processor), "trainable": trainable, "module": type(model).__module__}}))
 """
 )
 
@@ -102,7 +102,7 @@ def pull(hub: Hub, name: str, *, trust: bool | None = None, revision: str = "mai
 @pytest.mark.parametrize("name", ["eyes", "trained"])
 def test_pulled_elsewhere_it_says_the_same(module_hub: Hub, pushed: dict, name: str, trust: bool | None) -> None:  # noqa: F811
     pulled = pull(module_hub, f"me/{name}", trust=trust)
-    assert pulled["told"] == pushed[name]
+    assert pulled["answers"] == pushed[name]
     assert pulled["trainable"] == ["connector"]
     assert pulled["module"].startswith("modeling_frozen" if trust is None else "transformers_modules")
 
@@ -173,10 +173,10 @@ model.push_to_hub("me/words")
     )
     assert module_hub.commits("me/words")[0]["id"] != record["revision"]
     home = module_hub.new_home()
-    assert pull(module_hub, "me/eyes", home=home)["told"] == pushed["eyes"]
+    assert pull(module_hub, "me/eyes", home=home)["answers"] == pushed["eyes"]
     module_hub.stop()
     try:
-        assert pull(module_hub, "me/eyes", home=home, offline=True)["told"] == pushed["eyes"]
+        assert pull(module_hub, "me/eyes", home=home, offline=True)["answers"] == pushed["eyes"]
     finally:
         module_hub.start()
 
@@ -184,11 +184,11 @@ model.push_to_hub("me/words")
 def test_a_revision_pins_the_connector(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
     first = module_hub.commits("me/trained")[-2]["id"]
     assert first != module_hub.commits("me/trained")[0]["id"]
-    told = [pull(module_hub, "me/trained", revision=revision)["told"] for revision in (first, "main")]
-    assert told[1] == pushed["trained"]
+    outputs = [pull(module_hub, "me/trained", revision=revision)["answers"] for revision in (first, "main")]
+    assert outputs[1] == pushed["trained"]
 
 
-def test_a_private_parent_passes_the_librarys_error_on(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+def test_a_private_parent_passes_the_hub_clients_error_on(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
     code = """
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 try:

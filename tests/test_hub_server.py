@@ -474,7 +474,7 @@ class TestCutWire:
         assert [e["status"] for e in parts] == [0, 206]
         assert parts[1]["bytes_out"] < (2 << 20) + 1000
 
-    def test_upload_that_is_given_up(self, module_hub: Hub) -> None:
+    def test_upload_that_is_abandoned(self, module_hub: Hub) -> None:
         module_hub.cut("PUT /lfs/models/me/stubborn/", after_bytes=100_000, times=None)
         done = module_hub.attempt(client(HURRIED + 'push("me/stubborn")', size=300_000))
         assert done.returncode != 0 and "Error while uploading 'model.safetensors'" in done.stderr

@@ -160,7 +160,7 @@ def test_the_model_keeps_its_implementation_and_other_threads_notice_nothing(joi
 
 @pytest.mark.parametrize("name", ["falcon", "gpt2", "opt_350m"])
 def test_words_never_attend_to_what_follows_them(tmp_path: Path, name: str) -> None:
-    """Falcon's weights did, when its implementation was switched in the library's way."""
+    """Falcon's weights did, when its implementation was switched in transformers' way."""
     model, processor = family(tmp_path, name)
     result = attention_to_image(model, processor, IMAGES[0], text="a red square .")
     assert result.words == ["a", "red", "square", "."]
@@ -317,7 +317,7 @@ def test_rollout_through_other_connectors_by_hand() -> None:
         encoder_hidden_states=connector.input_norm(features),
         output_attentions=True,
     )
-    # The library puts the cross-attention's weights among the others' too.
+    # transformers puts the cross-attention's weights among the others' too.
     to_queries = [one[0].mean(0) for one in output.attentions if one.shape[-1] == 3]
     to_positions = [one[0].mean(0) for one in output.cross_attentions]
     assert len(to_queries) == 2 and len(to_positions) == 1  # every second layer looks at the picture, the first among them
@@ -393,8 +393,8 @@ def test_pictures_to_swap_in(joined: tuple[Any, Any]) -> None:
     model, processor = joined
     red, green = IMAGES[:2]
     batch = sightedness(model, processor, [red, green], TEXTS[:2])
-    given = sightedness(model, processor, red, TEXTS[0], other_images=green)
-    torch.testing.assert_close(given.samples[0].drop, batch.samples[0].drop)
+    result = sightedness(model, processor, red, TEXTS[0], other_images=green)
+    torch.testing.assert_close(result.samples[0].drop, batch.samples[0].drop)
     same = sightedness(model, processor, red, TEXTS[0], other_images=[red])
     torch.testing.assert_close(same.samples[0].drop, torch.zeros(len(same.samples[0].words)), atol=1e-5, rtol=0)
     # The same photo with two captions is not another picture.

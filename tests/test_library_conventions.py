@@ -1,4 +1,4 @@
-"""What the library and its tools ask of any vision-language model, asked of ours: its own generic suites where its tests can
+"""What transformers and its tools ask of any vision-language model, asked of ours: its own generic suites where its tests can
 be had (slow), and the same behaviours in our own words, always.
 
 The suites: FROZEN_PREFIX_LIBRARY_TESTS names a folder that holds the `tests/` of the installed version, such as an unpacked
@@ -24,14 +24,14 @@ from tests.helpers.library_suites import LEFT_OUT, SUITES
 from tests.helpers.tiny import WORDS, join, rows, save_parents, text_config, vision_config
 
 
-Eyes = FrozenPrefixForConditionalGeneration
+Model = FrozenPrefixForConditionalGeneration
 FUSIONS = [{}, {"fusion": "cross_attention", "cross_attention_config": {"num_heads": 2, "head_dim": 8}}]
 
 
-# ------------------------------------------------------------------------------------------------- the library's suites
+# ------------------------------------------------------------------------------------------------- transformers' suites
 
 # Cases that must have passed, so that a suite which asks nothing is noticed.
-AT_LEAST = {"Eyes": 95, "EyesAndEars": 105, "GatedEyes": 93, "EncoderDecoder": 86, "Config": 1, "ImageProcessor": 33}
+AT_LEAST = {"Images": 95, "ImagesAndAudio": 105, "CrossAttention": 93, "EncoderDecoder": 86, "Config": 1, "ImageProcessor": 33}
 
 
 def library_tests() -> Path | None:
@@ -43,11 +43,11 @@ def library_tests() -> Path | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
-def test_the_librarys_own_suite(suite: str, tmp_path: Path) -> None:
+def test_transformers_own_suite(suite: str, tmp_path: Path) -> None:
     pytest.importorskip("parameterized")
     folder = library_tests()
     if folder is None:
-        pytest.skip("the library's tests are not here: name their folder by FROZEN_PREFIX_LIBRARY_TESTS")
+        pytest.skip("transformers' tests are not here: name their folder by FROZEN_PREFIX_LIBRARY_TESTS")
     results = tmp_path / "results.json"
     script = Path(__file__).parent / "helpers" / "library_suites.py"
     subprocess.run([sys.executable, str(script), str(folder), suite, str(results)], check=True, capture_output=True)
@@ -68,7 +68,7 @@ def inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
 
 
-def constructed(cls: type = Eyes, **options: object) -> PreTrainedModel:
+def constructed(cls: type = Model, **options: object) -> PreTrainedModel:
     config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), text_config(), connector_type="mlp", **options)
     return cls(config).eval()
 
@@ -81,7 +81,7 @@ def test_attention_of_each_part_may_be_chosen_and_changes_nothing(tmp_path: Path
     expected = model(**inputs(model)).logits
     parts = {"vision_config": "vision_tower", "text_config": "language_model"}
     for chosen in ("eager", "sdpa", {"vision_config": "eager"}, {"text_config": "eager"}):
-        loaded = Eyes.from_pretrained(tmp_path / "eyes", attn_implementation=chosen)
+        loaded = Model.from_pretrained(tmp_path / "eyes", attn_implementation=chosen)
         switched = copy.deepcopy(model)
         switched.set_attn_implementation(chosen)
         for one in (loaded, switched):
@@ -114,7 +114,7 @@ def test_hidden_states_and_attentions_of_each_part(tmp_path: Path, fusion: dict)
 
 @torch.no_grad()
 def test_a_tuple_for_who_wants_one() -> None:
-    for cls in (Eyes, FrozenPrefixModel):
+    for cls in (Model, FrozenPrefixModel):
         model = constructed(cls)
         output, fields = model(**inputs(model)), model(**inputs(model), return_dict=False)
         assert isinstance(fields, tuple) and torch.equal(fields[0], output[0])
@@ -122,7 +122,7 @@ def test_a_tuple_for_who_wants_one() -> None:
         assert isinstance(model.get_image_features(inputs(model)["pixel_values"], return_dict=False), tuple)
 
 
-def test_the_parts_are_found_by_the_librarys_accessors(tmp_path: Path) -> None:
+def test_transformers_accessors_return_the_parts(tmp_path: Path) -> None:
     model, _ = join(tmp_path)
     words = model.model.language_model
     for one in (model, model.model):
@@ -149,7 +149,7 @@ def test_tied_heads_stay_tied(tmp_path: Path, tied: bool) -> None:
     save_parents(tmp_path, text={"tie_word_embeddings": tied})
     model, _ = join(tmp_path)
     model.save_pretrained(tmp_path / "eyes")
-    for one in (model, Eyes.from_pretrained(tmp_path / "eyes"), copy.deepcopy(model)):
+    for one in (model, Model.from_pretrained(tmp_path / "eyes"), copy.deepcopy(model)):
         words = one.model.language_model
         assert (words.lm_head.weight is words.get_input_embeddings().weight) == tied
         key, source = "model.language_model.lm_head.weight", "model.language_model.model.embed_tokens.weight"
@@ -163,7 +163,7 @@ def test_what_trains_stays_in_fp32_and_is_named(tmp_path: Path, dtype: torch.dty
     for options in FUSIONS:
         model, _ = join(tmp_path, dtype=dtype, **options)
         model.save_pretrained(tmp_path / "eyes")
-        model = Eyes.from_pretrained(tmp_path / "eyes", dtype=dtype)
+        model = Model.from_pretrained(tmp_path / "eyes", dtype=dtype)
         kept = model._keep_in_fp32_modules_strict
         assert kept == {"connector", "cross_attention"} if options else {"connector"}
         for name, tensor in model.state_dict().items():
@@ -207,9 +207,9 @@ def test_copies_are_their_own() -> None:
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in copied.parameters()]
 
 
-def test_weights_given_as_a_state_dict(tmp_path: Path) -> None:
+def test_weights_from_a_state_dict(tmp_path: Path) -> None:
     model = constructed()
-    again = Eyes.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    again = Model.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     with torch.no_grad():
         assert torch.equal(model(**inputs(model)).logits, again(**inputs(again)).logits)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
@@ -275,7 +275,7 @@ def test_generation_settings_live_with_the_generation_config(tmp_path: Path) -> 
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "eyes").generation_config.eos_token_id == 2
     save_parents(tmp_path / "other", text={"eos_token_id": 3})
     model.save_pretrained(tmp_path / "eyes")
-    replaced = Eyes.from_pretrained(tmp_path / "eyes", text_base_model=str(tmp_path / "other" / "words"))
+    replaced = Model.from_pretrained(tmp_path / "eyes", text_base_model=str(tmp_path / "other" / "words"))
     assert replaced.generation_config.eos_token_id == 3 and replaced.generation_config.max_new_tokens is None
 
 

@@ -10,7 +10,7 @@ from tests.helpers.tiny import join, save_parents
 
 
 peft = pytest.importorskip("peft")
-Eyes = FrozenPrefixForConditionalGeneration
+Model = FrozenPrefixForConditionalGeneration
 
 
 def batch(model) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def test_saved_and_reloaded(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "tuned")
     weights = sum(file.stat().st_size for file in (tmp_path / "tuned").glob("*.safetensors"))
     assert weights < (tmp_path / "words" / "model.safetensors").stat().st_size
-    again = peft.PeftModel.from_pretrained(Eyes.from_pretrained(tmp_path / "eyes"), tmp_path / "tuned").eval()
+    again = peft.PeftModel.from_pretrained(Model.from_pretrained(tmp_path / "eyes"), tmp_path / "tuned").eval()
     with torch.no_grad():
         assert torch.equal(model(**batch(model)).logits, again(**batch(model)).logits)
     assert torch.equal(
@@ -82,7 +82,7 @@ def test_merged_it_is_saved_whole(tmp_path: Path) -> None:
         expected = model(**batch(model)).logits
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    again = Eyes.from_pretrained(tmp_path / "merged")
+    again = Model.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(again(**batch(again)).logits, expected)
 
@@ -106,7 +106,7 @@ def test_a_quantized_parent_is_never_saved(tmp_path: Path, backend: str) -> None
     save_parents(tmp_path, text={"hidden_size": 64, "intermediate_size": 128})  # blocks are of 64
     plain, _ = join(tmp_path)
     plain.save_pretrained(tmp_path / "eyes")
-    model = Eyes.from_pretrained(tmp_path / "eyes", quantization_config=quantization)
+    model = Model.from_pretrained(tmp_path / "eyes", quantization_config=quantization)
     linear = model.model.language_model.model.layers[0].self_attn.q_proj
     assert type(linear.weight) is not torch.nn.Parameter or type(linear) is not torch.nn.Linear
     assert type(model.model.vision_tower.encoder.layers[0].self_attn.q_proj.weight) is torch.nn.Parameter
@@ -117,6 +117,6 @@ def test_a_quantized_parent_is_never_saved(tmp_path: Path, backend: str) -> None
     step(model)
     model.save_pretrained(tmp_path / "trained")
     assert sorted(file.name for file in (tmp_path / "trained").glob("*.safetensors")) == ["model.safetensors"]
-    again = Eyes.from_pretrained(tmp_path / "trained")
+    again = Model.from_pretrained(tmp_path / "trained")
     assert again.model.language_model.dtype == torch.float32
     assert torch.equal(again.model.connector.output.weight, model.model.connector.output.weight)

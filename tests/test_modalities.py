@@ -45,11 +45,11 @@ def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
 
 
-every_audio_tower = pytest.mark.parametrize("ear", AUDIO_TOWERS)
+every_audio_tower = pytest.mark.parametrize("kind", AUDIO_TOWERS)
 
 
 def build(family: str, **options: Any) -> FrozenPrefixForConditionalGeneration:
-    """Eyes for pictures and videos, and ears (wav2vec2, whose sounds are of any length)."""
+    """With images, videos and audio (wav2vec2, whose sounds are of any length)."""
     defaults = {
         "connector_type": "resampler",
         "prefix_length": PREFIX,
@@ -67,7 +67,7 @@ def build(family: str, **options: Any) -> FrozenPrefixForConditionalGeneration:
 
 
 @functools.cache
-def senses(family: str) -> FrozenPrefixForConditionalGeneration:
+def shared_model(family: str) -> FrozenPrefixForConditionalGeneration:
     """Shared by the checks that change nothing in it."""
     return build(family)
 
@@ -97,9 +97,9 @@ def sounds(count: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def all_media(images: int = 1, films: int = 1, noises: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
-    given = {"pixel_values": pictures(images, seed), "pixel_values_videos": videos(films, seed)}
-    given["input_features"] = sounds(noises, seed)
-    return {name: value for name, value in given.items() if len(value)}
+    inputs = {"pixel_values": pictures(images, seed), "pixel_values_videos": videos(films, seed)}
+    inputs["input_features"] = sounds(noises, seed)
+    return {name: value for name, value in inputs.items() if len(value)}
 
 
 def decoder(family: str, rows: int = 1) -> dict[str, torch.Tensor]:
@@ -112,10 +112,10 @@ def decoder(family: str, rows: int = 1) -> dict[str, torch.Tensor]:
 @families
 @torch.no_grad()
 def test_changing_one_frame_or_the_sound_changes_the_logits(family: str) -> None:
-    model, ids, given = senses(family), row("video", "audio", "image"), all_media()
-    before = model(ids, **given, **decoder(family)).logits
-    for name in given:
-        changed = {key: value.clone() for key, value in given.items()}
+    model, ids, inputs = shared_model(family), row("video", "audio", "image"), all_media()
+    before = model(ids, **inputs, **decoder(family)).logits
+    for name in inputs:
+        changed = {key: value.clone() for key, value in inputs.items()}
         part = changed[name][0, -1] if name == "pixel_values_videos" else changed[name][0]  # the last frame alone
         part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(9)))
         assert (model(ids, **changed, **decoder(family)).logits - before)[:, -1].abs().max() > 1e-5, name
@@ -136,7 +136,7 @@ def test_the_order_of_frames_matters_where_it_should(pooling: str, matters: bool
 
 @torch.no_grad()
 def test_a_video_without_pooling_is_its_frames_as_pictures() -> None:
-    model = senses("llama")
+    model = shared_model("llama")
     film = videos(2)
     seen = model.get_video_features(film).pooler_output
     frames = model.get_image_features(film.flatten(0, 1)).pooler_output
@@ -187,7 +187,7 @@ def test_towers_stay_as_they_are_in_training() -> None:
     assert all(torch.equal(model.state_dict()[key], value) for key, value in frozen.items())
 
 
-def test_the_audio_tower_trains_when_told() -> None:
+def test_the_audio_tower_trains_when_asked() -> None:
     model = build("llama", trainable=("connector", "audio")).train()
     ids = row("audio")
     model(ids, input_features=sounds(), labels=ids.masked_fill(ids >= VOCAB_SIZE, -100)).loss.backward()
@@ -203,7 +203,7 @@ ROWS = (("video", "image"), (), ("audio", "video", "image", "audio"), ("image", 
 def batch(side: str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[dict[str, torch.Tensor]]]:
     """All of `ROWS` padded to one length; the rows alone, and the media of each."""
     alone = [row(*parts, words=2 + index, seed=index) for index, parts in enumerate(ROWS)]
-    given = [
+    inputs = [
         all_media(parts.count("image"), parts.count("video"), parts.count("audio"), seed=index)
         for index, parts in enumerate(ROWS)
     ]
@@ -212,21 +212,21 @@ def batch(side: str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], li
     for index, one in enumerate(alone):
         place = slice(width - one.shape[1], width) if side == "left" else slice(0, one.shape[1])
         ids[index, place], mask[index, place] = one[0], 1
-    return ids, mask, alone, given
+    return ids, mask, alone, inputs
 
 
-def joined(given: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def joined(inputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     names = ("pixel_values", "pixel_values_videos", "input_features")
-    return {name: torch.cat([one[name] for one in given if name in one]) for name in names}
+    return {name: torch.cat([one[name] for one in inputs if name in one]) for name in names}
 
 
 @families
 @torch.no_grad()
 def test_videos_sounds_and_images_in_any_order_equal_single_samples(family: str) -> None:
-    model = senses(family)
-    ids, mask, alone, given = batch("right")
-    together = model(ids, attention_mask=mask, **joined(given), **decoder(family, len(ROWS))).logits
-    for index, (one, media) in enumerate(zip(alone, given, strict=True)):
+    model = shared_model(family)
+    ids, mask, alone, inputs = batch("right")
+    together = model(ids, attention_mask=mask, **joined(inputs), **decoder(family, len(ROWS))).logits
+    for index, (one, media) in enumerate(zip(alone, inputs, strict=True)):
         single = model(one, attention_mask=torch.ones_like(one), **media, **decoder(family)).logits[0]
         ours = together[index] if family not in DECODERS else together[index, : one.shape[1]]
         torch.testing.assert_close(ours, single, atol=2e-5, rtol=1e-4)
@@ -236,12 +236,12 @@ def test_videos_sounds_and_images_in_any_order_equal_single_samples(family: str)
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
 def test_generation_alone_equals_together_greedy_and_with_beams(family: str, beams: int) -> None:
-    model = senses(family)
-    ids, mask, alone, given = batch("left")
+    model = shared_model(family)
+    ids, mask, alone, inputs = batch("left")
     options = {**OPTIONS, "num_beams": beams, "num_return_sequences": min(beams, 2)}
     options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    together = model.generate(ids, attention_mask=mask, **joined(given), **options)
-    for index, (one, media) in enumerate(zip(alone, given, strict=True)):
+    together = model.generate(ids, attention_mask=mask, **joined(inputs), **options)
+    for index, (one, media) in enumerate(zip(alone, inputs, strict=True)):
         single = model.generate(one, attention_mask=torch.ones_like(one), **media, **options)
         place = slice(index * options["num_return_sequences"], (index + 1) * options["num_return_sequences"])
         length = OPTIONS["max_new_tokens"]
@@ -256,7 +256,7 @@ def test_generation_alone_equals_together_greedy_and_with_beams(family: str, bea
 @families
 @torch.no_grad()
 def test_greedy_with_cache_equals_greedy_without(family: str) -> None:
-    model, ids = senses(family), row("video", "audio", "image")
+    model, ids = shared_model(family), row("video", "audio", "image")
     options = {**OPTIONS, **all_media(), "attention_mask": torch.ones_like(ids)}
     assert torch.equal(model.generate(ids, use_cache=True, **options), model.generate(ids, use_cache=False, **options))
 
@@ -264,7 +264,7 @@ def test_greedy_with_cache_equals_greedy_without(family: str) -> None:
 @families
 @torch.no_grad()
 def test_placeholders_past_the_vocabulary_meet_logits_processors(family: str) -> None:
-    model, ids = senses(family), row("video", "audio", "image")
+    model, ids = shared_model(family), row("video", "audio", "image")
     options = {**OPTIONS, **all_media(), "attention_mask": torch.ones_like(ids)}
     plain = model.generate(ids, **options)
     assert torch.equal(plain, model.generate(ids, repetition_penalty=1.0 + 1e-12, **options))
@@ -274,20 +274,20 @@ def test_placeholders_past_the_vocabulary_meet_logits_processors(family: str) ->
 
 @torch.no_grad()
 def test_encoded_once_it_serves_any_number_of_calls() -> None:
-    model, ids, given = senses("llama"), row("video", "audio", "image"), all_media()
+    model, ids, inputs = shared_model("llama"), row("video", "audio", "image"), all_media()
     encoded = {
-        "image": model.get_image_features(given["pixel_values"]),
-        "video": model.get_video_features(given["pixel_values_videos"]),
-        "audio": model.get_audio_features(given["input_features"]),
+        "image": model.get_image_features(inputs["pixel_values"]),
+        "video": model.get_video_features(inputs["pixel_values_videos"]),
+        "audio": model.get_audio_features(inputs["input_features"]),
     }
     lengths = {key: [len(prefix) for prefix in value.pooler_output] for key, value in encoded.items()}
     assert lengths == {"image": [PREFIX], "video": [FRAMES * PREFIX], "audio": [SOUND]}
-    assert torch.equal(model(ids, mm_encoder_outputs=encoded).logits, model(ids, **given).logits)
+    assert torch.equal(model(ids, mm_encoder_outputs=encoded).logits, model(ids, **inputs).logits)
     options = {**OPTIONS, "num_beams": 2, "attention_mask": torch.ones_like(ids)}
     first, again = (model.generate(ids, mm_encoder_outputs=encoded, **options) for _ in range(2))
-    assert torch.equal(first, again) and torch.equal(first, model.generate(ids, **given, **options))
+    assert torch.equal(first, again) and torch.equal(first, model.generate(ids, **inputs, **options))
     with pytest.raises(ValueError, match="both pixel_values_videos and mm_encoder_outputs"):
-        model(ids, mm_encoder_outputs=encoded, pixel_values_videos=given["pixel_values_videos"])
+        model(ids, mm_encoder_outputs=encoded, pixel_values_videos=inputs["pixel_values_videos"])
 
 
 @torch.no_grad()
@@ -301,15 +301,15 @@ def test_gated_blocks_look_at_videos_and_sounds_too() -> None:
     def ids(*parts: str) -> torch.Tensor:
         return torch.tensor([[5, *(index for part in parts for index in (*tokens[part], 6)), 9]])
 
-    given = all_media()
-    one = model(ids("image", "audio", "video"), **given).logits
-    other = model(ids("image", "audio", "video"), **{**given, "pixel_values_videos": videos(seed=3)}).logits
+    inputs = all_media()
+    one = model(ids("image", "audio", "video"), **inputs).logits
+    other = model(ids("image", "audio", "video"), **{**inputs, "pixel_values_videos": videos(seed=3)}).logits
     torch.testing.assert_close(one[:, :5], other[:, :5])  # before the video nobody sees it
     assert (one - other)[:, -1].abs().max() > 1e-5
-    alone = model(ids("audio"), input_features=given["input_features"]).logits[:, 1:3]
+    alone = model(ids("audio"), input_features=inputs["input_features"]).logits[:, 1:3]
     assert (alone - model(ids("audio"), input_features=sounds(seed=5)).logits[:, 1:3]).abs().max() > 1e-5
     with pytest.raises(ValueError, match=f"placeholder {VIDEO}"):
-        model(ids("image", "video"), pixel_values=given["pixel_values"])
+        model(ids("image", "video"), pixel_values=inputs["pixel_values"])
 
 
 # ----------------------------------------------------------------------------------------------------- refusals
@@ -317,7 +317,7 @@ def test_gated_blocks_look_at_videos_and_sounds_too() -> None:
 
 @torch.no_grad()
 def test_wrong_counts_are_refused_with_both_numbers() -> None:
-    model = senses("llama")
+    model = shared_model("llama")
     with pytest.raises(ValueError, match=rf"holds {FRAMES * PREFIX} video placeholders .*videos fill {2 * FRAMES * PREFIX}"):
         model(row("video"), pixel_values_videos=videos(2))
     with pytest.raises(ValueError, match=r"Sample 0 holds 2 audio placeholders.*prefix length 3"):
@@ -370,8 +370,8 @@ def test_a_model_without_videos_and_sounds_does_not_mention_them(tmp_path: Path)
 # -------------------------------------------------------------------------------------------------- any audio tower
 
 
-def save_ear(folder: Path, ear: str) -> str:
-    config, model_class, extractor = AUDIO_TOWERS[ear]
+def save_audio_tower(folder: Path, kind: str) -> str:
+    config, model_class, extractor = AUDIO_TOWERS[kind]
     torch.manual_seed(1)
     model_class(copy.deepcopy(config)).save_pretrained(folder)
     extractor().save_pretrained(folder)
@@ -384,10 +384,10 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 
 @every_audio_tower
 @torch.no_grad()
-def test_any_audio_tower_is_loaded_whole_and_padding_changes_nothing(ear: str, tmp_path: Path) -> None:
-    save_ear(tmp_path, ear)
+def test_any_audio_tower_is_loaded_whole_and_padding_changes_nothing(kind: str, tmp_path: Path) -> None:
+    save_audio_tower(tmp_path, kind)
     tower = load_audio_tower(str(tmp_path)).eval()
-    _, model_class, extractor = AUDIO_TOWERS[ear]
+    _, model_class, extractor = AUDIO_TOWERS[kind]
     own = {key for key in tower.state_dict()}
     assert not [key for key in own if "masked_spec_embed" in key]  # many checkpoints lack it: it would be random
     whole = model_class.from_pretrained(tmp_path).state_dict()
@@ -412,41 +412,41 @@ def test_any_audio_tower_is_loaded_whole_and_padding_changes_nothing(ear: str, t
 
 
 @every_audio_tower
-@pytest.mark.parametrize("eyes", [True, False])
-def test_saved_small_and_reloaded_it_hears_the_same(ear: str, eyes: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_images", [True, False])
+def test_saved_small_and_reloaded_it_hears_the_same(kind: str, has_images: bool, tmp_path: Path) -> None:
     tower, words = tiny.save_parents(tmp_path)
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-        tower if eyes else None, words, save_ear(tmp_path / "ear", ear),
-        prefix_length=4, audio_prefix_length=SOUND, audio_connector_config=RESAMPLER, num_frames=2 if eyes else None,
+        tower if has_images else None, words, save_audio_tower(tmp_path / "audio", kind),
+        prefix_length=4, audio_prefix_length=SOUND, audio_connector_config=RESAMPLER, num_frames=2 if has_images else None,
     )  # fmt: skip
     processor = FrozenPrefixProcessor.from_model(model)
     red = Image.new("RGB", (20, 18), "red")
-    media = {"audio": [[noise(0.4)], []]} | ({"images": [[], [red]], "videos": [[], [[red, red, red]]]} if eyes else {})
-    texts = ["<audio> a picture", "<video> is <image> red" if eyes else "a square"]
+    media = {"audio": [[noise(0.4)], []]} | ({"images": [[], [red]], "videos": [[], [[red, red, red]]]} if has_images else {})
+    texts = ["<audio> a picture", "<video> is <image> red" if has_images else "a square"]
     inputs = processor(text=texts, padding=True, return_tensors="pt", **media)
     assert (inputs["input_ids"] == model.config.audio_token_id).sum(1).tolist() == [SOUND, 0]
-    model.save_pretrained(tmp_path / "senses")
-    processor.save_pretrained(tmp_path / "senses")
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "senses")
-    reread = AutoProcessor.from_pretrained(tmp_path / "senses")
-    assert again.input_modalities == (("image", "video", "audio", "text") if eyes else ("audio", "text"))
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    reread = AutoProcessor.from_pretrained(tmp_path / "model")
+    assert again.input_modalities == (("image", "video", "audio", "text") if has_images else ("audio", "text"))
     repeated = reread(text=texts, padding=True, return_tensors="pt", **media)
     assert repeated.keys() == inputs.keys()
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, again(**repeated).logits)
         assert torch.equal(model.generate(**inputs, **OPTIONS), again.generate(**repeated, **OPTIONS))
-    written = (tmp_path / "senses" / "model.safetensors").stat().st_size
+    written = (tmp_path / "model" / "model.safetensors").stat().st_size
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     assert trained <= written <= trained + 16 * 1024
     assert {key.split(".")[1] for key, p in again.named_parameters() if p.requires_grad} == (
-        {"connector", "audio_connector"} if eyes else {"audio_connector"}
+        {"connector", "audio_connector"} if has_images else {"audio_connector"}
     )
-    other = tmp_path / "ear" / "model.safetensors"
+    other = tmp_path / "audio" / "model.safetensors"
     data = bytearray(other.read_bytes())
     data[-500:] = bytes(500)
     other.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="audio tower at .* has fingerprint"):
-        AutoModelForImageTextToText.from_pretrained(tmp_path / "senses")
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize(("layer", "strategy"), [([-1, -2], "full"), (-2, "full"), (-1, "pooled")])
@@ -468,10 +468,10 @@ def processor(num_frames: int = 4, **options: Any) -> FrozenPrefixProcessor:
     from transformers import CLIPImageProcessorPil
 
     size = {"height": 8, "width": 8}
-    eyes = CLIPImageProcessorPil(size=size, crop_size=size, do_convert_rgb=True)
+    image_processor = CLIPImageProcessorPil(size=size, crop_size=size, do_convert_rgb=True)
     lengths = {"prefix_length": 2, "video_prefix_length": 3, "audio_prefix_length": 2}
     return FrozenPrefixProcessor(
-        eyes,
+        image_processor,
         tiny.tokenizer(),
         feature_extractor=Wav2Vec2FeatureExtractor(),
         num_frames=num_frames,
@@ -582,13 +582,13 @@ def test_wrong_counts_of_the_processor_are_refused_with_numbers() -> None:
 
 def test_truncation_cuts_words_and_no_placeholder() -> None:
     of = processor()
-    given = {"videos": [[grey(1, 2)]], "audio": [[noise(0.1)]], "images": [[grey(9)[0]]]}
+    inputs = {"videos": [[grey(1, 2)]], "audio": [[noise(0.1)]], "images": [[grey(9)[0]]]}
     text = "<video> a picture that is <audio> a square that is <image> ."
-    out = of(text=text, max_length=10, truncation=True, **given)["input_ids"][0]
+    out = of(text=text, max_length=10, truncation=True, **inputs)["input_ids"][0]
     assert len(out) <= 10
     assert [out.count(index) for index in (of.image_token_id, of.video_token_id, of.audio_token_id)] == [2, 3, 2]
     with pytest.raises(ValueError, match="1 images and 1 videos and 1 audios take 7 placeholders, 8 tokens"):
-        of(text=text, max_length=7, truncation=True, **given)
+        of(text=text, max_length=7, truncation=True, **inputs)
 
 
 def test_a_chat_with_all_media() -> None:
@@ -610,12 +610,12 @@ def test_a_chat_with_all_media() -> None:
     ]
 
 
-@pytest.mark.parametrize("media", ["all", "ears", "eyes"])
+@pytest.mark.parametrize("media", ["all", "audio", "vision"])
 def test_processors_save_and_load(media: str, tmp_path: Path) -> None:
     of = processor()
-    if media == "ears":
+    if media == "audio":
         of = FrozenPrefixProcessor(None, tiny.tokenizer(), feature_extractor=Wav2Vec2FeatureExtractor(), audio_prefix_length=2)
-    elif media == "eyes":
+    elif media == "vision":
         of = FrozenPrefixProcessor(of.image_processor, tiny.tokenizer(), 2)
     of.save_pretrained(tmp_path)
     again = FrozenPrefixProcessor.from_pretrained(tmp_path)
@@ -623,9 +623,10 @@ def test_processors_save_and_load(media: str, tmp_path: Path) -> None:
     for name in (*names, "image_token_id", "video_token_id", "audio_token_id"):
         assert getattr(again, name) == getattr(of, name), name
     assert again.get_attributes() == of.get_attributes()
-    assert hasattr(again, "feature_extractor") == (media != "eyes") and hasattr(again, "image_processor") == (media != "ears")
+    assert hasattr(again, "feature_extractor") == (media != "vision")
+    assert hasattr(again, "image_processor") == (media != "audio")
     written = (tmp_path / "processor_config.json").read_text()
-    assert (media != "eyes") == ("audio" in written) and (media == "all") == ("video" in written)
+    assert (media != "vision") == ("audio" in written) and (media == "all") == ("video" in written)
 
 
 # ----------------------------------------------------------------------------------------------------------- collator
@@ -654,10 +655,10 @@ def test_rows_with_videos_and_sounds_are_collated() -> None:
         collator([{"video": grey(1, 2), "text": "<video> a <video>"}])
 
 
-def test_a_model_with_ears_alone_trains_as_others_do(tmp_path: Path) -> None:
+def test_a_model_of_audio_alone_trains_as_others_do(tmp_path: Path) -> None:
     _, words = tiny.save_parents(tmp_path)
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-        None, words, save_ear(tmp_path / "ear", "whisper"), audio_prefix_length=2, audio_connector_config=RESAMPLER
+        None, words, save_audio_tower(tmp_path / "audio", "whisper"), audio_prefix_length=2, audio_connector_config=RESAMPLER
     ).train()
     tone = {name: np.sin(np.arange(8000) * rate).astype(np.float32) for name, rate in (("red", 0.05), ("blue", 0.9))}
     collator = DataCollatorForFrozenPrefix(FrozenPrefixProcessor.from_model(model))

@@ -47,15 +47,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @pytest.fixture
-def eyes(made: tuple[Path, Any]) -> tuple[Path, Any]:
+def saved(made: tuple[Path, Any]) -> tuple[Path, Any]:
     """The same with no card yet."""
     (made[0] / "README.md").unlink(missing_ok=True)
     return made
 
 
-def full_card(eyes: tuple[Path, Any], **options: Any) -> str:
-    given = {"repo_id": "me/eyes", "training": TRAINING, "metrics": METRICS, "dataset": "me/squares", **options}
-    return write_model_card(*eyes, **given).read_text(encoding="utf-8")
+def full_card(saved: tuple[Path, Any], **options: Any) -> str:
+    facts = {"repo_id": "me/eyes", "training": TRAINING, "metrics": METRICS, "dataset": "me/squares", **options}
+    return write_model_card(*saved, **facts).read_text(encoding="utf-8")
 
 
 def with_records(model: Any, **records: dict[str, Any] | None) -> Any:
@@ -71,17 +71,17 @@ def with_records(model: Any, **records: dict[str, Any] | None) -> Any:
 # --- The whole card --------------------------------------------------------------------------------------------------
 
 
-def test_whole_card(eyes: tuple[Path, Any]) -> None:
+def test_whole_card(saved: tuple[Path, Any]) -> None:
     golden = (ROOT / "tests" / "data" / "model_card.golden.md").read_text(encoding="utf-8")
     # What changes from release to release stands in it as a regular expression between ⟨ and ⟩.
     parts = re.split("⟨(.*?)⟩", golden)
     pattern = "".join(part if i % 2 else re.escape(part) for i, part in enumerate(parts))
-    card = full_card(eyes)
+    card = full_card(saved)
     assert re.fullmatch(pattern, card), card
 
 
-def test_metadata_as_the_hub_reads_it(eyes: tuple[Path, Any]) -> None:
-    card = ModelCard(full_card(eyes))
+def test_metadata_as_the_hub_reads_it(saved: tuple[Path, Any]) -> None:
+    card = ModelCard(full_card(saved))
     data = card.data.to_dict()
     assert data["pipeline_tag"] == "image-text-to-text" and data["library_name"] == "transformers"
     assert data["license"] == "apache-2.0" and data["tags"] == ["frozen-prefix", "visual-prefix"]
@@ -99,8 +99,8 @@ def test_metadata_as_the_hub_reads_it(eyes: tuple[Path, Any]) -> None:
     assert ModelCard(str(card)).data.to_dict() == data  # a round trip loses nothing
 
 
-def test_parents_on_the_hub_are_named_and_folders_are_not(eyes: tuple[Path, Any]) -> None:
-    folder, model = eyes
+def test_parents_on_the_hub_are_named_and_folders_are_not(saved: tuple[Path, Any]) -> None:
+    folder, model = saved
     commit = "0123456789abcdef0123456789abcdef01234567"
     record = {"name_or_path": "google/tower", "revision": commit, "dtype": "bfloat16", "fingerprint": None}
     one = with_records(model, vision_base_model=record)
@@ -111,14 +111,14 @@ def test_parents_on_the_hub_are_named_and_folders_are_not(eyes: tuple[Path, Any]
     assert "words (local)" in text and 'text_base_model="folder or id"' in text
     assert 'vision_base_model="folder or id"' not in text
     assert data.license == "unknown" and "No licence was found for the vision tower" in text
-    assert "base_model" not in ModelCard(full_card(eyes)).data.to_dict()
+    assert "base_model" not in ModelCard(full_card(saved)).data.to_dict()
 
 
-def test_no_path_of_this_machine(eyes: tuple[Path, Any], tmp_path: Path) -> None:
-    folder, model = eyes
+def test_no_path_of_this_machine(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, model = saved
     training = {"learning_rate": 0.1, "config_file": str(tmp_path / "zero.json"), "other": "C:\\Users\\me\\x.json"}
     metrics = {**METRICS, "file": str(tmp_path)}
-    text = full_card(eyes, repo_id=None, training=training, dataset=str(tmp_path), metrics=metrics)
+    text = full_card(saved, repo_id=None, training=training, dataset=str(tmp_path), metrics=metrics)
     for private in (str(tmp_path), str(folder.parent), folder.parent.name, str(Path.home()) + os.sep, "Users"):
         assert private not in text
     assert "config_file: zero.json" in text and "other: x.json" in text
@@ -141,21 +141,21 @@ def test_no_path_of_this_machine(eyes: tuple[Path, Any], tmp_path: Path) -> None
         ),
     ],
 )
-def test_licence_of_two_parents(eyes: tuple[Path, Any], tower: str, words: str, expected: dict[str, str]) -> None:
-    parents = eyes[0].parent
+def test_licence_of_two_parents(saved: tuple[Path, Any], tower: str, words: str, expected: dict[str, str]) -> None:
+    parents = saved[0].parent
     try:
         for parent, licence in {"tower": tower, "words": words}.items():
             (parents / parent / "README.md").write_text(f"---\n{licence}\n---\n")
-        data = ModelCard(full_card(eyes)).data.to_dict()
+        data = ModelCard(full_card(saved)).data.to_dict()
     finally:
         for parent, licence in LICENCES.items():
             (parents / parent / "README.md").write_text(f"---\n{licence}\n---\n# {parent}\n")
     assert {key: value for key, value in data.items() if key.startswith("license")} == expected
 
 
-def test_numbers_are_those_of_the_model(eyes: tuple[Path, Any]) -> None:
-    folder, model = eyes
-    text = full_card(eyes)
+def test_numbers_are_those_of_the_model(saved: tuple[Path, Any]) -> None:
+    folder, model = saved
+    text = full_card(saved)
     trainable = sum(p.numel() for p in model.model.connector.parameters())
     size = (folder / "model.safetensors").stat().st_size
     assert f"| trained parameters | {trainable:,} |" in text and f"| checkpoint | {size:,} bytes (" in text
@@ -164,8 +164,8 @@ def test_numbers_are_those_of_the_model(eyes: tuple[Path, Any]) -> None:
     assert f"| checkpoint | about {4 * trainable:,} bytes (" in full_card((fresh, model))
 
 
-def test_scores_in_other_forms(eyes: tuple[Path, Any]) -> None:
-    text = full_card(eyes, metrics={"accuracy": torch.tensor(0.5), "note": "three shots", "broken": float("nan")})
+def test_scores_in_other_forms(saved: tuple[Path, Any]) -> None:
+    text = full_card(saved, metrics={"accuracy": torch.tensor(0.5), "note": "three shots", "broken": float("nan")})
     assert "| accuracy | 0.5 | – | – |" in text and "broken" not in text
     assert "The blind baseline was not measured" in text
     assert [result.metric_value for result in ModelCard(text).data.eval_results] == [0.5]
@@ -175,13 +175,13 @@ def test_scores_in_other_forms(eyes: tuple[Path, Any]) -> None:
         "blind": {"f1": 0.3},
         "config": {"beams": 3},
     }
-    text = full_card(eyes, metrics=metrics)
+    text = full_card(saved, metrics=metrics)
     assert "| metric | this model | blind (image replaced) | random connector | text only |" in text
     assert "| f1 | 0.5 ± 0.01 | 0.3 | – | 0.25 |" in text and "beams" not in text
     runs = [{"seed": seed, "sighted": {"f1": 0.4 + seed / 10}, "blind": {"f1": 0.1}} for seed in range(2)]
-    text = full_card(eyes, metrics={"arguments": {"file": "/home/me/x"}, "seeds": runs})
+    text = full_card(saved, metrics={"arguments": {"file": "/home/me/x"}, "seeds": runs})
     assert "- seeds: 0, 1\n" in text and "| f1 | 0.45 ± 0.071 | 0.1 ± 0 | – |" in text and "/home" not in text
-    text = full_card(eyes, metrics={})
+    text = full_card(saved, metrics={})
     assert ModelCard(text).data.eval_results is None and "No scores were recorded." in text
 
 
@@ -206,7 +206,7 @@ def test_connector_and_its_paper(made: tuple[Path, Any], tmp_path: Path, options
     assert f"| writes | {count} prefix vector{'s' * (count > 1)} of width 32 |" in text
 
 
-def test_what_trained_is_told(made: tuple[Path, Any], tmp_path: Path) -> None:
+def test_what_trained_is_stated(made: tuple[Path, Any], tmp_path: Path) -> None:
     model, _ = tiny.join(made[0].parent, trainable=("connector", "vision"))
     record = {"name_or_path": "google/tower", "revision": None, "dtype": "float32", "fingerprint": None}
     model.config.vision_base_model = record
@@ -246,30 +246,30 @@ def test_peft_and_headless_models(made: tuple[Path, Any], tmp_path: Path) -> Non
 
 
 def test_how_to_use_runs(
-    eyes: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    saved: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", full_card(eyes), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", full_card(saved), re.DOTALL)
     assert len(blocks) == 2
     added = blocks[1].replace(", trust_remote_code=True", "")
     assert added == blocks[0].replace("import modeling_frozen  # makes the model type known to transformers\n\n", "")
     Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    exec(blocks[0].replace("me/eyes", str(eyes[0])), {})  # the second runs in test_hub_callback.py
+    exec(blocks[0].replace("me/eyes", str(saved[0])), {})  # the second runs in test_hub_callback.py
     assert capsys.readouterr().out.strip()
 
 
 # --- Older cards -----------------------------------------------------------------------------------------------------
 
 
-def test_same_facts_same_card(eyes: tuple[Path, Any]) -> None:
-    first = full_card(eyes)
-    assert not is_edited(first) and full_card(eyes) == first
+def test_same_facts_same_card(saved: tuple[Path, Any]) -> None:
+    first = full_card(saved)
+    assert not is_edited(first) and full_card(saved) == first
 
 
-def test_training_and_scores_outlive_a_push_that_knows_nothing_of_them(eyes: tuple[Path, Any], tmp_path: Path) -> None:
-    folder, model = eyes
-    first = full_card(eyes)
+def test_training_and_scores_outlive_a_push_that_knows_nothing_of_them(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, model = saved
+    first = full_card(saved)
     assert write_model_card(folder, model, repo_id="me/eyes").read_text(encoding="utf-8") == first
     # Not so for other weights: they were not measured.
     other, _ = tiny.join(folder.parent)
@@ -282,17 +282,17 @@ def test_training_and_scores_outlive_a_push_that_knows_nothing_of_them(eyes: tup
     assert "No scores were recorded." in text and "How it was trained was not recorded." in text
 
 
-def test_text_that_a_person_edited_is_kept(eyes: tuple[Path, Any]) -> None:
-    path = eyes[0] / "README.md"
-    edited = full_card(eyes).replace("## Limits\n", "## Limits\n\nIt has only ever seen squares.\n")
+def test_text_that_a_person_edited_is_kept(saved: tuple[Path, Any]) -> None:
+    path = saved[0] / "README.md"
+    edited = full_card(saved).replace("## Limits\n", "## Limits\n\nIt has only ever seen squares.\n")
     path.write_text(edited, encoding="utf-8")
     assert is_edited(edited)
-    assert full_card(eyes, metrics={"sighted": {"cider": 9.0}}) == edited
+    assert full_card(saved, metrics={"sighted": {"cider": 9.0}}) == edited
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_a_persons_own_card_only_gets_missing_keys(eyes: tuple[Path, Any], newline: str) -> None:
-    folder, model = eyes
+def test_a_persons_own_card_only_gets_missing_keys(saved: tuple[Path, Any], newline: str) -> None:
+    folder, model = saved
     record = {"name_or_path": "google/tower", "revision": None, "dtype": "float32", "fingerprint": None}
     model = with_records(model, vision_base_model=record)
     own = "---\n# mine\nlicense: cc-by-4.0   # with care\npipeline_tag: visual-question-answering\n---\nMy *eyes*.\n"
@@ -306,21 +306,21 @@ def test_a_persons_own_card_only_gets_missing_keys(eyes: tuple[Path, Any], newli
     assert (folder / "README.md").read_bytes().count(b"base_model:") == 1
 
 
-def test_a_persons_card_without_metadata_and_one_that_cannot_be_read(eyes: tuple[Path, Any]) -> None:
-    path = eyes[0] / "README.md"
+def test_a_persons_card_without_metadata_and_one_that_cannot_be_read(saved: tuple[Path, Any]) -> None:
+    path = saved[0] / "README.md"
     path.write_text("# Mine\n\nNo metadata.\n")
-    card = ModelCard(full_card(eyes))
+    card = ModelCard(full_card(saved))
     assert card.text == "# Mine\n\nNo metadata.\n"
     assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     for content in (b"---\nlicense: [mit\n---\n# Mine\n", b"---\n- a\n- list\n---\n# Mine\n", b"\xff\xfe\x80"):
         path.write_bytes(content)
-        write_model_card(*eyes)
+        write_model_card(*saved)
         assert path.read_bytes() == content
 
 
-def test_metadata_that_a_person_edited_is_kept(eyes: tuple[Path, Any]) -> None:
-    path = eyes[0] / "README.md"
-    card = ModelCard(full_card(eyes))
+def test_metadata_that_a_person_edited_is_kept(saved: tuple[Path, Any]) -> None:
+    path = saved[0] / "README.md"
+    card = ModelCard(full_card(saved))
     card.data.license = "cc-by-4.0"
     card.data.language = "en"
     card.data.tags = ["frozen-prefix", "squares"]
@@ -328,37 +328,37 @@ def test_metadata_that_a_person_edited_is_kept(eyes: tuple[Path, Any]) -> None:
     card.save(path)
     assert not is_edited(path.read_text(encoding="utf-8"))  # its text may be written anew
     for cider in (0.7, 0.8):
-        text = full_card(eyes, metrics={"sighted": {"cider": cider}})
+        text = full_card(saved, metrics={"sighted": {"cider": cider}})
         data = ModelCard(text).data
         assert data.license == "cc-by-4.0" and "under `cc-by-4.0`" in text
         assert data.language == "en" and data.tags == ["frozen-prefix", "squares"] and data.datasets is None
         assert data.eval_results[0].metric_value == cider and f"| cider | {cider} |" in text
 
 
-def test_metadata_chosen_by_the_caller_stays(eyes: tuple[Path, Any]) -> None:
-    full_card(eyes)
-    text = full_card(eyes, metadata={"license": "cc-by-nc-4.0", "tags": ["mine"], "language": ["de"]})
+def test_metadata_chosen_by_the_caller_stays(saved: tuple[Path, Any]) -> None:
+    full_card(saved)
+    text = full_card(saved, metadata={"license": "cc-by-nc-4.0", "tags": ["mine"], "language": ["de"]})
     data = ModelCard(text).data
     assert data.license == "cc-by-nc-4.0" and data.tags == ["frozen-prefix", "visual-prefix", "mine"]
-    again = ModelCard(full_card(eyes)).data
+    again = ModelCard(full_card(saved)).data
     assert again.to_dict() == data.to_dict() and again.language == ["de"]
 
 
-def test_cards_that_the_library_writes_are_replaced(eyes: tuple[Path, Any]) -> None:
+def test_cards_that_trainer_writes_are_replaced(saved: tuple[Path, Any]) -> None:
     words = (
         "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
         "automatically generated."
     )
     data = ModelCardData(tags=["mine"], library_name="transformers")
     automatic = ModelCard.from_template(data, model_description=words)
-    automatic.save(eyes[0] / "README.md")
-    card = ModelCard(full_card(eyes))
+    automatic.save(saved[0] / "README.md")
+    card = ModelCard(full_card(saved))
     assert "# eyes" in card.text and words not in card.text
     assert card.data.tags == ["frozen-prefix", "visual-prefix", "mine"] and card.data.license == "apache-2.0"
     # The same card, filled in by a person, is a person's.
     filled = str(automatic).replace("[More Information Needed]", "I made it.", 1)
-    (eyes[0] / "README.md").write_text(filled, encoding="utf-8")
-    kept = ModelCard(full_card(eyes))
+    (saved[0] / "README.md").write_text(filled, encoding="utf-8")
+    kept = ModelCard(full_card(saved))
     assert "I made it." in kept.text and kept.data.pipeline_tag == "image-text-to-text"
 
 
@@ -431,10 +431,10 @@ def test_each_push_begins_with_a_whole_folder(made: tuple[Path, Any], tmp_path: 
     assert own.read_text() == "*.log\n"
 
 
-def test_long_histories_are_thinned(eyes: tuple[Path, Any], made: tuple[Path, Any], tmp_path: Path) -> None:
+def test_long_histories_are_thinned(saved: tuple[Path, Any], made: tuple[Path, Any], tmp_path: Path) -> None:
     trainer = trained(made[0].parent, tmp_path)
     trainer.state.log_history = [{"loss": 1 / step, "epoch": step / 100, "step": step} for step in range(1, 1001)]
-    text = full_card(eyes, training=trainer)
+    text = full_card(saved, training=trainer)
     steps = [int(step) for step in re.findall(r"^\| (\d+) \| [\d.]+ \| [\d.e-]+ \|$", text, re.MULTILINE)]
     assert len(steps) == 20 and (steps[0], steps[-1]) == (1, 1000)
 

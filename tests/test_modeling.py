@@ -27,10 +27,10 @@ from modeling_frozen.connectors import CONNECTORS
 from tests.helpers.tiny import join, rows, save_parents, text_config, vision_config
 
 
-Eyes = FrozenPrefixForConditionalGeneration
+Model = FrozenPrefixForConditionalGeneration
 
 
-def constructed(cls: type = Eyes, **options: object) -> FrozenPrefixForConditionalGeneration:
+def constructed(cls: type = Model, **options: object) -> FrozenPrefixForConditionalGeneration:
     options = {"vision": {}, "text": {}, "connector_type": "mlp", **options}
     vision, text = vision_config(**options.pop("vision")), text_config(**options.pop("text"))
     return cls(FrozenPrefixConfig.from_vision_text_configs(vision, text, **options))
@@ -46,23 +46,23 @@ def inputs(processor, texts: list[str], images: list) -> BatchFeature:
 
 
 @pytest.fixture
-def eyes(tmp_path: Path):
+def joined(tmp_path: Path):
     return join(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ frozen
 
 
-@pytest.mark.parametrize("cls", [Eyes, FrozenPrefixModel])
+@pytest.mark.parametrize("cls", [Model, FrozenPrefixModel])
 def test_a_constructed_model_trains_its_connector_alone(cls: type) -> None:
     model = constructed(cls)
     assert trainable(model) == {"connector"}
     assert trainable(model.train()) == {"connector"}
 
 
-@pytest.mark.parametrize("auto_class", [Eyes, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModel])
-def test_a_reloaded_model_trains_its_connector_alone(eyes, tmp_path: Path, auto_class: type) -> None:
-    model, _ = eyes
+@pytest.mark.parametrize("auto_class", [Model, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModel])
+def test_a_reloaded_model_trains_its_connector_alone(joined, tmp_path: Path, auto_class: type) -> None:
+    model, _ = joined
     assert trainable(model) == {"connector"}
     model.save_pretrained(tmp_path / "eyes")
     again = auto_class.from_pretrained(tmp_path / "eyes")
@@ -81,7 +81,7 @@ def test_one_word_says_what_trains(tmp_path: Path, trains: tuple[str, ...]) -> N
         modes = {module.training for module in getattr(model.model, names[part]).modules()}
         assert modes == {part in trains}
     model.save_pretrained(tmp_path / "eyes")
-    assert trainable(Eyes.from_pretrained(tmp_path / "eyes")) == {names[part] for part in trains}
+    assert trainable(Model.from_pretrained(tmp_path / "eyes")) == {names[part] for part in trains}
 
 
 def test_frozen_parents_stay_in_eval_mode(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_batch_statistics_of_a_frozen_tower_stand_still() -> None:
 
     tower = MobileNetV2Config(image_size=32, depth_multiplier=0.1)
     config = FrozenPrefixConfig.from_vision_text_configs(tower, tiny_text("llama"), connector_type="linear")
-    model = Eyes(config).train()
+    model = Model(config).train()
     before = copy.deepcopy(model.model.vision_tower.state_dict())
     ids = torch.full((1, config.prefix_length + 2), config.image_token_id)
     ids[:, -2:] = 5
@@ -111,8 +111,8 @@ def test_batch_statistics_of_a_frozen_tower_stand_still() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.model.vision_tower.state_dict().items())
 
 
-def test_the_frozen_tower_keeps_no_graph(eyes) -> None:
-    model, processor = eyes
+def test_the_frozen_tower_keeps_no_graph(joined) -> None:
+    model, processor = joined
     pixel_values = inputs(processor, ["a"], [rows(1)[0]["image"]])["pixel_values"]
     encoded = model.get_image_features(pixel_values)
     assert not encoded.last_hidden_state.requires_grad and encoded.pooler_output[0].requires_grad
@@ -120,9 +120,9 @@ def test_the_frozen_tower_keeps_no_graph(eyes) -> None:
     assert model.get_image_features(pixel_values.requires_grad_(True)).last_hidden_state.requires_grad
 
 
-def test_input_gradients_are_asked_of_the_words_alone(eyes) -> None:
+def test_input_gradients_are_asked_of_the_words_alone(joined) -> None:
     """PEFT and activation checkpointing hook the inputs of every sub-model; at the tower's that keeps its whole graph."""
-    model, processor = eyes
+    model, processor = joined
     model.enable_input_require_grads()
     batch = inputs(processor, ["a"], [rows(1)[0]["image"]])
     assert not model.get_image_features(batch["pixel_values"]).last_hidden_state.requires_grad
@@ -131,8 +131,8 @@ def test_input_gradients_are_asked_of_the_words_alone(eyes) -> None:
     assert not model.get_input_embeddings()(batch["input_ids"].clamp(max=3)).requires_grad
 
 
-def test_a_text_only_batch_trains_with_zero_gradients(eyes) -> None:
-    model, processor = eyes
+def test_a_text_only_batch_trains_with_zero_gradients(joined) -> None:
+    model, processor = joined
     batch = inputs(processor, ["a red square ."], [])
     loss = model.train()(**batch, labels=batch["input_ids"]).loss
     torch.testing.assert_close(loss, model.eval()(**batch, labels=batch["input_ids"]).loss)
@@ -140,8 +140,8 @@ def test_a_text_only_batch_trains_with_zero_gradients(eyes) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.model.connector.parameters())
 
 
-def test_resizing_the_vocabulary_is_refused(eyes) -> None:
-    model = eyes[0]
+def test_resizing_the_vocabulary_is_refused(joined) -> None:
+    model = joined[0]
     with pytest.raises(ValueError, match="never resized"):
         model.resize_token_embeddings(100)
     rows = model.get_input_embeddings().num_embeddings
@@ -166,9 +166,9 @@ def test_every_connector_starts_at_the_norm_of_words(tmp_path: Path, connector_t
         assert 0.4 * words < prefix.norm(dim=-1).mean() < 2.5 * words
 
 
-def test_texts_with_none_one_and_two_images_share_a_batch(eyes) -> None:
+def test_texts_with_none_one_and_two_images_share_a_batch(joined) -> None:
     """Each sample reads its own pictures: as if it were alone."""
-    model, processor = eyes
+    model, processor = joined
     images = [row["image"] for row in rows(3)]
     texts = ["a square .", "<image> a picture", "a <image> that is <image> ?"]
     nested = [[], images[:1], images[1:]]
@@ -180,8 +180,8 @@ def test_texts_with_none_one_and_two_images_share_a_batch(eyes) -> None:
         torch.testing.assert_close(together[i][mask], model(**alone).logits[0], atol=1e-5, rtol=1e-4)
 
 
-def test_encoded_once_it_serves_many_texts(eyes) -> None:
-    model, processor = eyes
+def test_encoded_once_it_serves_many_texts(joined) -> None:
+    model, processor = joined
     image = rows(1)[0]["image"]
     encoded = model.get_image_features(inputs(processor, ["a"], [image])["pixel_values"])
     for text in ("a picture", "what colour ?"):
@@ -190,11 +190,11 @@ def test_encoded_once_it_serves_many_texts(eyes) -> None:
         torch.testing.assert_close(
             model(**batch, mm_encoder_outputs={"image": encoded}).logits, model(**batch, pixel_values=pixel_values).logits
         )
-        told = [
+        outputs = [
             model.generate(**batch, **image_input, max_new_tokens=4, do_sample=False)
             for image_input in ({"mm_encoder_outputs": {"image": encoded}}, {"pixel_values": pixel_values})
         ]
-        assert torch.equal(*told)
+        assert torch.equal(*outputs)
 
 
 def test_pictures_come_in_as_large_as_the_image_processor_makes_them(tmp_path: Path) -> None:
@@ -203,23 +203,23 @@ def test_pictures_come_in_as_large_as_the_image_processor_makes_them(tmp_path: P
     tower = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=70, patch_size=14))
     tower.save_pretrained(tmp_path / "dino")
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path / "dino")
-    model = Eyes.from_vision_text_pretrained(tmp_path / "dino", tmp_path / "words", connector_type="linear")
+    model = Model.from_vision_text_pretrained(tmp_path / "dino", tmp_path / "words", connector_type="linear")
     assert model.config.num_positions == model.config.prefix_length == 4
     processor = FrozenPrefixProcessor.from_model(model)
     assert model(**inputs(processor, ["a"], [rows(1)[0]["image"]])).logits.shape[1] > 4
 
 
-def test_embeddings_in_place_of_ids(eyes) -> None:
-    model, processor = eyes
+def test_embeddings_in_place_of_ids(joined) -> None:
+    model, processor = joined
     batch = inputs(processor, ["a picture"], [rows(1)[0]["image"]])
     expected = model(**batch).logits
     embeds = model.get_input_embeddings()(batch.pop("input_ids"))
     torch.testing.assert_close(model(inputs_embeds=embeds, **batch).logits, expected)
 
 
-def test_labels_are_learnt_where_they_stand(eyes) -> None:
-    """The loss over chosen places is that over all logits, and of the library's own function."""
-    model, processor = eyes
+def test_labels_are_learnt_where_they_stand(joined) -> None:
+    """The loss over chosen places is that over all logits, and of transformers' own function."""
+    model, processor = joined
     batch = inputs(processor, ["a red square .", "a blue square ."], [[row["image"]] for row in rows(2)])
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
     labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
@@ -236,11 +236,11 @@ def test_labels_are_learnt_where_they_stand(eyes) -> None:
 
 def test_both_dtypes_meet_at_the_borders(tmp_path: Path) -> None:
     tower, words = save_parents(tmp_path)
-    model = Eyes.from_vision_text_pretrained(tower, words, dtype=torch.bfloat16)
+    model = Model.from_vision_text_pretrained(tower, words, dtype=torch.bfloat16)
     assert {p.dtype for p in model.model.connector.parameters()} == {torch.float32}
     assert {model.model.vision_tower.dtype, model.model.language_model.dtype} == {torch.bfloat16}
     model.save_pretrained(tmp_path / "eyes")
-    again = Eyes.from_pretrained(tmp_path / "eyes")
+    again = Model.from_pretrained(tmp_path / "eyes")
     assert {p.dtype for p in again.model.connector.parameters()} == {torch.float32}
     assert {again.model.vision_tower.dtype, again.model.language_model.dtype} == {torch.bfloat16}
     ids = torch.full((1, 6), model.config.image_token_id)
@@ -248,18 +248,18 @@ def test_both_dtypes_meet_at_the_borders(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(model(ids, images).logits, again(ids, images).logits)
-    other = Eyes.from_pretrained(tmp_path / "eyes", dtype=torch.float32)
+    other = Model.from_pretrained(tmp_path / "eyes", dtype=torch.float32)
     assert other.model.language_model.dtype == torch.float32
 
 
 def test_each_part_takes_its_own_options(tmp_path: Path) -> None:
     tower, words = save_parents(tmp_path)
-    model = Eyes.from_vision_text_pretrained(tower, words, text_attn_implementation="eager", vision_dtype="float16")
+    model = Model.from_vision_text_pretrained(tower, words, text_attn_implementation="eager", vision_dtype="float16")
     assert model.model.language_model.config._attn_implementation == "eager"
     assert model.model.vision_tower.config._attn_implementation == "sdpa"
     assert model.model.vision_tower.dtype == torch.float16
     model.save_pretrained(tmp_path / "eyes")
-    again = Eyes.from_pretrained(
+    again = Model.from_pretrained(
         tmp_path / "eyes", attn_implementation={"vision_config": "eager", "text_config": "sdpa"}, vision_dtype="float32"
     )
     assert again.model.language_model.config._attn_implementation == "sdpa"
@@ -267,8 +267,8 @@ def test_each_part_takes_its_own_options(tmp_path: Path) -> None:
     assert (again.model.vision_tower.dtype, again.model.language_model.dtype) == (torch.float32, torch.float32)
 
 
-def test_threads_generate_as_one_after_the_other(eyes) -> None:
-    model, processor = eyes
+def test_threads_generate_as_one_after_the_other(joined) -> None:
+    model, processor = joined
     batches = [inputs(processor, ["a picture"], [row["image"]]) for row in rows(8)]
     expected = [model.generate(**batch, max_new_tokens=6, do_sample=False) for batch in batches]
     actual: list = [None] * len(batches)
@@ -287,8 +287,8 @@ def test_threads_generate_as_one_after_the_other(eyes) -> None:
 # ------------------------------------------------------------------------------------------------------------- refused
 
 
-def test_placeholders_are_counted_per_sample(eyes) -> None:
-    model, processor = eyes
+def test_placeholders_are_counted_per_sample(joined) -> None:
+    model, processor = joined
     batch = inputs(processor, ["a picture", "a picture"], [[row["image"]] for row in rows(2)])
     length = model.config.prefix_length
     ids = batch["input_ids"].clone()
@@ -309,7 +309,7 @@ def test_an_input_longer_than_the_positions_is_refused() -> None:
     from tests.helpers.families_text import text_config as tiny_text
 
     config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), tiny_text("gpt2"), connector_type="linear")
-    model = Eyes(config).eval()
+    model = Model(config).eval()
     ids = torch.full((1, 260), 5)
     ids[:, :4] = config.image_token_id
     with pytest.raises(ValueError, match="260 long.*256"):
@@ -319,16 +319,16 @@ def test_an_input_longer_than_the_positions_is_refused() -> None:
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
     tower, words = save_parents(tmp_path)
     with pytest.raises(ValueError, match="Did you mean `connector_type`"):
-        Eyes.from_vision_text_pretrained(tower, words, conector_type="mlp")
+        Model.from_vision_text_pretrained(tower, words, conector_type="mlp")
 
 
 def test_a_config_without_geometry_cannot_build() -> None:
     with pytest.raises(ValueError, match="from_vision_text_configs"):
-        Eyes(FrozenPrefixConfig())
+        Model(FrozenPrefixConfig())
 
 
-def test_ids_or_embeddings_not_both(eyes) -> None:
-    model, _ = eyes
+def test_ids_or_embeddings_not_both(joined) -> None:
+    model, _ = joined
     with pytest.raises(ValueError, match="exactly one"):
         model(input_ids=torch.ones(1, 2, dtype=torch.long), inputs_embeds=torch.zeros(1, 2, 32))
     encoded = model.get_image_features(torch.zeros(1, 3, 16, 16))

@@ -178,7 +178,7 @@ def test_code_for_the_hub_follows_its_rules() -> None:
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module and "." not in node.module, (file.name, ast.unparse(node))
                 assert f"{node.module}.py" in names, (file.name, node.module)
-        # The library finds imports by pattern, in docstrings too.
+        # transformers finds imports by pattern, in docstrings too.
         for module in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE):
             assert f"{module}.py" in names, (file.name, module)
 

@@ -1,4 +1,4 @@
-"""PEFT beside LoRA (test_lora.py): other methods on the language model, prompts before the whole input, and the library's own
+"""PEFT beside LoRA (test_lora.py): other methods on the language model, prompts before the whole input, and transformers' own
 `add_adapter`, all as they come."""
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.helpers.tiny import is_peft_too_old, join, rows, save_parents, skip_w
 
 
 peft = pytest.importorskip("peft")
-Eyes = FrozenPrefixForConditionalGeneration
+Model = FrozenPrefixForConditionalGeneration
 
 LINEAR = r".*language_model\..*\.(k_proj|v_proj|down_proj)"
 METHODS = {
@@ -51,8 +51,8 @@ def same(first: Any, second: Any, processor: Any) -> bool:
     prompts = isinstance(first, peft.PeftModel) and first.active_peft_config.is_prompt_learning
     if prompts and is_peft_too_old():
         return logits
-    told = [model.generate(**asked(processor), max_new_tokens=4, do_sample=False) for model in (first, second)]
-    return logits and torch.equal(*told)
+    outputs = [model.generate(**asked(processor), max_new_tokens=4, do_sample=False) for model in (first, second)]
+    return logits and torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -69,7 +69,7 @@ def test_methods_on_the_language_model(tmp_path: Path, method: str) -> None:
     assert last < 0.7 * first
     assert all(torch.equal(p, frozen[name]) for name, p in tuned.named_parameters() if name in frozen)
     tuned.save_pretrained(tmp_path / "tuned")
-    again = peft.PeftModel.from_pretrained(Eyes.from_pretrained(tmp_path / "eyes"), tmp_path / "tuned").eval()
+    again = peft.PeftModel.from_pretrained(Model.from_pretrained(tmp_path / "eyes"), tmp_path / "tuned").eval()
     assert same(tuned, again, processor)
 
 
@@ -90,7 +90,7 @@ def test_prompts_before_pictures_and_words(tmp_path: Path, kind: str) -> None:
         assert tuned(**{**batch, "pixel_values": batch["pixel_values"].roll(1, 0)}).loss > tuned(**batch).loss + 0.3
     model.save_pretrained(tmp_path / "eyes")
     tuned.save_pretrained(tmp_path / "prompts")
-    again = peft.PeftModel.from_pretrained(Eyes.from_pretrained(tmp_path / "eyes"), tmp_path / "prompts").eval()
+    again = peft.PeftModel.from_pretrained(Model.from_pretrained(tmp_path / "eyes"), tmp_path / "prompts").eval()
     assert same(tuned, again, processor)
 
 
@@ -105,7 +105,7 @@ def test_prompts_generate_as_step_by_step(tmp_path: Path) -> None:
             tuned.generate(**inputs, max_new_tokens=4)
         return
     image = model.config.image_token_id  # a random model may write it
-    told = tuned.generate(**inputs, max_new_tokens=4, do_sample=False, suppress_tokens=[image])
+    outputs = tuned.generate(**inputs, max_new_tokens=4, do_sample=False, suppress_tokens=[image])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
         for _ in range(4):
@@ -113,7 +113,7 @@ def test_prompts_generate_as_step_by_step(tmp_path: Path) -> None:
             logits[..., image] = -torch.inf
             ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    assert torch.equal(told, ids)
+    assert torch.equal(outputs, ids)
 
 
 def test_gated_blocks_refuse_prompts_by_name(tmp_path: Path) -> None:
@@ -124,23 +124,23 @@ def test_gated_blocks_refuse_prompts_by_name(tmp_path: Path) -> None:
         train(tuned, processor, 1)
 
 
-def test_the_librarys_own_adapters(tmp_path: Path) -> None:
+def test_transformers_own_adapters(tmp_path: Path) -> None:
     from modeling_frozen.training.lora import lora_config
 
     skip_where_peft_is_too_old()
     model, processor = join(tmp_path)
     model.save_pretrained(tmp_path / "eyes")
-    model = Eyes.from_pretrained(tmp_path / "eyes")
+    model = Model.from_pretrained(tmp_path / "eyes")
     model.add_adapter(lora_config(model, r=2))
     first, last = train(model, processor)
     assert last < 0.5 * first
     model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    assert same(model, Eyes.from_pretrained(tmp_path / "adapter"), processor)
-    later = Eyes.from_pretrained(tmp_path / "eyes")
+    assert same(model, Model.from_pretrained(tmp_path / "adapter"), processor)
+    later = Model.from_pretrained(tmp_path / "eyes")
     later.load_adapter(tmp_path / "adapter")
     assert same(model, later, processor)
-    plain = Eyes.from_pretrained(tmp_path / "eyes")
+    plain = Model.from_pretrained(tmp_path / "eyes")
     model.disable_adapters()
     with torch.no_grad():
         assert torch.equal(model(**asked(processor)).logits, plain(**asked(processor)).logits)
@@ -164,7 +164,7 @@ def test_each_tensor_of_an_adapter_comes_back(tmp_path: Path, family: str) -> No
     tuned.save_pretrained(tmp_path / "adapter")
     expected = {name: p for name, p in tuned.get_base_model().named_parameters() if p.requires_grad}
     assert any("lora_" in name for name in expected) and any(".connector." in name for name in expected)
-    again = Eyes.from_pretrained(tmp_path / "eyes")
+    again = Model.from_pretrained(tmp_path / "eyes")
     again.load_adapter(tmp_path / "adapter")
     again.load_adapter(tmp_path / "adapter", "other")
     values = dict(again.named_parameters())
@@ -180,5 +180,5 @@ def test_a_wrapped_language_model_is_refused_by_name(tmp_path: Path) -> None:
     words = AutoModelForCausalLM.from_pretrained(tmp_path / "words")
     wrapped = peft.get_peft_model(words, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
     with pytest.raises(ValueError, match="PeftModelForCausalLM.*merge_and_unload"):
-        Eyes.from_vision_text_pretrained(tmp_path / "tower", wrapped)
-    Eyes.from_vision_text_pretrained(tmp_path / "tower", wrapped.merge_and_unload())
+        Model.from_vision_text_pretrained(tmp_path / "tower", wrapped)
+    Model.from_vision_text_pretrained(tmp_path / "tower", wrapped.merge_and_unload())

@@ -33,13 +33,13 @@ NEW = {"max_new_tokens": TOKENS, "return_full_text": False}
 
 
 @pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> Talking:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Talking:
     return talking(tmp_path_factory.mktemp("eyes"))
 
 
 @pytest.fixture(scope="module")
-def pipe(eyes: Talking) -> ImageTextToTextPipeline:
-    return pipeline("image-text-to-text", model=eyes.path)
+def pipe(saved: Talking) -> ImageTextToTextPipeline:
+    return pipeline("image-text-to-text", model=saved.path)
 
 
 @pytest.fixture(scope="module")
@@ -60,54 +60,55 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     server.server_close()
 
 
-def told(results: Any) -> list[str]:
+def texts_of(results: Any) -> list[str]:
     """The texts of a pipeline's results, as `batch_decode` writes them."""
-    return [told(one)[0] if isinstance(one, list) else one["generated_text"].strip() for one in results]
+    return [texts_of(one)[0] if isinstance(one, list) else one["generated_text"].strip() for one in results]
 
 
 # ------------------------------------------------------------------------------------------------- images and prompts
 
 
-def test_it_is_given_all_its_parts(pipe: ImageTextToTextPipeline) -> None:
+def test_it_gets_all_its_parts(pipe: ImageTextToTextPipeline) -> None:
     assert isinstance(pipe.model, FrozenPrefixForConditionalGeneration)
     assert isinstance(pipe.processor, FrozenPrefixProcessor)
     assert pipe.tokenizer is pipe.processor.tokenizer and pipe.image_processor is pipe.processor.image_processor
 
 
-def test_no_complaint_about_the_class(eyes: Talking) -> None:
-    """A model that the library's tables don't list is used, after an error in the log: not ours."""
-    code = f"import modeling_frozen; from transformers import pipeline; pipeline('image-text-to-text', model={eyes.path!r})"
+def test_no_complaint_about_the_class(saved: Talking) -> None:
+    """A model that transformers' tables don't list is used, after an error in the log: not ours."""
+    code = f"import modeling_frozen; from transformers import pipeline; pipeline('image-text-to-text', model={saved.path!r})"
     done = fresh_python.run("-c", code, timeout=120)
     assert done.returncode == 0 and "not supported" not in done.stderr, done.stderr
 
 
-def test_one_image_and_a_prompt(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
+def test_one_image_and_a_prompt(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
     by_hand = {
-        colour: eyes.continues(eyes.processor(images=picture(colour), text=PROMPT, return_tensors="pt")) for colour in COLOURS
+        colour: saved.continues(saved.processor(images=picture(colour), text=PROMPT, return_tensors="pt"))
+        for colour in COLOURS
     }
     assert len({text for [text] in by_hand.values()}) > 1, "a blind model would pass"
     for colour, texts in by_hand.items():
-        assert told(pipe(picture(colour), text=PROMPT, **NEW)) == texts
-        assert told(pipe(picture(colour), text=QUESTION, **NEW)) == texts  # the placeholder is put in
+        assert texts_of(pipe(picture(colour), text=PROMPT, **NEW)) == texts
+        assert texts_of(pipe(picture(colour), text=QUESTION, **NEW)) == texts  # the placeholder is put in
 
 
-def test_a_list_of_images_and_prompts(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
+def test_a_list_of_images_and_prompts(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
     images, texts = [picture("red"), picture("blue")], [PROMPT, "<image> what"]
-    inputs = eyes.processor(images=images, text=texts, padding=True, return_tensors="pt")
-    assert told(pipe(images, text=texts, **NEW)) == eyes.continues(inputs)
+    inputs = saved.processor(images=images, text=texts, padding=True, return_tensors="pt")
+    assert texts_of(pipe(images, text=texts, **NEW)) == saved.continues(inputs)
 
 
-def test_paths_and_addresses(pipe: ImageTextToTextPipeline, eyes: Talking, web: tuple[str, Path]) -> None:
+def test_paths_and_addresses(pipe: ImageTextToTextPipeline, saved: Talking, web: tuple[str, Path]) -> None:
     address, folder = web
-    by_hand = eyes.continues(eyes.processor(images=picture("blue"), text=PROMPT, return_tensors="pt"))
+    by_hand = saved.continues(saved.processor(images=picture("blue"), text=PROMPT, return_tensors="pt"))
     for image in (f"{address}/blue.png", str(folder / "blue.png")):
-        assert told(pipe(image, text=PROMPT, **NEW)) == by_hand
+        assert texts_of(pipe(image, text=PROMPT, **NEW)) == by_hand
         chat = [user(image)]
-        assert told(pipe(text=chat, **NEW)) == [eyes.says(user("blue"))]
+        assert texts_of(pipe(text=chat, **NEW)) == [saved.says(user("blue"))]
 
 
-def test_text_alone(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
-    assert told(pipe(text=QUESTION, **NEW)) == eyes.continues(eyes.processor(text=QUESTION, return_tensors="pt"))
+def test_text_alone(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
+    assert texts_of(pipe(text=QUESTION, **NEW)) == saved.continues(saved.processor(text=QUESTION, return_tensors="pt"))
 
 
 def test_a_missing_image_is_named(pipe: ImageTextToTextPipeline) -> None:
@@ -120,29 +121,29 @@ def test_a_missing_image_is_named(pipe: ImageTextToTextPipeline) -> None:
 # --------------------------------------------------------------------------------------------------------------- chats
 
 
-def test_chats_single_and_batched(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
+def test_chats_single_and_batched(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
     chats = [[user("red")], [user("blue", text="what")], [user("red", "green", text="is that a square ?")]]
-    by_hand = [eyes.says(*chat) for chat in chats]
-    assert [told(pipe(text=chat, **NEW))[0] for chat in chats] == by_hand
-    assert told(pipe(chats, **NEW)) == by_hand  # also as the first argument
+    by_hand = [saved.says(*chat) for chat in chats]
+    assert [texts_of(pipe(text=chat, **NEW))[0] for chat in chats] == by_hand
+    assert texts_of(pipe(chats, **NEW)) == by_hand  # also as the first argument
     # Different lengths in a batch: padded on the left, or the words would go on after padding.
-    assert told(pipe(text=chats, batch_size=3, **NEW)) == by_hand
+    assert texts_of(pipe(text=chats, batch_size=3, **NEW)) == by_hand
 
 
-def test_the_answer_can_be_answered(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
+def test_the_answer_can_be_answered(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
     chat = pipe(text=[user("red")], max_new_tokens=TOKENS)[0]["generated_text"]
-    assert chat[-1]["role"] == "assistant" and chat[-1]["content"].strip() == eyes.says(user("red"))
+    assert chat[-1]["role"] == "assistant" and chat[-1]["content"].strip() == saved.says(user("red"))
     again = [*chat, user("blue", text="what")]
-    assert told(pipe(text=again, **NEW)) == [eyes.says(*again)]
+    assert texts_of(pipe(text=again, **NEW)) == [saved.says(*again)]
 
 
-def test_an_answer_that_was_begun_is_gone_on_with(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
+def test_an_answer_that_was_begun_is_gone_on_with(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
     chat = [user("red"), {"role": "assistant", "content": [{"type": "text", "text": "a red"}]}]
-    inputs = eyes.processor.apply_chat_template(
+    inputs = saved.processor.apply_chat_template(
         chat, continue_final_message=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    [by_hand] = eyes.continues(inputs)
-    assert told(pipe(text=chat, **NEW)) == [by_hand]
+    [by_hand] = saved.continues(inputs)
+    assert texts_of(pipe(text=chat, **NEW)) == [by_hand]
     whole = pipe(text=chat, max_new_tokens=TOKENS)[0]["generated_text"]
     assert whole[-1]["content"][-1]["text"] == f"a red {by_hand}"
 
@@ -150,51 +151,51 @@ def test_an_answer_that_was_begun_is_gone_on_with(pipe: ImageTextToTextPipeline,
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def test_what_is_returned(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
+def test_what_is_returned(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
     image = picture("red")
-    inputs = eyes.processor(images=image, text=PROMPT, return_tensors="pt")
-    [by_hand] = eyes.continues(inputs)
+    inputs = saved.processor(images=image, text=PROMPT, return_tensors="pt")
+    [by_hand] = saved.continues(inputs)
     [whole] = pipe(image, text=PROMPT, max_new_tokens=TOKENS)
     assert whole == {"input_text": PROMPT, "generated_text": f"{PROMPT} {by_hand}"}
     [tensors] = pipe(image, text=PROMPT, max_new_tokens=TOKENS, return_tensors=True)
-    expected = eyes.model.generate(**inputs, max_new_tokens=TOKENS)[0]
+    expected = saved.model.generate(**inputs, max_new_tokens=TOKENS)[0]
     assert tensors["generated_token_ids"].tolist() == expected.tolist()
     with pytest.raises(ValueError, match="mutually exclusive"):
         pipe(image, text=PROMPT, return_tensors=True, return_full_text=True)
 
 
-def test_generation_options_reach_generate(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
-    inputs = eyes.processor(images=picture("red"), text=PROMPT, return_tensors="pt")
+def test_generation_options_reach_generate(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
+    inputs = saved.processor(images=picture("red"), text=PROMPT, return_tensors="pt")
     start = inputs["input_ids"].shape[1]
     beams = {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 1.5, "max_new_tokens": TOKENS}
-    out = eyes.model.generate(**inputs, **beams)
-    texts = eyes.processor.batch_decode(out[:, start:], skip_special_tokens=True)
-    assert told(pipe(picture("red"), text=PROMPT, generate_kwargs=beams, return_full_text=False)) == texts
+    out = saved.model.generate(**inputs, **beams)
+    texts = saved.processor.batch_decode(out[:, start:], skip_special_tokens=True)
+    assert texts_of(pipe(picture("red"), text=PROMPT, generate_kwargs=beams, return_full_text=False)) == texts
     torch.manual_seed(3)
-    sampled = eyes.model.generate(**inputs, do_sample=True, top_k=5, max_new_tokens=TOKENS)
+    sampled = saved.model.generate(**inputs, do_sample=True, top_k=5, max_new_tokens=TOKENS)
     torch.manual_seed(3)
     options = {"do_sample": True, "top_k": 5}
-    [got] = told(pipe(picture("red"), text=PROMPT, generate_kwargs=options, **NEW))
-    assert got == eyes.processor.decode(sampled[0, start:], skip_special_tokens=True)
+    [got] = texts_of(pipe(picture("red"), text=PROMPT, generate_kwargs=options, **NEW))
+    assert got == saved.processor.decode(sampled[0, start:], skip_special_tokens=True)
 
 
-def test_words_stream_through_it(pipe: ImageTextToTextPipeline, eyes: Talking) -> None:
+def test_words_stream_through_it(pipe: ImageTextToTextPipeline, saved: Talking) -> None:
     streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=30)
     options = {"text": [user("red")], "generate_kwargs": {"streamer": streamer}, **NEW}
     thread = threading.Thread(target=pipe, kwargs=options)
     thread.start()
     pieces = list(streamer)
     thread.join()
-    assert "".join(pieces) == eyes.says(user("red")) and len([piece for piece in pieces if piece]) > 2
+    assert "".join(pieces) == saved.says(user("red")) and len([piece for piece in pieces if piece]) > 2
 
 
-def test_half_precision_and_models_that_are_loaded_already(eyes: Talking) -> None:
-    pipe = pipeline("image-text-to-text", model=eyes.path, dtype=torch.bfloat16)
+def test_half_precision_and_models_that_are_loaded_already(saved: Talking) -> None:
+    pipe = pipeline("image-text-to-text", model=saved.path, dtype=torch.bfloat16)
     assert pipe.model.model.language_model.dtype == torch.bfloat16 and isinstance(
-        told(pipe(text=[user("red")], **NEW))[0], str
+        texts_of(pipe(text=[user("red")], **NEW))[0], str
     )
-    pipe = pipeline("image-text-to-text", model=eyes.model, processor=eyes.processor)
-    assert told(pipe(text=[user("red")], **NEW)) == [eyes.says(user("red"))]
+    pipe = pipeline("image-text-to-text", model=saved.model, processor=saved.processor)
+    assert texts_of(pipe(text=[user("red")], **NEW)) == [saved.says(user("red"))]
 
 
 def test_an_encoder_decoder(tmp_path: Path) -> None:
@@ -211,43 +212,43 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
     images, texts = [picture("red"), picture("blue")], [PROMPT, "<image> what"]
     out = model.generate(**processor(images=images, text=texts, padding=True, return_tensors="pt"), max_new_tokens=TOKENS)
     expected = processor.batch_decode(out, skip_special_tokens=True)
-    assert [one.strip() for one in expected] == told(pipe(images, text=texts, **NEW)) and any(expected)
+    assert [one.strip() for one in expected] == texts_of(pipe(images, text=texts, **NEW)) and any(expected)
 
 
 # ---------------------------------------------------------------------------------------------------- saved and pushed
 
 
 def test_what_it_saves_loads_though_it_leaves_the_processor_out(
-    pipe: ImageTextToTextPipeline, eyes: Talking, tmp_path: Path
+    pipe: ImageTextToTextPipeline, saved: Talking, tmp_path: Path
 ) -> None:
     pipe.save_pretrained(tmp_path / "saved")
-    eyes.model.save_pretrained(tmp_path / "alone")  # not even a tokenizer
-    assert not (tmp_path / "saved" / "processor_config.json").exists(), "the library has learnt it: drop the mend"
+    saved.model.save_pretrained(tmp_path / "alone")  # not even a tokenizer
+    assert not (tmp_path / "saved" / "processor_config.json").exists(), "transformers has learnt it: drop the mend"
     assert not list((tmp_path / "alone").glob("*token*"))
     for name in ("saved", "alone"):
         folder = str(tmp_path / name)
         processor = AutoProcessor.from_pretrained(folder)
         assert isinstance(processor, FrozenPrefixProcessor)
-        assert processor.to_dict() == eyes.processor.to_dict()
-        assert processor.chat_template == eyes.processor.chat_template
-        assert told(pipeline("image-text-to-text", model=folder)(text=[user("red")], **NEW)) == [eyes.says(user("red"))]
+        assert processor.to_dict() == saved.processor.to_dict()
+        assert processor.chat_template == saved.processor.chat_template
+        assert texts_of(pipeline("image-text-to-text", model=folder)(text=[user("red")], **NEW)) == [saved.says(user("red"))]
 
 
-def test_a_part_saved_beside_the_model_is_preferred_to_the_parents(eyes: Talking, tmp_path: Path) -> None:
-    eyes.model.save_pretrained(tmp_path)
-    changed = AutoProcessor.from_pretrained(eyes.path)
+def test_a_part_saved_beside_the_model_is_preferred_to_the_parents(saved: Talking, tmp_path: Path) -> None:
+    saved.model.save_pretrained(tmp_path)
+    changed = AutoProcessor.from_pretrained(saved.path)
     changed.image_processor.image_mean = [0.1, 0.2, 0.3]
     changed.image_processor.save_pretrained(tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
-    assert processor.tokenizer.get_vocab() == eyes.processor.tokenizer.get_vocab()
+    assert processor.tokenizer.get_vocab() == saved.processor.tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("auto_class", [AutoModelForImageTextToText, AutoModelForMultimodalLM])
-def test_auto_classes_load_the_folder(eyes: Talking, auto_class: Any) -> None:
-    model, processor = auto_class.from_pretrained(eyes.path), AutoProcessor.from_pretrained(eyes.path)
+def test_auto_classes_load_the_folder(saved: Talking, auto_class: Any) -> None:
+    model, processor = auto_class.from_pretrained(saved.path), AutoProcessor.from_pretrained(saved.path)
     assert type(model) is FrozenPrefixForConditionalGeneration and type(processor) is FrozenPrefixProcessor
-    assert Talking(model, processor, eyes.path).says(user("red")) == eyes.says(user("red"))
+    assert Talking(model, processor, saved.path).says(user("red")) == saved.says(user("red"))
 
 
 PUSH = """

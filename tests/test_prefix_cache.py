@@ -158,8 +158,8 @@ def test_the_towers_and_the_prefix_are_read_once(family: str) -> None:
 
 @every_decoder
 @torch.no_grad()
-def test_the_kept_keys_go_to_generate_as_the_librarys_own(family: str) -> None:
-    """`past_key_values=` with all words so far, as users of the library go on from a cache; pictures may come again."""
+def test_the_kept_keys_go_to_generate_as_a_cache_of_transformers(family: str) -> None:
+    """`past_key_values=` with all words so far, as users of transformers go on from a cache; pictures may come again."""
     model = shared_model(family)
     start, question = shared(4), words(5, 1)
     prefix = model.encode_prefix(**padded([start]), pixel_values=pictures())

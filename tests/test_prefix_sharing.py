@@ -65,16 +65,16 @@ def gradients(model: FrozenPrefixForConditionalGeneration) -> dict[str, torch.Te
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(model: FrozenPrefixForConditionalGeneration, given: dict[str, Any]) -> float:
+def compare(model: FrozenPrefixForConditionalGeneration, inputs: dict[str, Any]) -> float:
     """Positions read in common, as a share of those read row by row, where loss and gradients are the same."""
-    model(**given)
+    model(**inputs)
     model.zero_grad()
-    read, output = positions_read(model, given)
+    read, output = positions_read(model, inputs)
     output.loss.backward()
     ours = gradients(model)
     model.zero_grad()
-    index = given["image_index"]
-    apart = {**given, "pixel_values": given["pixel_values"][index], "image_index": torch.arange(len(index))}
+    index = inputs["image_index"]
+    apart = {**inputs, "pixel_values": inputs["pixel_values"][index], "image_index": torch.arange(len(index))}
     read_apart, plain = positions_read(model, apart)
     plain.loss.backward()
     torch.testing.assert_close(output.loss, plain.loss, rtol=1e-5, atol=1e-6)
@@ -102,20 +102,20 @@ def test_smoothing_and_another_divisor_are_honoured() -> None:
 
 
 def test_the_same_question_is_read_once_and_another_picture_is_not() -> None:
-    model, given = build().train(), batch()
-    ids = given["input_ids"]
+    model, inputs = build().train(), batch()
+    ids = inputs["input_ids"]
     asked = torch.tensor([[7, 8, 9]]).expand(5, -1)  # behind the picture, not learnt, the same in all rows
     longer = {
-        **given,
+        **inputs,
         "input_ids": torch.cat([ids[:, : 1 + LENGTH], asked, ids[:, 1 + LENGTH :]], 1),
-        "attention_mask": torch.cat([torch.ones_like(asked), given["attention_mask"]], 1),
-        "labels": torch.cat([torch.full_like(asked, -100), given["labels"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(asked), inputs["attention_mask"]], 1),
+        "labels": torch.cat([torch.full_like(asked, -100), inputs["labels"]], 1),
     }
-    with_question, without = compare(model, longer), compare(model, given)
+    with_question, without = compare(model, longer), compare(model, inputs)
     assert with_question < without < 0.8
     # Each of another picture: nothing but the word before the pictures is common.
-    other = {**given, "pixel_values": pictures(5), "image_index": torch.arange(5)}
-    assert positions_read(model, other)[0] == given["input_ids"].numel()
+    other = {**inputs, "pixel_values": pictures(5), "image_index": torch.arange(5)}
+    assert positions_read(model, other)[0] == inputs["input_ids"].numel()
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -133,32 +133,32 @@ def test_rows_of_unequal_kind_share_a_batch(padding: str) -> None:
     pads = [[0] * (width - len(row)) for row in rows]
     ids = torch.tensor([pad + row if padding == "left" else row + pad for pad, row in zip(pads, rows, strict=True)])
     labels = ids.masked_fill((ids == 0) | (ids == IMAGE) | (ids == 5), -100)
-    given = {
+    inputs = {
         "input_ids": ids,
         "attention_mask": (ids != 0).long(),
         "labels": labels,
         "pixel_values": pictures(2),
         "image_index": torch.tensor([0, 0, 1, 0, 1]),
     }
-    assert compare(build().train(), given) <= 1
+    assert compare(build().train(), inputs) <= 1
     # Without the rows that have no picture at their start, some of it is common.
     if padding == "right":
         kept = [0, 1, 2]
-        few = {key: given[key][kept] for key in ("input_ids", "attention_mask", "labels")}
+        few = {key: inputs[key][kept] for key in ("input_ids", "attention_mask", "labels")}
         index = torch.tensor([0, 0, 1, 0])
-        assert compare(build().train(), {**given, **few, "image_index": index}) < 1
+        assert compare(build().train(), {**inputs, **few, "image_index": index}) < 1
 
 
 def test_dropout_falls_on_each_row_by_itself() -> None:
     options = {**CONNECTOR_SIZES["transformer"], "dropout": 0.5}
     model = build(connector_config=options).train()
-    given = batch()
-    model(**given)
-    assert positions_read(model, given)[0] == given["input_ids"].numel()
+    inputs = batch()
+    model(**inputs)
+    assert positions_read(model, inputs)[0] == inputs["input_ids"].numel()
     model.eval()  # nothing is drawn: shared again, where the head runs at labels alone
-    given["skip_logits"] = True
-    model(**given)
-    assert positions_read(model, given)[0] < given["input_ids"].numel()
+    inputs["skip_logits"] = True
+    model(**inputs)
+    assert positions_read(model, inputs)[0] < inputs["input_ids"].numel()
 
 
 def test_a_language_model_that_draws_reads_each_row() -> None:
@@ -167,41 +167,41 @@ def test_a_language_model_that_draws_reads_each_row() -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3
     model.train()
-    given = batch()
-    model(**given)
-    assert positions_read(model, given)[0] == given["input_ids"].numel()
+    inputs = batch()
+    model(**inputs)
+    assert positions_read(model, inputs)[0] == inputs["input_ids"].numel()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_adapters_that_come_later_are_asked_too(dropout: float) -> None:
     peft = pytest.importorskip("peft")
-    model, given = build().train(), batch()
-    model(**given)
+    model, inputs = build().train(), batch()
+    model(**inputs)
     tuned = peft.get_peft_model(model, lora_config(model, r=2, lora_dropout=dropout)).train()
-    tuned(**given)
-    shared = positions_read(model, given)[0] < given["input_ids"].numel()
+    tuned(**inputs)
+    shared = positions_read(model, inputs)[0] < inputs["input_ids"].numel()
     assert shared == (dropout == 0.0)
 
 
 def test_activation_checkpointing_reads_each_row() -> None:
-    model, given = build(trainable=("connector", "text")).train(), batch()
-    model(**given)
+    model, inputs = build(trainable=("connector", "text")).train(), batch()
+    model(**inputs)
     tiny.recompute_activations(model)
-    assert positions_read(model, given)[0] == given["input_ids"].numel()
+    assert positions_read(model, inputs)[0] == inputs["input_ids"].numel()
 
 
 def test_who_asks_for_more_gets_it_of_every_row() -> None:
-    model, given = build().train(), batch()
-    model(**given)
-    shape = given["input_ids"].shape
-    states = model(**given, output_hidden_states=True).hidden_states
+    model, inputs = build().train(), batch()
+    model(**inputs)
+    shape = inputs["input_ids"].shape
+    states = model(**inputs, output_hidden_states=True).hidden_states
     assert all(one.shape[:2] == shape for one in states)
-    assert model(**given, use_cache=True).cache.get_seq_length() == shape[1]
-    assert model(**given, skip_logits=False).logits.shape[:2] == shape
-    assert model.eval()(**given).logits.shape[:2] == shape
+    assert model(**inputs, use_cache=True).cache.get_seq_length() == shape[1]
+    assert model(**inputs, skip_logits=False).logits.shape[:2] == shape
+    assert model.eval()(**inputs).logits.shape[:2] == shape
 
 
-def test_leads_that_spare_most_are_found() -> None:
+def test_the_common_starts_that_spare_most_are_chosen() -> None:
     ids = torch.tensor([[1, 9, 9, 3, 4], [1, 9, 9, 3, 5], [1, 9, 9, 6, 7], [1, 9, 9, 3, 0]])
     mask = (ids != 0).long()
     marks = mark_images(ids, mask, {"image": 9}, [2, 2, 2, 2], torch.tensor([0, 0, 1, 0]))

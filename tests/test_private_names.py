@@ -70,9 +70,9 @@ class Private:
 
 
 HOOK_OF_GENERATE = "hook of generate(), meant to be overridden; there is no public one"
-HOOK_OF_PROCESSOR = "hook of ProcessorMixin, which the library's processors override too; there is no public one"
-FLAG = "flag of a model class, set by each model of the library; there is no public one"
-CONFIG_KEY = "key that the library hands to a config's constructor; named so as not to be refused as unknown"
+HOOK_OF_PROCESSOR = "hook of ProcessorMixin, which transformers' processors override too; there is no public one"
+FLAG = "flag of a model class, set by each model of transformers; there is no public one"
+CONFIG_KEY = "key that transformers hands to a config's constructor; named so as not to be refused as unknown"
 WHY_NOT_FOUND = "tells why a file can't be had: the repository lacks it, or is out of reach; else all are an OSError"
 CALLED_OTHERWISE = "tells that somebody changed how a module is called; torch has no public name for it"
 
@@ -93,7 +93,7 @@ PRIVATE = [
     Private("transformers.GenerationMixin._validate_model_kwargs", HOOK_OF_GENERATE),
     Private(
         "transformers.GenerationMixin._supports_default_dynamic_cache",
-        "which families have a cache of their own kind: the library keeps the list to itself",
+        "which families have a cache of their own kind: transformers keeps the list to itself",
     ),
     Private(
         "transformers.GenerationConfig()._from_model_config",
@@ -142,7 +142,7 @@ PRIVATE = [
     ),
     Private(
         "transformers.modeling_layers:_gradient_checkpointing_func",
-        "the checkpointing function that a layer was given; it is nowhere else",
+        "the checkpointing function that was set on a layer; it is nowhere else",
     ),
     Private(
         "transformers.initialization:_is_hf_initialized",

@@ -219,7 +219,7 @@ def test_images_alone_and_text_alone():
         ("R", "a", "R", [1]),
     ],
 )
-def test_images_are_given_to_their_texts(images, text, order, counts):
+def test_images_go_to_their_texts(images, text, order, counts):
     processor = make()
     pictures = {"R": picture("red"), "B": picture("blue"), "G": picture("green"), "-": None}
     images = [[pictures[c] for c in one] if isinstance(images, list) else pictures[one] for one in images]
@@ -241,7 +241,7 @@ def test_batched_array_is_a_list_of_images():
     ("images", "text", "message"),
     [
         ([["R"], ["R"]], ["<image> a", "<image><image>"], r"Sample 1: its text holds 2 <image> but it has 1 "),
-        # Right in sum, wrong per sample: the library's own check lets it pass.
+        # Right in sum, wrong per sample: transformers' own check lets it pass.
         ([["R", "R"], ["R"]], ["<image> a", "<image><image>"], r"Sample 0: its text holds 1 <image> but it has 2 "),
         ([["R"], ["R"]], ["<image><image>", "a"], r"Sample 0: its text holds 2 <image> but it has 1 "),
         (["R"], ["<image>", "<image>"], r"Sample 1: its text holds 1 <image> but it has 0 "),

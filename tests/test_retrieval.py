@@ -93,7 +93,7 @@ def parents(folder: Path, text: str | None = None) -> tuple[str, str]:
     return tower, words
 
 
-def matcher(folder: Path, text: str | None = None, **options: Any) -> tuple[Retrieval, FrozenPrefixProcessor]:
+def retrieval_model(folder: Path, text: str | None = None, **options: Any) -> tuple[Retrieval, FrozenPrefixProcessor]:
     tower, words = parents(folder, text)
     torch.manual_seed(0)
     model = Retrieval.from_vision_text_pretrained(tower, words, **{"projection_dim": 16, **options})
@@ -120,9 +120,9 @@ def parts_saved(folder: Path) -> set[str]:
 def test_padding_on_either_side_changes_nothing(tmp_path: Path, text: str | None, pooling: str) -> None:
     if pooling == "cls" and text in (None, "gpt2", "opt"):
         with pytest.raises(ValueError, match="all texts would be the same"):
-            matcher(tmp_path, text, text_pooling=pooling)
+            retrieval_model(tmp_path, text, text_pooling=pooling)
         return
-    model, processor = matcher(tmp_path, text, text_pooling=pooling)
+    model, processor = retrieval_model(tmp_path, text, text_pooling=pooling)
     assert model.config.text_headless == (text in ("bert", "distilbert"))
     alone = []
     for one in ["a red square .", "green", "a blue picture that is a square", "black square"]:
@@ -136,12 +136,12 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path, text: str | None
 
 def test_pooling_by_default_is_the_text_model_s(tmp_path: Path) -> None:
     for text, pooling in {None: "last", "gpt2": "last", "bert": "mean", "distilbert": "mean", "t5": "mean"}.items():
-        assert matcher(tmp_path, text)[0].config.resolved_text_pooling == pooling
+        assert retrieval_model(tmp_path, text)[0].config.resolved_text_pooling == pooling
 
 
 def test_pooling_reads_the_place_it_names(tmp_path: Path) -> None:
     """Against hidden states of the language model itself."""
-    model, processor = matcher(tmp_path, text_pooling="last")
+    model, processor = retrieval_model(tmp_path, text_pooling="last")
     ids = processor.tokenizer(["a red square ."], return_tensors="pt")["input_ids"]
     states = model.model.language_model.model(ids).last_hidden_state[0]
     for pooling, pooled in {"last": states[-1], "mean": states.mean(0)}.items():
@@ -150,7 +150,7 @@ def test_pooling_reads_the_place_it_names(tmp_path: Path) -> None:
 
 
 def test_ret_is_read_behind_the_words(tmp_path: Path) -> None:
-    model, processor = matcher(tmp_path, text_pooling="ret")
+    model, processor = retrieval_model(tmp_path, text_pooling="ret")
     ids = processor.tokenizer(["a red square ."], return_tensors="pt")["input_ids"]
     language_model = model.model.language_model
     words = torch.cat([language_model.get_input_embeddings()(ids), model.contrastive_head.ret[None, None]], dim=1)
@@ -182,7 +182,7 @@ def test_a_text_half_of_a_dual_model_serves(tmp_path: Path) -> None:
 
 
 def test_what_only_reads_does_not_write(tmp_path: Path) -> None:
-    model, _ = matcher(tmp_path, "bert")
+    model, _ = retrieval_model(tmp_path, "bert")
     with pytest.raises(ValueError, match="reads texts and writes none"):
         _ = model.generator
     model.save_pretrained(tmp_path / "out")
@@ -191,14 +191,14 @@ def test_what_only_reads_does_not_write(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks|reads ahead"):
         FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(*parents(tmp_path, "bert"))
     with pytest.raises(ValueError, match="only reads"):
-        matcher(tmp_path, "bert", caption_loss_weight=1.0)
+        retrieval_model(tmp_path, "bert", caption_loss_weight=1.0)
 
 
 # -------------------------------------------------------------------------------------------------------- conventions
 
 
 def test_outputs_are_those_of_clip(tmp_path: Path) -> None:
-    model, processor = matcher(tmp_path)
+    model, processor = retrieval_model(tmp_path)
     batch = inputs(processor)
     out = model(**batch)
     assert out.loss is None and list(out.keys())[:4] == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
@@ -221,7 +221,7 @@ def test_outputs_are_those_of_clip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["clip", "siglip", "triplet"])
 def test_every_loss_learns_to_match(tmp_path: Path, loss: str) -> None:
-    model, processor = matcher(tmp_path, contrastive_loss_type=loss)
+    model, processor = retrieval_model(tmp_path, contrastive_loss_type=loss)
     assert (model.logit_bias is not None) == (loss == "siglip")
     batch = inputs(processor)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -234,7 +234,7 @@ def test_every_loss_learns_to_match(tmp_path: Path, loss: str) -> None:
 
 
 def test_an_image_of_several_texts_is_encoded_once(tmp_path: Path) -> None:
-    model, processor = matcher(tmp_path)
+    model, processor = retrieval_model(tmp_path)
     batch = inputs(processor)
     twice = {**batch, "pixel_values": batch["pixel_values"][[0, 1, 0, 1]]}
     shared = {**batch, "pixel_values": batch["pixel_values"][:2], "image_index": torch.tensor([0, 1, 0, 1])}
@@ -263,7 +263,7 @@ LOCKS = [
 def test_only_what_is_unlocked_learns_and_it_is_saved(
     tmp_path: Path, trainable: tuple[str, ...], unlocked: dict[str, int], learns: set[str]
 ) -> None:
-    model, processor = matcher(tmp_path, trainable=trainable, unlocked_layers=unlocked)
+    model, processor = retrieval_model(tmp_path, trainable=trainable, unlocked_layers=unlocked)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     batch = inputs(processor)
@@ -286,11 +286,11 @@ def test_only_what_is_unlocked_learns_and_it_is_saved(
 
 
 def test_unlocked_layers_work_in_train_mode_and_others_do_not(tmp_path: Path) -> None:
-    model, _ = matcher(tmp_path, unlocked_layers={"vision": 1})
+    model, _ = retrieval_model(tmp_path, unlocked_layers={"vision": 1})
     layers = model.train().model.vision_tower.encoder.layers
     assert layers[1].self_attn.training and not layers[0].self_attn.training
     with pytest.raises(ValueError, match="has 2 layers, so 3 of them"):
-        matcher(tmp_path, unlocked_layers={"vision": 3})
+        retrieval_model(tmp_path, unlocked_layers={"vision": 3})
     with pytest.raises(ValueError, match="must say of some of"):
         FrozenPrefixConfig(unlocked_layers={"connector": 1})
 
@@ -298,7 +298,7 @@ def test_unlocked_layers_work_in_train_mode_and_others_do_not(tmp_path: Path) ->
 def test_what_the_text_side_never_uses_does_not_train(tmp_path: Path) -> None:
     """The decoder of T5, an untied head: distributed training would wait for their gradients."""
     for text in ("t5", None):
-        model, processor = matcher(tmp_path, text, trainable=("connector", "text"))
+        model, processor = retrieval_model(tmp_path, text, trainable=("connector", "text"))
         model.train()(**inputs(processor)).loss.backward()
         assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         language_model = model.model.language_model
@@ -307,7 +307,7 @@ def test_what_the_text_side_never_uses_does_not_train(tmp_path: Path) -> None:
 
 def test_gated_blocks_do_not_stop_a_batch_that_matches_alone(tmp_path: Path) -> None:
     for weight in (0.0, 1.0):
-        model, processor = matcher(tmp_path, fusion="cross_attention", caption_loss_weight=weight)
+        model, processor = retrieval_model(tmp_path, fusion="cross_attention", caption_loss_weight=weight)
         model.train()(**DataCollatorForFrozenPrefixRetrieval(processor, captions=weight > 0)(rows(4))).loss.backward()
         assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert model.visual_projection.weight.grad.abs().sum() > 0
@@ -315,7 +315,7 @@ def test_gated_blocks_do_not_stop_a_batch_that_matches_alone(tmp_path: Path) -> 
 
 def test_a_step_from_the_store_runs_no_tower(tmp_path: Path) -> None:
     """LiT from stored features costs the text side alone, and gives the same."""
-    model, processor = matcher(tmp_path, trainable=("connector", "text"))
+    model, processor = retrieval_model(tmp_path, trainable=("connector", "text"))
     data = Dataset.from_list([{"image": row["image"], "text": row["text"]} for row in rows(4)])
     stored = cache_vision_features(data, model, processor, cache_dir=tmp_path / "store", dtype="float32", num_workers=0)
     collate = DataCollatorForFrozenPrefixRetrieval(processor)
@@ -334,7 +334,7 @@ def test_a_step_from_the_store_runs_no_tower(tmp_path: Path) -> None:
 
 
 def test_one_checkpoint_serves_every_class(tmp_path: Path) -> None:
-    model, processor = matcher(tmp_path)
+    model, processor = retrieval_model(tmp_path)
     model.save_pretrained(tmp_path / "out")
     batch = inputs(processor)
     again = AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "out")
@@ -355,7 +355,7 @@ def test_one_checkpoint_serves_every_class(tmp_path: Path) -> None:
     assert started.contrastive_head.ret.norm() > 0.1
 
 
-def test_the_library_s_pipeline_by_path(tmp_path: Path) -> None:
+def test_transformers_pipeline_by_path(tmp_path: Path) -> None:
     model, processor = trained(tmp_path)
     model.save_pretrained(tmp_path / "out")
     processor.save_pretrained(tmp_path / "out")
@@ -369,7 +369,7 @@ def test_the_library_s_pipeline_by_path(tmp_path: Path) -> None:
 
 def trained(folder: Path) -> tuple[Retrieval, FrozenPrefixProcessor]:
     """A model that tells four colours apart."""
-    model, processor = matcher(folder, trainable=("connector", "text"))
+    model, processor = retrieval_model(folder, trainable=("connector", "text"))
     set_seed(0)
     arguments = TrainingArguments(
         str(folder / "run"), max_steps=30, per_device_train_batch_size=4, learning_rate=3e-3, report_to=[],
@@ -393,7 +393,7 @@ def trained(folder: Path) -> tuple[Retrieval, FrozenPrefixProcessor]:
     return model.eval(), processor
 
 
-def test_trainer_learns_to_find_and_to_classify_what_it_was_not_told(tmp_path: Path) -> None:
+def test_trainer_learns_to_retrieve_and_to_classify_without_labels(tmp_path: Path) -> None:
     model, processor = trained(tmp_path)
     squares = [row["image"] for row in rows(4)]
     recall = evaluate_retrieval(model, processor, squares, [[row["text"], row["text"]] for row in rows(4)], ks=(1, 2))
@@ -418,7 +418,7 @@ def test_trainer_learns_to_find_and_to_classify_what_it_was_not_told(tmp_path: P
 
 
 def test_one_connector_describes_and_finds(tmp_path: Path) -> None:
-    model, processor = matcher(tmp_path, text_pooling="ret", caption_loss_weight=0.5, contrastive_loss_weight=2.0)
+    model, processor = retrieval_model(tmp_path, text_pooling="ret", caption_loss_weight=0.5, contrastive_loss_weight=2.0)
     collate = DataCollatorForFrozenPrefixRetrieval(processor, captions=True)
     batch = collate(rows(8))
     out = model(**batch)
@@ -453,7 +453,7 @@ def test_one_connector_describes_and_finds(tmp_path: Path) -> None:
 
 
 def test_the_generator_shares_all_and_changes_nothing(tmp_path: Path) -> None:
-    model, _ = matcher(tmp_path, trainable=("connector", "text"))
+    model, _ = retrieval_model(tmp_path, trainable=("connector", "text"))
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     keys = set(model.state_dict())
     model.train()
@@ -467,7 +467,7 @@ def test_the_generator_shares_all_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_collator_knows_which_pairs_show_one_image(tmp_path: Path) -> None:
-    _, processor = matcher(tmp_path)
+    _, processor = retrieval_model(tmp_path)
     collate = DataCollatorForFrozenPrefixRetrieval(processor)
     red, copy, blue = (Image.new("RGB", (16, 16), COLOURS[name]) for name in ("red", "red", "blue"))
     texts = ["a red square .", ["red", "square"], "blue"]

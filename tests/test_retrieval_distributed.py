@@ -1,4 +1,4 @@
-"""A matcher in two processes: by `DistributedDataParallel` its gradients are those of one process with all pairs."""
+"""A retrieval model in two processes: by `DistributedDataParallel` its gradients are those of one process with all pairs."""
 
 from pathlib import Path
 from typing import Any

@@ -54,32 +54,32 @@ def elsewhere(folder: Path, home: Path, more: str = "") -> dict[str, Any]:
 @pytest.fixture
 def moved(tmp_path: Path) -> tuple[Talking, Path]:
     """A talking model, and its self-contained copy, after the parents are gone."""
-    eyes = talking(tmp_path / "eyes")
-    eyes.model.save_pretrained(tmp_path / "copy", include_base_models=True)
+    saved = talking(tmp_path / "eyes")
+    saved.model.save_pretrained(tmp_path / "copy", include_base_models=True)
     shutil.rmtree(tmp_path / "eyes")
-    return eyes, (tmp_path / "copy").rename(tmp_path / "moved")
+    return saved, (tmp_path / "copy").rename(tmp_path / "moved")
 
 
 def test_one_call_writes_all_that_a_stranger_needs(moved: tuple[Talking, Path], tmp_path: Path) -> None:
-    eyes, folder = moved
-    told = elsewhere(folder, tmp_path / "stranger")
-    assert told["says"] == eyes.says(user("red")) != eyes.says(user("blue"))
-    assert told["trainable"] == ["connector"] and told["module"].startswith("transformers_modules")
+    saved, folder = moved
+    outputs = elsewhere(folder, tmp_path / "stranger")
+    assert outputs["says"] == saved.says(user("red")) != saved.says(user("blue"))
+    assert outputs["trainable"] == ["connector"] and outputs["module"].startswith("transformers_modules")
     assert not [file for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
 
 
 def test_a_copy_of_the_copy_and_a_copy_with_the_package(moved: tuple[Talking, Path], tmp_path: Path) -> None:
     """Loaded from a copy the parents have no home, so every further save is whole."""
-    eyes, folder = moved
+    saved, folder = moved
     again = f"model.save_pretrained({str(tmp_path / 'again')!r}, include_base_models=True)"
     elsewhere(folder, tmp_path / "stranger", more=f"{again}\nprocessor.save_pretrained({str(tmp_path / 'again')!r})")
     model = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "again")
     processor = AutoProcessor.from_pretrained(tmp_path / "again")
     assert isinstance(processor, FrozenPrefixProcessor)
-    assert Talking(model, processor, "").says(user("red")) == eyes.says(user("red"))
+    assert Talking(model, processor, "").says(user("red")) == saved.says(user("red"))
     model.save_pretrained(tmp_path / "third")
     third = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "third")
-    assert all(torch.equal(value, third.state_dict()[key]) for key, value in eyes.model.state_dict().items())
+    assert all(torch.equal(value, third.state_dict()[key]) for key, value in saved.model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtypes", [{"dtype": torch.bfloat16}, {"vision_dtype": torch.float32, "text_dtype": torch.bfloat16}])

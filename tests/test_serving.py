@@ -1,4 +1,4 @@
-"""Serving: the library's server and chat, run by our command and by its own, asked by OpenAI's own client."""
+"""Serving: transformers' server and chat, run by our command and by its own, asked by OpenAI's own client."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ from tests.helpers.talking import QUESTION, TOKENS, Talking, picture, talking, u
 from tests.helpers.tiny import COLOURS
 
 
-# Ours; and the library's own, for people without the package.
+# Ours; and transformers' own, for people without the package.
 SERVERS = {
     "frozen-prefix": ["-m", "modeling_frozen.serving.server", "serve"],
     "transformers": [
@@ -36,7 +36,7 @@ SERVERS = {
 # ----------------------------------------------------------------------------------------------- without a server
 
 
-def test_commands_take_what_the_librarys_take() -> None:
+def test_commands_take_what_those_of_transformers_take() -> None:
     import typer
     from transformers.cli.chat import Chat
     from transformers.cli.serve import Serve
@@ -57,15 +57,15 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         build_app()(["serve", "--port", "0"], standalone_mode=False)
 
 
-def test_tokens_stream_out_of_generate_as_they_come(eyes: Talking) -> None:
-    inputs = eyes.processor(images=picture("red"), text=f"<image> {QUESTION}", return_tensors="pt")
-    streamer = TextIteratorStreamer(eyes.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=30)
+def test_tokens_stream_out_of_generate_as_they_come(saved: Talking) -> None:
+    inputs = saved.processor(images=picture("red"), text=f"<image> {QUESTION}", return_tensors="pt")
+    streamer = TextIteratorStreamer(saved.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=30)
     options = {"max_new_tokens": TOKENS, "do_sample": False, "streamer": streamer}
-    thread = threading.Thread(target=eyes.model.generate, kwargs={**inputs, **options})
+    thread = threading.Thread(target=saved.model.generate, kwargs={**inputs, **options})
     thread.start()
     pieces = list(streamer)
     thread.join()
-    assert "".join(pieces) == eyes.continues(inputs)[0]
+    assert "".join(pieces) == saved.continues(inputs)[0]
     assert len([piece for piece in pieces if piece]) > 2
 
 
@@ -85,7 +85,7 @@ def turn(*images: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> Talking:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Talking:
     return talking(tmp_path_factory.mktemp("eyes"))
 
 
@@ -138,60 +138,60 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     web.server_close()
 
 
-def ask(server: SimpleNamespace, eyes: Talking, *messages: dict[str, Any], **options: Any) -> Any:
-    settings = {"model": eyes.path, "max_tokens": TOKENS, "temperature": 0, **options}
+def ask(server: SimpleNamespace, saved: Talking, *messages: dict[str, Any], **options: Any) -> Any:
+    settings = {"model": saved.path, "max_tokens": TOKENS, "temperature": 0, **options}
     return server.client.chat.completions.create(messages=list(messages), **settings)
 
 
 @pytest.mark.slow
-def test_an_image_in_a_data_url_is_seen(server: SimpleNamespace, eyes: Talking) -> None:
-    by_hand = {colour: eyes.says(user(colour)) for colour in COLOURS}
+def test_an_image_in_a_data_url_is_seen(server: SimpleNamespace, saved: Talking) -> None:
+    by_hand = {colour: saved.says(user(colour)) for colour in COLOURS}
     assert len(set(by_hand.values())) > 1, "a blind model would pass"
     for colour, text in by_hand.items():
-        answer = ask(server, eyes, turn(data_url(colour)))
+        answer = ask(server, saved, turn(data_url(colour)))
         assert answer.choices[0].message.content == text
         assert answer.usage.completion_tokens <= TOKENS < answer.usage.prompt_tokens
 
 
 @pytest.mark.slow
-def test_words_stream_as_they_come(server: SimpleNamespace, eyes: Talking) -> None:
-    chunks = list(ask(server, eyes, turn(data_url("red")), stream=True))
+def test_words_stream_as_they_come(server: SimpleNamespace, saved: Talking) -> None:
+    chunks = list(ask(server, saved, turn(data_url("red")), stream=True))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
-    assert "".join(pieces) == eyes.says(user("red")) and len(pieces) > 2
+    assert "".join(pieces) == saved.says(user("red")) and len(pieces) > 2
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
 
 
 @pytest.mark.slow
-def test_images_of_the_web_several_turns_and_no_image(server: SimpleNamespace, eyes: Talking, pictures: str) -> None:
-    assert ask(server, eyes, turn(f"{pictures}/blue.png")).choices[0].message.content == eyes.says(user("blue"))
+def test_images_of_the_web_several_turns_and_no_image(server: SimpleNamespace, saved: Talking, pictures: str) -> None:
+    assert ask(server, saved, turn(f"{pictures}/blue.png")).choices[0].message.content == saved.says(user("blue"))
     answer = {"role": "assistant", "content": "a red square ."}
-    got = ask(server, eyes, turn(data_url("red"), f"{pictures}/blue.png"), answer, turn(f"{pictures}/green.png"))
-    assert got.choices[0].message.content == eyes.says(user("red", "blue"), answer, user("green"))
-    got = ask(server, eyes, {"role": "user", "content": QUESTION})
-    assert got.choices[0].message.content == eyes.says(user())
+    got = ask(server, saved, turn(data_url("red"), f"{pictures}/blue.png"), answer, turn(f"{pictures}/green.png"))
+    assert got.choices[0].message.content == saved.says(user("red", "blue"), answer, user("green"))
+    got = ask(server, saved, {"role": "user", "content": QUESTION})
+    assert got.choices[0].message.content == saved.says(user())
 
 
 @pytest.mark.slow
-def test_the_responses_endpoint_sees_too(server: SimpleNamespace, eyes: Talking) -> None:
+def test_the_responses_endpoint_sees_too(server: SimpleNamespace, saved: Talking) -> None:
     content = [{"type": "input_image", "image_url": data_url("green")}, {"type": "input_text", "text": QUESTION}]
     asked = [{"role": "user", "content": content}]
     answer = server.client.responses.create(
-        model=eyes.path, input=asked, max_output_tokens=TOKENS, temperature=0, stream=False
+        model=saved.path, input=asked, max_output_tokens=TOKENS, temperature=0, stream=False
     )
-    assert answer.output_text == eyes.says(user("green"))
+    assert answer.output_text == saved.says(user("green"))
 
 
 @pytest.mark.slow
-def test_several_clients_at_once_get_each_their_own(server: SimpleNamespace, eyes: Talking, pictures: str) -> None:
+def test_several_clients_at_once_get_each_their_own(server: SimpleNamespace, saved: Talking, pictures: str) -> None:
     def one(index: int) -> tuple[str, str]:
         colour = list(COLOURS)[index % 4]
         url = data_url(colour) if index % 2 else f"{pictures}/{colour}.png"
         if index % 3:
-            return colour, ask(server, eyes, turn(url)).choices[0].message.content
-        chunks = ask(server, eyes, turn(url), stream=True)
+            return colour, ask(server, saved, turn(url)).choices[0].message.content
+        chunks = ask(server, saved, turn(url), stream=True)
         return colour, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
-    by_hand = {colour: eyes.says(user(colour)) for colour in COLOURS}
+    by_hand = {colour: saved.says(user(colour)) for colour in COLOURS}
     with ThreadPoolExecutor(6) as pool:
         for colour, text in pool.map(one, range(12)):
             assert text == by_hand[colour]
@@ -208,35 +208,35 @@ def test_several_clients_at_once_get_each_their_own(server: SimpleNamespace, eye
     ],
 )
 def test_an_image_that_is_not_there_is_the_clients_mistake(
-    server: SimpleNamespace, eyes: Talking, pictures: str, url: str, said: str
+    server: SimpleNamespace, saved: Talking, pictures: str, url: str, said: str
 ) -> None:
     import openai
 
     with pytest.raises(openai.APIError) as caught:
-        ask(server, eyes, turn(url.format(pictures=pictures)))
+        ask(server, saved, turn(url.format(pictures=pictures)))
     if server.own:
         assert isinstance(caught.value, openai.BadRequestError) and caught.value.type == "invalid_request_error"
         assert said in caught.value.body["message"] and len(caught.value.body["message"]) < 600
     # Whoever answers, the server lives on.
     client = server.client.with_options(max_retries=2)
-    assert client.chat.completions.create(model=eyes.path, messages=[turn(data_url("red"))], max_tokens=1).choices
+    assert client.chat.completions.create(model=saved.path, messages=[turn(data_url("red"))], max_tokens=1).choices
 
 
 @pytest.mark.slow
-def test_an_unknown_model_is_named(server: SimpleNamespace, eyes: Talking) -> None:
+def test_an_unknown_model_is_named(server: SimpleNamespace, saved: Talking) -> None:
     import openai
 
     if not server.own:
-        pytest.skip("the library's own server says nothing")
+        pytest.skip("transformers' own server says nothing")
     with pytest.raises(openai.BadRequestError, match="/nowhere/eyes"):
-        ask(server, eyes, turn(data_url("red")), model="/nowhere/eyes")
+        ask(server, saved, turn(data_url("red")), model="/nowhere/eyes")
 
 
 @pytest.mark.slow
-def test_chat_talks_to_it(server: SimpleNamespace, eyes: Talking, tmp_path: Path) -> None:
+def test_chat_talks_to_it(server: SimpleNamespace, saved: Talking, tmp_path: Path) -> None:
     if not server.own:
         pytest.skip("a client is a client")
-    command = [sys.executable, "-m", "modeling_frozen.serving.server", "chat", eyes.path, server.url, "do_sample=False"]
+    command = [sys.executable, "-m", "modeling_frozen.serving.server", "chat", saved.path, server.url, "do_sample=False"]
     command += ["max_new_tokens=4"]
     # The client is huggingface_hub's, which in offline mode reaches nobody, not this machine either.
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.url, "COLUMNS": "200"}
@@ -244,4 +244,4 @@ def test_chat_talks_to_it(server: SimpleNamespace, eyes: Talking, tmp_path: Path
     talk = f"{QUESTION}\nn\n!exit\n"
     done = subprocess.run(command, cwd=ROOT, env=env, input=talk, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert eyes.says(user(), tokens=4) in done.stdout
+    assert saved.says(user(), tokens=4) in done.stdout

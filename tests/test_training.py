@@ -1,4 +1,4 @@
-"""Training by the library's own Trainer: what moves, what stands still, and that a stopped run goes on as if it had not."""
+"""Training by transformers' own Trainer: what moves, what stands still, and that a stopped run goes on as if it had not."""
 
 import copy
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_only_the_connector_moves(tmp_path: Path) -> None:
 
 
 def test_a_frozen_language_model_learns_to_see(tmp_path: Path) -> None:
-    """Colours are told from the picture, and only from it."""
+    """Colours are read from the picture, and only from it."""
     model, processor = join(tmp_path, connector_type="linear")
     trainer = train(tmp_path / "run", model, processor, max_steps=60, learning_rate=3e-2)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -122,7 +122,7 @@ def test_checkpoints_of_trainer_load_by_themselves(tmp_path: Path) -> None:
 
 
 def test_dropped_columns_are_explained(tmp_path: Path) -> None:
-    """Trainer removes columns that `forward` does not name, pictures among them, unless told not to."""
+    """Trainer removes columns that `forward` does not name, pictures among them, unless `remove_unused_columns=False`."""
     from datasets import Dataset
 
     model, processor = join(tmp_path)
@@ -145,7 +145,7 @@ def kept_by_a_step(model: FrozenPrefixForConditionalGeneration, data: dict[str, 
     of the language model read, and what the tower's modules gave."""
     kept: dict[int, int] = {}
     read: dict[int, str] = {}
-    given: set[int] = set()
+    inputs: set[int] = set()
     alive: list[torch.Tensor] = []  # an address must not be used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ def kept_by_a_step(model: FrozenPrefixForConditionalGeneration, data: dict[str, 
             if isinstance(tensor, torch.Tensor):
                 assert not tensor.requires_grad
                 alive.append(tensor)
-                given.add(tensor.untyped_storage().data_ptr())
+                inputs.add(tensor.untyped_storage().data_ptr())
 
     handles = [module.register_forward_hook(note_output) for module in model.model.vision_tower.modules()]
     for name, module in model.model.language_model.base_model.named_modules():
@@ -177,7 +177,7 @@ def kept_by_a_step(model: FrozenPrefixForConditionalGeneration, data: dict[str, 
         model(**data).loss.backward()
     for handle in handles:
         handle.remove()
-    return {at: size for at, size in kept.items() if at not in parameters}, read, given
+    return {at: size for at, size in kept.items() if at not in parameters}, read, inputs
 
 
 def test_nothing_is_kept_that_only_frozen_weights_would_need(tmp_path: Path) -> None:
@@ -187,12 +187,12 @@ def test_nothing_is_kept_that_only_frozen_weights_would_need(tmp_path: Path) -> 
         model, processor = join(tmp_path, trainable=trainable)
         data = DataCollatorForFrozenPrefix(processor)(rows(4))
         model.train()(**data)  # the first call tries the head, on words of its own
-        kept, read, given = kept_by_a_step(model, data)
-        assert len(read) == 3 * 2 and given
+        kept, read, inputs = kept_by_a_step(model, data)
+        assert len(read) == 3 * 2 and inputs
         wasted = {name for at, name in read.items() if at in kept}
         assert wasted == (set() if trainable == ("connector",) else set(read.values()))
         # The connector's first layer reads what the tower gave last, and nothing else of the tower is kept.
-        assert len(given & set(kept)) <= 1
+        assert len(inputs & set(kept)) <= 1
         sizes[trainable] = sum(kept.values())
     assert sizes["connector",] < 0.8 * sizes["connector", "text"]
 

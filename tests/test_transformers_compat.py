@@ -113,7 +113,7 @@ def test_which_logits_are_kept(keep: object, expected: list) -> None:
     assert torch.equal(slice_logits_to_keep(states, keep), torch.tensor(expected)[..., None])
 
 
-def test_sub_configs_are_made_of_what_is_given() -> None:
+def test_sub_configs_are_made_of_the_arguments() -> None:
     config = FrozenPrefixConfig(vision_config={"hidden_size": 24}, text_config={"model_type": "gpt2", "n_embd": 12})
     assert type(config.vision_config) is CLIPVisionConfig and config.vision_config.hidden_size == 24
     assert type(config.text_config) is GPT2Config and config.text_config.n_embd == 12

@@ -27,13 +27,13 @@ def dataset(form: str) -> Any:
     """Vision datasets as TRL names them."""
     made = []
     for row in rows(16):
-        told = {"role": "assistant", "content": row["text"]}
+        answer = {"role": "assistant", "content": row["text"]}
         made.append(
             {
                 "text": {"image": row["image"], "text": f"{row['text']} </s>"},
                 "prompt-completion": {"image": row["image"], "prompt": "what colour ?", "completion": f" {row['text']}"},
-                "messages": {"images": [row["image"]], "messages": [ASKED, told]},
-                "conversational prompt-completion": {"images": [row["image"]], "prompt": [ASKED], "completion": [told]},
+                "messages": {"images": [row["image"]], "messages": [ASKED, answer]},
+                "conversational prompt-completion": {"images": [row["image"]], "prompt": [ASKED], "completion": [answer]},
             }[form]
         )
     return datasets.Dataset.from_list(made)

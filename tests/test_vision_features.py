@@ -1,4 +1,4 @@
-"""What the tower would have given may come in its place, and an image that stands in several places is encoded once: the
+"""What the tower would have returned may come in its place, and an image that stands in several places is encoded once: the
 same logits, losses, gradients and words as from the pictures themselves."""
 
 import functools
@@ -64,37 +64,37 @@ def batch(model: FrozenPrefixForConditionalGeneration, family: str = "llama") ->
     rows = [alone, [5, *placeholders, 8, *placeholders, 9], alone, alone]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    given = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     if family not in DECODERS:
-        given["decoder_input_ids"] = torch.tensor([[2, 7, 8]]).expand(4, -1)
-    return given
+        inputs["decoder_input_ids"] = torch.tensor([[2, 7, 8]]).expand(4, -1)
+    return inputs
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mamba"])
 @torch.no_grad()
 def test_features_and_an_index_give_the_logits_of_the_pictures(family: str) -> None:
     model, pixels = shared(family), pictures()
-    given = batch(model, family)
+    inputs = batch(model, family)
     if family == "mamba":  # reads padding on the left
-        given = {"input_ids": given["input_ids"][:1, -7:].expand(5, -1)}
-    whole = model(**given, pixel_values=pixels[INDEX]).logits
+        inputs = {"input_ids": inputs["input_ids"][:1, -7:].expand(5, -1)}
+    whole = model(**inputs, pixel_values=pixels[INDEX]).logits
     features = features_of(model, pixels)
     close = functools.partial(torch.testing.assert_close, atol=2e-6, rtol=1e-5)  # the tower saw two pictures, not five
-    close(model(**given, vision_features=features["vision_features"][INDEX]).logits, whole)
-    close(model(**given, **features, image_index=INDEX).logits, whole)
-    close(model(**given, pixel_values=pixels, image_index=INDEX).logits, whole)
-    states = model.model(**given, **features, image_index=INDEX)
-    close(states.last_hidden_state, model.model(**given, pixel_values=pixels[INDEX]).last_hidden_state)
+    close(model(**inputs, vision_features=features["vision_features"][INDEX]).logits, whole)
+    close(model(**inputs, **features, image_index=INDEX).logits, whole)
+    close(model(**inputs, pixel_values=pixels, image_index=INDEX).logits, whole)
+    states = model.model(**inputs, **features, image_index=INDEX)
+    close(states.last_hidden_state, model.model(**inputs, pixel_values=pixels[INDEX]).last_hidden_state)
     assert len(states.image_hidden_states) == len(INDEX) * LENGTH
-    other = model(**given, **features, image_index=INDEX.flip(0)).logits
+    other = model(**inputs, **features, image_index=INDEX.flip(0)).logits
     assert (other - whole).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("connector", "options"), [*((name, {}) for name in CONNECTORS), ("resampler", GATED)])
 def test_losses_and_gradients_are_those_of_the_pictures(connector: str, options: dict[str, Any]) -> None:
     model, pixels = build(connector=connector, **options), pictures()
-    given = batch(model)
-    given["labels"] = given["input_ids"].masked_fill((given["input_ids"] == IMAGE) | (given["input_ids"] == 0), -100)
+    inputs = batch(model)
+    inputs["labels"] = inputs["input_ids"].masked_fill((inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == 0), -100)
     results = []
     for images in (
         {"pixel_values": pixels[INDEX]},
@@ -102,7 +102,7 @@ def test_losses_and_gradients_are_those_of_the_pictures(connector: str, options:
         {**features_of(model, pixels), "image_index": INDEX},
     ):
         model.zero_grad()
-        loss = model.train()(**given, **images).loss
+        loss = model.train()(**inputs, **images).loss
         if connector != "identity":
             loss.backward()
         grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -157,12 +157,12 @@ def test_positions_may_vary(connector: str) -> None:
 @torch.no_grad()
 def test_generation(family: str, beams: int) -> None:
     model, pixels = shared(family), pictures()
-    given = {name: value for name, value in batch(model).items() if name != "decoder_input_ids"}
+    inputs = {name: value for name, value in batch(model).items() if name != "decoder_input_ids"}
     options = {**OPTIONS, "num_beams": beams, "num_return_sequences": beams, "output_logits": True}
     options["return_dict_in_generate"] = True
-    whole = model.generate(**given, pixel_values=pixels[INDEX], **options)
+    whole = model.generate(**inputs, pixel_values=pixels[INDEX], **options)
     for images in ({"pixel_values": pixels}, features_of(model, pixels)):
-        again = model.generate(**given, **images, image_index=INDEX, **options)
+        again = model.generate(**inputs, **images, image_index=INDEX, **options)
         assert torch.equal(again.sequences, whole.sequences)
         torch.testing.assert_close(again.logits[0], whole.logits[0], atol=1e-5, rtol=1e-4)
 
@@ -170,40 +170,40 @@ def test_generation(family: str, beams: int) -> None:
 @torch.no_grad()
 def test_generation_with_gated_blocks() -> None:
     model, pixels = build(connector="resampler", **GATED), pictures()
-    given = batch(model)
-    whole = model.generate(**given, pixel_values=pixels[INDEX], **OPTIONS)
-    again = model.generate(**given, **features_of(model, pixels), image_index=INDEX, **OPTIONS)
+    inputs = batch(model)
+    whole = model.generate(**inputs, pixel_values=pixels[INDEX], **OPTIONS)
+    again = model.generate(**inputs, **features_of(model, pixels), image_index=INDEX, **OPTIONS)
     assert torch.equal(whole, again)
 
 
 @torch.no_grad()
 def test_compiled_in_one_graph() -> None:
     model, pixels = build(), pictures()
-    given = {**batch(model), **features_of(model, pixels), "image_index": INDEX}
+    inputs = {**batch(model), **features_of(model, pixels), "image_index": INDEX}
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @torch.no_grad()
 def test_features_of_any_float_dtype(dtype: torch.dtype) -> None:
-    model, given = shared(), batch(shared())
+    model, inputs = shared(), batch(shared())
     features = features_of(model, pictures())["vision_features"]
-    whole = model(**given, vision_features=features, image_index=INDEX).logits
+    whole = model(**inputs, vision_features=features, image_index=INDEX).logits
     torch.testing.assert_close(
-        model(**given, vision_features=features.to(dtype), image_index=INDEX).logits, whole, atol=0.05, rtol=0
+        model(**inputs, vision_features=features.to(dtype), image_index=INDEX).logits, whole, atol=0.05, rtol=0
     )
 
 
 @torch.no_grad()
 def test_a_model_without_its_tower_reads_features() -> None:
     model, pixels = build(), pictures()
-    given, features = batch(model), features_of(model, pixels)
-    whole = model(**given, pixel_values=pixels[INDEX]).logits
+    inputs, features = batch(model), features_of(model, pixels)
+    whole = model(**inputs, pixel_values=pixels[INDEX]).logits
     model.model.vision_tower = None
-    torch.testing.assert_close(model(**given, **features, image_index=INDEX).logits, whole)
+    torch.testing.assert_close(model(**inputs, **features, image_index=INDEX).logits, whole)
     with pytest.raises(ValueError, match="tower is not loaded.*load_base_model.*vision_features"):
-        model(**given, pixel_values=pixels, image_index=INDEX)
+        model(**inputs, pixel_values=pixels, image_index=INDEX)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,6 @@ def test_a_model_without_its_tower_reads_features() -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
-    given = {**batch(shared()), **features_of(shared(), pictures()), "image_index": INDEX, **change}
+    inputs = {**batch(shared()), **features_of(shared(), pictures()), "image_index": INDEX, **change}
     with pytest.raises(ValueError, match=message):
-        shared()(**given)
+        shared()(**inputs)

@@ -178,7 +178,7 @@ def test_a_half_precision_tower_takes_full_precision_pixels_and_the_other_way_ro
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_list_of_layers_is_concatenated_over_the_width_in_the_order_given():
+def test_a_list_of_layers_is_concatenated_over_the_width_in_its_order():
     for family in ("clip", "dinov2_with_registers", "siglip2_naflex"):
         row = TOWERS[family]
         geometry = probe_vision_tower(vision_config(row), layer=[-2, 1, -1])
@@ -316,7 +316,7 @@ def test_options_go_on_to_towers_that_take_them_and_not_to_others():
     assert mask is None and len(output.hidden_states) == 5
 
 
-def test_attentions_are_given_where_they_are_asked_for():
+def test_attentions_are_returned_where_they_are_asked_for():
     config = vision_config(TOWERS["vit"])
     model = build_vision_tower(config, attn_implementation="eager").eval()
     _, _, output = encode(model, image_inputs(TOWERS["vit"]), VisionGeometry(1, 16, 16), output_attentions=True)
@@ -415,7 +415,7 @@ def test_models_that_do_not_see_are_refused():
 
 
 class WrappedOutput(BaseModelOutputWithPooling):
-    """As the library's timm wrapper gives it."""
+    """As transformers' timm wrapper gives it."""
 
 
 class LastMapConfig(PreTrainedConfig):
@@ -520,12 +520,12 @@ def parent(row, tmp_path):
 def test_a_tower_is_loaded_with_its_own_weights_from_its_own_or_a_dual_repository(row, parent):
     model, folder = parent
     half = model.vision_model if row.dual else model
-    for config in (None, vision_config(row)):  # told by the repository, or by a composite's config
+    for config in (None, vision_config(row)):  # read from the repository, or by a composite's config
         tower = load_vision_tower(str(folder), config=config)
         assert type(tower) is type(build_vision_tower(vision_config(row)))
-        own, given = tower.state_dict(), half.state_dict()
-        assert own.keys() == {name for name in given if not name.startswith("pooler.")}
-        assert all(torch.equal(own[name], given[name]) for name in own)
+        own, loaded = tower.state_dict(), half.state_dict()
+        assert own.keys() == {name for name in loaded if not name.startswith("pooler.")}
+        assert all(torch.equal(own[name], loaded[name]) for name in own)
 
 
 def test_loading_passes_options_on(tmp_path):

@@ -36,7 +36,7 @@ from tests.helpers.fresh_python import ROOT
 from tests.helpers.tiny import join, rows, save_parents, skip_where_peft_is_too_old
 
 
-Eyes = FrozenPrefixForConditionalGeneration
+Model = FrozenPrefixForConditionalGeneration
 
 
 def shift(folder: Path, by: int = 8) -> None:
@@ -59,7 +59,7 @@ def off(module: nn.Module, alignment: int = ALIGNMENT) -> list[str]:
     return [name for name, address in addresses(module).items() if address % alignment]
 
 
-def joined(folder: Path, by: int = 0, model_class: type = Eyes, **options: Any) -> Any:
+def joined(folder: Path, by: int = 0, model_class: type = Model, **options: Any) -> Any:
     """A model whose parents' files put them `by` bytes past 64."""
     if not (folder / "tower").exists():
         save_parents(folder)
@@ -115,18 +115,18 @@ def by_auto_class(model: Any, folder: Path, by: int) -> Any:
 def from_loaded_parents(model: Any, folder: Path, by: int) -> Any:
     parents = CLIPVisionModel.from_pretrained(folder / "tower"), AutoModelForCausalLM.from_pretrained(folder / "words")
     assert all(off(parent) for parent in parents)  # or nothing is shown here
-    again = Eyes.from_vision_text_pretrained(*parents, connector_type="mlp")
+    again = Model.from_vision_text_pretrained(*parents, connector_type="mlp")
     again.model.connector.load_state_dict(model.model.connector.state_dict())
     return again
 
 
 def from_a_state_dict(model: Any, folder: Path, by: int) -> Any:
     weights = saved(model, folder / "out", by, include_base_models=True) / "model.safetensors"
-    return Eyes.from_pretrained(None, config=model.config, state_dict=load_file(weights))
+    return Model.from_pretrained(None, config=model.config, state_dict=load_file(weights))
 
 
 def with_a_tower_fetched_later(model: Any, folder: Path, by: int) -> Any:
-    again = Eyes.from_pretrained(saved(model, folder / "out", by), load_vision_tower=False)
+    again = Model.from_pretrained(saved(model, folder / "out", by), load_vision_tower=False)
     again.load_base_model("vision")
     return again
 
@@ -168,10 +168,10 @@ def test_every_road_leads_to_the_same_bits(tmp_path: Path, road: Callable, by: i
         (FrozenPrefixForImageTextRetrieval, {"text_pooling": "ret"}),  # its scale, of four bytes, comes before other weights
         (FrozenPrefixForSequenceClassification, {"num_labels": 3}),
         (FrozenPrefixModel, {}),
-        (Eyes, {"trainable": ("connector", "text")}),
-        (Eyes, {"trainable": ("connector", "vision")}),
-        (Eyes, {"unlocked_layers": {"text": 1}}),
-        (Eyes, {"fusion": "cross_attention"}),
+        (Model, {"trainable": ("connector", "text")}),
+        (Model, {"trainable": ("connector", "vision")}),
+        (Model, {"unlocked_layers": {"text": 1}}),
+        (Model, {"fusion": "cross_attention"}),
     ],
 )
 def test_every_class_and_whatever_trained(tmp_path: Path, model_class: type, options: dict) -> None:
@@ -199,17 +199,21 @@ def test_adapters(tmp_path: Path) -> None:
 
     skip_where_peft_is_too_old()
     saved(joined(tmp_path, 8), tmp_path / "eyes")
-    model = Eyes.from_pretrained(tmp_path / "eyes")
+    model = Model.from_pretrained(tmp_path / "eyes")
     config = lora_config(model, r=2, init_lora_weights=False)
     model.add_adapter(config)
     saved(model, tmp_path / "adapter")
-    later = Eyes.from_pretrained(tmp_path / "eyes")
+    later = Model.from_pretrained(tmp_path / "eyes")
     later.load_adapter(tmp_path / "adapter")
-    tuned = peft.get_peft_model(Eyes.from_pretrained(tmp_path / "eyes"), config)
+    tuned = peft.get_peft_model(Model.from_pretrained(tmp_path / "eyes"), config)
     saved(tuned, tmp_path / "tuned")
-    wrapped = peft.PeftModel.from_pretrained(Eyes.from_pretrained(tmp_path / "eyes"), tmp_path / "tuned")
+    wrapped = peft.PeftModel.from_pretrained(Model.from_pretrained(tmp_path / "eyes"), tmp_path / "tuned")
     wrapped.load_adapter(tmp_path / "tuned", "other")  # as Trainer resumes one
-    for one, expected in ((later, model), (Eyes.from_pretrained(tmp_path / "adapter"), model), (wrapped.eval(), tuned.eval())):
+    for one, expected in (
+        (later, model),
+        (Model.from_pretrained(tmp_path / "adapter"), model),
+        (wrapped.eval(), tuned.eval()),
+    ):
         assert not off(one)
         assert all(torch.equal(a, b) for a, b in zip(outputs(one), outputs(expected), strict=True))
 
@@ -232,7 +236,7 @@ def test_a_resumed_training(tmp_path: Path, trainable: tuple[str, ...]) -> None:
         shift(folder)
     resumed = trainer(tmp_path, 3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    loaded = Eyes.from_pretrained(resumed.state.best_model_checkpoint)
+    loaded = Model.from_pretrained(resumed.state.best_model_checkpoint)
     assert not off(resumed.model) and not off(loaded)
     assert all(torch.equal(a, b) for a, b in zip(outputs(resumed.model.eval()), outputs(loaded), strict=True))
 

@@ -1,7 +1,7 @@
 """What works with which family: the tables that the README prints, by running every cell.
 
 `python -m tests.helpers.families --table` builds each tiny language model of `families_text` (and each tower of
-`families_vision`) into this package's model and into the library's own composites, with random weights, and asks the
+`families_vision`) into this package's model and into transformers' own composites, with random weights, and asks the
 same of all: does it build, run with an image, hold the projector's vectors where the placeholders are, leave text-only
 logits alone, change its logits with the image, send a gradient to every parameter of the projector, and generate the
 same with a cache as without? `outcome()` is one cell, for the tests.
@@ -116,7 +116,7 @@ def llava(text: PreTrainedConfig, vision: PreTrainedConfig, picture: Picture) ->
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=PEER_IMAGE_TOKEN)
     model = LlavaForConditionalGeneration(config)
     count = PATCHES
-    with contextlib.suppress(Exception), torch.no_grad():  # what fails here fails in the forward as well, and is told
+    with contextlib.suppress(Exception), torch.no_grad():  # what fails here fails in the forward as well, and is reported
         count = sum(vectors[..., 0].numel() for vectors in model.eval().get_image_features(**picture).pooler_output)
     inputs, text_inputs = _inputs(PEER_IMAGE_TOKEN, count, False)
 
@@ -195,7 +195,7 @@ class Wrong(Exception):
 
 @contextlib.contextmanager
 def _recorded(module: nn.Module, store: list[torch.Tensor], *, inputs: bool) -> Iterator[None]:
-    """Keeps a module's output, or the embeddings it was given."""
+    """Keeps a module's output, or the embeddings that it took."""
     if inputs:
 
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -378,7 +378,7 @@ LEGEND = """\
 * *wrong: parent*: another model than the parent was built. Blip2 takes the BARTs for decoders and drops their
   encoders.
 * *wrong: random*: the same picture twice gives different logits. ViT-MAE's tower hides three quarters of the picture
-  at random unless it is told not to.
+  at random unless it is asked not to.
 * *step: Error*: the step that raised, and the class of its error."""
 
 

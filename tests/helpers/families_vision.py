@@ -57,9 +57,9 @@ class Tower:
         model_type: as `AutoConfig.for_model` takes it.
         options: the configuration's own options.
         leading: class, register and distillation tokens of its last hidden state.
-        image_size: side of the square image it is given.
+        image_size: side of the square image that it reads.
         dual: whether the configuration is that of a dual model, of which the vision half is taken.
-        requires: a package without which the library has no such family.
+        requires: a package without which transformers has no such family.
     """
 
     model_type: str

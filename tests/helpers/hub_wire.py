@@ -13,7 +13,7 @@ A fault needs `match` alone. It drops the TCP connection `times` times (default 
 - "request": after `after_bytes` of the request's body, at the latest at its end; the request is never carried out
   (the default where `match` begins with POST or PUT);
 - "response": carried out, and cut after the headers and `after_bytes` of the body, at the latest before its last byte;
-  an answer without a body is not given at all (the default otherwise);
+  an answer without a body is not sent at all (the default otherwise);
 - "silence": carried out, and not a byte of answer.
 `how` is "close", after which the client takes a download up again, or "reset", after which it gives up at once.
 With `status` that status is answered, nothing is carried out, and no wire is cut.
@@ -69,7 +69,7 @@ class HubServer(ThreadingHTTPServer):
                     return fault
         return None
 
-    def settled_log(self) -> list[dict[str, Any]]:
+    def complete_log(self) -> list[dict[str, Any]]:
         """The log once no request is under way: a client may ask before its last answer was written down."""
         with self.quiet:
             self.quiet.wait_for(lambda: self.active == 0, timeout=5)
@@ -319,12 +319,12 @@ class WireHandler(BaseHTTPRequestHandler):
 
     @route("GET", r"/_admin/log", "admin")
     def show_log(self) -> Any:
-        return self.server.settled_log()
+        return self.server.complete_log()
 
     @route("GET", r"/_admin/stats", "admin")
     def stats(self) -> Any:
         counts: dict[str, dict[str, int]] = {}
-        for entry in self.server.settled_log():
+        for entry in self.server.complete_log():
             count = counts.setdefault(entry["label"], {"requests": 0, "bytes_in": 0, "bytes_out": 0})
             count["requests"] += 1
             count["bytes_in"] += entry["bytes_in"]
@@ -333,7 +333,7 @@ class WireHandler(BaseHTTPRequestHandler):
 
     @route("POST", r"/_admin/reset", "admin")
     def reset(self) -> Any:
-        self.server.settled_log()
+        self.server.complete_log()
         with self.server.quiet:
             self.server.log.clear()
         return {}

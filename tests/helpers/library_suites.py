@@ -1,8 +1,8 @@
-"""The library's own generic suites, on our classes: a script, because the library's package is called `tests`, as ours is.
+"""Transformers' own generic suites, on our classes: a script, because its package is called `tests`, as ours is.
 
     python tests/helpers/library_suites.py FOLDER SUITE RESULTS.json
 
-FOLDER holds the library's `tests/` (its source distribution carries them: `pip download --no-deps --no-binary :all:
+FOLDER holds transformers' `tests/` (its source distribution carries them: `pip download --no-deps --no-binary :all:
 transformers==…`). Nothing of it is copied here; what the distribution leaves out is stood in for by empty modules.
 `test_library_conventions.py` runs it. Each case that is left out stands below by name, with its reason.
 """
@@ -28,13 +28,13 @@ _LEFT_OUT = {
     "test_resize_embeddings_untied": "the language model is never resized: refused by name",
     "test_resize_embeddings_untied_no_reinit_on_post_init": "the language model is never resized: refused by name",
     "test_model_weights_reload_no_missing_tied_weights": "a checkpoint without the connector's weights is an error here, "
-    "where the library goes on with random ones and a warning",
+    "where transformers goes on with random ones and a warning",
     "test_correct_missing_keys": "likewise: missing weights are an error",
-    "test_can_init_all_missing_weights": "reports tensors of SigLIP and T5, which the library's own classes fill otherwise "
+    "test_can_init_all_missing_weights": "reports tensors of SigLIP and T5, which transformers' own classes fill otherwise "
     "than their constructors do; no connector's (asked of those in test_library_conventions.py)",
 }
 _OTHER_MEDIA = {
-    f"test_get_{modality}_features_{case}": f"this model takes no {modality}; the suite EyesAndEars asks one that does"
+    f"test_get_{modality}_features_{case}": f"this model takes no {modality}; the suite ImagesAndAudio asks one that does"
     for modality, cases in {
         "video": ("output_0", "output_1", "output_2", "pooler_output", "hidden_states", "attentions"),
         "audio": ("output_0", "output_1", "output_2", "hidden_states", "attentions"),
@@ -43,9 +43,9 @@ _OTHER_MEDIA = {
 }
 _BY_PLACEHOLDER = "gated blocks find an image's place by its placeholder, which embeddings don't show: refused by name"
 LEFT_OUT: dict[str, dict[str, str]] = {
-    "Eyes": {**_LEFT_OUT, **_OTHER_MEDIA},
-    "EyesAndEars": dict(_LEFT_OUT),
-    "GatedEyes": {
+    "Images": {**_LEFT_OUT, **_OTHER_MEDIA},
+    "ImagesAndAudio": dict(_LEFT_OUT),
+    "CrossAttention": {
         **_LEFT_OUT,
         **_OTHER_MEDIA,
         "test_inputs_embeds": _BY_PLACEHOLDER,
@@ -61,7 +61,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "Config": {},
     "ImageProcessor": {
         "test_model_input_names": "passes videos and sounds to whatever takes `**kwargs`; what this processor has no "
-        "tower for is refused, where the library drops it without a word",
+        "tower for is refused, where transformers drops it without a word",
         "test_flat_kwarg_applied_when_modality_dict_lacks_it": "likewise passes videos and sounds",
     },
 }
@@ -102,31 +102,31 @@ def _parents(encoder_decoder: bool) -> tuple[Any, Any, Any]:
         )
     else:
         words = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=512, **sizes, **ids)
-    ear = WhisperConfig(
+    audio_config = WhisperConfig(
         d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, max_target_positions=8,
         vocab_size=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
-    return tower, words, ear
+    return tower, words, audio_config
 
 
 class ModelTester:
-    """Tiny configs and inputs, by the names that the library's mixin asks for."""
+    """Tiny configs and inputs, by the names that transformers' mixin asks for."""
 
     batch_size, seq_length, num_hidden_layers, hidden_size, num_attention_heads = 3, 24, 2, 32, 4
     is_training, encoder_seq_length, key_length, image_size, num_frames = True, 24, 24, 8, 2
 
-    def __init__(self, ears: bool = False, encoder_decoder: bool = False, **options: Any):
-        self.ears, self.encoder_decoder, self.options = ears, encoder_decoder, options
+    def __init__(self, audio: bool = False, encoder_decoder: bool = False, **options: Any):
+        self.audio, self.encoder_decoder, self.options = audio, encoder_decoder, options
         self.audio_config = {"num_hidden_layers": 2}
 
     def get_config(self) -> Any:
         from modeling_frozen import FrozenPrefixConfig
 
-        tower, words, ear = _parents(self.encoder_decoder)
+        tower, words, audio_config = _parents(self.encoder_decoder)
         options = {"connector_type": "mlp", "image_token_id": IMAGE, "trainable": ("connector", "vision", "text")}
-        if self.ears:
-            options |= {"audio_config": ear, "audio_prefix_length": 3, "audio_token_id": AUDIO}
+        if self.audio:
+            options |= {"audio_config": audio_config, "audio_prefix_length": 3, "audio_token_id": AUDIO}
             options |= {"audio_connector_type": "resampler", "audio_connector_config": SMALL_RESAMPLER}
             options |= {"num_frames": self.num_frames, "video_pooling": "mean", "video_token_id": VIDEO}
             options["trainable"] = ("connector", "vision", "text", "audio")
@@ -140,7 +140,7 @@ class ModelTester:
         ids = torch.randint(3, VOCABULARY - 5, (batch, length))
         inputs = {"pixel_values": torch.rand(batch, 3, 8, 8)}
         counts = [(IMAGE, config.num_image_tokens)]
-        if self.ears:
+        if self.audio:
             inputs["pixel_values_videos"] = torch.rand(batch, self.num_frames, 3, 8, 8)
             inputs["input_features"] = torch.rand(batch, 8, 20)
             counts += [(VIDEO, config.num_video_tokens), (AUDIO, config.num_audio_tokens)]
@@ -228,9 +228,9 @@ def processor_suite(name: str) -> type[unittest.TestCase]:
 
 
 SUITES: dict[str, Any] = {
-    "Eyes": lambda name: model_suite(name),
-    "EyesAndEars": lambda name: model_suite(name, ears=True),
-    "GatedEyes": lambda name: model_suite(name, fusion="cross_attention", cross_attention_config=SMALL_BLOCKS),
+    "Images": lambda name: model_suite(name),
+    "ImagesAndAudio": lambda name: model_suite(name, audio=True),
+    "CrossAttention": lambda name: model_suite(name, fusion="cross_attention", cross_attention_config=SMALL_BLOCKS),
     "EncoderDecoder": lambda name: model_suite(name, encoder_decoder=True),
     "Config": config_suite,
     "ImageProcessor": processor_suite,

@@ -20,7 +20,7 @@ def picture(colour: str) -> Image.Image:
 
 
 def user(*images: Any, text: str = QUESTION) -> dict[str, Any]:
-    """A user's turn with pictures (a colour's name stands for one) as the library's chats have it."""
+    """A user's turn with pictures (a colour's name stands for one) as transformers' chats have it."""
     shown = [picture(image) if isinstance(image, str) and image in COLOURS else image for image in images]
     content = [{"type": "image", "image" if isinstance(image, Image.Image) else "url": image} for image in shown]
     return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
