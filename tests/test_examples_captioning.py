@@ -35,7 +35,7 @@ def run(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, P
     vision, text = save_parents(tmp_path_factory.mktemp("parents"))
     folder = tmp_path_factory.mktemp("run") / "out"
     options = {"vision": vision, "text": text, "dataset": dataset, "show": dataset, "output_dir": str(folder)}
-    options |= {"prefix_length": 4, "num_train_epochs": 25, "per_device_train_batch_size": 8, "learning_rate": 3e-2}
+    options |= {"prefix_length": 4, "num_train_epochs": 16, "per_device_train_batch_size": 8, "learning_rate": 3e-2}
     options |= {"connector_config": json.dumps({"hidden_size": 16}), "max_new_tokens": 8, "num_beams": 2}
     options |= {"prompt": " is", "no_repeat_ngram_size": 0, "disable_tqdm": True, "use_cpu": True}
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -75,14 +75,19 @@ PULL = (
     + """
 import sys
 from transformers import AutoModelForImageTextToText, AutoProcessor
-name, trust, revision = {name!r}, {trust!r}, {revision!r}
+trust = {trust!r}
 if trust is None:
     import modeling_frozen
-options = {{"trust_remote_code": trust, "revision": revision}}
-model = AutoModelForImageTextToText.from_pretrained(name, **options)
-processor = AutoProcessor.from_pretrained(name, **options)
-trainable = sorted({{n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad}})
-print(json.dumps({{"answers": ask(model, processor), "trainable": trainable, "module": type(model).__module__}}))
+results = []
+for name, revision in {wanted!r}:
+    options = {{"trust_remote_code": trust, "revision": revision}}
+    model = AutoModelForImageTextToText.from_pretrained(name, **options)
+    processor = AutoProcessor.from_pretrained(name, **options)
+    trainable = sorted({{n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad}})
+    connector = [p.double().sum().item() for p in model.model.connector.parameters()]
+    results.append({{"answers": ask(model, processor), "trainable": trainable, "connector": connector}})
+    results[-1]["module"] = type(model).__module__
+print(json.dumps(results))
 """
 )
 
@@ -93,22 +98,31 @@ def pushed(module_hub: Hub) -> dict:  # noqa: F811
     return json.loads(module_hub.run(PUSH).splitlines()[-1])
 
 
-def pull(hub: Hub, name: str, *, trust: bool | None = None, revision: str = "main", **options: object) -> dict:  # noqa: F811
-    code = PULL.format(name=name, trust=trust, revision=revision)
-    return json.loads(hub.run(code, package=trust is None, **options).splitlines()[-1])
+def pull(hub: Hub, *wanted: tuple[str, str], trust: bool | None = None, **options: object) -> list[dict]:  # noqa: F811
+    """What each (name, revision) answers, all in one process elsewhere."""
+    return json.loads(hub.run(PULL.format(wanted=wanted, trust=trust), package=trust is None, **options).splitlines()[-1])
 
 
-@pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
-@pytest.mark.parametrize("name", ["eyes", "trained"])
-def test_pulled_elsewhere_it_says_the_same(module_hub: Hub, pushed: dict, name: str, trust: bool | None) -> None:  # noqa: F811
-    pulled = pull(module_hub, f"me/{name}", trust=trust)
-    assert pulled["answers"] == pushed[name]
-    assert pulled["trainable"] == ["connector"]
-    assert pulled["module"].startswith("modeling_frozen" if trust is None else "transformers_modules")
+@pytest.fixture(scope="module", params=[None, True], ids=["with the package", "without it"])
+def pulled(request: pytest.FixtureRequest, module_hub: Hub, pushed: dict) -> dict[str, dict]:  # noqa: F811
+    """Both checkpoints, and the first commit that training pushed, where nothing was downloaded yet."""
+    steps = [commit["id"] for commit in module_hub.commits("me/trained") if "step" in commit["title"]]
+    assert len(steps) == 2
+    wanted = {name: (f"me/{name}", "main") for name in ("eyes", "trained")} | {"first step": ("me/trained", steps[-1])}
+    results = pull(module_hub, *wanted.values(), trust=request.param)
+    code = "modeling_frozen" if request.param is None else "transformers_modules"
+    assert all(one["module"].startswith(code) for one in results)
+    return dict(zip(wanted, results, strict=True))
+
+
+def test_pulled_elsewhere_it_says_the_same(pulled: dict[str, dict], pushed: dict) -> None:
+    for name in ("eyes", "trained"):
+        assert pulled[name]["answers"] == pushed[name]
+        assert pulled[name]["trainable"] == ["connector"]
 
 
 def test_without_package_and_without_trust_it_is_refused(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
-    done = module_hub.attempt(PULL.format(name="me/eyes", trust=False, revision="main"), package=False)
+    done = module_hub.attempt(PULL.format(wanted=[("me/eyes", "main")], trust=False), package=False)
     assert done.returncode != 0 and "trust_remote_code" in done.stderr
 
 
@@ -138,11 +152,9 @@ def test_a_file_that_a_push_is_reading_is_never_written_into(tmp_path: Path) -> 
         assert {path: path.stat().st_mtime_ns for path in reading} == before
 
 
-@pytest.mark.parametrize("trust", [None, True], ids=["with the package", "without it"])
-def test_commits_pushed_in_mid_training_load(module_hub: Hub, pushed: dict, trust: bool | None) -> None:  # noqa: F811
-    steps = [commit["id"] for commit in module_hub.commits("me/trained") if "step" in commit["title"]]
-    assert len(steps) == 2
-    assert pull(module_hub, "me/trained", trust=trust, revision=steps[-1])["trainable"] == ["connector"]
+def test_a_commit_pushed_in_mid_training_loads_with_its_own_connector(pulled: dict[str, dict]) -> None:
+    assert pulled["first step"]["trainable"] == ["connector"]
+    assert pulled["first step"]["connector"] != pulled["trained"]["connector"]
 
 
 def test_only_safetensors_and_text_are_pushed(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
@@ -173,19 +185,13 @@ model.push_to_hub("me/words")
     )
     assert module_hub.commits("me/words")[0]["id"] != record["revision"]
     home = module_hub.new_home()
-    assert pull(module_hub, "me/eyes", home=home)["answers"] == pushed["eyes"]
+    main = ("me/eyes", "main")
+    assert pull(module_hub, main, home=home)[0]["answers"] == pushed["eyes"]
     module_hub.stop()
     try:
-        assert pull(module_hub, "me/eyes", home=home, offline=True)["answers"] == pushed["eyes"]
+        assert pull(module_hub, main, home=home, offline=True)[0]["answers"] == pushed["eyes"]
     finally:
         module_hub.start()
-
-
-def test_a_revision_pins_the_connector(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
-    first = module_hub.commits("me/trained")[-2]["id"]
-    assert first != module_hub.commits("me/trained")[0]["id"]
-    outputs = [pull(module_hub, "me/trained", revision=revision)["answers"] for revision in (first, "main")]
-    assert outputs[1] == pushed["trained"]
 
 
 def test_a_private_parent_passes_the_hub_clients_error_on(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
