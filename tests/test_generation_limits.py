@@ -99,7 +99,7 @@ def short(request: pytest.FixtureRequest) -> tuple[Any, Any, int]:
 def test_an_answer_ends_where_positions_run_out(short: tuple[Any, Any, int], options: dict[str, Any]) -> None:
     model, _, positions = short
     if model.config.is_encoder_decoder and "prompt_lookup_num_tokens" in options:
-        pytest.skip("the library looks up decoder-only prompts alone")
+        pytest.skip("transformers looks up decoder-only prompts alone")
     ids = torch.tensor([[5, *[model.config.image_token_id] * model.config.num_image_tokens, 6, 7]])
     out = model.generate(ids, pixel_values=torch.randn(1, 3, 16, 16), max_new_tokens=100, do_sample=False, **options)
     assert out.shape[1] == positions + 1
