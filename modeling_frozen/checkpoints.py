@@ -110,6 +110,8 @@ def is_as_at_home(model: Any, part: str) -> bool:
         return True
     known = model.base_model.digests_at_home
     now = dict(_named_tensors(model, part))
+    if not now:  # its weights were never loaded
+        return True
     if any((part, name, tensor.dtype) not in known for name, tensor in now.items()):
         try:
             with quiet():
@@ -134,7 +136,7 @@ def is_as_at_home(model: Any, part: str) -> bool:
         for name, tensor in now.items():
             if name in tensors:
                 known[part, name, tensor.dtype] = tensor_digest(tensors[name].to(tensor.dtype))
-        known[part, "names"] = tensors.keys()
+        known[part, "names"] = set(tensors)
     # Under FSDP and DeepSpeed some tensors are elsewhere.
     complete = torch.distributed.is_initialized() or known[part, "names"] <= now.keys()
     return complete and all(known.get((part, name, tensor.dtype)) == tensor_digest(tensor) for name, tensor in now.items())
