@@ -27,8 +27,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefixRetrieval, FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
 from modeling_frozen.data.feature_cache import cache_vision_features
-from modeling_frozen.evaluation.retrieval import embed_images, embed_texts
-from modeling_frozen.metrics import recall_at_k
+from modeling_frozen.evaluation.retrieval import embed_images, embed_texts, evaluate_retrieval
 
 
 matplotlib.use("Agg")
@@ -156,9 +155,8 @@ def main() -> dict:
     by_words = search(pictures, embed_texts(model, processor, queries), 8)
     chosen = rng.sample(range(len(gallery)), 8)
     by_picture = [[captions[row] for row in rows] for rows in search(texts, seen[chosen], 3)]
-    owner = [index for index, several in enumerate(each) for _ in several]
-    likeness = seen @ embed_texts(model, processor, [text for several in each for text in several]).T
-    results = {"gallery": len(gallery), "texts": len(owner), **recall_at_k(likeness, owner)}
+    results = {"gallery": len(gallery), "texts": sum(map(len, each))}
+    results |= evaluate_retrieval(model, processor, gallery["image"], each)
 
     # Somebody likes three pictures of one kind; what is recommended is like them.
     if args.data is None:

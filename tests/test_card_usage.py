@@ -66,7 +66,7 @@ def test_audio_alone_never_speaks_of_images(parents: dict[str, str], tmp_path: P
     text, data = card(tmp_path, audio_model(parents, sees=False), metrics=METRICS)
     assert not re.search(r"\bimages?\b|\beyes?\b|\bseen\b|\bpictures?\b", text.split("<!--")[0], re.IGNORECASE), text
     assert data["pipeline_tag"] == "audio-text-to-text"
-    assert "A pair of ears for a frozen language model. Each sound is written as 3 prefix vectors" in text
+    assert "Audio input for a frozen language model. Each sound is written as 3 prefix vectors" in text
     assert "blind (sound replaced)" in text and "| type | `resampler` |" in text
     assert "of width 16" in text and "`audio_feature_layer=-1`" in text
     assert "Calls without a sound are answered as by the language model alone." in text
@@ -85,7 +85,7 @@ def test_images_and_audio(parents: dict[str, str], tmp_path: Path) -> None:
     text, data = card(tmp_path, audio_model(parents, sees=True))
     assert data["pipeline_tag"] == "image-text-to-text"
     said = "Each image is written as 4 prefix vectors and each sound is written as 3 prefix vectors that the language model"
-    assert "Eyes and ears for a frozen language model." in text and said in text
+    assert "Image and audio input for a frozen language model." in text and said in text
     assert "## Connector\n" in text and "## Connector of sounds\n" in text
     assert text.count("| trained parameters |") == 1
 
@@ -97,13 +97,13 @@ def test_images_and_audio(parents: dict[str, str], tmp_path: Path) -> None:
             {"id2label": {0: "cat", 1: "dog"}},
             "AutoModelForSequenceClassification",
             None,
-            ["tells one of 2 classes by image and text", "| tells | 2: `cat`, `dog` (single label classification) |"],
+            ["predicts one of 2 classes from image and text", "| predicts | 2: `cat`, `dog` (single label classification) |"],
         ),
         (
             {"num_labels": 3, "fused_inputs": ("image",)},
             "AutoModelForImageClassification",
             "image-classification",
-            ["by image", "| reads | the embedding of the image, of norm 1 |", "how often each class stood"],
+            ["from image", "| reads | the embedding of the image, of norm 1 |", "how often each class stood"],
         ),
         (
             {"num_labels": 3, "fused_inputs": ("text",), "problem_type": "multi_label_classification"},
@@ -115,7 +115,7 @@ def test_images_and_audio(parents: dict[str, str], tmp_path: Path) -> None:
             {"num_labels": 1, "problem_type": "regression", "image_embedding": "tower"},
             "AutoModelForSequenceClassification",
             None,
-            ["tells numbers by image and text", "the connector has no part in it"],
+            ["predicts numbers from image and text", "the connector has no part in it"],
         ),
         (
             {"num_labels": 2, "class_weights": [1.0, 2.5], "prompt_sees_media": True},

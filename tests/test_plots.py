@@ -13,7 +13,6 @@ from PIL import Image
 from modeling_frozen.evaluation.plots import (
     choose,
     curves,
-    plot_prefix_length,
     plot_sheet,
     plot_shots,
     plot_training,
@@ -113,21 +112,6 @@ def test_long_texts_are_cut_where_they_would_run_into_the_next() -> None:
     figure = plot_sheet([row["image"]], ["word " * 100], ["short"], [1.0])
     lines = figure.axes[0].get_xlabel().split("\n")
     assert len(lines) == 5 and lines[3].endswith("…") and max(map(len, lines)) <= 44
-
-
-def test_prefix_length_against_score(tmp_path: Path) -> None:
-    figure = plot_prefix_length({8: [0.4, 0.6], 2: [0.2, 0.2]}, tmp_path / "length.png", score_name="CIDEr", blind=[0.1, 0.2])
-    (axes,) = figure.axes
-    means = axes.containers[0].lines[0]
-    assert (list(means.get_xdata()), list(means.get_ydata())) == ([2, 8], [0.2, 0.5])
-    points = axes.collections[-1].get_offsets().tolist()
-    assert points == [[2, 0.2], [2, 0.2], [8, 0.4], [8, 0.6]]
-    blind = next(line for line in axes.lines if line.get_label().startswith("blind"))
-    assert list(blind.get_ydata()) == pytest.approx([0.15, 0.15])
-    assert axes.get_ylabel() == "CIDEr" and "mean ± standard deviation of 2 seeds" in texts(figure)
-    assert len(plot_prefix_length({1: 0.1, 4: 0.5}).axes) == 1
-    with pytest.raises(ValueError, match="at least one score for each prefix length"):
-        plot_prefix_length({0: 0.5})
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ class FrozenPrefixLMMS(lmms):
         options = {"revision": revision, "trust_remote_code": _is_true(trust_remote_code)}
         if dtype is not None:
             options["dtype"] = dtype
-        self.model = AutoModelForImageTextToText.from_pretrained(pretrained, **options).to(device or "cuda")
+        model = AutoModelForImageTextToText.from_pretrained(pretrained, **options)
+        self.model = model.to(device or "cuda")  # type: ignore[arg-type]  # transformers' wrapper hides nn.Module's signature
         self.processor = AutoProcessor.from_pretrained(pretrained, revision=revision)
         self.batch_size, self.template, self.chat = int(batch_size), template, _is_true(chat)
 
@@ -104,7 +105,7 @@ class FrozenPrefixLMMS(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(negative log-likelihood of the continuation, whether greedy decoding would write it); a question's choices share
         its prefix. Negative, for lmms-eval's own models give a loss, and its multiple choice takes the least."""
-        found: list[Any] = [None] * len(requests)
+        answers: list[Any] = [None] * len(requests)
         bar = tqdm(total=len(requests), desc="frozen_prefix: loglikelihood", disable=self.rank != 0)
         for indices in self._same_prompt(requests):
             context, _, *where = requests[indices[0]].args
@@ -117,10 +118,10 @@ class FrozenPrefixLMMS(lmms):
             start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
             greedy = written[start:].tolist()
             for index, score, ids in zip(indices, scores, continuations, strict=True):
-                found[index] = _unharmed((-score, greedy[: len(ids)] == ids))
+                answers[index] = _unharmed((-score, greedy[: len(ids)] == ids))
             bar.update(len(indices))
         bar.close()
-        return found
+        return answers
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not served: the words of a later round depend on the task's own state."""
@@ -149,9 +150,9 @@ class FrozenPrefixLMMS(lmms):
 
     def _inputs(self, questions: list[tuple[str, list[Image.Image]]]) -> Any:
         images = [images for _, images in questions]
-        given = {"images": images} if any(images) else {}
         text = [self._prompt(*question) for question in questions]
-        return self.processor(text=text, padding=True, return_tensors="pt", **given).to(self.model.device)
+        shown = images if any(images) else None
+        return self.processor(text=text, images=shown, padding=True, return_tensors="pt").to(self.model.device)
 
     def _continuation(self, request: Instance, context: str) -> list[int]:
         _, target, *where = request.args

@@ -1,5 +1,4 @@
-"""Figures of a training: its curves, a sheet of pictures with what was said of them, and prefix length or shots
-against score.
+"""Figures of a training: its curves, a sheet of images with the model's outputs, and score against shots.
 
 Each function returns a matplotlib `Figure` and writes it as a PNG where it is given a path. Figures are made without
 pyplot, so that no global state is touched and threads may draw. matplotlib is an extra: `pip install
@@ -12,7 +11,6 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 
@@ -260,7 +258,8 @@ def plot_sheet(
             show_picture(axes, images[index])
             axes.set_anchor("N")  # titles in one line, whatever the pictures' shapes
             axes.set_title(f"{name}  ({score_name} {scores[index]:.2f})", fontsize=12, fontweight="bold", loc="left")
-            expected = references[index] if isinstance(references[index], str) else references[index][0]
+            of_one = references[index]
+            expected = of_one if isinstance(of_one, str) else of_one[0]
             lines = _wrapped("model", outputs[index]) + "\n" + _wrapped("person", expected)
             axes.set_xlabel(lines, loc="left", fontsize=10.5, linespacing=1.35)
     if title:
@@ -271,60 +270,6 @@ def plot_sheet(
 def _wrapped(who: str, text: str, width: int = 40) -> str:
     lines = textwrap.wrap(f"{who}: {' '.join(text.split())}", width, subsequent_indent="    ")
     return "\n".join(lines if len(lines) <= 4 else [*lines[:3], lines[3][: width - 1] + "…"])
-
-
-# ----------------------------------------------------------------------------------------------- prefix length and score
-
-
-def plot_prefix_length(
-    scores: Mapping[int, float | Sequence[float]],
-    path: str | Path | None = None,
-    *,
-    score_name: str = "score",
-    blind: float | Sequence[float] | None = None,
-    title: str | None = "How long a prefix is worth its price",
-) -> Any:
-    """
-    Score against prefix length.
-
-    Args:
-        scores: by prefix length, one number, or one per seed: then their mean and standard deviation are drawn, and each.
-        path: where the PNG goes.
-        score_name: how the score is called, with its unit.
-        blind: the score where pictures are shuffled: what the words alone can do.
-        title: over all.
-
-    Raises:
-        ValueError: if there are no scores, or a length is no positive number.
-    """
-    runs = {length: _several(values) for length, values in sorted(scores.items())}
-    if not runs or any(length < 1 or not values for length, values in runs.items()):
-        raise ValueError(f"scores={dict(scores)!r} must hold at least one score for each prefix length of 1 or more.")
-    figure = new_figure(6.4, 4.2)
-    axes = plain_axes(figure.add_subplot())
-    lengths, means = list(runs), [mean(values) for values in runs.values()]
-    spread = [stdev(values) if len(values) > 1 else 0.0 for values in runs.values()]
-    seeds = max(len(values) for values in runs.values())
-    axes.set_xscale("log", base=2)
-    label = score_name if seeds == 1 else f"mean ± standard deviation of {seeds} seeds"
-    axes.errorbar(
-        lengths, means, yerr=spread if any(spread) else None, color=BLUE, marker="o", linewidth=1.8, capsize=4, label=label
-    )
-    if seeds > 1:
-        points = [(length, value) for length, values in runs.items() for value in values]
-        axes.scatter(*zip(*points, strict=True), s=16, color=BLUE, alpha=0.35, linewidths=0, label="each seed")
-    if blind is not None:
-        axes.axhline(mean(_several(blind)), color=RED, linestyle="--", linewidth=1.6, label="blind (pictures shuffled)")
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.minorticks_off()
-    axes.set_xlabel("prefix length (vectors per image)")
-    axes.set_ylabel(score_name)
-    axes.margins(x=0.06, y=0.14)
-    if seeds > 1 or blind is not None:
-        axes.legend(frameon=False, fontsize=9.5)
-    if title:
-        axes.set_title(title)
-    return finish(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------------ shots and score
@@ -372,8 +317,4 @@ def plot_shots(
     return finish(figure, path)
 
 
-def _several(values: float | Sequence[float]) -> list[float]:
-    return [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
-
-
-__all__ = ["curves", "plot_prefix_length", "plot_sheet", "plot_shots", "plot_training", "read_history"]
+__all__ = ["curves", "plot_sheet", "plot_shots", "plot_training", "read_history"]

@@ -52,7 +52,7 @@ def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_siz
     Returns:
         `torch.FloatTensor` of shape `(images, projection_dim)`, each of length 1, on the CPU.
     """
-    found = []
+    embeds = []
     with _evaluating(model):
         for start in range(0, len(images), batch_size):
             batch = list(images[start : start + batch_size])
@@ -61,22 +61,22 @@ def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_siz
             else:
                 inputs = dict(processor(images=batch, return_tensors="pt"))
             inputs = {name: value.to(_device(model)) for name, value in inputs.items()}
-            found.append(model.get_image_features(**inputs).pooler_output.float().cpu())
-    return nn.functional.normalize(torch.cat(found), dim=-1)
+            embeds.append(model.get_image_features(**inputs).pooler_output.float().cpu())
+    return nn.functional.normalize(torch.cat(embeds), dim=-1)
 
 
 def embed_texts(model: Any, processor: Any, texts: Sequence[str], *, batch_size: int = 64) -> torch.Tensor:
     """Embeddings of texts: `(texts, projection_dim)`, each of length 1, on the CPU. Arguments as [`embed_images`]."""
     known = processor.tokenizer.model_max_length
     limits = {"truncation": True} if known < int(1e20) else {}
-    found = []
+    embeds = []
     with _evaluating(model):
         for start in range(0, len(texts), batch_size):
             inputs = processor.tokenizer(
                 list(texts[start : start + batch_size]), padding=True, return_tensors="pt", **limits
             ).to(_device(model))
-            found.append(model.get_text_features(**inputs).pooler_output.float().cpu())
-    return nn.functional.normalize(torch.cat(found), dim=-1)
+            embeds.append(model.get_text_features(**inputs).pooler_output.float().cpu())
+    return nn.functional.normalize(torch.cat(embeds), dim=-1)
 
 
 def class_embeddings(
@@ -123,9 +123,9 @@ def zero_shot_classify(
         `torch.FloatTensor` of shape `(images, classes)`. Rows sum to 1; with the sigmoid loss each class is a question of
         its own, and they don't.
     """
-    given = isinstance(class_names, torch.Tensor)
-    classes = class_names if given else class_embeddings(model, processor, class_names, templates)
-    likeness = embed_images(model, processor, images, batch_size=batch_size) @ classes.T
+    if not isinstance(class_names, torch.Tensor):
+        class_names = class_embeddings(model, processor, class_names, templates)
+    likeness = embed_images(model, processor, images, batch_size=batch_size) @ class_names.T
     logits = likeness * model.logit_scale.detach().float().exp().clamp(max=100.0).cpu()
     if model.logit_bias is None:
         return logits.softmax(-1)

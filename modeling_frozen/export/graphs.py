@@ -1,6 +1,6 @@
 """Models for other runtimes: tower and connector, and the language model that reads what they write, as graphs.
 
-transformers' exporters (`transformers.exporters`) do the work; here is what they are given. The frozen prefix makes the
+transformers' exporters (`transformers.exporters`) do the work; here are their inputs. The frozen prefix makes the
 cut for them: an image becomes `(prefix_length, embedding_dim)` numbers once, in one graph, and from there on there is
 nothing but an ordinary language model that is fed embeddings.
 
@@ -13,12 +13,13 @@ Needs the extra `export`.
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from ..transformers_compat import cache_of
 from ..vision_towers import _default_shape, encode_images
@@ -30,19 +31,19 @@ FORMATS = {"onnx": "onnx", "pt2": "dynamo", "dynamo": "dynamo", "openvino": "ope
 _IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
+def _core(model: FrozenPrefixPreTrainedModel) -> FrozenPrefixModel:
+    return cast(FrozenPrefixModel, model.base_model)
+
+
 class ImageEncoder(nn.Module):
     """Tower and connector alone: pixel values in, prefixes out, all tensors (`get_image_features` gives lists)."""
 
     def __init__(self, model: FrozenPrefixPreTrainedModel):
         super().__init__()
-        base, config = model.base_model, model.config
-        # The exporter gives inputs the dtype of the first parameter: the connector's, which is float32 as pictures are.
-        self.connector, self.vision_tower = base.connector, base.vision_tower
-        self.options = {
-            "layer": config.vision_feature_layer,
-            "select_strategy": config.vision_feature_select_strategy,
-            "num_leading_tokens": config.num_leading_tokens,
-        }
+        core, self.config = _core(model), model.config
+        # The exporter gives inputs the dtype of the first parameter: the connector's, which is float32 as images are.
+        self.connector: nn.Module = cast(nn.Module, core.connector)
+        self.vision_tower: PreTrainedModel = cast(PreTrainedModel, core.vision_tower)
 
     def forward(
         self,
@@ -57,9 +58,15 @@ class ImageEncoder(nn.Module):
             `image_embeds` `(images, prefix_length, embedding_dim)`; and, from a tower whose positions vary by image under
             a connector that keeps them, `image_embeds_mask` `(images, positions)`, true where there is a vector.
         """
-        given = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        given = {name: value for name, value in given.items() if value is not None}
-        features, mask, _ = encode_images(self.vision_tower, pixel_values, **self.options, **given)
+        patches: dict[str, Any] = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        features, mask, _ = encode_images(
+            self.vision_tower,
+            pixel_values,
+            layer=self.config.vision_feature_layer,
+            select_strategy=self.config.vision_feature_select_strategy,
+            num_leading_tokens=self.config.num_leading_tokens or 0,
+            **{name: value for name, value in patches.items() if value is not None},
+        )
         outputs = {"image_embeds": self.connector(features, attention_mask=mask)}
         if mask is not None and not self.connector.reads_positions:
             outputs["image_embeds_mask"] = mask
@@ -72,7 +79,7 @@ def _exporter(format: str, config_kwargs: dict[str, Any]) -> tuple[Any, Any]:
     try:
         from transformers.exporters.auto import AutoExportConfig, AutoHfExporter
 
-        exporter = AutoHfExporter.from_config(AutoExportConfig.from_dict({"export_format": FORMATS[format]}))
+        exporter: Any = AutoHfExporter.from_config(AutoExportConfig.from_dict({"export_format": FORMATS[format]}))
     except ImportError as error:
         raise ImportError(
             f"Exporting to {format!r} needs packages that are not installed here: pip install 'frozen-prefix[export]'. {error}"
@@ -97,7 +104,7 @@ def export_image_encoder(
     Exports tower and connector as one graph, for any number of images.
 
     Args:
-        model ([`FrozenPrefixPreTrainedModel`]): any frozen-prefix model with eyes, in eval mode.
+        model ([`FrozenPrefixPreTrainedModel`]): any frozen-prefix model with a vision tower, in eval mode.
         save_directory (`str`, *optional*): where to write it, in transformers' layout (`model.onnx`, `export.json`, …).
         format (`str`, defaults to `"onnx"`): `"onnx"`, `"pt2"` (`torch.export`), `"openvino"` or `"executorch"`.
         sample_inputs (`Mapping`, *optional*):
@@ -111,11 +118,11 @@ def export_image_encoder(
         `image_embeds` is `(images, prefix_length, embedding_dim)`.
 
     Raises:
-        ValueError: a model without eyes or without its tower, a tower that can't be traced for any number of images, an
-            unknown format, a size that the connector was not made for.
+        ValueError: a model without a vision tower, or whose tower is not loaded, a tower that can't be traced for any number
+            of images, an unknown format, a size that the connector was not made for.
         ImportError: without the extra `export`.
     """
-    config, tower = model.config, getattr(model.base_model, "vision_tower", None)
+    config, tower = model.config, getattr(_core(model), "vision_tower", None)
     if tower is None:
         raise ValueError("This model has no vision tower to export, or it is not loaded.")
     if model.training:
@@ -165,7 +172,7 @@ def _reader(model: FrozenPrefixPreTrainedModel) -> PreTrainedModel:
             f"This model {what}: its language model is more than a reader of embeddings. Export its stages with "
             "`transformers.exporters`: HfExporter.export_for_generation(model, inputs, config)."
         )
-    return model.base_model.language_model
+    return cast(PreTrainedModel, _core(model).language_model)
 
 
 def export_prefill(
@@ -196,7 +203,7 @@ def export_prefill(
     embeds = model.get_input_embeddings()(torch.zeros(2, 5, dtype=torch.long, device=language_model.device))
     mask = torch.ones(2, 5, dtype=torch.long, device=language_model.device)
     inputs = {"inputs_embeds": embeds.detach(), "attention_mask": mask}
-    ready = model.base_model.language_inputs(language_model, None, embeds, mask, None, None, {"use_cache": True})
+    ready = _core(model).language_inputs(language_model, None, embeds, mask, None, None, {"use_cache": True})
     if "position_ids" in ready:
         inputs["position_ids"] = ready["position_ids"]
     batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=2)
@@ -229,16 +236,17 @@ def export_decode(
     """
     language_model = _reader(model)
     device = language_model.device
-    ids, mask = torch.zeros(2, 5, dtype=torch.long, device=device), torch.ones(2, 5, dtype=torch.long, device=device)
-    prepare = functools.partial(model.base_model.language_inputs, language_model)
+    ids = cast(torch.LongTensor, torch.zeros(2, 5, dtype=torch.long, device=device))
+    mask = torch.ones_like(ids)
+    prepare = functools.partial(_core(model).language_inputs, language_model)
     with torch.no_grad():
         past = cache_of(language_model(**prepare(ids, None, mask, None, None, {"use_cache": True})))
     if not isinstance(past, Cache):
         raise ValueError(f"{type(language_model).__name__} keeps no cache of keys and values that a graph could take.")
     exporter, export_config = _exporter(format, config_kwargs)
     longer = torch.cat([mask, mask[:, -1:]], dim=1)
-    ready = prepare(ids[:, :1], None, longer, None, past, {"use_cache": True})
-    # Sizes are found by transformers here: those of the caches differ from model to model.
+    ready = prepare(cast(torch.LongTensor, ids[:, :1]), None, longer, None, past, {"use_cache": True})
+    # transformers finds the sizes here: those of the caches differ from model to model.
     exported = exporter.export(language_model, ready, export_config)
     if save_directory is not None:
         exported.save_pretrained(save_directory)

@@ -1,14 +1,7 @@
 """Interpretation: the prefix read as words, where each word looks, and what each owes to the image."""
 
-from .interpret import (
-    ImageAttention,
-    NearestWords,
-    Sightedness,
-    WordSightedness,
-    attention_to_image,
-    nearest_words,
-    sightedness,
-)
+from .interpret import attention_to_image, nearest_words, sightedness
+from .results import ImageAttention, NearestWords, Sightedness, WordSightedness
 
 
 __all__ = [

@@ -7,7 +7,7 @@ section 3): half of each layer's output is what stood there before, half what it
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 from ..connectors import Connector
 
 
-def twin_of(module: nn.Module, *shared: nn.Module | None) -> nn.Module:
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def twin_of(module: _Module, *shared: nn.Module | None) -> _Module:
     """
     The same weights (not a copy) in module objects of their own, with configs of their own.
 
@@ -54,7 +57,10 @@ def prefix_origins(
     if not connector.reads_positions:
         return torch.eye(int(valid.sum()))
     positions, queries = features.shape[1], connector.prefix_length
-    twin, layers = twin_of(connector).eval(), []
+    if queries is None:
+        return None
+    twin = twin_of(connector).eval()
+    layers: list[tuple[torch.Tensor, bool]] = []
     _record(twin, layers)
     device = next(connector.parameters()).device
     twin(features.to(device), None if attention_mask is None else attention_mask.to(device))

@@ -1,19 +1,17 @@
-"""What the prefix says, where the words look, and whether they see at all: three questions to a trained model.
+"""What the prefix says, where words attend, and how much they depend on the image: three questions to a trained model.
 
 `nearest_words` reads prefix vectors as the words they lie nearest to (ClipCap, arXiv 2111.09734, section 4).
 `attention_to_image` tells how much attention each word pays to the prefix and, where places are known, to which places
 of the picture. `sightedness` tells by how many nats a word becomes less likely when the picture is another: what the
 model does with the picture, where attention tells only what it looked at.
 
-All three answer in data; the figures are drawn from it by `plot()`, which needs matplotlib (the extra `plots`). None
-changes the model, so other threads may go on generating with it.
+All three answer in data (see `results`), which draw their figures by `plot()`. None changes the model, so other threads may
+go on generating with it.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from ..data.collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..parts import MODALITIES
 from .connector_attention import grid_of, prefix_origins, twin_of
+from .results import ImageAttention, NearestWords, Sightedness, WordSightedness
 
 
 # ------------------------------------------------------------------------------------------------------ what all share
@@ -53,14 +52,14 @@ def _asking(model: torch.nn.Module) -> Iterator[None]:
 def _listed(images: Any) -> list[Any]:
     images = list(images) if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
     if not images:
-        raise ValueError("No images were given.")
+        raise ValueError("There are no images: give one or several.")
     return images
 
 
 def _pixels(processor: Any, images: list[Any], device: Any) -> dict[str, Any]:
     """What the image processor makes of them, by the names that the model takes."""
-    given = processor(images=images, return_tensors="pt").to(device)
-    return {name: given[name] for name in MODALITIES["image"].inputs if name in given}
+    inputs = processor(images=images, return_tensors="pt").to(device)
+    return {name: inputs[name] for name in MODALITIES["image"].inputs if name in inputs}
 
 
 def _prefixes(core: Any, processor: Any, images: list[Any], batch_size: int) -> tuple[list[torch.Tensor], list[bytes]]:
@@ -74,7 +73,8 @@ def _prefixes(core: Any, processor: Any, images: list[Any], batch_size: int) -> 
 
 
 def _encoded(prefixes: list[torch.Tensor]) -> dict[str, BaseModelOutputWithPooling]:
-    return {"image": BaseModelOutputWithPooling(pooler_output=prefixes)}
+    # The connector's prefixes differ in length, so they are a list, as in transformers' own composite models.
+    return {"image": BaseModelOutputWithPooling(pooler_output=prefixes)}  # type: ignore[arg-type]
 
 
 def _word(tokenizer: Any, index: int) -> str:
@@ -90,51 +90,6 @@ def _words(tokenizer: Any, ids: torch.Tensor) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------- nearest words
-
-
-@dataclass
-class NearestWords:
-    """
-    Of `nearest_words`: a list over images in each field.
-
-    Args:
-        words: `words[image][position][rank]`.
-        ids (`list[torch.LongTensor]` of shape `(prefix_length, top_k)`).
-        similarities (`list[torch.FloatTensor]` of shape `(prefix_length, top_k)`): cosines.
-        norms (`list[torch.FloatTensor]` of shape `(prefix_length,)`): L2 norms of the prefix vectors.
-        word_norm: the median L2 norm of the words' embeddings, to compare with.
-        images: the pictures, as they were given.
-    """
-
-    words: list[list[list[str]]]
-    ids: list[torch.Tensor]
-    similarities: list[torch.Tensor]
-    norms: list[torch.Tensor]
-    word_norm: float
-    images: list[Any] = field(default_factory=list, repr=False)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One plain row per image, position and rank: for a table, a data frame or JSON."""
-        return [
-            {"image": image, "position": position, "rank": rank, "word": word, "similarity": float(value)}
-            for image, (words, similarities) in enumerate(zip(self.words, self.similarities, strict=True))
-            for position, (row, values) in enumerate(zip(words, similarities, strict=True))
-            for rank, (word, value) in enumerate(zip(row, values, strict=True))
-        ]
-
-    def table(self, image: int = 0) -> str:
-        """One line per prefix vector of an image: its nearest words with their cosines, to be printed."""
-        lines = []
-        for position, (words, values) in enumerate(zip(self.words[image], self.similarities[image].tolist(), strict=True)):
-            cells = (f"{word.strip() or repr(word)} {value:.2f}" for word, value in zip(words, values, strict=True))
-            lines.append(f"{position:>4}  " + "  ".join(f"{cell:<16}" for cell in cells).rstrip())
-        return "\n".join(lines)
-
-    def plot(self, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32) -> Any:
-        """A table of one image's prefix, darker where a word is nearer; a matplotlib `Figure`, written to `path`."""
-        from .plots import draw_nearest_words
-
-        return draw_nearest_words(self, path, image=image, max_positions=max_positions)
 
 
 def nearest_words(
@@ -178,85 +133,27 @@ def nearest_words(
         prefixes = [one.float() for one in _prefixes(core, processor, images, batch_size)[0]]
         wanted = torch.nn.functional.normalize(torch.cat(prefixes), dim=-1)
         best = wanted.new_full((len(wanted), 0), 0)
-        found = torch.empty(len(wanted), 0, dtype=torch.long, device=wanted.device)
+        nearest = torch.empty(len(wanted), 0, dtype=torch.long, device=wanted.device)
         norms = []
         for chunk in ids.to(core.device).split(16384):  # the whole of a large vocabulary at once is as big as its table
             words = core.embed_words(chunk[None])[0].float().to(wanted.device)
             norms.append(words.norm(dim=-1))
             cosines = wanted @ torch.nn.functional.normalize(words, dim=-1).T
             best, order = torch.cat([best, cosines], dim=1).topk(min(top_k, best.shape[1] + len(chunk)), dim=1)
-            found = torch.cat([found, chunk.to(found.device).expand(len(found), -1)], dim=1).gather(1, order)
+            nearest = torch.cat([nearest, chunk.to(nearest.device).expand(len(nearest), -1)], dim=1).gather(1, order)
     lengths = [len(one) for one in prefixes]
-    found, best = found.cpu().split(lengths), best.cpu().split(lengths)
+    ids_of, cosines_of = nearest.cpu().split(lengths), best.cpu().split(lengths)
     return NearestWords(
-        words=[[_words(tokenizer, row) for row in one] for one in found],
-        ids=list(found),
-        similarities=list(best),
+        words=[[_words(tokenizer, row) for row in one] for one in ids_of],
+        ids=list(ids_of),
+        similarities=list(cosines_of),
         norms=[one.norm(dim=-1).cpu() for one in prefixes],
         word_norm=float(torch.cat(norms).median()),
         images=images,
     )
 
 
-# ---------------------------------------------------------------------------------------------------- where words look
-
-
-@dataclass
-class ImageAttention:
-    """
-    Of `attention_to_image`.
-
-    Args:
-        words: what the model wrote (or was given), token by token.
-        ids (`torch.LongTensor` of shape `(words,)`).
-        attention (`list[torch.FloatTensor]` of shape `(heads, words, prefix_length)`, one per layer):
-            From the place that wrote the word to each prefix vector, as a part of all its attention; the rest went to
-            words. With gated cross-attention, which reads nothing but the image, rows sum to one.
-        kind: `"self"` (decoders), `"cross"` (encoder-decoders), `"gated"` (gated cross-attention).
-        origins (`torch.FloatTensor` of shape `(prefix_length, positions)`, *optional*):
-            See [`~connector_attention.prefix_origins`].
-        grid: rows and columns of the positions on the picture; `None` where the prefix is not spatial.
-        num_leading: positions before the grid's (class token …), with `vision_feature_select_strategy="full"`.
-        why_not_spatial: the reason where `grid` is `None`.
-        picture (`torch.FloatTensor` of shape `(height, width, channels)`): what the tower saw, from 0 to 1.
-    """
-
-    words: list[str]
-    ids: torch.Tensor
-    attention: list[torch.Tensor]
-    kind: str
-    origins: torch.Tensor | None
-    grid: tuple[int, int] | None
-    num_leading: int
-    why_not_spatial: str | None
-    picture: torch.Tensor = field(repr=False)
-
-    def by_word(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
-        """Attention `(words, prefix_length)`, averaged over heads and over `layers` (an index or several; all)."""
-        chosen = range(len(self.attention)) if layers is None else [layers] if isinstance(layers, int) else layers
-        return torch.stack([self.attention[layer].mean(dim=0) for layer in chosen]).mean(dim=0)
-
-    def share(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
-        """The part `(words,)` of each word's attention that goes to the image."""
-        return self.by_word(layers).sum(dim=-1)
-
-    def maps(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
-        """
-        Attention laid out on the picture: `(words, rows, columns)`.
-
-        Raises:
-            ValueError: if the prefix is not spatial; says why.
-        """
-        if self.grid is None:
-            raise ValueError(f"The prefix is not spatial: {self.why_not_spatial} Use `by_word()`.")
-        on_positions = self.by_word(layers) @ self.origins
-        return on_positions[:, self.num_leading :].reshape(-1, *self.grid)
-
-    def plot(self, path: str | Path | None = None, *, layers: int | Sequence[int] | None = None, max_words: int = 24) -> Any:
-        """Over the picture where the prefix is spatial, else bars; a matplotlib `Figure`, written to `path`."""
-        from .plots import draw_attention
-
-        return draw_attention(self, path, layers=layers, max_words=max_words)
+# ---------------------------------------------------------------------------------------------------- image attention
 
 
 def attention_to_image(
@@ -341,8 +238,8 @@ def _read_or_write(
         else:
             inputs["decoder_input_ids"] = prepare(labels=labels.to(model.device))
         return inputs, torch.arange(labels.shape[1]), labels[0]
-    given = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device)
-    inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
+    inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     # A placeholder in the answer would be taken for another image's place.
     never = [*(model.generation_config.suppress_tokens or []), *model.config.placeholder_ids.values()]
     options = {"do_sample": False, "max_new_tokens": 20, "suppress_tokens": never, **generate_kwargs}
@@ -372,9 +269,9 @@ def _attentions(
     output = twin(**inputs, output_attentions=True, use_cache=False)
     kind = "cross" if model.config.is_encoder_decoder else "self"
     length = inputs["input_ids"].shape[1]
-    given = (output.cross_attentions if kind == "cross" else output.attentions) or ()
-    given = [one for one in given if isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[-1] == length]
-    if not given:
+    weights = (output.cross_attentions if kind == "cross" else output.attentions) or ()
+    weights = [one for one in weights if isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[-1] == length]
+    if not weights:
         raise ValueError(
             f"{type(language_model).__name__} gives no attention weights: it is recurrent, or keeps them to itself. "
             "`sightedness` asks nothing of the inside of a language model."
@@ -387,11 +284,11 @@ def _attentions(
             f"{model.model.language_model.config._attn_implementation!r}, so its weights would mislead. Load the language "
             'model with attn_implementation="eager".'
         )
-    return [one[0][:, queries.to(one.device)][..., columns.to(one.device)].float().cpu() for one in given], kind
+    return [one[0][:, queries.to(one.device)][..., columns.to(one.device)].float().cpu() for one in weights], kind
 
 
 def _make_eager(language_model: Any) -> None:
-    """For a twin alone. What transformers does not switch (Falcon, of one class for all) it is told in its config."""
+    """For a twin alone. What transformers does not switch (Falcon, of one class for all) reads its config."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of what can't be switched
     try:
@@ -436,61 +333,6 @@ def _picture(processor: Any, pixels: dict[str, Any]) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------- sightedness
 
 
-@dataclass
-class WordSightedness:
-    """
-    One text of `sightedness`.
-
-    Args:
-        words: the tokens that were scored, EOS among them where the model learns to write it.
-        ids (`torch.LongTensor` of shape `(words,)`).
-        log_likelihood (`torch.FloatTensor` of shape `(words,)`): nats, with the text's own picture.
-        swapped (`torch.FloatTensor` of shape `(others, words)`): nats, with each other picture.
-        image, prompt: as they were given.
-    """
-
-    words: list[str]
-    ids: torch.Tensor
-    log_likelihood: torch.Tensor
-    swapped: torch.Tensor
-    image: Any = field(default=None, repr=False)
-    prompt: str = ""
-
-    @property
-    def drop(self) -> torch.Tensor:
-        """Nats `(words,)` that each word loses when the picture is another, averaged over the others. Positive: its own
-        picture made it likelier; zero: the model did not use the picture; negative: it was misled."""
-        return self.log_likelihood - self.swapped.mean(dim=0)
-
-
-@dataclass
-class Sightedness:
-    """Of `sightedness`: `samples`, one `WordSightedness` per text."""
-
-    samples: list[WordSightedness]
-
-    @property
-    def mean(self) -> float:
-        """Nats per word, over all words of all texts."""
-        return float(torch.cat([sample.drop for sample in self.samples]).mean())
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One plain row per word: for a table, a data frame or JSON."""
-        return [
-            {"text": text, "position": position, "word": word, "log_likelihood": own, "drop": drop}
-            for text, sample in enumerate(self.samples)
-            for position, (word, own, drop) in enumerate(
-                zip(sample.words, sample.log_likelihood.tolist(), sample.drop.tolist(), strict=True)
-            )
-        ]
-
-    def plot(self, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
-        """Words coloured by their drop, beside their pictures; a matplotlib `Figure`, written to `path`."""
-        from .plots import draw_sightedness
-
-        return draw_sightedness(self, path, max_texts=max_texts)
-
-
 def sightedness(
     model: Any,
     processor: Any,
@@ -520,15 +362,15 @@ def sightedness(
     """
     core, images = _core(model), _listed(images)
     texts = [texts] if isinstance(texts, str) else list(texts)
-    prompts = [prompts] * len(texts) if prompts is None or isinstance(prompts, str) else list(prompts)
-    if not len(images) == len(texts) == len(prompts):
-        raise ValueError(f"{len(images)} images, {len(texts)} texts and {len(prompts)} prompts: give one of each.")
-    for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+    asked = [prompts] * len(texts) if prompts is None or isinstance(prompts, str) else list(prompts)
+    if not len(images) == len(texts) == len(asked):
+        raise ValueError(f"{len(images)} images, {len(texts)} texts and {len(asked)} prompts: give one of each.")
+    for index, (prompt, text) in enumerate(zip(asked, texts, strict=True)):
         if processor.count_image_tokens((prompt or "") + text) > 1:
             raise ValueError(f"Text {index} holds several {processor.image_token}: which of them is to be swapped?")
     rows = [
         {"image": image, "text": text} if prompt is None else {"image": image, "prompt": prompt, "answer": text}
-        for image, prompt, text in zip(images, prompts, texts, strict=True)
+        for image, prompt, text in zip(images, asked, texts, strict=True)
     ]
     batch = DataCollatorForFrozenPrefix(processor)(rows)
     with _asking(model):
@@ -553,7 +395,7 @@ def sightedness(
         ids = batch["labels"][index][batch["labels"][index] != IGNORE_INDEX]
         own, *swapped = [next(taken) for _ in range(1 + len(some))]
         words = _words(processor.tokenizer, ids)
-        samples.append(WordSightedness(words, ids, own, torch.stack(swapped), images[index], prompts[index] or ""))
+        samples.append(WordSightedness(words, ids, own, torch.stack(swapped), images[index], asked[index] or ""))
     return Sightedness(samples)
 
 
@@ -569,20 +411,12 @@ def _log_likelihoods(
     if not model.config.is_encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]
     labels = labels.to(logits.device)
-    found = []
+    nats = []
     for row, target in zip(logits, labels, strict=True):
         learnt = target != IGNORE_INDEX
-        nats = row[learnt].float().log_softmax(dim=-1).gather(1, target[learnt][:, None])[:, 0]
-        found.append(nats.cpu())
-    return found
+        scores = row[learnt].float().log_softmax(dim=-1).gather(1, target[learnt][:, None])[:, 0]
+        nats.append(scores.cpu())
+    return nats
 
 
-__all__ = [
-    "ImageAttention",
-    "NearestWords",
-    "Sightedness",
-    "WordSightedness",
-    "attention_to_image",
-    "nearest_words",
-    "sightedness",
-]
+__all__ = ["attention_to_image", "nearest_words", "sightedness"]

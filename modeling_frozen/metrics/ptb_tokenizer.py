@@ -196,12 +196,11 @@ _SPLIT_WORDS = frozenset(["cannot", "gonna", "wanna", "gotta", "gimme", "lemme"]
 
 
 @functools.cache
-def _compiled_rules() -> list[tuple[Callable[[str, int], re.Match[str] | None], bool, Callable[[str], str]]]:
-    rules = []
-    for pattern, written in _RULES:
-        write = (lambda text, fixed=written: fixed) if isinstance(written, str) else (written or _unbracketed)
-        rules.append((re.compile(pattern).match, "?P<next>" in pattern, write))
-    return rules
+def _compiled_rules() -> list[tuple[Callable[[str, int], re.Match[str] | None], bool, str | Callable[[str], str]]]:
+    return [
+        (re.compile(pattern).match, "?P<next>" in pattern, _unbracketed if written is None else written)
+        for pattern, written in _RULES
+    ]
 
 
 def ptb_tokens(text: str) -> list[str]:
@@ -220,12 +219,12 @@ def ptb_tokens(text: str) -> list[str]:
             position += 1
             continue
         longest, stop, token = position, position + 1, None
-        for match_at, looks_ahead, write in rules:
+        for match_at, looks_ahead, written in rules:
             match = match_at(text, position)
             if match and match.end() > longest:
                 longest = match.end()
                 stop = match.start("next") if looks_ahead else longest
-                token = write(text[position:stop])
+                token = written if isinstance(written, str) else written(text[position:stop])
         # What no rule knows stands alone if it is a sign, and is dropped if it is not, or beyond the 16 bits the tool
         # reads.
         if token is None and character <= "\uffff" and unicodedata.category(character)[0] in "PSNL":

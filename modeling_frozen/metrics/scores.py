@@ -1,8 +1,7 @@
 """Scores of captions, answers and retrieval, equal to the official tools' and without their Java.
 
-Plain functions first; then the same as modules of the `evaluate` library (`load_metric`), which load without a
-network, and as `compute_metrics` functions for `Trainer`. Fractions are in [0, 1]: a paper's BLEU-4 of 33.5 is 0.335
-here, its CIDEr of 113 is 1.13. The scorers of captions are pycocoevalcap's own (`pip install
+Plain functions first; then the same as `compute_metrics` functions for `Trainer`. Fractions are in [0, 1]: a paper's
+BLEU-4 of 33.5 is 0.335 here, its CIDEr of 113 is 1.13. The scorers of captions are pycocoevalcap's own (`pip install
 frozen-prefix[metrics]`), fed by a Python tokenizer that gives the tokens of coco-caption. Nothing heavy is imported
 before it is used.
 """
@@ -14,18 +13,15 @@ import functools
 import importlib
 import math
 import re
-import shutil
 import string
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .ptb_tokenizer import tokenize_caption
 
 
 if TYPE_CHECKING:
-    import evaluate
     import numpy as np
     import torch
     from transformers import EvalPrediction
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 
 
-def _check_pairs(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+def _check_pairs(predictions: Collection[Any], references: Collection[Any]) -> None:
     if len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references: give one entry of each to each image"
@@ -62,9 +58,7 @@ def _mean(values: Iterable[float]) -> float:
 # --- Captions --------------------------------------------------------------------------------------------------------
 
 
-def caption_metrics(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *, extra: Sequence[str] = ()
-) -> dict[str, float]:
+def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """
     Corpus scores of captions as coco-caption computes them (Chen et al. 2015, arXiv 1504.00325): lower-cased Penn
     Treebank tokens without punctuation; BLEU with the closest reference length (Papineni et al. 2002), ROUGE-L with
@@ -75,23 +69,17 @@ def caption_metrics(
     Args:
         predictions (`list[str]`): one caption to each image.
         references (`list[list[str]]`): one or more captions of people to each image.
-        extra (`list[str]`): "meteor" and "spice", by pycocoevalcap's own Java programs where they are at hand, and
-            "meteor_nltk", NLTK's METEOR over WordNet, whose numbers are not those of papers.
 
-    Returns: `bleu_1` … `bleu_4`, `rouge_l` in [0, 1], `cider` in [0, 10], and each of `extra`.
+    Returns:
+        `bleu_1` … `bleu_4`, `rouge_l` in [0, 1], `cider` in [0, 10].
 
-    Raises: ValueError for unequal lengths, no predictions or an image without references; ImportError for a missing
-    library; RuntimeError for an extra whose program or data isn't at hand.
+    Raises:
+        ValueError: for unequal lengths, no predictions or an image without references.
+        ImportError: without pycocoevalcap.
     """
-    unknown = sorted(set(extra) - set(_EXTRA_CAPTION_SCORERS))
-    if unknown:
-        raise ValueError(f"extra holds {unknown}: the choices are {sorted(_EXTRA_CAPTION_SCORERS)}")
-    tokens = _tokenized(predictions, references)
-    scores = _coco_scores(*tokens)[0]
+    scores = _coco_scores(*_tokenized(predictions, references))[0]
     if len(predictions) == 1:
         warnings.warn("CIDEr of one image is always 0: its weights are counted over images", stacklevel=2)
-    for name in extra:
-        scores[name] = _EXTRA_CAPTION_SCORERS[name](*tokens)
     return scores
 
 
@@ -134,54 +122,6 @@ def _scorer(module: str, name: str) -> Any:
         return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)
     except ImportError as error:
         raise ImportError("caption scores need pycocoevalcap: pip install frozen-prefix[metrics]") from error
-
-
-def _need_java(what: str) -> None:
-    if shutil.which("java") is None:
-        raise RuntimeError(f"{what} is a Java program, and there is no java on the path: install one or leave {what} out")
-
-
-def _meteor(predictions: dict[int, list[str]], references: dict[int, list[str]]) -> float:
-    scorer = _scorer("meteor.meteor", "Meteor")
-    _need_java("meteor")
-    return float(scorer().compute_score(references, predictions)[0])
-
-
-def _spice(predictions: dict[int, list[str]], references: dict[int, list[str]]) -> float:
-    scorer = _scorer("spice.spice", "Spice")
-    _need_java("spice")
-    # Its constructor would download them.
-    folder = Path(importlib.import_module("pycocoevalcap.spice").__file__).parent / "lib"
-    missing = [name for name in _SPICE_MODELS if not (folder / name).is_file()]
-    if missing:
-        raise RuntimeError(
-            f"spice lacks {missing} in {folder}: run pycocoevalcap.spice.get_stanford_models once, or leave spice out"
-        )
-    return float(scorer().compute_score(references, predictions)[0])
-
-
-def _meteor_nltk(predictions: dict[int, list[str]], references: dict[int, list[str]]) -> float:
-    try:
-        from nltk.corpus import wordnet
-        from nltk.translate.meteor_score import meteor_score
-    except ImportError as error:
-        raise ImportError("meteor_nltk needs nltk: pip install nltk") from error
-    try:
-        wordnet.ensure_loaded()
-    except LookupError as error:
-        raise RuntimeError("meteor_nltk needs WordNet: run nltk.download('wordnet') once, or leave it out") from error
-    return _mean(
-        meteor_score([text.split() for text in references[index]], prediction.split())
-        for index, (prediction,) in predictions.items()
-    )
-
-
-_SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-_EXTRA_CAPTION_SCORERS: dict[str, Callable[[dict[int, list[str]], dict[int, list[str]]], float]] = {
-    "meteor": _meteor,
-    "meteor_nltk": _meteor_nltk,
-    "spice": _spice,
-}
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
@@ -291,7 +231,7 @@ def _bag_f1(prediction: list[str], reference: list[str]) -> float:
 # --- Classes, retrieval, language modelling --------------------------------------------------------------------------
 
 
-def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+def accuracy(predictions: Collection[Any], references: Collection[Any]) -> float:
     """Fraction of predictions equal to their references, as they are."""
     _check_pairs(predictions, references)
     return _mean(bool(one == other) for one, other in zip(predictions, references, strict=True))
@@ -299,7 +239,7 @@ def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
 
 def recall_at_k(
     similarity: np.ndarray | torch.Tensor | Sequence[Sequence[float]],
-    text_to_image: Sequence[int] | None = None,
+    text_to_image: Collection[int] | None = None,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """
@@ -349,16 +289,16 @@ def perplexity(loss: float | Sequence[float], num_tokens: Sequence[int] | None =
     exp of a mean cross-entropy in nats. Several losses (of batches) are averaged with their numbers of predicted
     tokens as weights, without which the mean would not be one over tokens. Infinite where exp overflows.
     """
+    losses = _to_numpy(loss).astype(float)
     if num_tokens is None:
-        if not isinstance(loss, (int, float)) and getattr(loss, "ndim", 1) != 0:
+        if losses.ndim:
             raise ValueError("several losses need num_tokens, the number of predicted tokens of each")
-        mean = float(loss)
+        mean = float(losses)
     else:
-        _check_pairs(loss, num_tokens)
+        _check_pairs(losses, num_tokens)
         if sum(num_tokens) <= 0:
             raise ValueError(f"num_tokens sums to {sum(num_tokens)}: there must be at least one token")
-        weighted = (float(one) * float(n) for one, n in zip(loss, num_tokens, strict=True))
-        mean = math.fsum(weighted) / float(sum(num_tokens))
+        mean = math.fsum(losses * _to_numpy(num_tokens)) / float(sum(num_tokens))
     try:
         return math.exp(mean)
     except OverflowError:
@@ -373,97 +313,23 @@ def _to_numpy(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-# --- Modules of the evaluate library ---------------------------------------------------------------------------------
-
-
-def _recall_of_rows(predictions: Sequence[Sequence[float]], references: Sequence[Sequence[int]], **options: Any):
-    owner = {text: image for image, texts in enumerate(references) for text in texts}
-    num_texts = sum(map(len, references))
-    if sorted(owner) != list(range(num_texts)):
-        raise ValueError("references must hold each text's column once: the columns of each row's own texts")
-    return recall_at_k(predictions, [owner[text] for text in range(num_texts)], **options)
-
-
-def f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+def f1(predictions: Collection[Any], references: Collection[Any]) -> float:
     """
     Macro-averaged F1: the plain mean over all classes that were predicted or should have been, so that rare classes count
     as much as frequent ones (as scikit-learn's `f1_score(average="macro")`).
     """
     _check_pairs(predictions, references)
     pairs = collections.Counter(zip(_plain(predictions), _plain(references), strict=True))
-    predicted, actual = collections.Counter(), collections.Counter()
+    predicted: collections.Counter[Any] = collections.Counter()
+    actual: collections.Counter[Any] = collections.Counter()
     for (one, other), count in pairs.items():
         predicted[one] += count
         actual[other] += count
     return _mean(2 * pairs[name, name] / (predicted[name] + actual[name]) for name in predicted.keys() | actual.keys())
 
 
-def _plain(values: Sequence[Any]) -> list[Any]:
+def _plain(values: Collection[Any]) -> list[Any]:
     return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-# name -> (kinds of a prediction and a reference, function, key of a single score)
-_MODULES: dict[str, tuple[tuple[str, str], Callable[..., Any], str | None]] = {
-    "accuracy": (("label", "label"), accuracy, "accuracy"),
-    "caption": (("string", "strings"), caption_metrics, None),
-    "exact_match": (("string", "strings"), exact_match, "exact_match"),
-    "f1": (("label", "label"), f1, "f1"),
-    "recall_at_k": (("floats", "integers"), _recall_of_rows, None),
-    "token_f1": (("string", "strings"), token_f1, "token_f1"),
-    "vqa": (("string", "strings"), vqa_accuracy, "vqa_accuracy"),
-}
-
-
-def load_metric(name: str, **options: Any) -> evaluate.Metric:
-    """
-    A module of the `evaluate` library, built from this file and not downloaded:
-    `load_metric("caption").compute(predictions=…, references=…)`, also with `add`, `add_batch` and `evaluate.combine`.
-
-    Args:
-        name (`str`): "accuracy", "f1"; "caption", "exact_match", "token_f1", "vqa" (a string, and a list of strings, to each
-            sample); "recall_at_k" (to each image its row of similarities, and the columns of its own texts).
-        options: arguments of `evaluate.Metric`, such as `num_process` and `cache_dir`.
-    """
-    if name not in _MODULES:
-        raise ValueError(f"there is no metric {name!r}: the choices are {sorted(_MODULES)}")
-    try:
-        metric_class = _metric_class(name)
-    except ImportError as error:
-        raise ImportError("load_metric needs the evaluate library: pip install evaluate") from error
-    options.setdefault("keep_in_memory", options.get("num_process", 1) == 1)
-    return metric_class(**options)
-
-
-@functools.cache
-def _metric_class(name: str) -> type[evaluate.Metric]:
-    import datasets
-    import evaluate
-
-    kinds, function, key = _MODULES[name]
-    text, integer, number = (datasets.Value(kind) for kind in ("string", "int64", "float64"))
-    features = {
-        "string": text,
-        "strings": datasets.Sequence(text),
-        "floats": datasets.Sequence(number),
-        "integers": datasets.Sequence(integer),
-    }
-    choices = [(integer, integer), (text, text)] if kinds[0] == "label" else [tuple(features[kind] for kind in kinds)]
-
-    class FrozenPrefixMetric(evaluate.Metric):
-        def _info(self) -> evaluate.MetricInfo:
-            return evaluate.MetricInfo(
-                description=function.__doc__ or "",
-                citation="",
-                inputs_description="",
-                features=[datasets.Features(predictions=one, references=other) for one, other in choices],
-            )
-
-        def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, float]:
-            score = function(predictions, references, **options)
-            return score if key is None else {key: score}
-
-    FrozenPrefixMetric.__name__ = FrozenPrefixMetric.__qualname__ = "".join(map(str.title, name.split("_")))
-    return FrozenPrefixMetric
 
 
 # --- For Trainer -----------------------------------------------------------------------------------------------------
@@ -530,7 +396,6 @@ def caption_compute_metrics(
     *,
     generated: bool = False,
     is_encoder_decoder: bool = False,
-    extra: Sequence[str] = (),
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """
     `compute_metrics` for `Trainer` with the scores of [`caption_metrics`].
@@ -548,10 +413,8 @@ def caption_compute_metrics(
             default each sample's own label is its one reference.
         generated (`bool`): predictions are ids that `generate()` wrote, the prompt's not among them.
         is_encoder_decoder (`bool`): labels stand where they are predicted, not one place later.
-        extra (`list[str]`): as for [`caption_metrics`].
     """
-    scores = functools.partial(caption_metrics, extra=extra)
-    return _text_compute_metrics(scores, processor, references, generated, is_encoder_decoder)
+    return _text_compute_metrics(caption_metrics, processor, references, generated, is_encoder_decoder)
 
 
 def vqa_compute_metrics(

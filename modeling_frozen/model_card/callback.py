@@ -33,9 +33,8 @@ class FrozenPrefixHubCallback(TrainerCallback):
     and weights come from the checkpoint, and name the code already). A card that a person edited, there or on the Hub,
     is kept. Trainer's pickle of its arguments stays out of the repository (by a `.gitignore`, unless there is one).
 
-    Trainer has no hook after its own card is written: `push_to_hub` calls `on_push_begin` first and
-    `create_model_card` right before the upload. So on this trainer, and no other, `create_model_card` is replaced by
-    one that writes ours. It takes the same arguments; `license`, `language`, `tags` and `dataset` go into the card.
+    It stands in for `create_model_card` of this trainer, and of no other, and takes the same arguments; `license`,
+    `language`, `tags` and `dataset` go into the card.
 
     Args:
         trainer: the Trainer, whose model is a frozen-prefix model (PEFT's wrapper around it is fine).
@@ -47,11 +46,13 @@ class FrozenPrefixHubCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, *, metrics: Mapping[str, Any] | None = None, dataset: Any = None) -> None:
         frozen_prefix_model(trainer.model)  # says now, not after hours, if it is another kind of model
         self.trainer, self.metrics, self.dataset = trainer, metrics, dataset
-        trainer.create_model_card = self.create_model_card
+        # transformers documents no hook here: `push_to_hub` calls `on_push_begin` first, and writes its own card over ours
+        # right before the upload. A subclass of Trainer would be one, but a callback must serve the Trainer that it is given.
+        trainer.create_model_card = self.create_model_card  # type: ignore[method-assign, assignment]  # see above
 
     @property
     def folder(self) -> Path:
-        return Path(self.trainer.args.output_dir)
+        return Path(str(self.trainer.args.output_dir))  # never None once TrainingArguments are made
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.push_to_hub:

@@ -41,7 +41,7 @@ from .results import (
     over_seeds,
     training_text,
 )
-from .usage import card_usage, connector_rows, media_written, organs, use_block
+from .usage import card_usage, connector_rows, media_inputs, media_written, use_block
 
 
 logger = logging.get_logger(__name__)
@@ -117,7 +117,7 @@ def _describe_parent(part: str, model: Any) -> _Parent | None:
     path = record.get("name_or_path")
     revision = record.get("revision")
     repo_id = hub_id(path) if path else None
-    name = repo_id or (base_name(path) if path else f"{module.config.model_type} without a home of its own")
+    name = repo_id or (base_name(path) if path else f"{module.config.model_type} without a repository")
     keys = _licence_metadata(path, repo_id, revision) if path else {}
     licence = keys.get("license", "unknown")
     licence = ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence)
@@ -234,10 +234,10 @@ def _generate(
     usage = card_usage(inner)
 
     title = _title(folder, repo_id)
-    given = dataset_facts(dataset)
-    measured = dataset_facts((metrics or {}).get("dataset")) or given
+    trained_on = dataset_facts(dataset)
+    measured = dataset_facts((metrics or {}).get("dataset")) or trained_on
     results = eval_results(metrics, measured, usage.task_type, usage.task_name, usage.medium)
-    ids = list(dict.fromkeys(facts["id"] for facts in (given, measured) if facts.get("id")))
+    ids = list(dict.fromkeys(facts["id"] for facts in (trained_on, measured) if facts.get("id")))
     data = ModelCardData(
         **licence,
         language=chosen.get("language"),
@@ -261,7 +261,7 @@ def _generate(
     trained_parts = [own if part == "connector" else titles[part] for part in trained]
     if data.base_model:
         data["base_model_relation"] = "adapter" if set(trained) <= {"connector"} else "finetune"
-    idle = {id(p) for name, p in inner.named_parameters() if ".idle_connectors." in f".{name}"}  # other eyes, not saved
+    idle = {id(p) for name, p in inner.named_parameters() if ".idle_connectors." in f".{name}"}  # not saved
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in idle)
     total = inner.num_parameters() - sum(p.numel() for p in inner.parameters() if id(p) in idle)
     saved = set(parts_to_save(inner)) | set(trained)
@@ -275,7 +275,7 @@ def _generate(
         source=repo_id or "path/to/this/folder",
         model_class=type(inner).__name__,
         usage=usage,
-        organs=organs(config).capitalize(),
+        inputs=media_inputs(config).capitalize(),
         use=lambda first, last: use_block(inner, usage, repo_id or "path/to/this/folder", first, last),
         written=" and each ".join(f"{medium} is written as {prefix}" for medium, prefix in media_written(config)),
         frozen=set(trained) <= {"connector"},
@@ -291,7 +291,7 @@ def _generate(
         all_parameters=f"{total:,}",
         checkpoint_bytes=_bytes_text(folder, inner),
         evaluation=kept.get("Evaluation") or evaluation_text(metrics, measured, usage.medium),
-        training=kept.get("Training") or training_text(training, given),
+        training=kept.get("Training") or training_text(training, trained_on),
         versions=_versions(),
     )
     metadata, body = split_card(card.content)
@@ -323,7 +323,7 @@ def write_model_card(
     """
     Writes `README.md` into the folder of a saved model: its parts, how to use it, its training and its scores.
 
-    A card that this package or the libraries generated is replaced. Of one that a person edited, the text and every
+    A card that this package or transformers or PEFT generated is replaced. Of one that a person edited, the text and every
     metadata key stay; only missing keys by which the Hub files a repository are added.
 
     Args:

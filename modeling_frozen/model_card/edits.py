@@ -2,7 +2,7 @@
 
 A generated card ends in a hidden marker with digests of its text and of each metadata key. Where they still fit, no
 one has touched it; where the text's does not, a person wrote it, and only missing keys are added. The cards that
-libraries write by themselves are nobody's words.
+transformers and PEFT write by themselves are nobody's words.
 """
 
 import hashlib
@@ -60,14 +60,14 @@ def make_marker(text: str, metadata: dict[str, str], weights: str | None) -> str
 
 def read_marker(body: str) -> dict[str, Any] | None:
     """What the marker of a generated card says, if its text is still what was generated."""
-    found = _MARKER.search(body)
-    if found is None:
+    marker = _MARKER.search(body)
+    if marker is None:
         return None
     try:
-        record = json.loads(found.group(1))
+        record = json.loads(marker.group(1))
     except ValueError:
         return None
-    rest = body[: found.start()] + "\n" + body[found.end() :]
+    rest = body[: marker.start()] + "\n" + body[marker.end() :]
     return record if record.get("text") == _digest(rest) else None
 
 
@@ -79,7 +79,7 @@ def section(body: str, title: str, level: int = 2) -> str | None:
 
 
 def is_automatic(body: str) -> bool:
-    """Whether a card is one that the libraries write by themselves, and no one has filled in."""
+    """Whether a card is one that transformers or PEFT write by themselves, and no one has filled in."""
     if "the Trainer had access to" in body:
         blanks = ("Model description", "Intended uses & limitations", "Training and evaluation data")
         return all(section(body, title) == "More information needed" for title in blanks)
@@ -106,11 +106,11 @@ def merge(old: dict[str, Any], digests: dict[str, str], new: dict[str, Any], cho
 
 def merge_automatic(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """New metadata, with what was given to transformers for its card: language, tags, data and results."""
-    given = {key: value for key, value in old.items() if value not in (None, [], "")}
-    if not any(entry.get("results") for entry in given.get("model-index", [])):
-        given.pop("model-index", None)
-    tags = [*new["tags"], *(tag for tag in given.get("tags", []) if tag not in new["tags"])]
-    return {**given, **new, "tags": tags}
+    kept = {key: value for key, value in old.items() if value not in (None, [], "")}
+    if not any(entry.get("results") for entry in kept.get("model-index", [])):
+        kept.pop("model-index", None)
+    tags = [*new["tags"], *(tag for tag in kept.get("tags", []) if tag not in new["tags"])]
+    return {**kept, **new, "tags": tags}
 
 
 def add_essentials(content: str, metadata: dict[str, Any] | None, new: dict[str, Any]) -> str:
@@ -137,7 +137,7 @@ def add_essentials(content: str, metadata: dict[str, Any] | None, new: dict[str,
 
 
 def is_edited(content: str) -> bool:
-    """Whether a card holds a person's words: neither this package wrote it so, nor do the libraries."""
+    """Whether a card holds a person's words: neither this package wrote it so, nor do transformers and PEFT."""
     try:
         _, body = split_card(content)
     except ValueError:

@@ -58,8 +58,8 @@ def _number(value: Any) -> float | None:
     if isinstance(value, Mapping):
         value = value.get("mean")
     if isinstance(value, list | tuple):
-        numbers = [_number(item) for item in value]
-        return sum(numbers) / len(numbers) if numbers and None not in numbers else None
+        numbers = [number for number in map(_number, value) if number is not None]
+        return sum(numbers) / len(numbers) if numbers and len(numbers) == len(value) else None
     if isinstance(value, bool | str) or value is None:
         return None
     try:
@@ -90,12 +90,12 @@ def over_seeds(metrics: Mapping[str, Any]) -> dict[str, Any]:
     runs = metrics.get("seeds")
     if not isinstance(runs, list) or not all(isinstance(run, Mapping) for run in runs):
         return dict(metrics)
-    found: dict[str, Any] = {key: value for key, value in metrics.items() if key != "seeds"}
-    found["seeds"] = ", ".join(str(run.get("seed", index)) for index, run in enumerate(runs))
+    merged: dict[str, Any] = {key: value for key, value in metrics.items() if key != "seeds"}
+    merged["seeds"] = ", ".join(str(run.get("seed", index)) for index, run in enumerate(runs))
     for condition in dict.fromkeys(key for run in runs for key, value in run.items() if isinstance(value, Mapping)):
         names = dict.fromkeys(name for run in runs for name in run.get(condition, {}))
-        found[condition] = {name: [run.get(condition, {}).get(name) for run in runs] for name in names}
-    return found
+        merged[condition] = {name: [run.get(condition, {}).get(name) for run in runs] for name in names}
+    return merged
 
 
 def _conditions(metrics: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
@@ -126,7 +126,7 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
         facts = {key: without_path(value) for key, value in dataset.items()}
         facts.setdefault("name", facts.get("id"))
         return facts
-    facts: dict[str, Any] = {}
+    facts = {}
     name = getattr(getattr(dataset, "info", None), "dataset_name", None)  # of `datasets`
     if name and name not in ("csv", "json", "pandas", "parquet", "text", "imagefolder", "generator", "arrow"):
         facts |= {"name": name, "split": str(dataset.split) if dataset.split else None}
@@ -140,7 +140,7 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
 def _dataset_line(label: str, facts: Mapping[str, Any]) -> str | None:
     if not facts.get("name") and not facts.get("rows"):
         return None
-    name = facts.get("name") or "no name was given"
+    name = facts.get("name") or "unnamed"
     line = f"[{name}](https://huggingface.co/datasets/{facts['id']})" if facts.get("id") else str(name)
     line += "".join(f", {key} `{facts[key]}`" for key in ("config", "split", "revision") if facts.get(key))
     line += f", {facts['rows']:,} rows" if isinstance(facts.get("rows"), int) else ""
@@ -193,15 +193,15 @@ def evaluation_text(metrics: Mapping[str, Any] | None, dataset: Mapping[str, Any
     known = [key for key in _CONDITIONS if key in conditions or key in ("blind", "random_connector")]
     columns = list(dict.fromkeys([*known, *conditions]))
     rows = [[name, *(_shown(conditions.get(key, {}).get(name)) for key in columns)] for name in conditions["sighted"]]
-    notes = {key: value for key, value in (metrics or {}).items() if "sighted" in metrics and key != "dataset"}
     lines = [_dataset_line("measured on", dataset)]
-    notes = {key.replace("_", " "): value for key, value in notes.items() if isinstance(value, str | int | float)}
-    lines += [f"- {key}: {without_path(value)}" for key, value in notes.items()]
+    if metrics and "sighted" in metrics:
+        plain = {key: value for key, value in metrics.items() if key != "dataset" and isinstance(value, str | int | float)}
+        lines += [f"- {key.replace('_', ' ')}: {without_path(value)}" for key, value in plain.items()]
     paragraphs = [
         "\n".join(line for line in lines if line),
         _table(["metric", *(_condition(key, medium).replace("_", " ") for key in columns)], rows),
         f"Blind is the same model when each {medium} is replaced: what it guesses from the words alone. Only what lies "
-        f"above it was {'heard' if medium == 'sound' else 'seen'}. A random connector shows what training gave.",
+        f"above it comes from the {medium}. A random connector shows what training added.",
     ]
     if not conditions.get("blind"):
         paragraphs.append("The blind baseline was not measured, so nobody can tell how much of this was seen.")
@@ -212,11 +212,11 @@ def _hyperparameters(training: Any) -> dict[str, Any]:
     if isinstance(training, Mapping):
         return dict(training)
     args = getattr(training, "args", training)
-    found = modelcard.extract_hyperparameters_from_trainer(SimpleNamespace(args=args))
-    found["weight_decay"] = args.weight_decay
+    values = modelcard.extract_hyperparameters_from_trainer(SimpleNamespace(args=args))
+    values["weight_decay"] = args.weight_decay
     if args.bf16:
-        found["mixed_precision_training"] = "bf16"
-    return found
+        values["mixed_precision_training"] = "bf16"
+    return values
 
 
 def _log_table(history: Sequence[Mapping[str, Any]]) -> str | None:
@@ -251,8 +251,8 @@ def training_text(training: Any, dataset: Mapping[str, Any]) -> str:
     if any(lines):
         parts.append("\n".join(line for line in lines if line))
     if training is not None:
-        lines = [f"- {key}: {without_path(value)}" for key, value in _hyperparameters(training).items()]
-        parts.append("### Hyperparameters\n\n" + "\n".join(line.replace("\n", " ") for line in lines))
+        rows_of = (f"- {key}: {without_path(value)}".replace("\n", " ") for key, value in _hyperparameters(training).items())
+        parts.append("### Hyperparameters\n\n" + "\n".join(rows_of))
     if trainer is not None and (table := _log_table(trainer.state.log_history)):
         parts.append(f"### Training results\n\n{table}")
     return "\n\n".join(parts) or "How it was trained was not recorded."

@@ -1,6 +1,6 @@
 """What a card says of a model by its class and by what it takes: its task, how to use it, its limits.
 
-The words are asked of the model: which media it takes, which Auto class serves it, what its head tells.
+The words are asked of the model: which media it takes, which Auto class serves it, what its head predicts.
 """
 
 from collections.abc import Sequence
@@ -47,10 +47,9 @@ def _listed(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def organs(config: Any) -> str:
-    """ "eyes", "ears" or both."""
-    sees, hears = "image" in config.media, "audio" in config.media
-    return "eyes and ears" if sees and hears else "ears" if hears else "eyes"
+def media_inputs(config: Any) -> str:
+    """What a model takes beside text: "image", "audio" or "image and audio"."""
+    return _listed([medium for medium in ("image", "audio") if medium in config.media])
 
 
 def media_written(config: Any) -> list[tuple[str, str]]:
@@ -69,7 +68,7 @@ def media_written(config: Any) -> list[tuple[str, str]]:
 def connector_rows(config: Any, describe: Any) -> list[tuple[str, list[tuple[str, Any]]]]:
     """For each connector its title and the rows about it, in the order of the card. `describe` gives a connector type's own
     words."""
-    found = []
+    tables = []
     written = dict(media_written(config))
     for title, medium, prefix, arguments in (
         ("Connector", "image", "vision", config.connector_arguments if config.vision_config is not None else None),
@@ -94,8 +93,8 @@ def connector_rows(config: Any, describe: Any) -> list[tuple[str, list[tuple[str
             ("writes", f"{written[medium]} of width {config.embedding_dim}"),
             ("options", ", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "none"),
         ]
-        found.append((title if len(config.media) > 1 or prefix == "vision" else "Connector", rows))
-    return found
+        tables.append((title if len(config.media) > 1 or prefix == "vision" else "Connector", rows))
+    return tables
 
 
 def _classes(config: Any) -> str:
@@ -110,12 +109,12 @@ def _classification(model: Any, served: list[str]) -> CardUsage:
     names = [_MEDIA[name][0] if name != "text" else "text" for name in fused]
     only = fused[0] if len(fused) == 1 else None
     # transformers' pipelines call with one input; what needs two is filed under none of them.
-    tag = {"image": "image-classification", "text": "text-classification"}.get(only)
+    tag = f"{only}-classification" if only in ("image", "text") else None
     task = tag or f"{'audio' if 'audio' in fused else 'image'}-classification"
     auto_class = "AutoModelForImageClassification" if only == "image" else _CLASSIFICATION
     kind = (config.problem_type or "single_label_classification").replace("_", " ")
-    tells = "numbers" if config.problem_type == "regression" else f"one of {config.num_labels} classes"
-    tells = f"which of {config.num_labels} classes apply" if kind.startswith("multi") else tells
+    predicted = "numbers" if config.problem_type == "regression" else f"one of {config.num_labels} classes"
+    predicted = f"which of {config.num_labels} classes apply" if kind.startswith("multi") else predicted
     reading = (
         f"the embeddings of {_listed(names)}, each of norm 1, joined and put to norm 1"
         if len(names) > 1
@@ -131,7 +130,7 @@ def _classification(model: Any, served: list[str]) -> CardUsage:
         pooled = f"hidden states of the language model, pooled by `{config.resolved_text_pooling}`{sees}"
         head.append(("text embedding", pooled))
     head.append(("options", ", ".join(f"`{key}={value!r}`" for key, value in config.classifier_config.items()) or "defaults"))
-    head.append(("tells", f"{_classes(config)} ({kind})"))
+    head.append(("predicts", f"{_classes(config)} ({kind})"))
     if config.class_weights is not None:
         head.append(("class weights", ", ".join(f"{weight:g}" for weight in config.class_weights)))
     guess = "the text alone" if "text" in fused and len(fused) > 1 else "how often each class stood in its training data"
@@ -142,8 +141,8 @@ def _classification(model: Any, served: list[str]) -> CardUsage:
         task_name=task.replace("-", " ").title(),
         medium=names[0] if names[0] != "text" else _MEDIA[config.media[0]][0],
         media=_MEDIA[fused[0] if fused[0] != "text" else config.media[0]][1],
-        summary=f"A classifier that tells {tells} by {_listed(names)}, on a frozen tower and a frozen language model.",
-        limits=f"A class may be told wrongly, or guessed from {guess}: read every score beside its blind baseline, and do not "
+        summary=f"A classifier that predicts {predicted} from {_listed(names)}, on a frozen vision tower and language model.",
+        limits=f"A class may be wrong, or guessed from {guess}: read every score beside its blind baseline, and do not "
         "rely on a decision that nobody can check.",
         head=tuple(head),
     )
@@ -171,9 +170,8 @@ def _retrieval(model: Any, served: list[str]) -> CardUsage:
 
 
 def _generation(model: Any, served: list[str]) -> CardUsage:
-    config, of = model.config, {"eyes": "a pair of eyes", "ears": "a pair of ears"}
-    organ = organs(config)
-    medium = "audio" if organ == "ears" else "image"
+    config = model.config
+    medium = "image" if "image" in config.media else "audio"
     generates = _GENERATION in served
     auto_class = ("AutoModelForMultimodalLM" if medium == "audio" else _GENERATION) if generates else next(iter(served), None)
     return CardUsage(
@@ -183,7 +181,7 @@ def _generation(model: Any, served: list[str]) -> CardUsage:
         task_name=f"{medium.title()}-Text-to-Text",
         medium=_MEDIA[medium][0],
         media=_MEDIA[medium][1],
-        summary=f"{of.get(organ, organ).capitalize()} for a frozen language model.",
+        summary=f"{media_inputs(config).capitalize()} input for a frozen language model.",
         limits=f"What it says of {'an image' if medium == 'image' else 'a sound'} may be wrong, or guessed from the words of "
         "the question alone: read every score beside its blind baseline, and do not rely on an answer that nobody can check.",
         answers_text=generates,
@@ -206,23 +204,23 @@ def use_block(model: Any, usage: CardUsage, source: str, first: str, options: st
     config, auto_class = model.config, usage.auto_class
     calls = bool(usage.pipeline_tag or usage.head)
     fused = config.resolved_fused_inputs if hasattr(model, "classifier") else config.media
-    sees = calls and "image" in fused
-    hears = calls and "audio" in fused and not sees
-    lines = ["from PIL import Image"] if sees else []
+    takes_image = calls and "image" in fused
+    takes_audio = calls and "audio" in fused and not takes_image
+    lines = ["from PIL import Image"] if takes_image else []
     lines += [f"from transformers import {auto_class}, AutoProcessor", "", *([first, ""] if first else [])]
     lines.append(f'model = {auto_class}.from_pretrained("{source}"{options})')
     lines.append(f'processor = AutoProcessor.from_pretrained("{source}"{options})')
     if not calls:
         return "\n".join(lines)
     media, token = "", ""
-    if sees:
+    if takes_image:
         lines.append('image = Image.open("photo.jpg")  # any picture')
         media, token = "images=image, ", "<image>"
-    elif hears:
+    elif takes_audio:
         media, token = 'audio="sound.wav", ', "<audio>"
     if hasattr(model, "classifier"):
-        given = media + ('text="what goes with it", ' if "text" in fused else "")
-        lines.append(f'logits = model(**processor({given}return_tensors="pt")).logits[0]')
+        arguments = media + ('text="what goes with it", ' if "text" in fused else "")
+        lines.append(f'logits = model(**processor({arguments}return_tensors="pt")).logits[0]')
         if config.problem_type == "regression":
             lines.append("print(logits.tolist())")
         elif config.problem_type == "multi_label_classification":
@@ -244,4 +242,4 @@ def use_block(model: Any, usage: CardUsage, source: str, first: str, options: st
     return "\n".join(lines)
 
 
-__all__ = ["CardUsage", "card_usage", "connector_rows", "media_written", "organs", "use_block"]
+__all__ = ["CardUsage", "card_usage", "connector_rows", "media_inputs", "media_written", "use_block"]

@@ -1,18 +1,17 @@
-"""The figures of `interpretation`: prefixes as a table of words, attention over the picture, words coloured by what they
-lose without it. Drawn from the data that its functions return, which have a `plot()` each.
+"""What the functions of `interpret` return, and their figures: prefixes as a table of words, attention over the picture,
+words coloured by what they lose without it. Figures are drawn by `plot()`, which needs matplotlib (the extra `plots`).
 """
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unicodedata import east_asian_width
 
+import torch
+
 from ..evaluation.plots import BLUE, GREY, finish, new_figure, plain_axes, show_picture, shown
-
-
-if TYPE_CHECKING:
-    from .interpret import ImageAttention, NearestWords, Sightedness
 
 
 def _ink(colour: Any) -> str:
@@ -21,8 +20,54 @@ def _ink(colour: Any) -> str:
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
-def draw_nearest_words(
-    result: "NearestWords", path: str | Path | None = None, *, image: int = 0, max_positions: int = 32
+# -------------------------------------------------------------------------------------------------------- nearest words
+
+
+@dataclass
+class NearestWords:
+    """
+    Of `nearest_words`: a list over images in each field.
+
+    Args:
+        words: `words[image][position][rank]`.
+        ids (`list[torch.LongTensor]` of shape `(prefix_length, top_k)`).
+        similarities (`list[torch.FloatTensor]` of shape `(prefix_length, top_k)`): cosines.
+        norms (`list[torch.FloatTensor]` of shape `(prefix_length,)`): L2 norms of the prefix vectors.
+        word_norm: the median L2 norm of the words' embeddings, to compare with.
+        images: the pictures, as they were given.
+    """
+
+    words: list[list[list[str]]]
+    ids: list[torch.Tensor]
+    similarities: list[torch.Tensor]
+    norms: list[torch.Tensor]
+    word_norm: float
+    images: list[Any] = field(default_factory=list, repr=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain row per image, position and rank: for a table, a data frame or JSON."""
+        return [
+            {"image": image, "position": position, "rank": rank, "word": word, "similarity": float(value)}
+            for image, (words, similarities) in enumerate(zip(self.words, self.similarities, strict=True))
+            for position, (row, values) in enumerate(zip(words, similarities, strict=True))
+            for rank, (word, value) in enumerate(zip(row, values, strict=True))
+        ]
+
+    def table(self, image: int = 0) -> str:
+        """One line per prefix vector of an image: its nearest words with their cosines, to be printed."""
+        lines = []
+        for position, (words, values) in enumerate(zip(self.words[image], self.similarities[image].tolist(), strict=True)):
+            cells = (f"{word.strip() or repr(word)} {value:.2f}" for word, value in zip(words, values, strict=True))
+            lines.append(f"{position:>4}  " + "  ".join(f"{cell:<16}" for cell in cells).rstrip())
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32) -> Any:
+        """A table of one image's prefix, darker where a word is nearer; a matplotlib `Figure`, written to `path`."""
+        return _draw_nearest_words(self, path, image=image, max_positions=max_positions)
+
+
+def _draw_nearest_words(
+    result: NearestWords, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32
 ) -> Any:
     """A row per prefix vector, a column per rank, darker where the word is nearer."""
     words, values = result.words[image][:max_positions], result.similarities[image][:max_positions]
@@ -63,8 +108,67 @@ def draw_nearest_words(
     return finish(figure, path)
 
 
-def draw_attention(
-    result: "ImageAttention",
+# ---------------------------------------------------------------------------------------------------- image attention
+
+
+@dataclass
+class ImageAttention:
+    """
+    Of `attention_to_image`.
+
+    Args:
+        words: what the model wrote (or was given), token by token.
+        ids (`torch.LongTensor` of shape `(words,)`).
+        attention (`list[torch.FloatTensor]` of shape `(heads, words, prefix_length)`, one per layer):
+            From the place that wrote the word to each prefix vector, as a part of all its attention; the rest went to
+            words. With gated cross-attention, which reads nothing but the image, rows sum to one.
+        kind: `"self"` (decoders), `"cross"` (encoder-decoders), `"gated"` (gated cross-attention).
+        origins (`torch.FloatTensor` of shape `(prefix_length, positions)`, *optional*):
+            See [`~connector_attention.prefix_origins`].
+        grid: rows and columns of the positions on the picture; `None` where the prefix is not spatial.
+        num_leading: positions before the grid's (class token …), with `vision_feature_select_strategy="full"`.
+        why_not_spatial: the reason where `grid` is `None`.
+        picture (`torch.FloatTensor` of shape `(height, width, channels)`): what the tower saw, from 0 to 1.
+    """
+
+    words: list[str]
+    ids: torch.Tensor
+    attention: list[torch.Tensor]
+    kind: str
+    origins: torch.Tensor | None
+    grid: tuple[int, int] | None
+    num_leading: int
+    why_not_spatial: str | None
+    picture: torch.Tensor = field(repr=False)
+
+    def by_word(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
+        """Attention `(words, prefix_length)`, averaged over heads and over `layers` (an index or several; all)."""
+        chosen = range(len(self.attention)) if layers is None else [layers] if isinstance(layers, int) else layers
+        return torch.stack([self.attention[layer].mean(dim=0) for layer in chosen]).mean(dim=0)
+
+    def share(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
+        """The part `(words,)` of each word's attention that goes to the image."""
+        return self.by_word(layers).sum(dim=-1)
+
+    def maps(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
+        """
+        Attention laid out on the picture: `(words, rows, columns)`.
+
+        Raises:
+            ValueError: if the prefix is not spatial; says why.
+        """
+        if self.grid is None or self.origins is None:
+            raise ValueError(f"The prefix is not spatial: {self.why_not_spatial} Use `by_word()`.")
+        on_positions = self.by_word(layers) @ self.origins
+        return on_positions[:, self.num_leading :].reshape(-1, *self.grid)
+
+    def plot(self, path: str | Path | None = None, *, layers: int | Sequence[int] | None = None, max_words: int = 24) -> Any:
+        """Over the picture where the prefix is spatial, else bars; a matplotlib `Figure`, written to `path`."""
+        return _draw_attention(self, path, layers=layers, max_words=max_words)
+
+
+def _draw_attention(
+    result: ImageAttention,
     path: str | Path | None = None,
     *,
     layers: int | Sequence[int] | None = None,
@@ -83,14 +187,14 @@ def draw_attention(
     return finish(draw(result, title, layers, max_words), path)
 
 
-def _titles(result: "ImageAttention", layers: Any, max_words: int) -> list[str]:
+def _titles(result: ImageAttention, layers: Any, max_words: int) -> list[str]:
     words = [shown(word) for word in result.words[:max_words]]
     if result.kind == "gated":  # all of it is the image's
         return words
     return [f"{word}  {share:.0%}" for word, share in zip(words, result.share(layers).tolist(), strict=False)]
 
 
-def _draw_maps(result: "ImageAttention", title: str, layers: Any, max_words: int) -> Any:
+def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) -> Any:
     from matplotlib import colormaps
 
     titles = _titles(result, layers, max_words)
@@ -127,7 +231,7 @@ def _draw_maps(result: "ImageAttention", title: str, layers: Any, max_words: int
     return figure
 
 
-def _draw_bars(result: "ImageAttention", title: str, layers: Any, max_words: int) -> Any:
+def _draw_bars(result: ImageAttention, title: str, layers: Any, max_words: int) -> Any:
     titles, values = _titles(result, layers, max_words), 100 * result.by_word(layers)[:max_words]
     figure = new_figure(7.6, 0.55 * len(titles) + 1.7)
     figure.suptitle(title, fontsize=12)
@@ -138,13 +242,70 @@ def _draw_bars(result: "ImageAttention", title: str, layers: Any, max_words: int
         axes.tick_params(length=2)
         axes.locator_params(axis="y", nbins=2)
     all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    reason = textwrap.fill(f"(no places on the picture: {result.why_not_spatial.rstrip('.')})", 72)
+    reason = (result.why_not_spatial or "").rstrip(".")
+    reason = textwrap.fill(f"(no places on the picture: {reason})", 72)
     all_axes[-1].set_xlabel(f"prefix vector\n{reason}", fontsize=9.5)
     figure.supylabel("% of the word's attention", fontsize=10)
     return figure
 
 
-def draw_sightedness(result: "Sightedness", path: str | Path | None = None, *, max_texts: int = 6) -> Any:
+# --------------------------------------------------------------------------------------------------------- sightedness
+
+
+@dataclass
+class WordSightedness:
+    """
+    One text of `sightedness`.
+
+    Args:
+        words: the tokens that were scored, EOS among them where the model learns to write it.
+        ids (`torch.LongTensor` of shape `(words,)`).
+        log_likelihood (`torch.FloatTensor` of shape `(words,)`): nats, with the text's own picture.
+        swapped (`torch.FloatTensor` of shape `(others, words)`): nats, with each other picture.
+        image, prompt: as they were given.
+    """
+
+    words: list[str]
+    ids: torch.Tensor
+    log_likelihood: torch.Tensor
+    swapped: torch.Tensor
+    image: Any = field(default=None, repr=False)
+    prompt: str = ""
+
+    @property
+    def drop(self) -> torch.Tensor:
+        """Nats `(words,)` that each word loses when the picture is another, averaged over the others. Positive: its own
+        picture made it likelier; zero: the model did not use the picture; negative: it was misled."""
+        return self.log_likelihood - self.swapped.mean(dim=0)
+
+
+@dataclass
+class Sightedness:
+    """Of `sightedness`: `samples`, one `WordSightedness` per text."""
+
+    samples: list[WordSightedness]
+
+    @property
+    def mean(self) -> float:
+        """Nats per word, over all words of all texts."""
+        return float(torch.cat([sample.drop for sample in self.samples]).mean())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain row per word: for a table, a data frame or JSON."""
+        return [
+            {"text": text, "position": position, "word": word, "log_likelihood": own, "drop": drop}
+            for text, sample in enumerate(self.samples)
+            for position, (word, own, drop) in enumerate(
+                zip(sample.words, sample.log_likelihood.tolist(), sample.drop.tolist(), strict=True)
+            )
+        ]
+
+    def plot(self, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
+        """Words coloured by their drop, beside their pictures; a matplotlib `Figure`, written to `path`."""
+        return _draw_sightedness(self, path, max_texts=max_texts)
+
+
+def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
     """Each text beside its picture, every word on the colour of its drop, with the number under it."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -174,8 +335,10 @@ def draw_sightedness(result: "Sightedness", path: str | Path | None = None, *, m
         for (row, x, wide, word), drop in zip(rows, sample.drop.tolist(), strict=True):
             colour = colours.to_rgba(drop)
             y = top + line * row
-            box = {"boxstyle": "round,pad=0,rounding_size=0.05", "facecolor": colour, "edgecolor": "#999999"}
-            right.add_patch(FancyBboxPatch((x, y), wide, 0.27, linewidth=0.6, **box))
+            box = FancyBboxPatch(
+                (x, y), wide, 0.27, "round,pad=0,rounding_size=0.05", linewidth=0.6, facecolor=colour, edgecolor="#999999"
+            )
+            right.add_patch(box)
             right.text(x + wide / 2, y + 0.135, word, ha="center", va="center", fontsize=10.5, color=_ink(colour))
             right.text(
                 x + wide / 2,
@@ -207,4 +370,4 @@ def _lay_out(sample: Any, width: float) -> list[tuple[int, float, float, str]]:
     return places
 
 
-__all__ = ["draw_attention", "draw_nearest_words", "draw_sightedness"]
+__all__ = ["ImageAttention", "NearestWords", "Sightedness", "WordSightedness"]
