@@ -120,3 +120,24 @@ def test_a_quantized_parent_is_never_saved(tmp_path: Path, backend: str) -> None
     again = Model.from_pretrained(tmp_path / "trained")
     assert again.model.language_model.dtype == torch.float32
     assert torch.equal(again.model.connector.output.weight, model.model.connector.output.weight)
+
+
+@pytest.mark.parametrize("wrap", ["wrapped", "injected", "wrapped with its head saved"])
+def test_a_model_that_has_an_adapter_already_takes_a_second_of_the_same_layers(tmp_path: Path, wrap: str) -> None:
+    from modeling_frozen.training.lora import lora_config
+
+    model, _ = join(tmp_path)
+    plain = lora_config(model, r=2)
+    if wrap == "injected":
+        peft.inject_adapter_in_model(plain, model)
+        again = lora_config(model, r=2)
+    else:
+        first = plain if wrap == "wrapped" else lora_config(model, r=2, modules_to_save=["connector", "lm_head"])
+        tuned = peft.get_peft_model(model, first)
+        again = lora_config(tuned, r=2)
+        tuned.add_adapter("second", again)
+        names = [name for name, _ in tuned.named_parameters() if ".lora_A." in name]
+        first, second = ({n.partition(".lora_A.")[0] for n in names if f".{a}." in n} for a in ("default", "second"))
+        assert first == second
+    assert again.target_modules == plain.target_modules
+    assert set(again.modules_to_save) == set(plain.modules_to_save) == {"connector"}
