@@ -30,8 +30,8 @@ class Arguments:
     split: str = "test"
     task: str = field(default="captioning", metadata={"help": "'captioning' or 'vqa'."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    image_column: str = "image"
-    prompt_column: str = "prompt"
+    image_column: str | None = None
+    prompt_column: str | None = None
     references_column: str | None = None
     prompt: str = field(default="", metadata={"help": "For a dataset without a column of prompts."})
     rows: int | None = field(default=None, metadata={"help": "Only the first so many rows."})

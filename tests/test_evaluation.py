@@ -73,19 +73,19 @@ def test_a_random_connector_differs_from_a_loaded_one_too(joined: tuple[Any, Any
 
 
 def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, Any]) -> None:
-    from modeling_frozen.evaluation.evaluator import _others_pictures, _read
+    from modeling_frozen.evaluation.evaluator import _images_of_others, _read
 
     data = [{**row, "text": "a"} for row in captioned_rows(12)]
     for seed in range(20):
-        read = _read(data, "image", "prompt", None, "")
-        others = _others_pictures(read, seed)
+        read = _read(joined[1], data, None, None, None, "")
+        others = _images_of_others(read, seed)
         assert all(read[i]["keys"] != read[j]["keys"] for i, j in enumerate(others))
         assert {read[j]["keys"][0] for j in others} == {row["keys"][0] for row in read}
     with pytest.raises(ValueError, match="show the same"):
         evaluate(*joined, captioned_rows(1), **GENERATE)
 
 
-def test_copies_under_another_name_are_the_same_picture(tmp_path: Path) -> None:
+def test_copies_under_another_name_are_the_same_picture(joined: tuple[Any, Any], tmp_path: Path) -> None:
     from modeling_frozen.evaluation.evaluator import _read
 
     names = ["first.png", "copy.png", "other.png"]
@@ -93,7 +93,8 @@ def test_copies_under_another_name_are_the_same_picture(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4), COLOURS[colour]).save(tmp_path / name)
     paths = [str(tmp_path / name) for name in names]
     for images in (paths, [{"path": path, "bytes": None} for path in paths]):
-        keys = [row["keys"] for row in _read([{"image": one, "text": "a"} for one in images], "image", "prompt", None, "")]
+        data = [{"image": one, "text": "a"} for one in images]
+        keys = [row["keys"] for row in _read(joined[1], data, None, None, None, "")]
         assert keys[0] == keys[1] != keys[2]
 
 
@@ -168,7 +169,7 @@ def test_a_killed_run_goes_on_where_it_was(joined: tuple[Any, Any], tmp_path: Pa
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 4 * 8 and len({(line["kind"], line["row"]) for line in lines}) == 32
     assert lines[: len(first)] == first
-    assert set(lines[0]) == {"run", "kind", "row", "images", "prompt", "prediction", "references"}
+    assert set(lines[0]) == {"run", "kind", "row", "images", "prompt", "output", "prediction", "references"}
     written = json.loads((out / "results.json").read_text())
     assert written["sighted"] == pytest.approx(result.scores["sighted"])
     # A finished run is not run again; a changed connector is.
@@ -227,3 +228,179 @@ def test_mistakes_are_named(joined: tuple[Any, Any]) -> None:
         evaluate(*joined, captioned_rows(), kinds=("blind",))
     with pytest.raises(ValueError, match="references"):
         evaluate(*joined, [{"image": None, "label": 3}])
+
+
+# --------------------------------------------------------------------------------------------- what is shown, what is kept
+
+
+def calls_of_generate(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The batches that the model is asked, as they are asked."""
+    from modeling_frozen.evaluation import evaluator
+
+    calls, whole = [], evaluator._generate
+    monkeypatch.setattr(evaluator, "_generate", lambda *args: calls.append(args[2]) or whole(*args))
+    return calls
+
+
+def test_the_column_images_is_read_as_the_collator_reads_it(joined: tuple[Any, Any]) -> None:
+    data = captioned_rows()
+    expected = evaluate(*joined, data, kinds=("sighted", "blind"), **GENERATE).predictions
+    lists = [{"images": [row["image"]], **{k: v for k, v in row.items() if k != "image"}} for row in data]
+    assert evaluate(*joined, lists, kinds=("sighted", "blind"), **GENERATE).predictions == expected
+    named = [{"photo": row["image"], **{k: v for k, v in row.items() if k != "image"}} for row in data]
+    assert evaluate(*joined, named, image_column="photo", kinds=("sighted", "blind"), **GENERATE).predictions == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"image_column": "imgae"}, "Row 0 has no image column 'imgae'"),
+        ({"photo": None, "image": ...}, {}, "Row 2 has no image column 'image' or 'images'"),
+        ({"prompt": "<image> what ?", "image": None}, {}, "Row 2 has 0 images, and its prompt .* holds 1 <image>"),
+        ({"prompt": "<image> or <image> ?"}, {}, "Row 2 has 1 images, and its prompt .* holds 2 <image>"),
+        ({}, {"prompt_column": "qestion"}, "Row 0 has no prompt column 'qestion'"),
+        ({"answers": {"n": [1]}, "captions": None}, {}, "Row 2: references must be strings or numbers"),
+        ({"captions": [None]}, {}, "Row 2: references must be strings or numbers"),
+        ({"captions": []}, {}, "Row 2 has no references"),
+        ({}, {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+    ],
+)
+def test_a_row_that_would_be_read_wrongly_is_refused(
+    joined: tuple[Any, Any], change: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    data = captioned_rows(4)
+    data[2] = {key: value for key, value in {**data[2], **change}.items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        evaluate(*joined, data, kinds=("sighted",), **{**GENERATE, **options})
+
+
+def test_a_split_without_any_image_is_refused(joined: tuple[Any, Any]) -> None:
+    data = [{**row, "image": None} for row in captioned_rows(4)]
+    with pytest.raises(ValueError, match="No row has an image"):
+        evaluate(*joined, data, kinds=("sighted",), **GENERATE)
+    data[0]["image"] = captioned_rows(1)[0]["image"]  # rows of text alone may be among others
+    assert len(evaluate(*joined, data, kinds=("sighted",), **GENERATE).predictions["sighted"]) == 4
+
+
+def test_references_may_be_numbers_and_tables(joined: tuple[Any, Any]) -> None:
+    for answers in (3, [3, 3], {"answer": ["3", "3"]}, {"text": ["3"], "answer_start": [0]}, torch.tensor([3]), 3.0):
+        data = [{**row, "captions": None, "answers": answers} for row in captioned_rows(4)]
+        result = evaluate(
+            *joined, data, task="vqa", kinds=("sighted",), postprocess=lambda text: "3", num_resamples=0, **GENERATE
+        )
+        expected = float(not isinstance(answers, float))  # "3.0" is not "3"
+        assert result.scores["sighted"]["exact_match"] == expected, answers
+
+
+def test_an_output_with_scores_is_read_too(joined: tuple[Any, Any]) -> None:
+    options = {"kinds": ("sighted",), **GENERATE}
+    expected = evaluate(*joined, captioned_rows(4), **options).predictions
+    assert evaluate(*joined, captioned_rows(4), **options, return_dict_in_generate=True, output_scores=True).predictions == expected
+
+
+def change_one_value(model: Any, processor: Any) -> None:
+    model.model.language_model.model.layers[0].mlp.up_proj.weight.data[1, 3] += 1e-3
+
+
+CHANGES = {
+    "image_position": lambda model, processor: setattr(processor, "image_position", "end"),
+    "image processor": lambda model, processor: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3]),
+    "chat template": lambda model, processor: setattr(processor, "chat_template", "{{ messages[0]['content'] }}"),
+    "tokenizer": lambda model, processor: processor.tokenizer.add_tokens(["square ."]),
+    "generation config": lambda model, processor: setattr(model.generation_config, "repetition_penalty", 1.7),
+    "config": lambda model, processor: setattr(model.config.text_config, "rms_norm_eps", 1e-3),
+    "one value of a frozen parent": change_one_value,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_can_change_an_answer_is_asked_anew(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = join(tmp_path)
+    calls = calls_of_generate(monkeypatch)
+    options = {"kinds": ("sighted",), "output_dir": tmp_path / "out", **GENERATE}
+    evaluate(model, processor, captioned_rows(), **options)
+    calls.clear()
+    evaluate(model, processor, captioned_rows(), batch_size=3, **options)
+    assert not calls
+    CHANGES[change](model, processor)
+    fresh = evaluate(model, processor, captioned_rows(), **{**options, "output_dir": None})
+    calls.clear()
+    assert evaluate(model, processor, captioned_rows(), **options).predictions == fresh.predictions
+    assert calls
+
+
+def test_adapters_switched_off_and_another_order_are_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    from modeling_frozen.training.lora import lora_config
+
+    model, processor = join(tmp_path)
+    tuned = peft.get_peft_model(model, lora_config(model, r=2, init_lora_weights=False))
+    calls = calls_of_generate(monkeypatch)
+    options = {"kinds": ("sighted",), "output_dir": tmp_path / "out", **GENERATE}
+    evaluate(tuned.get_base_model(), processor, captioned_rows(), **options)
+    calls.clear()
+    with tuned.disable_adapter():
+        evaluate(tuned.get_base_model(), processor, captioned_rows(), **options)
+    assert calls
+    calls.clear()
+    evaluate(tuned.get_base_model(), processor, captioned_rows()[::-1], **options)
+    assert calls
+
+
+def test_another_postprocess_is_applied_to_what_was_generated(
+    joined: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = calls_of_generate(monkeypatch)
+    options = {"kinds": ("sighted",), "output_dir": tmp_path, **GENERATE}
+    first = evaluate(*joined, captioned_rows(), **options).predictions["sighted"]
+    calls.clear()
+    data = [{**row, "captions": ["another"]} for row in captioned_rows()]
+    upper = evaluate(*joined, data, postprocess=str.upper, **options).predictions["sighted"]
+    assert not calls and [text.strip() for text in upper] == [text.upper() for text in first] != first
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in sorted(lines, key=lambda line: line["row"])] == upper
+    assert all(line["references"] == ["another"] for line in lines)
+
+
+@pytest.mark.parametrize("prompt", ["schö", "a\u2028b \u0085 c\x0b d", "lone \ud800"])
+def test_a_log_of_any_bytes_is_resumed(
+    joined: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    data = [{**row, "prompt": prompt.replace("\ud800", "")} for row in captioned_rows(4)]  # which tokenizers refuse
+    options = {"kinds": ("sighted",), "output_dir": tmp_path, "postprocess": lambda text: prompt, **GENERATE}
+    whole = evaluate(*joined, data, **options).predictions
+    path = tmp_path / "predictions.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    assert len(lines) == 5
+    broken = json.dumps({"run": json.loads(lines[0])["run"], "output": "x"}).encode()
+    cut = "schö".encode()[:-1]
+    path.write_bytes(b"\n".join([b"[]", b"3", b"null", broken, b"", *lines[:3], lines[3] + b"\n" + b'{"prompt": "' + cut]))
+    calls = calls_of_generate(monkeypatch)
+    assert evaluate(*joined, data, **options).predictions == whole
+    assert not calls
+    assert len(path.read_bytes().splitlines()) >= 4
+
+
+def test_progress_counts_generated_rows_at_their_mean_time(joined: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from modeling_frozen.evaluation import evaluator
+
+    bars: list[Any] = []
+
+    class Recorded(evaluator.tqdm):  # a bar as it is, whose numbers are looked at
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **{**options, "disable": False, "mininterval": 0})
+            bars.append((self, []))
+
+        def update(self, n: float = 1) -> Any:
+            done = super().update(n)
+            facts = self.format_dict
+            bars[-1][1].append((facts["n"], facts["rate"], facts["unit"]))
+            return done
+
+    monkeypatch.setattr(evaluator, "tqdm", Recorded)
+    data = [{**row, "prompt": f"a {'picture ' * (i % 3)}"} for i, row in enumerate(captioned_rows(8))] * 2
+    evaluate(*joined, data, kinds=("sighted",), batch_size=3, **GENERATE)
+    ((bar, updates),) = bars
+    distinct = len({(row["prompt"], row["image"].tobytes()) for row in data})
+    assert bar.total == distinct < len(data) and [n for n, _, _ in updates] == [3, 6, 8]
+    assert bar.unit == "row" and bar.smoothing == 0  # the mean over all rows until now, and not of the last call alone

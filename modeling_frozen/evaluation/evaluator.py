@@ -1,6 +1,6 @@
-"""Scores that can't fool their reader: beside every score, from the same run, those of the same model without its eyes.
+"""Evaluation: beside every score, from the same run, those of the same model without its images.
 
-A language model guesses much without looking: Frozen answers 26.2 % of VQAv2 blind, and 29.5 % with its eyes open
+A language model guesses much from the words alone: Frozen answers 26.2 % of VQAv2 blind, and 29.5 % with the images
 (Tsimpoukelli et al. 2021, arXiv 2106.13884, table 1). So each split is predicted under four conditions:
 
 - *sighted*: as it is;
@@ -15,6 +15,8 @@ import hashlib
 import json
 import random
 import statistics
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +27,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.columns import images_of, no_image_column
 from ..data.image_reading import digest_of_image
 from ..freezing import CONNECTING
 from ..metrics.scores import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
+from ..weight_digests import weights_digest
 
 
 KINDS = ("sighted", "blind", "random_connector", "language_model")
@@ -59,7 +63,7 @@ TASKS: dict[str, tuple[Callable[..., dict[str, float]] | None, Callable[..., dic
 @dataclass
 class Evaluation:
     """
-    What [`evaluate`] found.
+    What [`evaluate`] returns.
 
     Args:
         task (`str`): of `TASKS`.
@@ -109,8 +113,8 @@ def evaluate(
     *,
     task: str = "captioning",
     kinds: Sequence[str] = KINDS,
-    image_column: str = "image",
-    prompt_column: str = "prompt",
+    image_column: str | None = None,
+    prompt_column: str | None = None,
     references_column: str | None = None,
     prompt: str = "",
     batch_size: int = 16,
@@ -126,28 +130,32 @@ def evaluate(
     Args:
         model: a `FrozenPrefixForConditionalGeneration`; it is in eval mode meanwhile.
         processor: its `FrozenPrefixProcessor`.
-        dataset: rows with an image (or a list of images; None for none), maybe a prompt, and references.
+        dataset: rows with an image (or a list of images; None for a row of text alone), maybe a prompt, and references.
         task (`str`): "captioning" (BLEU, ROUGE-L, CIDEr-D) or "vqa" (exact match, token F1, and
             VQA accuracy where every question has more than three answers).
         kinds: which of `KINDS`; "sighted" must be among them.
         image_column, prompt_column, references_column:
-            Names of the columns. References: one string, a list of them, or VQA's list of `{"answer": …}`; by default the
-            first of `captions`, `answers`, `references`, `answer`, `text`, `caption` that is there.
-        prompt (`str`): for rows without a prompt column.
+            Names of the columns, by default `image`, else `images`; `prompt`; and of references the first of `captions`,
+            `answers`, `references`, `answer`, `text`, `caption` that holds something: a string or number, a list of them,
+            or VQA's list of `{"answer": …}`.
+        prompt (`str`): for a dataset without a column of prompts.
         batch_size (`int`): rows of a batch; batches hold prompts of similar length.
         output_dir (`str`, *optional*):
-            Folder for `predictions.jsonl` (a line per prediction, as soon as it is made; a second run with the same model,
-            rows and settings takes what is there) and `results.json`.
+            Folder for `predictions.jsonl` (a line per prediction, as soon as it is made) and `results.json`. A second run
+            takes what is there, if model, processor, generation config, rows, their order and settings are the same to the
+            last value; `batch_size` may differ, so that a run which was out of memory can go on.
         postprocess: makes of the generated text what is scored.
         seed (`int`): of the shuffle, the random connector and the bootstrap.
         num_resamples (`int`): bootstrap resamples (Efron 1979); 0 for no intervals.
-        generate_kwargs: as for `generate`; `do_sample=False` by default.
+        generate_kwargs: as for `generate`; `do_sample=False` unless a `generation_config` is among them.
 
     Returns:
         [`Evaluation`]
 
     Raises:
-        ValueError: for an unknown task or kind, rows without references, or fewer than two different pictures for "blind".
+        ValueError: for an unknown task or kind; rows without references, without the image column or with another number of
+            images than of placeholders; no image in any row; fewer than two different images for "blind"; several answers
+            to a row (`num_return_sequences`).
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r} is unknown: choose one of {sorted(TASKS)}.")
@@ -155,35 +163,44 @@ def evaluate(
         raise ValueError(f"kinds hold {sorted(unknown)}: the choices are {list(KINDS)}.")
     if "sighted" not in kinds:
         raise ValueError(f"kinds={list(kinds)} lack 'sighted', beside which the others stand.")
-    generate_kwargs = {"do_sample": False, **generate_kwargs}
-    rows = _read(dataset, image_column, prompt_column, references_column, prompt)
+    if "generation_config" not in generate_kwargs:
+        generate_kwargs = {"do_sample": False, **generate_kwargs}
+    used = generate_kwargs.get("generation_config") or model.generation_config
+    if (several := generate_kwargs.get("num_return_sequences", used.num_return_sequences) or 1) != 1:
+        raise ValueError(f"num_return_sequences={several}: one answer to each row is scored, so leave it at 1.")
+    sampled = bool(generate_kwargs.get("do_sample", used.do_sample))
+    rows = _read(processor, dataset, image_column, prompt_column, references_column, prompt)
     settings = {"prompt": prompt, "seed": seed, "generate": generate_kwargs}
     folder = None if output_dir is None else Path(output_dir)
-    if folder is not None:
+    if folder is None:
+        log = _PredictionLog(None, "", rows, postprocess)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
-    log = _PredictionLog(None if folder is None else folder / "predictions.jsonl", _run_of(model, rows, settings))
-    blind = _others_pictures(rows, seed) if "blind" in kinds else None
+        log = _PredictionLog(folder / "predictions.jsonl", _run_of(model, processor, rows, settings), rows, postprocess)
+    images_of = _images_of_others(rows, seed) if "blind" in kinds else list(range(len(rows)))
     predictions: dict[str, list[str]] = {}
-    known: dict[tuple[str, ...], str] = {}  # what the model said of the same pictures and prompt
+    known: dict[tuple[str, ...], str] = {}  # the output for the same images and prompt
     for kind in kinds:
         if kind == "random_connector":
             with random_connectors(model, seed):
-                predictions[kind] = _predict(model, processor, rows, kind, log, {}, batch_size, postprocess, generate_kwargs)
+                predictions[kind] = _predict(model, processor, rows, kind, log, {}, batch_size, generate_kwargs)
             continue
-        seen = [row if kind == "sighted" else {**row, "images": [], "keys": []} for row in rows]
+        seen = rows
         if kind == "blind":
-            seen = [{**row, "images": rows[j]["images"], "keys": rows[j]["keys"]} for row, j in zip(rows, blind, strict=True)]
-        memory = known if not generate_kwargs["do_sample"] else {}
-        predictions[kind] = _predict(model, processor, seen, kind, log, memory, batch_size, postprocess, generate_kwargs)
+            pairs = ((row, rows[other]) for row, other in zip(rows, images_of, strict=True))
+            seen = [{**row, "images": other["images"], "keys": other["keys"]} for row, other in pairs]
+        if kind == "language_model":
+            seen = [{**row, "images": [], "keys": []} for row in rows]
+        predictions[kind] = _predict(model, processor, seen, kind, log, {} if sampled else known, batch_size, generate_kwargs)
 
     references = [row["references"] for row in rows]
     over_all, by_row = TASKS[task]
     scores: dict[str, dict[str, float]] = {}
     single: dict[str, dict[str, list[float]]] = {}
-    for kind, said in predictions.items():
-        single[kind] = by_row(said, references)
+    for kind, texts in predictions.items():
+        single[kind] = by_row(texts, references)
         means = {name: statistics.fmean(values) for name, values in single[kind].items()}
-        scores[kind] = means if over_all is None else over_all(said, references)
+        scores[kind] = means if over_all is None else over_all(texts, references)
     if "blind" in single:
         single["gain"] = {
             name: [a - b for a, b in zip(values, single["blind"][name], strict=True)]
@@ -200,24 +217,24 @@ def over_seeds(results: Sequence[Evaluation], seeds: Sequence[int] | None = None
     """Evaluations of several trainings as one results file: `{"seeds": [{"seed", condition: scores}, …], "mean", "std"}`.
     Standard deviations are the sample's (n - 1)."""
     runs = [{"seed": s, **one.scores} for s, one in zip(seeds or range(len(results)), results, strict=True)]
-    found: dict[str, Any] = {"task": results[0].task, "rows": len(results[0].references), "seeds": runs}
+    summary: dict[str, Any] = {"task": results[0].task, "rows": len(results[0].references), "seeds": runs}
     for title, count in (("mean", statistics.fmean), ("std", lambda v: statistics.stdev(v) if len(v) > 1 else 0.0)):
-        found[title] = {
+        summary[title] = {
             kind: {name: count([one.scores[kind][name] for one in results]) for name in scores}
             for kind, scores in results[0].scores.items()
         }
-    return found
+    return summary
 
 
-def table_over_seeds(found: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+def table_over_seeds(summary: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
     """
     One line per condition: mean, and the deviation where there are several seeds.
 
     Args:
-        found: of [`over_seeds`].
+        summary: of [`over_seeds`].
         names: which of the metrics; all by default.
     """
-    mean, std, count = found["mean"], found["std"], len(found["seeds"])
+    mean, std, count = summary["mean"], summary["std"], len(summary["seeds"])
     names = list(next(iter(mean.values()))) if names is None else names
     lines = [" " * 18 + "".join(f"{name:>18}" for name in names)]
     for kind, values in mean.items():
@@ -292,37 +309,50 @@ class EvaluationCallback(TrainerCallback):
         """Scores the split; the numbers go into `metrics`, by which Trainer chooses the best checkpoint, and into the log."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         self.results = evaluate(model, self.processor, self.dataset, **self.options)
-        found = {
+        scores_by_name = {
             f"eval_{'' if kind == 'sighted' else f'{kind}_'}{name}": value
             for kind, scores in self.results.scores.items()
             for name, value in scores.items()
         }
         if metrics is not None:
-            metrics.update(found)
-        self.trainer.log(dict(found))
+            metrics.update(scores_by_name)
+        self.trainer.log(dict(scores_by_name))
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
 def _read(
-    dataset: Any, image_column: str, prompt_column: str, references_column: str | None, prompt: str
+    processor: Any,
+    dataset: Any,
+    image_column: str | None,
+    prompt_column: str | None,
+    references_column: str | None,
+    prompt: str,
 ) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
+    digests: dict[str, bytes] = {}
     for index, row in enumerate(dataset):
-        images = row.get(image_column)
-        images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-        rows.append(
-            {
-                "index": index,
-                "images": images,
-                "keys": [digest_of_image(image, None, {}).hex() for image in images],
-                "prompt": row[prompt_column] if row.get(prompt_column) is not None else prompt,
-                "references": _references(index, row, references_column),
-            }
-        )
+        if prompt_column is not None and prompt_column not in row:
+            raise ValueError(f"Row {index} has no prompt column {prompt_column!r} (its columns: {sorted(row)}): name another.")
+        text = row.get(prompt_column or "prompt")
+        text = prompt if text is None else text
+        images = images_of(row, image_column)
+        if images is None:
+            raise ValueError(f"Row {index} has {no_image_column(row, image_column)}: name it; a row of text alone has None in it.")
+        placeholders = processor.count_image_tokens(text)
+        if placeholders and placeholders != len(images):
+            raise ValueError(
+                f"Row {index} has {len(images)} images, and its prompt {text!r:.80} holds {placeholders} "
+                f"{processor.image_token}: write one per image, or none."
+            )
+        keys = [digest_of_image(image, known=digests, name=f"image of row {index}").hex() for image in images]
+        references = _references(index, row, references_column)
+        rows.append({"index": index, "images": images, "keys": keys, "prompt": text, "references": references})
     if not rows:
         raise ValueError("The dataset has no rows to evaluate.")
+    if not any(row["images"] for row in rows):
+        raise ValueError(f"No row has an image in {image_column or 'image'!r}: what is scored as sighted would see nothing.")
     return rows
 
 
@@ -331,73 +361,111 @@ _REFERENCES = ("captions", "answers", "references", "answer", "text", "caption")
 
 def _references(index: int, row: Mapping[str, Any], column: str | None) -> list[str]:
     names = (column,) if column else _REFERENCES
-    found = next((row[name] for name in names if row.get(name)), None)
-    if found is None:
+    value = next((row[name] for name in names if row.get(name) is not None and str(row[name]) not in ("", "[]")), None)
+    if value is None:
         raise ValueError(f"Row {index} has no references in {list(names)} (its columns: {sorted(row)}): name the column.")
-    found = [found] if isinstance(found, str) else list(found)
-    return [one["answer"] if isinstance(one, Mapping) else str(one) for one in found]
+    if isinstance(value, Mapping):  # `datasets` turns a list of tables into a table of lists
+        value = value.get("answer", value.get("text"))
+    value = value.tolist() if hasattr(value, "tolist") else value
+    several = list(value) if isinstance(value, list | tuple) else [value]
+    texts = [one.get("answer") if isinstance(one, Mapping) else one for one in several]
+    if not all(isinstance(one, str | int | float) for one in texts):
+        raise ValueError(
+            f"Row {index}: references must be strings or numbers, a list of them or of {{'answer': …}}, got {several!r:.150}."
+        )
+    return [str(one) for one in texts]
 
 
-def _others_pictures(rows: list[dict[str, Any]], seed: int) -> list[int]:
-    """For each row, a row whose pictures it gets when blind: one cycle through all different pictures, of equal counts."""
-    rng, given = random.Random(seed), [0] * len(rows)
+def _images_of_others(rows: list[dict[str, Any]], seed: int) -> list[int]:
+    """For each row, a row whose images it gets when blind: one cycle through all different images, of equal counts."""
+    rng, others = random.Random(seed), [0] * len(rows)
     counts: dict[int, dict[tuple[str, ...], int]] = {}
     for index, row in enumerate(rows):
         counts.setdefault(len(row["keys"]), {}).setdefault(tuple(row["keys"]), index)
     for count, first in counts.items():
         if count and len(first) < 2:
             raise ValueError(
-                f"All rows with {count} image(s) show the same: to be blind, a row needs another's picture. "
+                f"All rows with {count} image(s) show the same: to be blind, a row needs another's image. "
                 'Leave "blind" out of `kinds`, or evaluate on more.'
             )
         order = rng.sample(list(first), len(first))
         after = dict(zip(order, order[1:] + order[:1], strict=True))
         for index, row in enumerate(rows):
             if len(row["keys"]) == count:
-                given[index] = first[after[tuple(row["keys"])]]
-    return given
+                others[index] = first[after[tuple(row["keys"])]]
+    return others
 
 
 # ---------------------------------------------------------------------------------------------------------- predictions
 
 
-def _run_of(model: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """Names a run: the same model, rows and settings."""
-    digest = hashlib.sha256(repr(sorted(settings.items(), key=str)).encode())
-    for row in rows:
-        digest.update(repr((row["keys"], row["prompt"])).encode())
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().reshape(-1)
-        # Parents by a few values: they are the same unless somebody changed them, and a connector is small.
-        value = value if parameter.requires_grad else value[:: max(1, value.numel() // 64)]
-        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+# What a tokenizer's files say of how it was loaded, and of its last call. All else that they hold may change an answer.
+_PASSING = {
+    "tokenizer.json": ("padding", "truncation"),
+    "tokenizer_config.json": (
+        "is_local", "local_files_only", "model_specific_special_tokens", "name_or_path", "processor_class",
+        "max_length", "pad_to_multiple_of", "pad_token_type_id", "stride", "truncation_strategy",
+    ),
+}  # fmt: skip
+
+
+def _run_of(model: Any, processor: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """Names a run by all that can change an answer, rounding and what `batch_size` does to it apart."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "saved_parts")}
+    parts: list[Any] = [
+        weights_digest(model),
+        config,
+        model.generation_config.to_dict(),
+        _adapters(model),
+        settings,
+    ]
+    parts += [[row["keys"], row["prompt"]] for row in rows]
+    with tempfile.TemporaryDirectory() as folder:  # a processor is what it saves: tokenizer, templates, sizes, positions
+        processor.save_pretrained(folder)
+        for file in sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.suffix != ".py"):
+            content: Any = file.read_text(encoding="utf-8", errors="replace")
+            if (passing := _PASSING.get(file.name)) is not None:
+                content = {key: value for key, value in json.loads(content).items() if key not in passing}
+            parts.append([file.name, content])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def _adapters(model: Any) -> list[Any]:
+    """Which of PEFT's adapters answer, and how strongly: no weight says that."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return [[name, one.active_adapters, one.disable_adapters, getattr(one, "scaling", None)] for name, one in layers]
 
 
 class _PredictionLog:
     """A JSONL file of predictions, a line each; lines of other runs are dropped when it is opened."""
 
-    def __init__(self, path: Path | None, run: str):
-        self.path, self.run = path, run
-        self.known: dict[tuple[str, int], str] = {}
+    def __init__(self, path: Path | None, run: str, rows: list[dict[str, Any]], postprocess: Callable[[str], str]):
+        self.path, self.run, self.postprocess = path, run, postprocess
+        self.outputs: dict[tuple[str, int], str] = {}
         if path is None:
             return
         kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # cut off where the run was killed
-                    continue
-                if entry.get("run") == run:
-                    kept.append(line)
-                    self.known[entry["kind"], entry["row"]] = entry["prediction"]
+        # Bytes, for a killed run may have been cut inside a letter, and lines end at "\n" alone.
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(entry, dict) or entry.get("run") != run or not {"kind", "row", "output"} <= entry.keys():
+                continue
+            kind, row, output = entry["kind"], entry["row"], entry["output"]
+            self.outputs[kind, row] = output
+            kept.append({**entry, "prediction": postprocess(output), "references": rows[row]["references"]})
         whole = path.with_name(f"{path.name}.new")
-        whole.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        whole.write_bytes(b"".join(map(_line, kept)))
         whole.replace(path)
 
-    def add(self, kind: str, row: dict[str, Any], prediction: str) -> None:
-        self.known[kind, row["index"]] = prediction
+    def add(self, kind: str, row: dict[str, Any], output: str) -> None:
+        self.outputs[kind, row["index"]] = output
         if self.path is None:
             return
         images = [getattr(image, "filename", None) or key for image, key in zip(row["images"], row["keys"], strict=True)]
@@ -407,11 +475,19 @@ class _PredictionLog:
             "row": row["index"],
             "images": images,
             "prompt": row["prompt"],
-            "prediction": prediction,
+            "output": output,
+            "prediction": self.postprocess(output),
             "references": row["references"],
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        with self.path.open("ab") as file:
+            file.write(_line(entry))
+
+    def predictions(self, kind: str, rows: list[dict[str, Any]]) -> list[str]:
+        return [self.postprocess(self.outputs[kind, row["index"]]) for row in rows]
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def _predict(
@@ -422,15 +498,14 @@ def _predict(
     log: _PredictionLog,
     memory: dict[tuple[str, ...], str],
     batch_size: int,
-    postprocess: Callable[[str], str],
     generate_kwargs: dict[str, Any],
 ) -> list[str]:
-    """What the model says of each row, in order. `memory` spares what it said of the same pictures and prompt before."""
+    """Predictions of each row, in order. `memory` spares outputs for the same images and prompt as before."""
     todo: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = (row["prompt"], *row["keys"])
-        if (kind, row["index"]) in log.known:
-            memory.setdefault(key, log.known[kind, row["index"]])
+        if (kind, row["index"]) in log.outputs:
+            memory.setdefault(key, log.outputs[kind, row["index"]])
         elif key in memory:
             log.add(kind, row, memory[key])
         else:
@@ -438,25 +513,26 @@ def _predict(
     # Long prompts first: what does not fit into memory fails at once, and each batch has little padding.
     length = {key: len(processor.tokenizer(key[0])["input_ids"]) for key in todo}
     order = sorted(todo, key=lambda key: (-length[key], len(key)))
-    bar = tqdm(total=len(rows), initial=len(rows) - sum(map(len, todo.values())), desc=kind, disable=not todo)
+    # Rows that are generated, and the time left by their mean time: copies cost nothing, and a batch comes at once.
+    bar = tqdm(total=len(order), desc=kind, unit="row", smoothing=0, disable=not todo)
     for start in range(0, len(order), batch_size):
         keys = order[start : start + batch_size]
         batch = [todo[key][0] for key in keys]
-        for key, text in zip(keys, _generate(model, processor, batch, generate_kwargs), strict=True):
-            memory[key] = postprocess(text)
+        for key, output in zip(keys, _generate(model, processor, batch, generate_kwargs), strict=True):
+            memory[key] = output
             for row in todo[key]:
-                log.add(kind, row, memory[key])
-                bar.update()
+                log.add(kind, row, output)
+        bar.update(len(keys))
     bar.close()
-    return [log.known[kind, row["index"]] for row in rows]
+    return log.predictions(kind, rows)
 
 
 @torch.no_grad()
 def _generate(model: Any, processor: Any, batch: list[dict[str, Any]], generate_kwargs: dict[str, Any]) -> list[str]:
     texts = [_with_placeholders(processor, row) for row in batch]
     images = [_opened(row["images"]) for row in batch]
-    given = {"images": images} if any(images) else {}
-    inputs = processor(text=texts, padding=True, return_tensors="pt", **given).to(model.device)
+    shown = images if any(images) else None
+    inputs = processor(text=texts, images=shown, padding=True, return_tensors="pt").to(model.device)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -464,6 +540,7 @@ def _generate(model: Any, processor: Any, batch: list[dict[str, Any]], generate_
     finally:
         for module, training in modes.items():
             module.training = training
+    ids = getattr(ids, "sequences", ids)
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return processor.batch_decode(ids[:, start:], skip_special_tokens=True)
 
