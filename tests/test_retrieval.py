@@ -496,3 +496,18 @@ def test_a_constructed_model_comes_back(tmp_path: Path) -> None:
     half = Retrieval.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert half.logit_scale.dtype == half.model.connector.output.weight.dtype == torch.float32
     assert half.model.language_model.dtype == torch.bfloat16 and half.get_text_features(ids).pooler_output.isfinite().all()
+
+
+@pytest.mark.parametrize("texts", [[""], ["a picture", " "], []])
+def test_a_text_without_a_token_is_named(tmp_path: Path, texts: list[str]) -> None:
+    save_parents(tmp_path)
+    tokenizer(bos=False).save_pretrained(tmp_path / "words")
+    model = FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(str(tmp_path / "tower"), str(tmp_path / "words"))
+    processor = FrozenPrefixProcessor.from_model(model)
+    message = f"Text {len(texts) - 1} .* holds no token" if texts else "no texts"
+    with pytest.raises(ValueError, match=message):
+        embed_texts(model, processor, texts, batch_size=1)
+    with pytest.raises(ValueError, match="no images"):
+        embed_images(model, processor, [])
+    with pytest.raises(ValueError, match="no texts"):
+        class_embeddings(model, processor, [])

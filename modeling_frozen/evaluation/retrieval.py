@@ -52,6 +52,8 @@ def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_siz
     Returns:
         `torch.FloatTensor` of shape `(images, projection_dim)`, each of length 1, on the CPU.
     """
+    if len(images) == 0:
+        raise ValueError("There are no images to embed.")
     embeds = []
     with _evaluating(model):
         for start in range(0, len(images), batch_size):
@@ -66,15 +68,19 @@ def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_siz
 
 
 def embed_texts(model: Any, processor: Any, texts: Sequence[str], *, batch_size: int = 64) -> torch.Tensor:
-    """Embeddings of texts: `(texts, projection_dim)`, each of length 1, on the CPU. Arguments as [`embed_images`]."""
-    known = processor.tokenizer.model_max_length
-    limits = {"truncation": True} if known < int(1e20) else {}
+    """Embeddings of texts: `(texts, projection_dim)`, each of length 1, on the CPU. Arguments as [`embed_images`]. A text
+    without a token is a ValueError."""
+    if len(texts) == 0:
+        raise ValueError("There are no texts to embed.")
+    truncation = processor.tokenizer.model_max_length < int(1e20)
     embeds = []
     with _evaluating(model):
         for start in range(0, len(texts), batch_size):
-            inputs = processor.tokenizer(
-                list(texts[start : start + batch_size]), padding=True, return_tensors="pt", **limits
-            ).to(_device(model))
+            batch = list(texts[start : start + batch_size])
+            inputs = processor.tokenizer(batch, padding=True, truncation=truncation, return_tensors="pt").to(_device(model))
+            for index, tokens in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
+                if not tokens:
+                    raise ValueError(f"Text {start + index} ({batch[index]!r:.40}) holds no token to embed: leave it out.")
             embeds.append(model.get_text_features(**inputs).pooler_output.float().cpu())
     return nn.functional.normalize(torch.cat(embeds), dim=-1)
 
