@@ -165,9 +165,12 @@ class FrozenPrefixConfig(CompositeConfig):
     ```"""
 
     model_type = "frozen-prefix"
-    # What Trainer's evaluation leaves aside: caches, and hidden states of every word and position of a whole data set.
+    # What Trainer's evaluation leaves aside: every field of an output that is no score.
     keys_to_ignore_at_inference = [
         *CACHE_NAMES, "text_model_output", "vision_model_output", "contrastive_loss", "caption_loss",
+        "image_hidden_states", "video_hidden_states", "audio_hidden_states", "hidden_states", "attentions",
+        "cross_attentions", "decoder_hidden_states", "decoder_attentions",
+        "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions",
     ]  # fmt: skip
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),

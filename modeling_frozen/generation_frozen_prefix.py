@@ -149,6 +149,11 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             if kwargs.get(option, getattr(config, option, None)):
                 raise ValueError(f"`{option}` {reason}")
         refuse_prompts_of_old_peft(self)
+        if kwargs.get("labels") is not None and not self.config.is_encoder_decoder:
+            raise ValueError(
+                "generate() takes no `labels`: as Seq2SeqTrainer calls it with predict_with_generate=True, the prompts hold "
+                "the answers. Score what a decoder generates by `modeling_frozen.evaluation.EvaluationCallback`."
+            )
         if prefix_cache is not None:
             question = kwargs.pop("input_ids", None) if inputs is None else inputs
             inputs, kwargs = (

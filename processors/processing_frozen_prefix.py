@@ -401,6 +401,12 @@ class FrozenPrefixProcessor(ProcessorMixin):
         token = self.tokens.get(modality)
         return 0 if token is None else len(re.findall(f"(?<!{CONTROL_TOKEN_START}){re.escape(token)}", text))
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's, or its EOS: Seq2SeqTrainer pads by it what was generated."""
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
     def place_images(self, text: str, num_images: int, modality: str = "image") -> str:
         """The text with one placeholder per image; unchanged where it holds any."""
         if self.count_image_tokens(text, modality):
