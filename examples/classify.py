@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return {name: measured[f"eval_{name}"] for name in ("accuracy", "f1", "loss")}
 
     results = {"random_connector": score(test_rows)}
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     plot_training(trainer, out / "training.png")
     results |= {"sighted": score(test_rows), "blind": score(blind(test_rows, args.image_column, training.seed))}
     trainer.save_model()

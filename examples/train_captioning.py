@@ -10,7 +10,8 @@ shuffled so that none keeps its own; with a *random connector*, which never trai
 
 Into `--output_dir` go `results.json` (with all arguments), `training.png`, the store of features, and for each seed a
 checkpoint with its `predictions.jsonl`. With `--show`, a dataset whose photos may be shown, there are also a sheet of them
-(`sheet.png`) and what each word owes to the photo (`sightedness.png`). All of `TrainingArguments` are arguments too.
+(`sheet.png`) and what each word owes to the photo (`sightedness.png`). All of `TrainingArguments` are arguments too: a stopped
+run goes on with `--resume_from_checkpoint out`.
 """
 
 import json
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
@@ -177,6 +179,14 @@ def build(args: Arguments) -> tuple[Any, Any]:
     return model, FrozenPrefixProcessor.from_model(model)
 
 
+def checkpoint_of(training: CaptioningTrainingArguments) -> str | None:
+    """Where a seed goes on: at the checkpoint that was named, if it is its own, or at its last where all seeds' folder was."""
+    named, own = training.resume_from_checkpoint, Path(training.output_dir).resolve()
+    if named is not None and Path(named).resolve() == own.parent and own.is_dir():
+        return get_last_checkpoint(str(own))
+    return named if named is not None and Path(named).resolve().parent == own else None
+
+
 def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[str, Any]) -> tuple[Evaluation, Trainer]:
     """Trains one connector and captions the test photos under each condition."""
     set_seed(training.seed)
@@ -191,7 +201,7 @@ def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[
         data_collator=DataCollatorForFrozenPrefix(processor),
         processing_class=processor,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint_of(training))
     trainer.save_model()
     evaluation = caption(model, processor, *data["test"], args, seed=training.seed, output_dir=Path(training.output_dir))
     return evaluation, trainer
@@ -225,9 +235,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for split, (photos, _) in data.items()
     }
 
+    each = [replace(training, seed=seed, output_dir=str(output_dir / f"seed-{seed}")) for seed in args.seeds]
+    if training.resume_from_checkpoint is not None and not any(map(checkpoint_of, each)):
+        raise ValueError(
+            f"--resume_from_checkpoint {training.resume_from_checkpoint} is no checkpoint of this run: name one below "
+            f"{output_dir}, or that folder for the last of each seed."
+        )
     results = []
-    for seed in args.seeds:
-        of_seed = replace(training, seed=seed, output_dir=str(output_dir / f"seed-{seed}"))
+    for seed, of_seed in zip(args.seeds, each, strict=True):
         evaluation, trainer = run_seed(args, of_seed, data)
         results.append(evaluation)
         if seed == args.seeds[0]:

@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         data_collator=DataCollatorForFrozenPrefix(processor),
         processing_class=processor,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(str(folder / "eyes"))
     if not trainer.is_world_process_zero():
         return {}

@@ -1,13 +1,14 @@
 """examples/train_captioning.py on pictures of coloured squares with tiny parents: it learns, scores and writes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import train_captioning as example
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from modeling_frozen.evaluation.evaluator import KINDS
@@ -98,3 +99,31 @@ def test_the_prefix_starts_as_words(run: tuple[dict, Path]) -> None:
 def test_tidy() -> None:
     assert example.tidy("A dog , running .") == " a dog, running."
     assert example.tidy("Two  men") == " two men."
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint(dataset: str, tmp_path: Path) -> None:
+    vision, text = save_parents(tmp_path)
+
+    def run_in(name: str, *more: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path / name
+        options = {"vision": vision, "text": text, "dataset": dataset, "output_dir": str(folder), "views": 0}
+        options |= {"prefix_length": 4, "num_train_epochs": 2, "per_device_train_batch_size": 8, "save_total_limit": 9}
+        options |= {"connector_config": json.dumps({"hidden_size": 16}), "max_new_tokens": 2, "num_beams": 1}
+        options |= {"load_best_model_at_end": False, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+        arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        example.main([*arguments, *more])
+        return load_file(folder / "seed-0" / "model.safetensors")
+
+    whole = run_in("whole")
+    last, first = sorted((tmp_path / "whole" / "seed-0").glob("checkpoint-*"), key=lambda path: -int(path.name[11:]))
+    for name, change in (("stopped", 0.0), ("changed", 5.0)):
+        copy = tmp_path / name / "seed-0" / first.name
+        shutil.copytree(first, copy)
+        weights = {key: value + change for key, value in load_file(copy / "model.safetensors").items()}
+        save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    resumed = run_in("stopped", "--resume_from_checkpoint", str(tmp_path / "stopped"))
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+    resumed = run_in("changed", "--resume_from_checkpoint", str(tmp_path / "changed" / "seed-0" / first.name))
+    assert all((resumed[key] - value).abs().mean() > 1 for key, value in whole.items())
+    with pytest.raises(ValueError, match="nowhere.*no checkpoint of this run"):
+        run_in("stopped", "--resume_from_checkpoint", str(tmp_path / "nowhere"))
