@@ -74,9 +74,17 @@ HOOK_OF_PROCESSOR = "hook of ProcessorMixin, which transformers' processors over
 FLAG = "flag of a model class, set by each model of transformers; there is no public one"
 CONFIG_KEY = "key that transformers hands to a config's constructor; named so as not to be refused as unknown"
 WHY_NOT_FOUND = "tells why a file can't be had: the repository lacks it, or is out of reach; else all are an OSError"
+HANDLER = "the server's handlers, which its constructor makes and names nowhere else: they are given our generate()"
 CALLED_OTHERWISE = "tells that somebody changed how a module is called; torch has no public name for it"
 
 PRIVATE = [
+    # ---------------------------------------------------------------------------------------------------------- serving
+    Private("transformers.cli.serve:_chat_handler", HANDLER),
+    Private("transformers.cli.serve:_completion_handler", HANDLER),
+    Private("transformers.cli.serve:_response_handler", HANDLER),
+    Private(
+        "transformers.cli.serving.utils:_run", "a function of ours, in no class; the server's threads have a method so named"
+    ),
     # ------------------------------------------------------------------------------------------------------ generate()
     Private("transformers.GenerationMixin._expand_inputs_for_generation", HOOK_OF_GENERATE),
     Private("transformers.GenerationMixin._expand_multimodal_outputs", HOOK_OF_GENERATE, since="5.18"),
@@ -197,7 +205,7 @@ PRIVATE = [
 ]
 
 # Ours, on objects that are not: names that begin with `_frozen_prefix`, and these.
-OWN_MARKS = {"_active_connector", "_specs_of_connectors", "_answers_mistakes", "_generator"}
+OWN_MARKS = {"_active_connector", "_specs_of_connectors", "_generator"}
 
 
 # ---------------------------------------------------------------------------------------------------------- the sources

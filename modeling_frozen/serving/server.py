@@ -2,65 +2,22 @@
 
 `transformers serve` looks a checkpoint's class up among those it knows, and has no place where a package could announce
 more of them. Here this package is imported first, so the model type is registered, and every argument goes on to
-transformers' command as it is. One thing is mended on the way: what a client did wrong (an image that can't be fetched, a
-broken data URL, an unknown model) is answered with status 400 and says what it was; transformers' server answers 500.
+transformers' command as it is. Before its server runs, it is made to check what it is sent (see `requests`): what a client
+did wrong is answered with status 400, where transformers' server answers 500 or stands still.
 
     frozen-prefix serve me/eyes --port 8000        # the same as: python -m modeling_frozen.serving.server serve me/eyes …
     frozen-prefix chat me/eyes localhost:8000
 """
 
-import functools
-import logging
-from typing import Any
+import inspect
+from typing import Annotated, Any
 
-
-logger = logging.getLogger(__name__)
 
 _MISSING = "Serving needs {package}, which is not installed here: pip install 'frozen-prefix[serving]'."
-# A data URL that can't be read is repeated in transformers' message, all of it.
-_LONGEST_MESSAGE = 500
-
-
-def _explain(error: Exception) -> dict[str, Any]:
-    message = str(error) or type(error).__name__
-    if len(message) > _LONGEST_MESSAGE:
-        message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
-    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
-
-
-def answer_mistakes(app: Any) -> Any:
-    """Makes a FastAPI app answer a client's mistakes in the form that OpenAI's clients read, and returns it."""
-    from fastapi.responses import JSONResponse
-    from huggingface_hub.utils import httpx
-
-    async def answer(_: Any, error: Exception) -> JSONResponse:
-        logger.warning("Refused a request: %s: %s", type(error).__name__, _explain(error)["error"]["message"])
-        return JSONResponse(_explain(error), status_code=400)
-
-    # Texts and images that don't fit; files and repositories that aren't there; addresses that don't answer.
-    for kind in (ValueError, OSError, httpx.HTTPError, httpx.InvalidURL):
-        app.add_exception_handler(kind, answer)
-    return app
-
-
-def _wrap_server() -> None:
-    """Hooks `answer_mistakes` into the server that transformers is about to build; doing it twice changes nothing."""
-    from transformers.cli.serving import server
-
-    build = server.build_server
-    if getattr(build, "_answers_mistakes", False):
-        return
-
-    @functools.wraps(build)
-    def build_server(*args: Any, **kwargs: Any) -> Any:
-        return answer_mistakes(build(*args, **kwargs))
-
-    build_server._answers_mistakes = True
-    server.build_server = build_server
 
 
 def build_app() -> Any:
-    """The command line as a `typer.Typer` with transformers' own `serve` and `chat`.
+    """The command line as a `typer.Typer` with transformers' own `serve`, which has our options beside its own, and `chat`.
 
     Raises:
         ImportError: without the extra `serving`.
@@ -72,27 +29,51 @@ def build_app() -> Any:
     except ImportError as error:
         raise ImportError(_MISSING.format(package=error.name)) from error
 
+    def serve(
+        *,
+        allow_local_media: Annotated[bool, typer.Option(help="Open paths on this machine that a request names.")] = False,
+        allow_private_addresses: Annotated[
+            bool, typer.Option(help="Fetch URLs inside this machine's network, itself included.")
+        ] = False,
+        media_timeout: Annotated[float, typer.Option(help="Seconds until all media of a request must be fetched.")] = 20.0,
+        max_media_bytes: Annotated[int, typer.Option(help="Most bytes of all media of a request.")] = 64 * 2**20,
+        **options: Any,
+    ) -> None:
+        try:
+            import fastapi  # noqa: F401
+            import openai  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError as error:
+            raise ImportError(_MISSING.format(package=error.name)) from error
+        from .generation import FrozenPrefixGenerationState
+        from .requests import MediaLimits, check_requests
+
+        limits = MediaLimits(allow_local_media, allow_private_addresses, media_timeout, max_media_bytes)
+
+        class FrozenPrefixServe(Serve):
+            def start_server(self) -> None:
+                """Called with the app built and not yet running, where `non_blocking` is asked for; runs it to its end."""
+                check_requests(self.server.config.app, limits, needs_model=options.get("force_model") is None)
+                # Private: transformers builds its handlers in the constructor, and names them nowhere else.
+                handlers: tuple[Any, ...] = (self._chat_handler, self._completion_handler, self._response_handler)
+                for handler in handlers:
+                    handler.generation_state = FrozenPrefixGenerationState(handler.generation_state)
+                self.server.run()
+
+        FrozenPrefixServe(**{**options, "non_blocking": True})
+
+    signature, own = inspect.signature(Serve), inspect.signature(serve)
+    added = [one for one in own.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    # typer reads a command's options off its signature.
+    serve.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
+    serve.__doc__ = Serve.__doc__
     app = typer.Typer(
         help="The commands of transformers, for models of frozen-prefix.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-
-    class FrozenPrefixServe(Serve):
-        @functools.wraps(Serve.__init__)
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            try:
-                import fastapi  # noqa: F401
-                import openai  # noqa: F401
-                import uvicorn  # noqa: F401
-            except ImportError as error:
-                raise ImportError(_MISSING.format(package=error.name)) from error
-            _wrap_server()
-            super().__init__(*args, **kwargs)
-
-    FrozenPrefixServe.__doc__ = Serve.__doc__
-    app.command(name="serve")(FrozenPrefixServe)
+    app.command(name="serve")(serve)
     app.command(name="chat")(Chat)
     return app
 
