@@ -295,7 +295,10 @@ def test_references_may_be_numbers_and_tables(joined: tuple[Any, Any]) -> None:
 def test_an_output_with_scores_is_read_too(joined: tuple[Any, Any]) -> None:
     options = {"kinds": ("sighted",), **GENERATE}
     expected = evaluate(*joined, captioned_rows(4), **options).predictions
-    assert evaluate(*joined, captioned_rows(4), **options, return_dict_in_generate=True, output_scores=True).predictions == expected
+    assert (
+        evaluate(*joined, captioned_rows(4), **options, return_dict_in_generate=True, output_scores=True).predictions
+        == expected
+    )
 
 
 def change_one_value(model: Any, processor: Any) -> None:

@@ -339,7 +339,9 @@ def _read(
         text = prompt if text is None else text
         images = images_of(row, image_column)
         if images is None:
-            raise ValueError(f"Row {index} has {no_image_column(row, image_column)}: name it; a row of text alone has None in it.")
+            raise ValueError(
+                f"Row {index} has {no_image_column(row, image_column)}: name it; a row of text alone has None in it."
+            )
         placeholders = processor.count_image_tokens(text)
         if placeholders and placeholders != len(images):
             raise ValueError(

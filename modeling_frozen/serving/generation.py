@@ -4,8 +4,6 @@ from typing import Any
 
 from transformers.cli.serving.utils import BaseGenerateManager, GenerateManager, GenerationState
 
-from ..backbones import max_learned_positions
-
 
 class FrozenPrefixGenerateManager(GenerateManager):
     """`stop` asks the tokenizer for its vocabulary, where transformers hands on the processor. Where the language model has a
@@ -46,9 +44,9 @@ def _tokenizer(processor: Any) -> Any:
 
 
 def _end_at_last_position(model: Any, inputs: Any, gen_config: Any) -> None:
-    language_model = getattr(getattr(model, "model", None), "language_model", model)
-    positions = None if model.config.is_encoder_decoder else max_learned_positions(language_model)
-    left = None if positions is None else positions - inputs["input_ids"].shape[-1] + 1  # the last word is never read
+    positions = getattr(getattr(model, "model", None), "max_positions", None)
+    alone = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[-1]
+    left = None if positions is None else positions - alone + 1  # the last token is never read
     if left is not None and left > 0:  # an input that is too long itself is refused by the model
         gen_config.max_new_tokens = min(gen_config.max_new_tokens or left, left)
 
