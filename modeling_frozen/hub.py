@@ -5,12 +5,15 @@ machine, so that checkpoints on disk stay as small as what they learnt.
 """
 
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
+
+from .parts import PARTS
 
 
 logger = logging.get_logger(__name__)
@@ -41,7 +44,7 @@ def write_code(folder: str | Path, auto_map: dict[str, str] | None = None) -> li
     Copies the files that `auto_map` (all of `AUTO_MAP` by default) names, and what they import, flat into `folder`.
 
     A push may be reading the folder at this very moment (`Trainer` pushes in the background), so a file that is there
-    already is never written into: it is left alone or replaced as a whole.
+    already is never written into: it is left alone or replaced as a whole. A `.gitignore` keeps Trainer's arguments out.
 
     Returns:
         `list[Path]`: the files that lie there now.
@@ -62,7 +65,30 @@ def write_code(folder: str | Path, auto_map: dict[str, str] | None = None) -> li
             whole.write_bytes(source.read_bytes())
             whole.replace(target)
         written.append(target)
+    # Trainer's pickle of its arguments may hold the Hub's token, and nobody needs it.
+    ignore = folder / ".gitignore"
+    lines = ignore.read_text(encoding="utf-8").splitlines() if ignore.exists() else []
+    if "training_args.bin" not in lines:
+        ignore.write_text("\n".join([*lines, "training_args.bin", ""]), encoding="utf-8")
     return written
+
+
+def warn_of_local_paths(folder: str | Path) -> None:
+    """Names the paths of this machine that a push of the folder publishes, and where nobody else finds what lies there."""
+    configs = {name: Path(folder) / name for name in ("config.json", "adapter_config.json")}
+    read = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in configs.items() if file.is_file()}
+    config, places = read.get("config.json", {}), {}
+    for part in PARTS:
+        if part not in (config.get("saved_parts") or ()):
+            places[PARTS[part].description] = (config.get(f"{part}_base_model") or {}).get("name_or_path")
+    places["model of the adapter"] = read.get("adapter_config.json", {}).get("base_model_name_or_path")
+    for what, path in places.items():
+        if path and (os.path.isabs(path) or os.path.exists(path)):
+            logger.warning_once(
+                f"The config in {folder} names the {what} by a path of this machine, {path}, which this push publishes and "
+                "where nobody else finds it. Push that model to the Hub and load it from there, or upload a copy that holds it, of "
+                "save_pretrained(folder, include_base_models=True)."
+            )
 
 
 def complete_copy(folder: str | Path, model: Any) -> None:
@@ -84,6 +110,7 @@ def complete_copy(folder: str | Path, model: Any) -> None:
 def complete_repository(folder: str | Path, model: Any, repo_id: str | None = None) -> None:
     """Adds to a folder with a saved model what makes it a repository: code, and a card."""
     write_code(folder)
+    warn_of_local_paths(folder)
     try:
         # By name: the card's template is no code, and stays behind where this file runs from the Hub itself.
         card = importlib.import_module(".model_card", __package__)

@@ -180,3 +180,54 @@ def test_nothing_but_safetensors_and_text(module_hub: Hub, pushed: dict[str, Any
     wanted = (".safetensors", ".json", ".jinja", ".py", ".md", ".gitattributes", ".gitignore")
     for commit in pushed["commits"].values():
         assert [file for file in module_hub.files("me/eyes", commit) if not file.endswith(wanted)] == []
+
+
+PLAIN = """
+import json, pathlib
+from huggingface_hub import get_token
+from transformers import Trainer, TrainingArguments
+from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixHubCallback
+from modeling_frozen import FrozenPrefixProcessor
+from tests.helpers import tiny
+
+TOKEN = get_token()
+tower, words = tiny.save_parents(pathlib.Path("private folder").resolve())
+model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(tower, words)
+processor = FrozenPrefixProcessor.from_model(model)
+for name, with_callback in (("plain", False), ("called", True)):
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            f"out/{name}", hub_model_id=f"me/{name}", push_to_hub=True, hub_token=TOKEN, hub_strategy="all_checkpoints",
+            hub_always_push=True, save_steps=1, max_steps=2, per_device_train_batch_size=2, remove_unused_columns=False,
+            use_cpu=True, report_to=[],
+        ),
+        train_dataset=tiny.rows(4),
+        data_collator=DataCollatorForFrozenPrefix(processor),
+        processing_class=processor,
+    )
+    if with_callback:
+        trainer.add_callback(FrozenPrefixHubCallback(trainer))
+    trainer.train()
+    trainer.push_to_hub()
+print(json.dumps({"token": TOKEN, "folder": str(pathlib.Path("private folder").resolve())}))
+"""
+
+
+def test_no_push_of_trainer_gives_its_arguments_away(module_hub: Hub) -> None:
+    """The pickle of TrainingArguments holds the Hub's token. Nobody needs it, and nobody asked to publish it."""
+    process = module_hub.spawn(PLAIN)
+    done = module_hub.finish(process)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    for repo in ("me/plain", "me/called"):
+        commits = module_hub.commits(repo)
+        assert len(commits) >= 4
+        for commit in commits:
+            files = module_hub.files(repo, commit["id"])
+            assert not [file for file in files if file.endswith("training_args.bin")], (repo, commit["title"])
+            secret = facts["token"].encode()
+            assert not [file for file in files if secret in module_hub.read(repo, file, commit["id"])]
+        assert any("checkpoint-1/" in file for file in module_hub.files(repo, commits[0]["id"]))  # what resuming needs
+    for title in ("vision tower", "language model"):
+        assert re.search(rf"names the {title} by a path of this machine, .*private folder", done.stderr), done.stderr

@@ -14,15 +14,12 @@ from huggingface_hub import hf_hub_download
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..hub import write_code
+from ..hub import warn_of_local_paths, write_code
 from .card import CARD_NAME, frozen_prefix_model, write_model_card
 from .edits import edited_metadata, is_edited
 
 
 logger = logging.get_logger(__name__)
-
-# Trainer's own pickle of its arguments, of this folder only; a checkpoint that is pushed for resuming keeps its own.
-_GITIGNORE = "/training_args.bin\n"
 
 
 class FrozenPrefixHubCallback(TrainerCallback):
@@ -31,7 +28,7 @@ class FrozenPrefixHubCallback(TrainerCallback):
 
     It writes code and card into the output folder when training begins, and refreshes them before each push (config
     and weights come from the checkpoint, and name the code already). A card that a person edited, there or on the Hub,
-    is kept. Trainer's pickle of its arguments stays out of the repository (by a `.gitignore`, unless there is one).
+    is kept. Trainer's pickle of its arguments, which may hold the Hub's token, stays out of the repository (`.gitignore`).
 
     It stands in for `create_model_card` of this trainer, and of no other, and takes the same arguments; `license`,
     `language`, `tags` and `dataset` go into the card.
@@ -79,9 +76,7 @@ class FrozenPrefixHubCallback(TrainerCallback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_code(self.folder)
-        ignore = self.folder / ".gitignore"
-        if not ignore.exists():
-            ignore.write_text(_GITIGNORE, encoding="utf-8")
+        warn_of_local_paths(self.folder)
         self._write_card()
 
     def _repo_id(self) -> str | None:
