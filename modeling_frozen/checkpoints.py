@@ -28,7 +28,7 @@ from .cross_attention import check_decoder
 from .freezing import CONNECTING, trains
 from .parts import PARTS
 from .vision_towers import quiet
-from .weight_digests import tensor_digest
+from .weights import tensor_digest
 
 
 logger = logging.get_logger(__name__)

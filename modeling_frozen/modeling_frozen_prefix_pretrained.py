@@ -48,7 +48,7 @@ from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
 from .hub import AUTO_MAP, complete_copy, complete_repository
 from .parts import MODALITIES, PARTS
 from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens
-from .weight_alignment import align_weights
+from .weights import align_weights
 
 
 logger = logging.get_logger(__name__)

@@ -186,3 +186,57 @@ def test_code_for_the_hub_follows_its_rules() -> None:
 def test_every_file_says_what_lives_in_it() -> None:
     for path in SOURCES:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of our own that a file imports anywhere, in functions and for the type checker too."""
+    package = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    package = package.replace("processors", "modeling_frozen.processors", 1) if package.startswith("processors") else package
+    parts = package.removesuffix(".__init__").split(".") if file.name == "__init__.py" else package.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = parts[: len(parts) - node.level + 1]
+            target = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            found |= {f"{target}.{alias.name}" for alias in node.names} | {target}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modeling_frozen"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def modules() -> dict[str, Path]:
+    files = [*(ROOT / "modeling_frozen").rglob("*.py"), *(ROOT / "processors").rglob("*.py")]
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    del names["modeling_frozen.processors"]  # the stand-in of a checkout
+    return {name if name.startswith("modeling_frozen") else f"modeling_frozen.{name}": file for name, file in names.items()}
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Those for the type checker count: who reads one file of a circle has to read all."""
+    known = modules()
+    # The packages' own files gather names; nothing in the package may read them from there.
+    graph = {name: (imports_of(file) & known.keys()) - {name} for name, file in known.items() if file.name != "__init__.py"}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_what_a_checkpoint_carries_imports_from_its_own_folder() -> None:
+    known = modules()
+    carried = {name for name in known if name.count(".") == 1 and known[name].parent.name == "modeling_frozen"}
+    carried -= {"modeling_frozen.cli", "modeling_frozen.lora", "modeling_frozen._registration"}
+    folders = {name for name, file in known.items() if file.parent.name not in ("modeling_frozen", "processors")}
+    for name in carried:
+        assert not imports_of(known[name]) & folders, name
+
+
+def test_the_root_says_what_goes_to_the_hub() -> None:
+    assert len(list((ROOT / "modeling_frozen").glob("*.py"))) <= 30

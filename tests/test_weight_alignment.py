@@ -31,7 +31,7 @@ from modeling_frozen import (
     FrozenPrefixModel,
 )
 from modeling_frozen.data.feature_cache import cache_vision_features
-from modeling_frozen.weight_alignment import ALIGNMENT, align_weights
+from modeling_frozen.weights import ALIGNMENT, align_weights
 from tests.helpers.fresh_python import ROOT
 from tests.helpers.tiny import join, rows, save_parents, skip_where_peft_is_too_old
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from torch import nn
 
-from modeling_frozen.weight_digests import weights_digest
+from modeling_frozen.weights import weights_digest
 
 
 def network() -> nn.Sequential:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from ..vision_towers import encode_images
-from ..weight_digests import weights_digest
+from ..weights import weights_digest
 from . import columns
 from .columns import as_list
 from .draws import draw

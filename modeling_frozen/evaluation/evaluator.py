@@ -31,7 +31,7 @@ from ..data.columns import images_of, no_image_column
 from ..data.image_reading import digest_of_image
 from ..freezing import CONNECTING
 from ..metrics.scores import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
-from ..weight_digests import weights_digest
+from ..weights import weights_digest
 
 
 KINDS = ("sighted", "blind", "random_connector", "language_model")
