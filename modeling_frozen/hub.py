@@ -86,8 +86,8 @@ def warn_of_local_paths(folder: str | Path) -> None:
         if path and (os.path.isabs(path) or os.path.exists(path)):
             logger.warning_once(
                 f"The config in {folder} names the {what} by a path of this machine, {path}, which this push publishes and "
-                "where nobody else finds it. Push that model to the Hub and load it from there, or upload a copy that holds it, "
-                "of save_pretrained(folder, include_base_models=True)."
+                "where nobody else finds it. Push that model to the Hub and load it from there, or upload a copy that holds "
+                "it, of save_pretrained(folder, include_base_models=True)."
             )
 
 
