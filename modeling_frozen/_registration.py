@@ -1,11 +1,10 @@
 """Makes the model type `frozen-prefix` known to the Auto classes of transformers, without importing them.
 
-The Auto classes bring torch with them, which takes seconds. So each mapping is extended when, and only when, somebody
-imports it: at once if that has happened already, else right after.
+The documented way, `AutoConfig.register` and the like, wants the classes themselves: that would import torch, our models and
+our processor, four seconds, with this package. So each module of Auto classes is told the names of our classes right after it
+was imported itself: at once if it has been, else by a finder of imports.
 """
 
-import functools
-import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -15,39 +14,31 @@ from types import ModuleType
 from typing import Any
 
 
-MODEL_TYPE = "frozen-prefix"
-CONFIG = "FrozenPrefixConfig"
+_MODEL_TYPE, _CONFIG = "frozen-prefix", "FrozenPrefixConfig"
 
 
-def _say_where(mapping: Any) -> None:
-    # Private, for `register` wants the class itself, whose module may be importing the Auto classes at this very moment, and
-    # what is added by name alone is looked for in `transformers.models`.
-    mapping._modules[MODEL_TYPE.replace("-", "_")] = sys.modules[__package__]
+def _import_from_here(mapping: Any) -> None:
+    # Private: what is added by name is else looked for in `transformers.models`.
+    mapping._modules[_MODEL_TYPE.replace("-", "_")] = sys.modules[__package__]
 
 
-def _add(module: ModuleType, name: str, class_name: str) -> None:
-    """Adds a class by name, as transformers adds its own: it is imported when somebody asks for it."""
-    getattr(module, f"{name}_NAMES")[MODEL_TYPE] = class_name
-    mapping = getattr(module, name)
-    mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE  # private too: made of the names once, maybe before ours was there
-    _say_where(mapping)
+def _register_config(module: Any) -> None:
+    module.CONFIG_MAPPING_NAMES[_MODEL_TYPE] = _CONFIG
+    _import_from_here(module.CONFIG_MAPPING)
 
 
-def _register_config(module: ModuleType) -> None:
-    module.CONFIG_MAPPING_NAMES[MODEL_TYPE] = CONFIG
-    _say_where(module.CONFIG_MAPPING)
+def _register_models(module: Any) -> None:
+    from .hub import AUTO_MAP  # which imports nothing that is not there by now
+
+    for auto_class, target in AUTO_MAP.items():
+        if auto_class.startswith("AutoModel"):
+            mapping = getattr(module, auto_class)._model_mapping
+            mapping._model_mapping[_MODEL_TYPE] = target.split(".")[1]
+            mapping._reverse_config_mapping[_CONFIG] = _MODEL_TYPE  # made of the names once, maybe before ours was there
+            _import_from_here(mapping)
 
 
-def _register_models(module: ModuleType) -> None:
-    _add(module, "MODEL_MAPPING", "FrozenPrefixModel")
-    for name in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"):
-        _add(module, name, "FrozenPrefixForConditionalGeneration")
-    for name in ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"):
-        _add(module, name, "FrozenPrefixForSequenceClassification")
-    _add(module, "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING", "FrozenPrefixForImageTextRetrieval")
-
-
-def _register_processor(module: ModuleType) -> None:
+def _register_processor(module: Any) -> None:
     # Processors are looked up by class name, in transformers' own folders first: this one is registered itself.
     from .configuration_frozen_prefix import FrozenPrefixConfig
     from .processors import FrozenPrefixProcessor
@@ -55,7 +46,7 @@ def _register_processor(module: ModuleType) -> None:
     module.AutoProcessor.register(FrozenPrefixConfig, FrozenPrefixProcessor, exist_ok=True)
 
 
-_ACTIONS: dict[str, Callable[[ModuleType], None]] = {
+_WAITING: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.processing_auto": _register_processor,
@@ -63,36 +54,24 @@ _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Runs an action right after a module was first executed."""
-
-    def __init__(self, actions: dict[str, Callable[[ModuleType], None]]):
-        self.actions = actions
-
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        action = self.actions.pop(fullname, None)
-        if action is None:
-            return None
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
+        register = _WAITING.pop(fullname, None)
+        spec = None if register is None else importlib.util.find_spec(fullname)
+        if register is None or spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
-        @functools.wraps(execute)
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            action(module)
+            register(module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import
         return spec
 
 
 def register_with_auto_classes() -> None:
-    """Registers config, models and processor, each with its mapping; doing it twice changes nothing."""
-    waiting = {}
-    for name, action in _ACTIONS.items():
-        if name in sys.modules:
-            action(sys.modules[name])
-        else:
-            waiting[name] = action
-    if waiting:
-        sys.meta_path.insert(0, _AfterImport(waiting))
+    """Registers config, models and processor, each as soon as its Auto classes are imported."""
+    for name in [name for name in _WAITING if name in sys.modules]:
+        _WAITING.pop(name)(sys.modules[name])
+    if _WAITING:
+        sys.meta_path.insert(0, _AfterImport())

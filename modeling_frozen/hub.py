@@ -18,7 +18,8 @@ from .parts import PARTS
 
 logger = logging.get_logger(__name__)
 
-# Auto class -> file and class that serve it; goes into config.json, so that transformers finds the code beside it.
+# Auto class -> file and class that serve it. The one table of them: from it the Auto classes learn the model type, and
+# `auto_map` in config.json, by which transformers finds the code beside it, is a part of it.
 AUTO_MAP = {
     "AutoConfig": "configuration_frozen_prefix.FrozenPrefixConfig",
     "AutoModel": "modeling_frozen_prefix.FrozenPrefixModel",
@@ -27,6 +28,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_frozen_prefix_classification.FrozenPrefixForSequenceClassification",
     "AutoModelForImageClassification": "modeling_frozen_prefix_classification.FrozenPrefixForSequenceClassification",
     "AutoModelForZeroShotImageClassification": "modeling_frozen_prefix_retrieval.FrozenPrefixForImageTextRetrieval",
+    "AutoModelForPreTraining": "modeling_frozen_prefix.FrozenPrefixForConditionalGeneration",
     "AutoProcessor": "processing_frozen_prefix.FrozenPrefixProcessor",
 }
 
@@ -39,9 +41,19 @@ def _source(module: str) -> Path | None:
     return next((path for folder in folders if (path := folder / f"{module}.py").is_file()), None)
 
 
+def auto_map_of(model: Any) -> dict[str, str]:
+    """The part of `AUTO_MAP` that a model's repository serves: its own class, what that is built on, and the processor."""
+    names = {klass.__name__ for klass in type(model).__mro__}  # FSDP puts a class of its own before ours
+    modules = {"configuration_frozen_prefix", "modeling_frozen_prefix", "processing_frozen_prefix"}
+    targets = [target.split(".") for target in AUTO_MAP.values()]
+    modules |= {module for module, class_name in targets if class_name in names}
+    return {auto: target for auto, target in AUTO_MAP.items() if target.split(".")[0] in modules}
+
+
 def write_code(folder: str | Path, auto_map: dict[str, str] | None = None) -> list[Path]:
     """
-    Copies the files that `auto_map` (all of `AUTO_MAP` by default) names, and what they import, flat into `folder`.
+    Copies the files that `auto_map` names, and what they import, flat into `folder`. By default it is the one in the
+    `config.json` there, and the processor's.
 
     A push may be reading the folder at this very moment (`Trainer` pushes in the background), so a file that is there
     already is never written into: it is left alone or replaced as a whole. A `.gitignore` keeps Trainer's arguments out.
@@ -51,8 +63,12 @@ def write_code(folder: str | Path, auto_map: dict[str, str] | None = None) -> li
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if auto_map is None:
+        config = folder / "config.json"
+        named = json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}) if config.is_file() else {}
+        auto_map = {**named, "AutoProcessor": AUTO_MAP["AutoProcessor"]}
     sources: dict[str, Path] = {}
-    for module in {target.split(".")[0] for target in (auto_map or AUTO_MAP).values()}:
+    for module in {target.split(".")[0] for target in auto_map.values()}:
         source = _source(module)
         if source is not None:
             for file in (source, *map(Path, get_relative_import_files(source))):

@@ -45,7 +45,7 @@ from .connector_switching import DEFAULT, connector_specs, load_connector, set_c
 from .connectors import Connector, Head
 from .cross_attention import GatedCrossAttention, decoder_layers
 from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
-from .hub import AUTO_MAP, complete_copy, complete_repository
+from .hub import auto_map_of, complete_copy, complete_repository
 from .parts import MODALITIES, PARTS
 from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens
 from .weights import align_weights
@@ -242,7 +242,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                     f'`model.load_base_model("{part}")` first.'
                 )
         saved = ("connector", *self.backbones) if include_base_models else parts_to_save(self)
-        held, self.config.auto_map = self.config.saved_parts, dict(AUTO_MAP)
+        held, self.config.auto_map = self.config.saved_parts, auto_map_of(self)
         variant, is_main_process = kwargs.get("variant"), kwargs.get("is_main_process", True)
         before = weight_files(save_directory, variant)
         self._left_out_now, self.config.saved_parts = keys_left_out(self, set(saved)), saved

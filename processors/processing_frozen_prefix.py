@@ -159,17 +159,16 @@ class FrozenPrefixProcessor(ProcessorMixin):
             self.chat_template = self._with_images(template)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As transformers', and its code with it; where a model's config lies beside it already, the model's code too.
-
-        `Trainer` pushes its output folder in mid-training; each such commit is to load without this package too.
-        """
-        try:
-            from modeling_frozen.hub import AUTO_MAP, write_code
-        except ImportError:  # this file runs from the Hub itself, and transformers copies it on
-            pass
-        else:
-            self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-            write_code(save_directory, None if (Path(save_directory) / "config.json").is_file() else self.auto_map)
+        """As transformers', and its code with it (where a model's config lies there already, the model's too), so that the
+        folder can be pushed as it is: `Trainer` does so with its output folder. Its checkpoints stay small."""
+        if push_to_hub or not re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
+            try:
+                from modeling_frozen.hub import AUTO_MAP, write_code
+            except ImportError:  # this file runs from the Hub itself, and transformers copies it on
+                pass
+            else:
+                self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+                write_code(save_directory)
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.__dict__.pop("auto_map", None)  # for the file alone: a reloaded processor has none
         return files

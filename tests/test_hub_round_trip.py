@@ -238,3 +238,52 @@ def test_a_cut_push_shows_no_commit(module_hub: Hub, pushed: dict) -> None:  # n
     module_hub.mend()
     module_hub.run(PUSH_AGAIN, home=home)
     assert {"config.json", "model.safetensors", "modeling_frozen_prefix.py"} <= set(module_hub.files("me/copy"))
+
+
+PUSH_HEADS = """
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixForImageTextRetrieval, FrozenPrefixModel
+from modeling_frozen import FrozenPrefixForSequenceClassification, FrozenPrefixProcessor
+for head, options in (
+    (FrozenPrefixModel, {}), (FrozenPrefixForConditionalGeneration, {}), (FrozenPrefixForImageTextRetrieval, {}),
+    (FrozenPrefixForSequenceClassification, {"num_labels": 2}),
+):
+    model = head.from_vision_text_pretrained("me/tower", "me/words", **options)
+    model.push_to_hub(f"me/{head.__name__}")
+    FrozenPrefixProcessor.from_model(model).push_to_hub(f"me/{head.__name__}")
+"""
+
+PULL_HEADS = """
+import json, transformers
+found = {}
+for name, (auto, *others) in json.loads('%s').items():
+    model = getattr(transformers, auto).from_pretrained(f"me/{name}", trust_remote_code=True)
+    transformers.AutoProcessor.from_pretrained(f"me/{name}", trust_remote_code=True)
+    found[name] = [type(model).__name__, type(model).__module__.split(".")[0]]
+    for other in others:
+        found[name].append(type(getattr(transformers, other).from_config(model.config, trust_remote_code=True)).__name__)
+print(json.dumps(found))
+"""
+# What loads a repository of each head, and what loads as another.
+HEADS = {
+    "FrozenPrefixModel": ["AutoModel"],
+    "FrozenPrefixForConditionalGeneration": ["AutoModelForImageTextToText", "AutoModelForPreTraining"],
+    "FrozenPrefixForImageTextRetrieval": ["AutoModelForZeroShotImageClassification", "AutoModelForImageTextToText"],
+    "FrozenPrefixForSequenceClassification": ["AutoModelForSequenceClassification", "AutoModelForImageClassification"],
+}
+
+
+def test_a_repository_of_each_head_carries_its_own_code_and_loads(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+    module_hub.run(PUSH_HEADS)
+    heads = {"FrozenPrefixForImageTextRetrieval": "retrieval", "FrozenPrefixForSequenceClassification": "classification"}
+    for name in HEADS:
+        files = set(module_hub.files(f"me/{name}"))
+        assert {file for file in files if file in {f"modeling_frozen_prefix_{head}.py" for head in heads.values()}} == (
+            {f"modeling_frozen_prefix_{heads[name]}.py"} if name in heads else set()
+        )
+        auto_map = json.loads(module_hub.read(f"me/{name}", "config.json"))["auto_map"]
+        assert {f"{target.split('.')[0]}.py" for target in auto_map.values()} <= files
+    found = module_hub.run_json(PULL_HEADS % json.dumps(HEADS), package=False)
+    writes = "FrozenPrefixForConditionalGeneration"
+    others = {HEADS["FrozenPrefixForImageTextRetrieval"][1]: writes, HEADS[writes][1]: writes}
+    for name, (_, *more) in HEADS.items():
+        assert found[name] == [name, "transformers_modules", *(others.get(other, name) for other in more)]

@@ -49,17 +49,29 @@ def test_the_auto_classes_know_the_type_whatever_is_imported_first(first: str) -
     code = f"""
 {first}
 import modeling_frozen
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, CONFIG_MAPPING
+import transformers
+from modeling_frozen.hub import AUTO_MAP
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 config = modeling_frozen.FrozenPrefixConfig
-assert CONFIG_MAPPING["frozen-prefix"] is config
-assert AutoModel._model_mapping[config] is modeling_frozen.FrozenPrefixModel
-for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    assert auto._model_mapping[config] is modeling_frozen.FrozenPrefixForConditionalGeneration
+assert transformers.CONFIG_MAPPING["frozen-prefix"] is config
+for auto, target in AUTO_MAP.items():
+    if auto.startswith("AutoModel"):
+        mapping = getattr(transformers, auto)._model_mapping
+        assert mapping[config] is getattr(modeling_frozen, target.split(".")[1]), auto
 assert PROCESSOR_MAPPING[config] is modeling_frozen.FrozenPrefixProcessor
 print("known")
 """
     assert forked(code) == "known"
+
+
+def test_it_is_registered_wherever_llava_is() -> None:
+    import transformers
+
+    from modeling_frozen.hub import AUTO_MAP
+
+    names = [name for name in dir(transformers) if name.startswith("AutoModel")]
+    mappings = {name: getattr(getattr(transformers, name), "_model_mapping", ()) for name in names}
+    assert {name for name, mapping in mappings.items() if transformers.LlavaConfig in mapping} <= AUTO_MAP.keys()
 
 
 def test_public_names_are_there() -> None:

@@ -183,6 +183,8 @@ PRIVATE = [
         "adds a class by its name: `register` wants the class, and with it seconds of imports",
     ),
     Private("transformers.models.auto.modeling_auto.MODEL_MAPPING._modules", "as _reverse_config_mapping"),
+    Private("transformers.models.auto.modeling_auto.AutoModel._model_mapping", "as _reverse_config_mapping"),
+    Private("transformers.models.auto.modeling_auto.MODEL_MAPPING._model_mapping", "as _reverse_config_mapping"),
     Private("transformers.models.auto.configuration_auto.CONFIG_MAPPING._modules", "as _reverse_config_mapping"),
     Private("transformers.utils.hub:_raise_exceptions_for_missing_entries", WHY_NOT_FOUND),
     Private("transformers.utils.hub:_raise_exceptions_for_gated_repo", WHY_NOT_FOUND),

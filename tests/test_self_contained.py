@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from tests.helpers import fresh_python
 from tests.helpers.hub_fixtures import HIDE_PACKAGE
 from tests.helpers.talking import QUESTION, TOKENS, Talking, talking, user
-from tests.helpers.tiny import COLOURS, join
+from tests.helpers.tiny import COLOURS, join, rows
 
 
 # Code whose last line of output is what a folder says about a red square.
@@ -129,3 +129,26 @@ def test_an_ordinary_checkpoint_stays_small(tmp_path: Path) -> None:
     model, _ = join(tmp_path)
     model.save_pretrained(tmp_path / "eyes")
     assert not list((tmp_path / "eyes").glob("*.py")) and not (tmp_path / "eyes" / "processor_config.json").exists()
+
+
+def test_a_checkpoint_of_trainer_holds_what_was_learnt(tmp_path: Path) -> None:
+    """And the processor, without code: only what leaves the machine carries that, as the output folder does."""
+    model, processor = join(tmp_path)
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=1, save_steps=1, remove_unused_columns=False, use_cpu=True, report_to="none"
+    )
+    collator = DataCollatorForFrozenPrefix(processor)
+    trainer = Trainer(model, arguments, collator, rows(8), processing_class=processor)
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    connector = sum(parameter.nbytes for parameter in model.model.connector.parameters())
+    assert connector < 10_000 and files["model.safetensors"] < connector + 2000
+    assert sum(size for name, size in files.items() if not name.startswith("tokenizer")) < 64 * 1024, files
+    assert not [name for name in files if name.endswith(".py")]
+    assert "auto_map" not in json.loads((folder / "processor_config.json").read_text())
+    assert isinstance(AutoProcessor.from_pretrained(folder), FrozenPrefixProcessor)
+    trainer.save_model()  # as `push_to_hub` does before it uploads the folder
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"modeling_frozen_prefix.py", "processing_frozen_prefix.py"} <= names
+    assert not names & {"modeling_frozen_prefix_retrieval.py", "modeling_frozen_prefix_classification.py"}

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..hub import warn_of_local_paths, write_code
+from ..hub import auto_map_of, warn_of_local_paths, write_code
 from .card import CARD_NAME, frozen_prefix_model, write_model_card
 from .edits import edited_metadata, is_edited
 
@@ -75,7 +75,7 @@ class FrozenPrefixHubCallback(TrainerCallback):
         if not self.trainer.is_world_process_zero():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_code(self.folder)
+        write_code(self.folder, auto_map_of(frozen_prefix_model(self.trainer.model)))
         warn_of_local_paths(self.folder)
         self._write_card()
 
