@@ -1,4 +1,5 @@
-"""Chat templates: a parent's own made to render images (videos, audio), one for parents without, few-shot conversations."""
+"""Chat templates: a language model's own made to render images (videos, audio), one for those without, few-shot
+conversations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
 """
 
-# Frozen's own form for in-context learning (arXiv 2106.13884, section 3): pictures and words in a row, no roles.
+# Frozen's own form for in-context learning (arXiv 2106.13884, section 3): images and text in a row, no roles.
 INTERLEAVED_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -63,7 +64,7 @@ INTERLEAVED_CHAT_TEMPLATE = """\
 
 @lru_cache(maxsize=64)
 def with_media(template: str, tokens: tuple[tuple[str, str], ...], special_tokens: tuple[tuple[str, str], ...]) -> str:
-    """The template itself where it renders one image (video, sound) and one text rightly, else the template after
+    """The template itself where it renders one image (video, audio) and one text rightly, else the template after
     `_FLATTEN_CONTENT`.
 
     Asked by rendering it: text-only templates drop content lists silently, print them as Python lists, or raise.
@@ -76,8 +77,9 @@ def with_media(template: str, tokens: tuple[tuple[str, str], ...], special_token
     )
     for candidate in (template, _FLATTEN_CONTENT.replace("MEDIA", media) + template):
         chat = [{"role": "user", "content": probe}]
+        variables: dict[str, Any] = dict(special_tokens)
         try:
-            text = render_jinja_template(conversations=[chat], chat_template=candidate, **dict(special_tokens))[0][0]
+            text = render_jinja_template(conversations=[chat], chat_template=candidate, **variables)[0][0]
         except Exception:  # a template may raise whatever it likes
             continue
         if all(text.count(token) == 1 for _, token in tokens) and text.count("fp-probe") == 1 and "'type'" not in text:

@@ -1,4 +1,4 @@
-"""Opening any picture as the right RGB: 8 bits, upright, transparency over white. `load_rgb_image` is public."""
+"""Opening any image as the right RGB: 8 bits, upright, transparency over white. `load_rgb_image` is public."""
 
 import base64
 import os
@@ -31,7 +31,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     floating = np.issubdtype(array.dtype, np.floating)
     if not (np.isfinite(low) and np.isfinite(high)) or low < -1e-6 or high > 65535:
         raise ValueError(
-            f"its {array.dtype} values run from {low:g} to {high:g}, but a picture's are in 0..1, 0..255 or 0..65535. "
+            f"its {array.dtype} values run from {low:g} to {high:g}, but an image's are in 0..1, 0..255 or 0..65535. "
             "Scale them first; values that are normalised already go to the model as `pixel_values`, or through the "
             "processor with do_rescale=False"
         )
@@ -90,7 +90,7 @@ def _read_source(source: str) -> bytes:
 
 
 def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | None = None) -> Image.Image:
-    """Open one picture of any kind as 8-bit RGB.
+    """Open one image of any kind as 8-bit RGB.
 
     Args:
         image: PIL image (its current frame), path, URL, data URL, base64 string, bytes, open binary file, the
@@ -98,13 +98,13 @@ def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | No
         name: what to call it in an error, such as "image 3".
         channels_first: layout of a 3-dimensional array, where its shape leaves it open.
 
-    Errors: ValueError that names the picture where it can't be opened.
+    Errors: ValueError that names the image where it can't be opened.
     """
     if isinstance(image, str | os.PathLike):
         text = os.fspath(image)
         shown = repr(text if len(text) <= 120 else text[:60] + "…" + text[-40:])
     elif isinstance(image, Mapping):
-        shown = repr(image.get("path")) if image.get("path") else "given as bytes"
+        shown = repr(image.get("path")) if image.get("path") else "as bytes"
     else:
         shown = f"of type {type(image).__name__}"
     try:
@@ -125,7 +125,7 @@ def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | No
         with Image.open(image) as opened:
             return _pil_to_rgb(opened).copy()  # animated: PIL opens at the first frame
     except Exception as error:  # PIL, the network and the file system raise some twenty kinds
-        reason = "it is not a picture that PIL can read" if "cannot identify image file" in str(error) else str(error)
+        reason = "it is not an image that PIL can read" if "cannot identify image file" in str(error) else str(error)
         raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error
 
 

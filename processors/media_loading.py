@@ -1,7 +1,7 @@
-"""Opening videos and sounds, of whatever kind they come.
+"""Opening videos and audio, of whatever kind they come.
 
-A video is a list of frames, sampled uniformly; each frame goes the way of a picture. A sound is a mono waveform at its
-feature extractor's rate. Nothing is decoded without a decoder that is installed; animated pictures need only PIL.
+A video is a list of frames, sampled uniformly; each frame goes the way of an image. Audio is a mono waveform at its
+feature extractor's rate. Nothing is decoded without a decoder that is installed; animated images need only PIL.
 """
 
 import importlib
@@ -22,7 +22,7 @@ _DECODERS = ("torchcodec", "av", "cv2")  # modules, in the order in which they a
 
 # ------------------------------------------------------------------------------------------------------------- videos
 def _shown(source: Any) -> str:
-    """A path or address whole; of a picture written out as text, its beginning."""
+    """A path or address whole; of an image written out as text, its beginning."""
     text = str(source)
     return text if len(text) <= 300 else f"{text[:80]}…"
 
@@ -38,7 +38,7 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
     Args:
         video: list of frames (each a PIL image, numpy array or tensor), array or tensor of shape (frames, H, W, C) or
             (frames, C, H, W), animated PIL image (GIF, WebP, APNG), or path, bytes, open binary file or
-            `{"bytes", "path"}` dict of such a picture, or, with a decoder installed, of a film.
+            `{"bytes", "path"}` dict of such an image, or, with a decoder installed, of a film.
         num_frames: how many to sample.
         name: what to call it in an error, such as "video 3".
 
@@ -54,7 +54,7 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
     source: Any = video
     try:
         if isinstance(video, Image.Image):
-            return _frames_of_picture(video, num_frames, name)
+            return _frames_of_image(video, num_frames, name)
         if isinstance(video, bytes | bytearray | memoryview):
             source = BytesIO(video)
         elif isinstance(video, str | os.PathLike):
@@ -63,21 +63,21 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
                 raise ValueError("there is no such file")
         elif not hasattr(video, "read"):
             raise ValueError(
-                f"expected a list of frames, a 4-dimensional array, an animated picture or a path, got {type(video).__name__}"
+                f"expected a list of frames, a 4-dimensional array, an animated image or a path, got {type(video).__name__}"
             )
         with Image.open(source) as opened:
-            return _frames_of_picture(opened, num_frames, name)
+            return _frames_of_image(opened, num_frames, name)
     except UnidentifiedImageError:
         return _decode(source, num_frames, name)
     except (OSError, ValueError) as error:
         raise ValueError(f"Can't open {name} ({_shown(video)!r}): {error}.") from error
 
 
-def _frames_of_picture(picture: Image.Image, num_frames: int, name: str) -> list[Image.Image]:
+def _frames_of_image(image: Image.Image, num_frames: int, name: str) -> list[Image.Image]:
     frames = []
-    for index in sample_frames(getattr(picture, "n_frames", 1), num_frames):
-        picture.seek(index)
-        frames.append(load_rgb_image(picture, f"frame {index} of {name}").copy())
+    for index in sample_frames(getattr(image, "n_frames", 1), num_frames):
+        image.seek(index)
+        frames.append(load_rgb_image(image, f"frame {index} of {name}").copy())
     return frames
 
 
@@ -87,7 +87,7 @@ def _decode(source: Any, num_frames: int, name: str) -> list[Image.Image]:
         unusable = "".join(f" ({decoder} is, but can't be imported: {error})" for decoder, error in broken.items())
         raise ValueError(
             f"Can't open {name} ({_shown(source)!r}): PIL does not read it, and no video decoder is installed{unusable}. "
-            f"Install one of {', '.join(_DECODERS)} (`pip install av`), or pass its frames: a list of pictures or a "
+            f"Install one of {', '.join(_DECODERS)} (`pip install av`), or pass its frames: a list of images or a "
             "4-dimensional array."
         )
     if hasattr(source, "seek"):
@@ -135,56 +135,75 @@ def _find_decoder() -> tuple[str | None, dict[str, str]]:
     return None, broken
 
 
-def is_frame(value: Any) -> bool:
+# -------------------------------------------------------------------------------------------------------------- audio
+def load_waveform(audio: Any, sampling_rate: int, name: str = "audio") -> np.ndarray:
+    """Open one audio input as a mono float32 waveform at `sampling_rate`.
+
+    Args:
+        audio: waveform at that rate (list of floats, array or tensor of shape (samples,) or (channels, samples)), the
+            `{"array", "sampling_rate"}` dict of `datasets`, or path, URL or base64 string, which transformers decodes
+            with torchcodec, soundfile or librosa.
+        sampling_rate: samples per second that the feature extractor expects.
+        name: what to call it in an error, such as "audio 3".
+
+    Errors: ValueError that names the audio input where it can't be opened, or has another rate.
+    """
+    if isinstance(audio, Mapping):
+        rate = audio.get("sampling_rate")
+        if audio.get("array") is None:
+            audio = audio.get("path")
+        else:
+            audio = audio["array"]
+            if rate is not None and rate != sampling_rate:
+                raise ValueError(
+                    f"{name} has {rate} samples per second, but the feature extractor expects {sampling_rate}: resample it, "
+                    f'with datasets by `cast_column("audio", Audio(sampling_rate={sampling_rate}))`.'
+                )
+    if isinstance(audio, str | os.PathLike):
+        try:
+            audio = load_audio(os.fspath(audio), sampling_rate=sampling_rate)
+        except Exception as error:  # decoders and the network raise what they like
+            raise ValueError(
+                f"Can't open {name} ({_shown(audio)!r}): {error}. Pass its waveform, or "
+                f"`pip install librosa` (`torchcodec` serves too, if it is built for your torch)."
+            ) from error
+    if hasattr(audio, "detach"):
+        audio = audio.detach().cpu().float().numpy()
+    try:
+        waveform = np.asarray(audio, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Can't open {name}: expected a waveform, a path or a dict, got {type(audio).__name__}.") from error
+    if waveform.ndim == 2 and waveform.shape[0] <= 8:
+        waveform = waveform.mean(axis=0)
+    if waveform.ndim != 1 or waveform.size == 0:
+        raise ValueError(f"Can't open {name}: its shape is {np.shape(audio)}; expected (samples,) or (channels, samples).")
+    return waveform
+
+
+# ------------------------------------------------------------------------------------------------- one, or a list of them
+def _is_frame(value: Any) -> bool:
     if isinstance(value, Image.Image):
         return getattr(value, "n_frames", 1) == 1
     return getattr(value, "ndim", 0) in (2, 3)
 
 
-# ------------------------------------------------------------------------------------------------------------- sounds
-def load_sound(sound: Any, sampling_rate: int, name: str = "sound") -> np.ndarray:
-    """Open one sound as a mono float32 waveform at `sampling_rate`.
-
-    Args:
-        sound: waveform at that rate (list of floats, array or tensor of shape (samples,) or (channels, samples)), the
-            `{"array", "sampling_rate"}` dict of `datasets`, or path, URL or base64 string, which transformers decodes
-            with torchcodec, soundfile or librosa.
-        sampling_rate: samples per second that the feature extractor expects.
-        name: what to call it in an error, such as "sound 3".
-
-    Errors: ValueError that names the sound where it can't be opened, or has another rate.
-    """
-    if isinstance(sound, Mapping):
-        rate = sound.get("sampling_rate")
-        if sound.get("array") is None:
-            sound = sound.get("path")
-        else:
-            sound = sound["array"]
-            if rate is not None and rate != sampling_rate:
-                raise ValueError(
-                    f"{name} has {rate} samples per second, but the feature extractor expects {sampling_rate}: "
-                    f"resample it, "
-                    f'with datasets by `cast_column("audio", Audio(sampling_rate={sampling_rate}))`.'
-                )
-    if isinstance(sound, str | os.PathLike):
-        try:
-            sound = load_audio(os.fspath(sound), sampling_rate=sampling_rate)
-        except Exception as error:  # decoders and the network raise what they like
-            raise ValueError(
-                f"Can't open {name} ({_shown(sound)!r}): {error}. Pass its waveform, or "
-                f"`pip install librosa` (`torchcodec` serves too, if it is built for your torch)."
-            ) from error
-    if hasattr(sound, "detach"):
-        sound = sound.detach().cpu().float().numpy()
-    try:
-        waveform = np.asarray(sound, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Can't open {name}: expected a waveform, a path or a dict, got {type(sound).__name__}.") from error
-    if waveform.ndim == 2 and waveform.shape[0] <= 8:
-        waveform = waveform.mean(axis=0)
-    if waveform.ndim != 1 or waveform.size == 0:
-        raise ValueError(f"Can't open {name}: its shape is {np.shape(sound)}; expected (samples,) or (channels, samples).")
-    return waveform
+def _is_video(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(map(_is_frame, value))
+    return getattr(value, "ndim", 4) == 4  # an array of five dimensions is a list of videos
 
 
-__all__ = ["is_frame", "load_sound", "load_video", "sample_frames"]
+def _is_audio(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(isinstance(one, int | float) for one in value)
+    return value is not None
+
+
+def _is_image(value: Any) -> bool:
+    return not isinstance(value, list | tuple) and getattr(value, "ndim", 0) != 4
+
+
+# Modality -> whether a value is one input of it; else it is a list of them, or of lists.
+IS_ONE = {"image": _is_image, "video": _is_video, "audio": _is_audio}
+
+__all__ = ["IS_ONE", "load_video", "load_waveform", "sample_frames"]

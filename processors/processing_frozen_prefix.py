@@ -1,6 +1,6 @@
-"""FrozenPrefixProcessor: the vision parent's image processor and the language parent's tokenizer behind one call.
+"""FrozenPrefixProcessor: the vision tower's image processor and the language model's tokenizer behind one call.
 
-Chat templates are in `chat_templates`, the opening of images in `image_loading`, of videos and sounds in `media_loading`. The
+Chat templates are in `chat_templates`, the opening of images in `image_loading`, of videos and audio in `media_loading`. The
 processor has no `__call__` of its own: everything is done in the hooks of `ProcessorMixin`, so that what transformers adds to
 that call reaches us too. Only this folder and public packages are imported: a checkpoint carries these files as custom code.
 """
@@ -22,7 +22,7 @@ from transformers.utils import cached_file, logging
 
 from .chat_templates import DEFAULT_CHAT_TEMPLATE, with_media
 from .image_loading import load_rgb_image
-from .media_loading import is_frame, load_sound, load_video
+from .media_loading import IS_ONE, load_video, load_waveform
 from .processing_compat import (
     CONTROL_TOKEN_END,
     CONTROL_TOKEN_START,
@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 _INPUT_NAMES = ("input_features", "input_values")  # of feature extractors
 # Part -> what loads it, and a file by which it is known to be there.
-_PARTS = {
+_PARTS: dict[str, tuple[Any, str]] = {
     "image_processor": (AutoImageProcessor, "preprocessor_config.json"),
     "feature_extractor": (AutoFeatureExtractor, "preprocessor_config.json"),
     "tokenizer": (AutoTokenizer, "tokenizer_config.json"),
@@ -50,7 +50,7 @@ _UNKNOWN_LENGTH = int(1e20)
 # Processor
 # ---------------------------------------------------------------------------------------------------------------------
 # How many frames are taken is the model's, not the call's: its placeholders are counted by it.
-FrozenPrefixVideosKwargs = TypedDict(
+FrozenPrefixVideosKwargs = TypedDict(  # type: ignore[misc]  # the keys of another one, which no class can say
     "FrozenPrefixVideosKwargs",
     {name: kind for name, kind in VideosKwargs.__annotations__.items() if name != "num_frames"},
     total=False,
@@ -58,9 +58,9 @@ FrozenPrefixVideosKwargs = TypedDict(
 
 
 class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
-    """Keywords of a call: transformers' own, for text, images, videos, sounds and `return_mm_token_type_ids`."""
+    """Keywords of a call: transformers' own, for text, images, videos, audio and `return_mm_token_type_ids`."""
 
-    videos_kwargs: FrozenPrefixVideosKwargs
+    videos_kwargs: FrozenPrefixVideosKwargs  # type: ignore[misc]  # as transformers' own processors narrow them
 
 
 class _PartsPresent:
@@ -79,25 +79,25 @@ class FrozenPrefixProcessor(ProcessorMixin):
     `<image>` gets one per image at `image_position`. The tokenizer's BOS, where it has one, stays first: BOS, image,
     text. `text=None` gives `pixel_values` alone; `text=""` gives a bare prompt with the image.
 
-    A processor with `num_frames` takes videos (see `load_video`), one with a feature extractor takes sounds (see
-    `load_sound`), in the same ways: `videos=` gives `pixel_values_videos` (videos, frames, C, H, W), `audio=` gives
+    A processor with `num_frames` takes videos (see `load_video`), one with a feature extractor takes audio (see
+    `load_waveform`), in the same ways: `videos=` gives `pixel_values_videos` (videos, frames, C, H, W), `audio=` gives
     `input_features` and `input_features_mask`.
 
     Truncation cuts text and never a placeholder. Batches are padded on the left, as generation needs it (on the right
     for encoder-decoder models), with EOS where the tokenizer has no pad token.
 
     Args:
-        image_processor: the vision parent's image processor; None for a model without one.
-        tokenizer: the language parent's tokenizer. `image_token` is added to it as a special token where it is not in
+        image_processor: the vision tower's image processor; None for a model without one.
+        tokenizer: the language model's tokenizer. `image_token` is added to it as a special token where it is not in
             the vocabulary; the language model is never resized.
         prefix_length: placeholders per image, `model.config.num_image_tokens`.
         image_token: the placeholder.
         image_position: "start" or "end".
         is_encoder_decoder: whether the language model is one: then prompts are padded on the right, and
             `DataCollatorForFrozenPrefix` gives the answers to the decoder.
-        feature_extractor: the audio parent's, for a model with ears.
+        feature_extractor: the audio tower's, for a model with one.
         num_frames: frames sampled from a video, `model.config.num_frames`.
-        video_prefix_length, audio_prefix_length: placeholders per video and per sound,
+        video_prefix_length, audio_prefix_length: placeholders per video and per audio input,
             `model.config.num_video_tokens` and `model.config.num_audio_tokens`.
         video_token, audio_token: their placeholders, `<video>` and `<audio>` where such are taken.
         chat_template: a Jinja template, or several by name. Default: the tokenizer's own, made to render images, else
@@ -105,7 +105,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
     """
 
     get_attributes = _PartsPresent()
-    valid_processor_kwargs = FrozenPrefixProcessorKwargs
+    valid_processor_kwargs = FrozenPrefixProcessorKwargs  # type: ignore[assignment]  # see there
     text_kwargs = {"padding_side": "left"}
 
     def __init__(
@@ -138,11 +138,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
             self._parts = ("tokenizer", "feature_extractor")
         super().__init__(**{name: parts[name] for name in self._parts}, chat_template=chat_template, **kwargs)
         self.prefix_length = prefix_length
-        sees, hears = "image_processor" in self._parts, feature_extractor is not None
-        self.image_token = image_token if sees else None
-        self.num_frames = num_frames if sees else None
+        has_vision = "image_processor" in self._parts
+        self.image_token = image_token if has_vision else None
+        self.num_frames = num_frames if has_vision else None
         self.video_token = (video_token or "<video>") if self.num_frames is not None else None
-        self.audio_token = (audio_token or "<audio>") if hears else None
+        self.audio_token = (audio_token or "<audio>") if feature_extractor is not None else None
         self.video_prefix_length, self.audio_prefix_length = video_prefix_length, audio_prefix_length
         self.image_position = image_position
         self.is_encoder_decoder = is_encoder_decoder
@@ -210,27 +210,25 @@ class FrozenPrefixProcessor(ProcessorMixin):
         chat_template: str | dict[str, str] | None = None,
         **kwargs,
     ) -> "FrozenPrefixProcessor":
-        """The processor for a model (or its config), from the parents that it records.
+        """The processor for a model (or its config), from the backbones that it records.
 
         Args:
             model: a frozen-prefix model or its config.
-            image_processor, tokenizer, feature_extractor: taken instead of the recorded parent's.
-            kwargs: passed on to both parents' `from_pretrained`: `token`, `cache_dir`, `local_files_only`, …
+            image_processor, tokenizer, feature_extractor: taken instead of the recorded backbone's.
+            kwargs: passed on to each `from_pretrained`: `token`, `cache_dir`, `local_files_only`, …
 
-        Errors: ValueError where a parent is not recorded or has no processor files, or where the tokenizer's
+        Errors: ValueError where a backbone is not recorded or has no processor files, or where the tokenizer's
         placeholder has another id than `config.image_token_id`.
         """
         config = getattr(model, "config", model)
         media = getattr(config, "media", ("image",))
         side = "right" if config.is_encoder_decoder else "left"
         if feature_extractor is None and "audio" in media:
-            record = config.audio_base_model
-            feature_extractor = cls._load_part(record, AutoFeatureExtractor, "feature_extractor", kwargs)
+            feature_extractor = cls._load_part(config.audio_base_model, "feature_extractor", kwargs)
         if image_processor is None and "image" in media:
-            image_processor = cls._load_part(config.vision_base_model, AutoImageProcessor, "image_processor", kwargs)
+            image_processor = cls._load_part(config.vision_base_model, "image_processor", kwargs)
         if tokenizer is None:
-            options = {"padding_side": side, **kwargs}
-            tokenizer = cls._load_part(config.text_base_model, AutoTokenizer, "tokenizer", options)
+            tokenizer = cls._load_part(config.text_base_model, "tokenizer", {"padding_side": side, **kwargs})
         known = tokenizer.get_added_vocab()  # before the placeholder is added to it
         processor = cls(
             image_processor,
@@ -262,21 +260,22 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return processor
 
     @staticmethod
-    def _load_part(record: Mapping[str, Any] | None, auto_class: Any, part: str, options: dict[str, Any]) -> Any:
-        """The image processor or tokenizer of one recorded parent."""
-        parent = {"image_processor": "vision", "feature_extractor": "audio"}.get(part, "language")
+    def _load_part(record: Mapping[str, Any] | None, part: str, options: dict[str, Any]) -> Any:
+        """The image processor, feature extractor or tokenizer of one recorded backbone."""
+        backbone = {"image_processor": "vision tower", "feature_extractor": "audio tower"}.get(part, "language model")
         way_out = "FrozenPrefixProcessor(image_processor=…, tokenizer=…, prefix_length=model.config.num_image_tokens)"
         way_out = f"Pass it: FrozenPrefixProcessor.from_model(model, {part}=…), or build {way_out}."
-        name = (record or {}).get("name_or_path")
+        record = record or {}
+        name = record.get("name_or_path")
         if not name:
-            raise ValueError(f"The model records no {parent} parent to take the {part} from. {way_out}")
+            raise ValueError(f"The model records no place of its {backbone} to take the {part} from. {way_out}")
         revision = {"revision": record["revision"]} if record.get("revision") and not os.path.isdir(name) else {}
+        auto_class, file = _PARTS[part]
         try:
             return auto_class.from_pretrained(name, **revision, **options)
         except (OSError, ValueError, KeyError) as error:
-            file = "tokenizer files" if part == "tokenizer" else "preprocessor_config.json"
             raise ValueError(
-                f"Can't load the {part} of the {parent} parent {name!r} (is there a {file}?): {error}\n{way_out}"
+                f"Can't load the {part} of the {backbone} {name!r} (is there a {file}?): {error}\n{way_out}"
             ) from error
 
     def _check_image_size(self, vision_config: Any) -> None:
@@ -288,7 +287,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         produced = self._output_size()
         if produced is not None and produced != expected:
             logger.warning(
-                f"The image processor makes pictures of {produced[0]}x{produced[1]}, but the vision tower was built "
+                f"The image processor makes images of {produced[0]}x{produced[1]}, but the vision tower was built "
                 f"for {expected[0]}x{expected[1]}. Unless it interpolates its positions it will refuse them. To mend "
                 f"it, pass from_model(model, image_processor=AutoImageProcessor.from_pretrained(…, size={{'height': "
                 f"{expected[0]}, 'width': {expected[1]}}}))."
@@ -298,7 +297,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """(height, width) of what the image processor makes, where it is fixed."""
         part = self.image_processor
         sizes = ("crop_size", getattr(part, "do_center_crop", None)), ("size", getattr(part, "do_resize", None))
-        size = next((getattr(part, name, None) for name, used in sizes if used), None)
+        size: Any = next((getattr(part, name, None) for name, used in sizes if used), None)
         try:
             return int(size["height"]), int(size["width"])
         except (TypeError, KeyError):
@@ -313,7 +312,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         place = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key) is not None}
 
         def lacks(file: str) -> bool:
-            found = cached_file(
+            path = cached_file(
                 name,
                 file,
                 **shared,
@@ -323,7 +322,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 _raise_exceptions_for_gated_repo=False,
                 _raise_exceptions_for_connection_errors=False,
             )
-            return found is None
+            return path is None
 
         if not lacks("processor_config.json") or lacks("config.json"):
             return super().from_pretrained(name, *args, **kwargs)
@@ -370,7 +369,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return self.prefix_length
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_token * self.num_image_tokens(image_inputs, image_idx)
+        return self.tokens["image"] * self.num_image_tokens(image_inputs, image_idx)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """Placeholders and patches (one) per image of the given (height, width) sizes."""
@@ -380,7 +379,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=numbers, num_image_patches=[1] * len(image_sizes))
 
     def num_tokens(self, modality: str) -> int:
-        """Placeholders of one image, video or sound."""
+        """Placeholders of one image, video or audio input."""
         if modality == "image":
             return self.num_image_tokens()
         number = getattr(self, f"{modality}_prefix_length")
@@ -422,18 +421,16 @@ class FrozenPrefixProcessor(ProcessorMixin):
         # Private: transformers' `__call__` merges its keywords after this hook only.
         merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         _, text, _, _ = super().prepare_inputs_layout(text=text, **kwargs)
-        given = {"image": images, "video": videos, "audio": audio}
-        media = {modality: self._nest(modality, one) for modality, one in given.items() if one is not None}
-        flat = {modality: nested[0] for modality, nested in media.items()}
+        passed = {"image": images, "video": videos, "audio": audio}
+        media = {modality: self.nest_media(modality, one) for modality, one in passed.items() if one is not None}
         if text is not None and all(isinstance(sample, str) for sample in text):  # transformers says what text must be
             placed = text
-            # What comes last is put in first, so that at the start images stand before videos before sounds.
-            order = [one for one in self.tokens if one in media or any(map(self._counter(one), text))]
+            # What comes last is put in first, so that at the start images stand before videos before audio.
+            order = [one for one in self.tokens if one in media or any(self.count_image_tokens(own, one) for own in text)]
             for modality in order if self.image_position == "end" else order[::-1]:
-                flat[modality] = self._images_per_text(media.get(modality), text, modality)
-                placed = [
-                    self.place_images(sample, len(own), modality) for sample, own in zip(placed, flat[modality], strict=True)
-                ]
+                media[modality] = self._media_per_text(modality, media.get(modality), text), True
+                counts = [len(own) for own in media[modality][0]]
+                placed = [self.place_images(sample, count, modality) for sample, count in zip(placed, counts, strict=True)]
             length = self._max_length(merged["text_kwargs"])
             final = placed if length is None else self._truncate(placed, length, merged["text_kwargs"])
             wants_mask = kwargs.get("return_offsets_mapping") and kwargs.get("return_text_replacement_offsets")
@@ -445,60 +442,47 @@ class FrozenPrefixProcessor(ProcessorMixin):
                             "put or cut at its start. Write the images into the turns, and truncate on the right."
                         )
             text = final
-        found = {modality: [one for own in nested for one in own] for modality, nested in flat.items()}
-        images = self._load_images(found.get("image", []), merged["images_kwargs"])
-        videos, audio = self._load_videos(found.get("video", [])), self._load_audio(found.get("audio", []))
+        flat = {modality: [one for own in nested for one in own] for modality, (nested, _) in media.items()}
+        images = self._load_images(flat.get("image", []), merged["images_kwargs"])
+        videos, audio = self._load_videos(flat.get("video", [])), self._load_audio(flat.get("audio", []))
         return images or None, text, videos or None, audio or None
 
-    def _counter(self, modality: str) -> Callable[[str], int]:
-        return lambda text: self.count_image_tokens(text, modality)
-
-    def _nest(self, modality: str, media: Any) -> tuple[list[list[Any]], bool]:
-        """One list per entry, and whether the caller nested them."""
+    def nest_media(self, modality: str, media: Any) -> tuple[list[list[Any]], bool]:
+        """Images (videos, audio) as one list per entry, and whether the caller nested them."""
         if modality not in self.tokens:
             raise ValueError(f"This processor takes {list(self.tokens)} and text, and was given {modality}.")
-        return {"image": self._nest_images, "video": self._nest_videos, "audio": self._nest_audio}[modality](media)
+        is_one = IS_ONE[modality]
+        entries = [media] if is_one(media) else list(media)
+        nested = [[one] if one is None or is_one(one) else list(one) for one in entries]
+        is_nested = any(one is None or not is_one(one) for one in entries)
+        return [[one for one in own if one is not None] for own in nested], is_nested
 
-    @staticmethod
-    def _nest_images(images: Any) -> tuple[list[list[Any]], bool]:
-        """One list of images per entry, and whether the caller nested them; a 4-D array is a list of images."""
-
-        def is_batch(image: Any) -> bool:
-            return isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
-
-        images = list(images) if is_batch(images) else [images]
-        nested = [list(one) if is_batch(one) else [one] for one in images]
-        nested = [[image for image in own if image is not None] for own in nested]
-        return nested, any(image is None or is_batch(image) for image in images)
-
-    def _images_per_text(
-        self, images: tuple[list[list[Any]], bool] | None, text: list[str], modality: str = "image"
-    ) -> list[list[Any]]:
-        """The images of each text: nested ones say so themselves; flat ones go one to each text, or, where the
+    def _media_per_text(self, modality: str, media: tuple[list[list[Any]], bool] | None, text: list[str]) -> list[list[Any]]:
+        """The images (videos, audio) of each text: nested ones say so themselves; flat ones go one to each text, or, where the
         placeholders say otherwise, in reading order."""
-        token, noun = self.tokens.get(modality), "sounds" if modality == "audio" else f"{modality}s"
+        token, noun = self.tokens[modality], "audio inputs" if modality == "audio" else f"{modality}s"
         counts = [self.count_image_tokens(sample, modality) for sample in text]
-        images, is_nested = images if images is not None else ([[] for _ in text], True)
-        total = sum(len(own) for own in images)
+        nested, is_nested = ([[] for _ in text], True) if media is None else media
+        total = sum(len(own) for own in nested)
         rule = f"The {token} tokens in the prompts should be the same as the number of {noun}, text by text."
-        if not is_nested and (len(text) == 1 or max(counts) > 1 or (any(counts) and len(images) != len(text))):
-            rest = iter([image for own in images for image in own])
-            images = [[image for _, image in zip(range(count), rest, strict=False)] for count in counts]
-            images[-1] += rest
-        if len(images) != len(text):
+        if not is_nested and (len(text) == 1 or max(counts) > 1 or (any(counts) and len(nested) != len(text))):
+            rest = iter([one for own in nested for one in own])
+            nested = [[one for _, one in zip(range(count), rest, strict=False)] for count in counts]
+            nested[-1] += rest
+        if len(nested) != len(text):
             kind = f"lists of {noun}" if is_nested else noun
             raise ValueError(
-                f"{rule} Got {len(images)} {kind} for {len(text)} texts: sample {min(len(images), len(text))} has "
+                f"{rule} Got {len(nested)} {kind} for {len(text)} texts: sample {min(len(nested), len(text))} has "
                 f"only one of the two. Pass one, or one (possibly empty) list of {noun}, per text."
             )
-        for index, (count, own) in enumerate(zip(counts, images, strict=True)):
+        for index, (count, own) in enumerate(zip(counts, nested, strict=True)):
             if count and count != len(own):
                 raise ValueError(
                     f"{rule} Sample {index}: its text holds {count} {token} but it has {len(own)} {noun} "
                     f"(batch: {sum(counts)} and {total}). Write one {token} each, or none: then they "
                     f"are put in; and pass nested {noun}, one list per text, where texts have several."
                 )
-        return images
+        return nested
 
     def _load_images(self, images: list[Any], images_kwargs: Mapping[str, Any]) -> list[Any]:
         """Open and convert; arrays that are not to be rescaled are in their final range and stay as they are."""
@@ -535,7 +519,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         names = "add_special_tokens", "sanitize_control_tokens"
         options = {name: options[name] for name in names if name in options and options[name] is not None}
         options |= {"return_attention_mask": False, "verbose": False}
-        present = [modality for modality in self.tokens if any(map(self._counter(modality), text))]
+        present = [modality for modality in self.tokens if any(self.count_image_tokens(one, modality) for one in text)]
         extra = {modality: self.num_tokens(modality) - 1 for modality in present}
 
         def lengths(samples: list[str]) -> list[int]:
@@ -604,11 +588,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return None if chosen is None else self._with_images(chosen)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', by a template that places images (videos, sounds) as it places text."""
+        """As transformers', by a template that places images (videos, audio) as it places text."""
         conversation = without_empty_contents(conversation)
         return super().apply_chat_template(conversation, self.template_of(chat_template), *args, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------ videos and sounds
+    # ------------------------------------------------------------------------------------------------ videos and audio
     def to_dict(self) -> dict[str, Any]:
         absent = {"num_frames", "video_prefix_length", "video_token"} if self.video_token is None else set()
         absent |= {"audio_prefix_length", "audio_token"} if self.audio_token is None else set()
@@ -621,7 +605,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         named = {modality: getattr(self, f"{modality}_token", None) for modality in ("image", "video", "audio")}
         return {modality: token for modality, token in named.items() if token is not None}
 
-    # transformers asks for one before it processes videos; frames are pictures here.
+    # transformers asks for one before it processes videos; frames are images here.
     @property
     def video_processor(self) -> Any:
         if self.video_token is None:
@@ -630,7 +614,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
         merged = super()._merge_kwargs(*args, **kwargs)
-        # transformers gives these to text and sounds alike: a text's `max_length` would cut sounds to as many samples.
+        # transformers gives these to text and audio alike: a text's `max_length` would cut audio to as many samples.
         meant = kwargs.get("audio_kwargs") or {}
         for name in ("padding", "max_length", "truncation", "pad_to_multiple_of"):
             if name not in meant:
@@ -638,60 +622,33 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return merged
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
-        return self.video_token * self.num_tokens("video")
+        return self.tokens["video"] * self.num_tokens("video")
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: Any) -> str:
-        return self.audio_token * self.num_tokens("audio")
-
-    @staticmethod
-    def _nest_videos(videos: Any) -> tuple[list[list[Any]], bool]:
-        """One list of videos per entry, and whether the caller nested them; a list of frames is one video."""
-
-        def is_video(value: Any) -> bool:
-            if isinstance(value, list | tuple):
-                return len(value) > 0 and all(map(is_frame, value))
-            return getattr(value, "ndim", 4) == 4  # an array of five dimensions is a list of videos
-
-        videos = [videos] if is_video(videos) else list(videos)
-        nested = [[one] if one is None or is_video(one) else list(one) for one in videos]
-        is_nested = any(one is None or not is_video(one) for one in videos)
-        return [[one for one in own if one is not None] for own in nested], is_nested
-
-    @staticmethod
-    def _nest_audio(audio: Any) -> tuple[list[list[Any]], bool]:
-        """One list of sounds per entry, and whether the caller nested them; a list of numbers is one sound."""
-
-        def is_sound(value: Any) -> bool:
-            if isinstance(value, list | tuple):
-                return len(value) > 0 and all(isinstance(one, int | float) for one in value)
-            return value is not None
-
-        audio = [audio] if is_sound(audio) else list(audio)
-        nested = [[one] if one is None or is_sound(one) else list(one) for one in audio]
-        is_nested = any(not is_sound(one) for one in audio)
-        return [[one for one in own if one is not None] for own in nested], is_nested
+        return self.tokens["audio"] * self.num_tokens("audio")
 
     def _load_videos(self, videos: list[Any]) -> list[list[Image.Image]]:
+        if self.num_frames is None:
+            return []
         return [load_video(video, self.num_frames, f"video {index}") for index, video in enumerate(videos)]
 
     def _load_audio(self, audio: list[Any]) -> list[np.ndarray]:
         rate = self.feature_extractor.sampling_rate if audio else 0
-        return [load_sound(sound, rate, f"sound {index}") for index, sound in enumerate(audio)]
+        return [load_waveform(one, rate, f"audio {index}") for index, one in enumerate(audio)]
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
         # transformers would stack each video's frames to count the videos.
         counted = None if videos is None else [np.zeros((1, 1, 1, 3), dtype=np.uint8)] * len(videos)
         super().validate_inputs(images=images, text=text, videos=counted, audio=audio, **kwargs)
 
-    def _process_videos(self, videos: list[list[Image.Image]], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         takes = getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", {})
         options = {key: value for key, value in kwargs.items() if key in takes or not takes}
         frames = [frame for video in videos for frame in video]
         made = self.image_processor(frames, **{**options, "return_tensors": "pt"})
         if set(made) != {"pixel_values"}:
             raise ValueError(
-                f"{type(self.image_processor).__name__} makes {sorted(made)} of a picture; frames of a video need a "
-                f"tower that "
+                f"{type(self.image_processor).__name__} makes {sorted(made)} of an image; frames of a video need a tower that "
                 "takes `pixel_values` of one size alone."
             )
         pixels = made["pixel_values"]
@@ -699,7 +656,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         replacements = [self.replace_video_token(made, index) for index in range(len(videos))]
         return {"pixel_values_videos": pixels}, replacements
 
-    def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+    def _process_audio(self, audio: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         extractor = self.feature_extractor
         takes = inspect.signature(extractor.__call__).parameters
         options = {key: value for key, value in kwargs.items() if key in takes}

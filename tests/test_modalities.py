@@ -521,7 +521,7 @@ def test_frames_are_sampled_evenly_from_every_kind_of_video(tmp_path: Path) -> N
 def test_a_film_without_a_decoder_is_refused_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "film.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(64))
     monkeypatch.setattr("modeling_frozen.processors.media_loading._DECODERS", ())
-    with pytest.raises(ValueError, match=r"video 0 .*film.mp4.*no video decoder is installed.*list of pictures"):
+    with pytest.raises(ValueError, match=r"video 0 .*film.mp4.*no video decoder is installed.*list of images"):
         processor()(text="<video>", videos=str(tmp_path / "film.mp4"))
     with pytest.raises(ValueError, match="video 0 .*no such file"):
         processor()(text="<video>", videos=str(tmp_path / "nothing.mp4"))
@@ -539,9 +539,9 @@ def test_sounds_of_every_kind_are_one_waveform() -> None:
     expected = of(audio=wave, return_tensors="pt")["input_features"]
     for kind in kinds:
         torch.testing.assert_close(of(audio=kind, return_tensors="pt")["input_features"], expected)
-    with pytest.raises(ValueError, match="sound 0 has 8000 samples per second.*16000"):
+    with pytest.raises(ValueError, match="audio 0 has 8000 samples per second.*16000"):
         of(audio={"array": wave, "sampling_rate": 8000})
-    with pytest.raises(ValueError, match="Can't open sound 0 .*nothing.wav"):
+    with pytest.raises(ValueError, match="Can't open audio 0 .*nothing.wav"):
         of(audio="nothing.wav")
     options = {"padding": True, "max_length": 40, "truncation": True}  # of the texts
     two = of(text=["<audio>", "<audio> a"], audio=[wave, noise(0.2)], return_tensors="pt", **options)
@@ -572,7 +572,7 @@ def test_wrong_counts_of_the_processor_are_refused_with_numbers() -> None:
     of = processor()
     with pytest.raises(ValueError, match="<video>.*Sample 0: its text holds 2 <video> but it has 1 videos"):
         of(text="<video> <video>", videos=[[grey(1, 2)]])
-    with pytest.raises(ValueError, match="<audio>.*Sample 1: its text holds 1 <audio> but it has 0 sounds"):
+    with pytest.raises(ValueError, match="<audio>.*Sample 1: its text holds 1 <audio> but it has 0 audio inputs"):
         of(text=["<audio>", "<audio>"], audio=[[noise(0.1)], []])
     with pytest.raises(ValueError, match="<audio>"):
         of(text="<audio> a")

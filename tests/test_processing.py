@@ -621,10 +621,10 @@ def test_from_model_checks_the_placeholders_id(tmp_path):
 def test_from_model_without_what_it_needs(tmp_path):
     model = parents(tmp_path)
     (tmp_path / "vision" / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match=r"(?s)vision parent '.*vision'.*preprocessor_config.json.*image_processor=…"):
+    with pytest.raises(ValueError, match=r"(?s)vision tower '.*vision'.*preprocessor_config.json.*image_processor=…"):
         FrozenPrefixProcessor.from_model(model)
     assert FrozenPrefixProcessor.from_model(model, image_processor=image_processor()).prefix_length == 4
-    with pytest.raises(ValueError, match=r"records no language parent.*tokenizer=…"):
+    with pytest.raises(ValueError, match=r"records no place of its language model.*tokenizer=…"):
         FrozenPrefixProcessor.from_model(parents(tmp_path, text_base_model=None))
 
 

@@ -259,8 +259,7 @@ class DataCollatorForFrozenPrefix:
         for modality in _OTHERS:
             column = find_column(row, modality=modality)
             if modality in self.processor.tokens and column is not None:
-                nest = self.processor._nest_videos if modality == "video" else self.processor._nest_audio
-                own = [] if row[column] is None else nest(row[column])[0]
+                own = [] if row[column] is None else self.processor.nest_media(modality, row[column])[0]
                 media[modality] = [one for some in own for one in some]
         return media
 
