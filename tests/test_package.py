@@ -44,6 +44,20 @@ def test_beside_transformers_it_imports_nothing_heavy() -> None:
     assert fresh(code.format(", modeling_frozen", heavy)) == fresh(code.format("", heavy))
 
 
+def test_the_command_says_its_help_without_torch() -> None:
+    code = """
+import sys
+from modeling_frozen.cli import main
+sys.argv = ["frozen-prefix", {!r}]
+try:
+    main()
+except SystemExit:
+    print([m for m in ("torch", "transformers") if m in sys.modules])
+"""
+    assert fresh(code.format("--help")).splitlines()[0].startswith("usage: frozen-prefix")
+    assert fresh(code.format("--version")).splitlines() == [modeling_frozen.__version__, "[]"]
+
+
 @pytest.mark.parametrize("first", ["import modeling_frozen", "from transformers import AutoModel, AutoProcessor"])
 def test_the_auto_classes_know_the_type_whatever_is_imported_first(first: str) -> None:
     code = f"""
