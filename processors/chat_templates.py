@@ -33,6 +33,18 @@ MEDIA{%- elif fp_i['text'] is string -%}
 {%- endfor -%}
 {%- set messages = fp_c.messages -%}
 """
+# Put before a template that takes nothing but such lists, it turns every string into one.
+_LIST_CONTENT = """\
+{%- set fp_c = namespace(messages=[]) -%}
+{%- for fp_m in messages -%}
+{%- if fp_m['content'] is string -%}
+{%- set fp_c.messages = fp_c.messages + [dict(fp_m, content=[{'type': 'text', 'text': fp_m['content']}])] -%}
+{%- else -%}
+{%- set fp_c.messages = fp_c.messages + [fp_m] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = fp_c.messages -%}
+"""
 
 # For language models without a template of their own: roles in plain words, EOS after each answer.
 DEFAULT_CHAT_TEMPLATE = """\
@@ -64,26 +76,31 @@ INTERLEAVED_CHAT_TEMPLATE = """\
 
 @lru_cache(maxsize=64)
 def with_media(template: str, tokens: tuple[tuple[str, str], ...], special_tokens: tuple[tuple[str, str], ...]) -> str:
-    """The template itself where it renders one image (video, audio) and one text rightly, else the template after
-    `_FLATTEN_CONTENT`.
+    """The template itself where it renders one image (video, audio) and one text rightly, and a text that is a plain string;
+    else the template after what turns lists into strings, or strings into lists.
 
-    Asked by rendering it: text-only templates drop content lists silently, print them as Python lists, or raise.
-    Wrapping the template, instead of changing messages on the way in, keeps what is saved complete: every tool that
-    reads `chat_template.jinja` renders the same.
+    Asked by rendering it: text-only templates drop content lists silently, print them as Python lists, or raise; those of
+    models that see drop strings. Wrapping the template, instead of changing messages on the way in, keeps what is saved
+    complete: every tool that reads `chat_template.jinja` renders the same.
     """
-    probe = [{"type": modality} for modality, _ in tokens] + [{"type": "text", "text": "fp-probe"}]
-    media = "".join(
-        _FLATTEN_MEDIUM.replace("MEDIUM", modality).replace("TOKEN", json.dumps(token)) for modality, token in tokens
-    )
-    for candidate in (template, _FLATTEN_CONTENT.replace("MEDIA", media) + template):
-        chat = [{"role": "user", "content": probe}]
+
+    def renders(candidate: str, content: Any, *expected: str) -> bool:
+        chat = [{"role": "user", "content": content}]
         variables: dict[str, Any] = dict(special_tokens)
         try:
             text = render_jinja_template(conversations=[chat], chat_template=candidate, **variables)[0][0]
         except Exception:  # a template may raise whatever it likes
-            continue
-        if all(text.count(token) == 1 for _, token in tokens) and text.count("fp-probe") == 1 and "'type'" not in text:
-            return candidate
+            return False
+        return all(text.count(one) == 1 for one in expected) and "'type'" not in text
+
+    mixed = [{"type": modality} for modality, _ in tokens] + [{"type": "text", "text": "fp-probe"}]
+    media = "".join(
+        _FLATTEN_MEDIUM.replace("MEDIUM", modality).replace("TOKEN", json.dumps(token)) for modality, token in tokens
+    )
+    for candidate in (template, _FLATTEN_CONTENT.replace("MEDIA", media) + template):
+        if renders(candidate, mixed, "fp-probe", *(token for _, token in tokens)):
+            takes_strings = renders(candidate, "fp-probe", "fp-probe")
+            return candidate if takes_strings else _LIST_CONTENT + candidate
     return template  # made for something else: no images, or the first content item alone
 
 

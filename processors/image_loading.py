@@ -1,42 +1,71 @@
-"""Opening any image as the right RGB: 8 bits, upright, transparency over white. `load_rgb_image` is public."""
+"""Opening any image as the right RGB: 8 bits, upright, in sRGB, transparency over white. `load_rgb_image` is public."""
 
 import base64
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from transformers import image_utils
 
 
 _EXIF_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 258  # of TIFF
+_OVERSHOOT = 0.1  # of the range: resizing with cubic filters leaves it by less
+_RANGES = {"bool": 1, "uint8": 255, "uint16": 65535}
+_STRIP = 2**22  # pixels that are converted at a time
 
 
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """Scale grey or colour values of any dtype to 0..255; nothing is clipped.
+# ------------------------------------------------------------------------------------------------------------- ranges
+def _range_of(arrays: Sequence[Any]) -> float:
+    low, high = min(float(one.min()) for one in arrays), max(float(one.max()) for one in arrays)
+    floating = any("float" in str(one.dtype) for one in arrays)
+    for top in (1, 255, 65535) if floating else (255, 65535):
+        if high <= top * (1 + _OVERSHOOT):
+            # What is nearly black in a range may as well be too bright for the one before; whole numbers are not.
+            surely = top == 1 or high >= top / 16 or (top == 255 and all(bool((one == one.round()).all()) for one in arrays))
+            if surely and low >= -top * _OVERSHOOT:
+                return top
+            break
+    kinds = "/".join(sorted({_kind(one) for one in arrays}))
+    raise ValueError(
+        f"its {kinds} values run from {low:g} to {high:g}, but an image's are in 0..1, 0..255 or 0..65535. Scale them, or "
+        "give uint8 or uint16; values that are normalised already go to the model as `pixel_values`, or through the processor "
+        "with do_rescale=False"
+    )
 
-    uint16 is always 0..65535. Wider integers and floats do not say their range, so it is read off the maximum: the
-    smallest of 1 (floats only), 255 and 65535 that holds it.
+
+def _kind(values: Any) -> str:
+    return getattr(values.dtype, "name", str(values.dtype).removeprefix("torch."))
+
+
+def _scaled(values: Any, top: float) -> Any:
+    if _kind(values) == "uint8":
+        return values
+    if isinstance(values, np.ndarray):
+        return np.clip(np.rint(values * np.float64(255 / top)), 0, 255).astype(np.uint8)
+    return (values.detach().cpu().double() * (255 / top)).round().clip(0, 255).byte()
+
+
+def to_uint8(*arrays: Any) -> list[Any]:
+    """Arrays or tensors of any shape, such as all images of a batch or all frames of a video, in 0..255.
+
+    bool is 0 or 1, uint8 0..255 and uint16 0..65535. Floats and wider integers do not say what they run to, so it is read off
+    all of them together: the smallest of 1 (floats only), 255 and 65535 that holds them. A little outside of it is clipped.
+
+    Errors: ValueError for what is empty, no number, outside of these ranges, or so dark in one that it may be of another.
     """
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
-        return np.rint(array / 257).astype(np.uint8)
-    low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-    floating = np.issubdtype(array.dtype, np.floating)
-    if not (np.isfinite(low) and np.isfinite(high)) or low < -1e-6 or high > 65535:
-        raise ValueError(
-            f"its {array.dtype} values run from {low:g} to {high:g}, but an image's are in 0..1, 0..255 or 0..65535. "
-            "Scale them first; values that are normalised already go to the model as `pixel_values`, or through the "
-            "processor with do_rescale=False"
-        )
-    scale = 255.0 if floating and high <= 1 + 1e-6 else 1.0 if high <= 255 else 1 / 257
-    return np.clip(np.rint(array * scale), 0, 255).astype(np.uint8)
+    for one in arrays:
+        if 0 in one.shape:
+            raise ValueError(f"it is empty: its shape is {tuple(one.shape)}")
+        if not re.match("bool|u?int|b?float", _kind(one)):
+            raise ValueError(f"its values are of type {_kind(one)}, but an image's are numbers")
+    unsaid = [one for one in arrays if _kind(one) not in _RANGES]
+    top = _range_of(unsaid) if unsaid else 0
+    return [_scaled(one, _RANGES.get(_kind(one), top)) for one in arrays]
 
 
 def _array_to_pil(image: Any, channels_first: bool | None = None) -> Image.Image:
@@ -45,9 +74,7 @@ def _array_to_pil(image: Any, channels_first: bool | None = None) -> Image.Image
     Where both ends could be the channels, a tensor is read as channels first, an array as channels last.
     """
     is_tensor = not isinstance(image, np.ndarray)
-    if is_tensor:
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
+    image = np.asarray(to_uint8(image)[0])
     if image.ndim == 3:
         first, last = image.shape[0] in (1, 2, 3, 4), image.shape[-1] in (1, 2, 3, 4)
         if not (first or last):
@@ -58,23 +85,83 @@ def _array_to_pil(image: Any, channels_first: bool | None = None) -> Image.Image
         image = image[..., 0] if image.shape[-1] == 1 else image
     elif image.ndim != 2:
         raise ValueError(f"its shape is {tuple(image.shape)}; expected (H, W), (H, W, C) or (C, H, W)")
-    return Image.fromarray(np.ascontiguousarray(_to_uint8(image)))  # 2 channels: LA, 4: RGBA
+    return Image.fromarray(np.ascontiguousarray(image))  # 2 channels: LA, 4: RGBA
+
+
+# ---------------------------------------------------------------------------------------------------------------- PIL
+def _declared_top(image: Image.Image) -> int | None:
+    """What a grey image of more than 8 bits runs to by what its file says, None where that says nothing."""
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))  # TIFF has 12 bits, too
+        return 2 ** bits[0] - 1
+    return 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else None
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """An L, RGB or CMYK image in sRGB, by its ICC profile if it has one."""
+    if not image.info.get("icc_profile"):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB") or image
+    except (ImageCms.PyCMSError, OSError, ImportError):  # broken, for other pixels, or PIL is built without: viewers go on too
+        return image
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
+    palette = getattr(image.palette, "mode", "") if image.mode == "P" else ""
+    if not (image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info or palette.endswith("A")):
+        image = image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+        return (image if image.mode == "LAB" else _to_srgb(image)).convert("RGB")
+    image = image.convert("LA") if image.mode == "La" else image
+    with_alpha = image.convert("RGBA")
+    if image.info.get("icc_profile"):
+        colours = _to_srgb(image.convert("L") if image.mode == "LA" else with_alpha.convert("RGB")).convert("RGB")
+        colours.putalpha(with_alpha.getchannel("A"))
+        with_alpha = colours
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), with_alpha).convert("RGB")
+
+
+def _deep_grey_to_rgb(top: float) -> Callable[[Image.Image], Image.Image]:
+    def convert(image: Image.Image) -> Image.Image:
+        values = np.asarray(image)
+        grey = Image.fromarray(_scaled(values, top))
+        if "transparency" in image.info:
+            grey.paste(255, mask=Image.fromarray(values == image.info["transparency"]))
+        return grey.convert("RGB")
+
+    return convert
 
 
 def _pil_to_rgb(image: Image.Image) -> Image.Image:
-    """The RGB that a viewer would show: upright, transparency over white, deep greys scaled and not clipped."""
+    """The RGB that a viewer would show: upright, in sRGB, transparency over white, deep greys scaled and not clipped."""
+    if 0 in image.size:
+        raise ValueError(f"it is empty: its size is {image.size[0]}x{image.size[1]}")
+    top = _declared_top(image)  # before it is turned, which forgets the file
+    is_deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # PIL keeps the upper 8 bits of 16
     image.load()
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and transparent is None and not image.info.get("icc_profile"):
         return image
+    convert: Callable[[Image.Image], Image.Image] = _strip_to_rgb
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        convert = _deep_grey_to_rgb(_range_of([np.asarray(image)]) if top is None else top)
+    elif is_deep and isinstance(transparent, tuple):
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    # By strips: an RGB image takes 4 bytes a pixel, and steps on the way there as much each.
+    (width, height), rows = image.size, max(1, _STRIP // image.size[0])
+    if height <= rows:
+        return convert(image)
+    whole = Image.new("RGB", image.size)
+    for row in range(0, height, rows):
+        whole.paste(convert(image.crop((0, row, width, min(row + rows, height)))), (0, row))
+    return whole
 
 
 def _read_source(source: str) -> bytes:
@@ -94,7 +181,8 @@ def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | No
 
     Args:
         image: PIL image (its current frame), path, URL, data URL, base64 string, bytes, open binary file, the
-            `{"bytes", "path"}` dict of `datasets`, numpy array or tensor of shape (H, W), (H, W, C) or (C, H, W).
+            `{"bytes", "path"}` dict of `datasets`, numpy array or tensor of shape (H, W), (H, W, C) or (C, H, W), in a range
+            of `to_uint8`.
         name: what to call it in an error, such as "image 3".
         channels_first: layout of a 3-dimensional array, where its shape leaves it open.
 
@@ -123,10 +211,10 @@ def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | No
         if not (isinstance(image, str) or hasattr(image, "read")):
             raise ValueError("expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor")
         with Image.open(image) as opened:
-            return _pil_to_rgb(opened).copy()  # animated: PIL opens at the first frame
+            return _pil_to_rgb(opened)  # animated: PIL opens at the first frame
     except Exception as error:  # PIL, the network and the file system raise some twenty kinds
         reason = "it is not an image that PIL can read" if "cannot identify image file" in str(error) else str(error)
         raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error
 
 
-__all__ = ["load_rgb_image"]
+__all__ = ["load_rgb_image", "to_uint8"]

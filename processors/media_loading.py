@@ -6,7 +6,7 @@ feature extractor's rate. Nothing is decoded without a decoder that is installed
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers.audio_utils import load_audio
 
-from .image_loading import load_rgb_image
+from .image_loading import load_rgb_image, to_uint8
 
 
 _DECODERS = ("torchcodec", "av", "cv2")  # modules, in the order in which they are tried
@@ -44,9 +44,10 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
 
     Errors: ValueError that names the video where it can't be opened, or needs a decoder.
     """
-    if isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4:
+    if _is_list(video) or getattr(video, "ndim", 0) == 4:
         if len(video) == 0:
             raise ValueError(f"Can't open {name}: it has no frames.")
+        video = one_range(video, name)
         return [load_rgb_image(video[index], f"a frame of {name}") for index in sample_frames(len(video), num_frames)]
     if isinstance(video, Mapping):
         data = video.get("bytes")
@@ -71,6 +72,22 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
         return _decode(source, num_frames, name)
     except (OSError, ValueError) as error:
         raise ValueError(f"Can't open {name} ({_shown(video)!r}): {error}.") from error
+
+
+def one_range(media: Any, name: str) -> Any:
+    """Frames (or images) of one array or list with their numbers in 0..255, all by one range: a dark one stays dark.
+
+    Errors: ValueError that names them, as `to_uint8`.
+    """
+    frames = list(media) if _is_list(media) else [media]
+    # PIL images of such numbers too
+    frames = [np.asarray(one) if isinstance(one, Image.Image) and one.mode in ("I", "F") else one for one in frames]
+    try:
+        converted = iter(to_uint8(*(one for one in frames if hasattr(one, "dtype"))))
+    except ValueError as error:
+        raise ValueError(f"Can't open {name}: {error}.") from error
+    frames = [next(converted) if hasattr(one, "dtype") else one for one in frames]
+    return frames if _is_list(media) else frames[0]
 
 
 def _frames_of_image(image: Image.Image, num_frames: int, name: str) -> list[Image.Image]:
@@ -181,6 +198,10 @@ def load_waveform(audio: Any, sampling_rate: int, name: str = "audio") -> np.nda
 
 
 # ------------------------------------------------------------------------------------------------- one, or a list of them
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+
+
 def _is_frame(value: Any) -> bool:
     if isinstance(value, Image.Image):
         return getattr(value, "n_frames", 1) == 1
@@ -188,22 +209,22 @@ def _is_frame(value: Any) -> bool:
 
 
 def _is_video(value: Any) -> bool:
-    if isinstance(value, list | tuple):
+    if _is_list(value):
         return len(value) > 0 and all(map(_is_frame, value))
     return getattr(value, "ndim", 4) == 4  # an array of five dimensions is a list of videos
 
 
 def _is_audio(value: Any) -> bool:
-    if isinstance(value, list | tuple):
+    if _is_list(value):
         return len(value) > 0 and all(isinstance(one, int | float) for one in value)
     return value is not None
 
 
 def _is_image(value: Any) -> bool:
-    return not isinstance(value, list | tuple) and getattr(value, "ndim", 0) != 4
+    return not _is_list(value) and getattr(value, "ndim", 0) != 4
 
 
 # Modality -> whether a value is one input of it; else it is a list of them, or of lists.
 IS_ONE = {"image": _is_image, "video": _is_video, "audio": _is_audio}
 
-__all__ = ["IS_ONE", "load_video", "load_waveform", "sample_frames"]
+__all__ = ["IS_ONE", "load_video", "load_waveform", "one_range", "sample_frames"]

@@ -8,13 +8,14 @@ that call reaches us too. Only this folder and public packages are imported: a c
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from huggingface_hub import constants, try_to_load_from_cache
 from PIL import Image
-from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, VideosKwargs
 from transformers.tokenization_utils_base import AddedToken
@@ -22,13 +23,14 @@ from transformers.utils import cached_file, logging
 
 from .chat_templates import DEFAULT_CHAT_TEMPLATE, with_media
 from .image_loading import load_rgb_image
-from .media_loading import IS_ONE, load_video, load_waveform
+from .media_loading import IS_ONE, load_video, load_waveform, one_range
 from .processing_compat import (
     CONTROL_TOKEN_END,
     CONTROL_TOKEN_START,
     ProcessorMixin,
     without_empty_contents,
 )
+from .prompt_tokens import without_ending
 
 
 logger = logging.get_logger(__name__)
@@ -77,7 +79,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
     Each image of a text is written as `prefix_length` placeholders, which the model overwrites with the connector's
     output. Images are a single one, a flat list in reading order, or nested, one list per text. A text without any
     `<image>` gets one per image at `image_position`. The tokenizer's BOS, where it has one, stays first: BOS, image,
-    text. `text=None` gives `pixel_values` alone; `text=""` gives a bare prompt with the image.
+    text. What it appends to a text, EOS or [SEP], is left out for decoders, which go on there. `text=None` gives
+    `pixel_values` alone; `text=""` gives a bare prompt with the image.
 
     A processor with `num_frames` takes videos (see `load_video`), one with a feature extractor takes audio (see
     `load_waveform`), in the same ways: `videos=` gives `pixel_values_videos` (videos, frames, C, H, W), `audio=` gives
@@ -100,6 +103,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
         video_prefix_length, audio_prefix_length: placeholders per video and per audio input,
             `model.config.num_video_tokens` and `model.config.num_audio_tokens`.
         video_token, audio_token: their placeholders, `<video>` and `<audio>` where such are taken.
+        text_headless: `model.config.text_headless`, whether the text model only reads: texts then end as its tokenizer ends
+            them.
         chat_template: a Jinja template, or several by name. Default: the tokenizer's own, made to render images, else
             a plain one with "User:" and "Assistant:".
     """
@@ -123,6 +128,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         audio_prefix_length: int | None = None,
         video_token: str | None = None,
         audio_token: str | None = None,
+        text_headless: bool = False,
         **kwargs,
     ):
         if prefix_length is not None and (not isinstance(prefix_length, int) or prefix_length < 1):
@@ -131,6 +137,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ValueError(f"image_position must be 'start' or 'end', got {image_position!r}.")
         if not isinstance(image_token, str) or not image_token.strip():
             raise ValueError(f"image_token must be a non-empty string, got {image_token!r}.")
+        if tokenizer is not None and not (is_encoder_decoder or text_headless):
+            tokenizer = without_ending(tokenizer)
         parts = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
         if image_processor is not None or feature_extractor is None:
             self._parts = tuple(name for name in parts if name != "feature_extractor" or feature_extractor is not None)
@@ -145,7 +153,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         self.audio_token = (audio_token or "<audio>") if feature_extractor is not None else None
         self.video_prefix_length, self.audio_prefix_length = video_prefix_length, audio_prefix_length
         self.image_position = image_position
-        self.is_encoder_decoder = is_encoder_decoder
+        self.is_encoder_decoder, self.text_headless = is_encoder_decoder, text_headless
         if is_encoder_decoder:  # encoders with learned positions count them from the left
             self.text_kwargs = {**type(self).text_kwargs, "padding_side": "right"}
         self._prepare_tokenizer()
@@ -244,16 +252,18 @@ class FrozenPrefixProcessor(ProcessorMixin):
             audio_prefix_length=config.num_audio_tokens if "audio" in media else None,
             video_token=video_token,
             audio_token=audio_token,
+            text_headless=bool(getattr(config, "text_headless", False)),
         )
         for modality, token in processor.tokens.items():
             own, index = getattr(processor, f"{modality}_token_id"), getattr(config, f"{modality}_token_id")
             if own == index:
                 continue
             name = next((token for token, known_index in known.items() if known_index == index), None)
-            way_out = f"{modality}_token={name!r}, which has that id" if name else "the tokenizer it was built with"
+            way_out = f"pass {modality}_token={name!r}, which has that id, or " if name else ""
             raise ValueError(
-                f"The tokenizer's {token!r} has id {own}, but the model was built with "
-                f"{modality}_token_id={index}: {modality}s would go to other tokens. To mend it, pass {way_out}."
+                f"The tokenizer's {token!r} has id {own}, but the model's is {modality}_token_id={index}: {modality}s "
+                f"would go to other tokens. To mend it, {way_out}pass the tokenizer it was built with; where it was joined "
+                f"from loaded models without one, join it with {modality}_token_id={own}."
             )
         if "image" in media:
             processor._check_image_size(config.vision_config)
@@ -307,22 +317,24 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; without `processor_config.json` the processor is that of the model there, with those of its
         parts that were saved beside it."""
-        name = pretrained_model_name_or_path
+        name = str(pretrained_model_name_or_path)
         shared = {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key) is not None}
         place = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key) is not None}
 
         def lacks(file: str) -> bool:
-            path = cached_file(
-                name,
-                file,
-                **shared,
-                **place,
-                # Private, as transformers' own loaders do: an `OSError` does not tell these from a name that is none.
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            return path is None
+            # Private, as transformers' own loaders do: an `OSError` does not tell a missing file from a Hub that fails.
+            if cached_file(name, file, **shared, **place, _raise_exceptions_for_missing_entries=False) is not None:
+                return False
+            if os.path.isdir(name):
+                return True
+            where = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
+            known = try_to_load_from_cache(name, "/".join([*filter(None, [kwargs.get("subfolder")]), file]), **where)
+            if known is not None:  # a mark that the Hub said so
+                return True
+            if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
+                logger.warning(f"The cache holds no {file} of {name}, and offline nobody can tell whether there is one.")
+                return True
+            raise OSError(f"Whether {name} has a {file} can't be told, for the Hub can't be reached: try again, or offline.")
 
         if not lacks("processor_config.json") or lacks("config.json"):
             return super().from_pretrained(name, *args, **kwargs)
@@ -346,6 +358,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
         saved = {} if processor_dict is None else processor_dict
         options = dict(kwargs)
         subfolder = options.pop("subfolder", "")
+        if saved and "text_headless" not in saved:  # written before 0.2
+            config = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, subfolder=subfolder, **options)[0]
+            saved["text_headless"] = bool(config.get("text_headless"))
         image_processor = None
         if "image_processor" in saved or "feature_extractor" not in saved:
             image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **options)
@@ -394,6 +409,18 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def unused_input_names(self) -> list[str]:
         return ["token_type_ids"]  # GPT-2 would add word embeddings for them
 
+    @property
+    def model_input_names(self) -> list[str]:
+        parts = [getattr(self, name) for name in self._parts if name != "feature_extractor"]
+        names = [name for part in parts for name in part.model_input_names]
+        names += ["pixel_values_videos"] if self.video_token is not None else []
+        if self.audio_token is not None:
+            own = [name for name in self.feature_extractor.model_input_names if name != "attention_mask"]
+            names += ["input_features" if name in _INPUT_NAMES else name for name in own]
+            if "return_attention_mask" in inspect.signature(self.feature_extractor.__call__).parameters:
+                names.append("input_features_mask")  # some name it and make none, some the other way round
+        return [name for name in dict.fromkeys(names) if name not in self.unused_input_names]
+
     def count_image_tokens(self, text: str, modality: str = "image") -> int:
         """Placeholders in a text, one per image; such as a user's chat message smuggled in are not counted."""
         token = self.tokens.get(modality)
@@ -420,10 +447,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """
         # Private: transformers' `__call__` merges its keywords after this hook only.
         merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        _, text, _, _ = super().prepare_inputs_layout(text=text, **kwargs)
+        rescale = merged["images_kwargs"].get("do_rescale")
+        text = None if text is None else self._texts(text)
         passed = {"image": images, "video": videos, "audio": audio}
-        media = {modality: self.nest_media(modality, one) for modality, one in passed.items() if one is not None}
-        if text is not None and all(isinstance(sample, str) for sample in text):  # transformers says what text must be
+        media = {modality: self.nest_media(modality, one, rescale) for modality, one in passed.items() if one is not None}
+        if text is not None:
             placed = text
             # What comes last is put in first, so that at the start images stand before videos before audio.
             order = [one for one in self.tokens if one in media or any(self.count_image_tokens(own, one) for own in text)]
@@ -443,17 +471,42 @@ class FrozenPrefixProcessor(ProcessorMixin):
                         )
             text = final
         flat = {modality: [one for own in nested for one in own] for modality, (nested, _) in media.items()}
-        images = self._load_images(flat.get("image", []), merged["images_kwargs"])
+        images = self._load_images(flat.get("image", []), rescale, merged["images_kwargs"].get("input_data_format"))
         videos, audio = self._load_videos(flat.get("video", [])), self._load_audio(flat.get("audio", []))
         return images or None, text, videos or None, audio or None
 
-    def nest_media(self, modality: str, media: Any) -> tuple[list[list[Any]], bool]:
-        """Images (videos, audio) as one list per entry, and whether the caller nested them."""
+    @staticmethod
+    def _texts(text: Any) -> list[str]:
+        text = text.tolist() if isinstance(text, np.ndarray) else text
+        if isinstance(text, str):
+            return [text]
+        if not isinstance(text, Iterable) or isinstance(text, Mapping | bytes):
+            raise ValueError(f"`text` must be a string or a list of strings, got a {type(text).__name__}: {text!r:.80}.")
+        texts = list(text)
+        if not texts:
+            raise ValueError('`text` is an empty list: pass one text for each sample, or `""` for an image without words.')
+        for index, one in enumerate(texts):
+            if not isinstance(one, str):
+                raise ValueError(f"`text` must hold strings, but sample {index} is a {type(one).__name__}: {one!r:.80}.")
+        return texts
+
+    def _rescales(self, rescale: bool | None) -> bool:
+        return getattr(self.image_processor, "do_rescale", True) if rescale is None else rescale
+
+    def nest_media(self, modality: str, media: Any, rescale: bool | None = None) -> tuple[list[list[Any]], bool]:
+        """Images (videos, audio) as one list per entry, and whether the caller nested them. The numbers of one array are of
+        one range, unless `rescale` (`image_processor.do_rescale` by default) leaves them as they are."""
         if modality not in self.tokens:
             raise ValueError(f"This processor takes {list(self.tokens)} and text, and was given {modality}.")
         is_one = IS_ONE[modality]
-        entries = [media] if is_one(media) else list(media)
-        nested = [[one] if one is None or is_one(one) else list(one) for one in entries]
+        same_range = modality == "video" or (modality == "image" and self._rescales(rescale))
+
+        def split(value: Any) -> list[Any]:
+            return list(one_range(value, f"the {modality}s") if same_range and hasattr(value, "dtype") else value)
+
+        media = media.tolist() if getattr(media, "dtype", None) is np.dtype(object) else media
+        entries = [media] if is_one(media) else split(media)
+        nested = [[one] if one is None or is_one(one) else split(one) for one in entries]
         is_nested = any(one is None or not is_one(one) for one in entries)
         return [[one for one in own if one is not None] for own in nested], is_nested
 
@@ -484,19 +537,20 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 )
         return nested
 
-    def _load_images(self, images: list[Any], images_kwargs: Mapping[str, Any]) -> list[Any]:
+    def _load_images(self, images: list[Any], rescale: bool | None, layout: Any) -> list[Any]:
         """Open and convert; arrays that are not to be rescaled are in their final range and stay as they are."""
-        if not images:
-            return []
-        rescale = images_kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
-        layout = images_kwargs.get("input_data_format")
         channels_first = None if layout is None else getattr(layout, "value", layout) == "channels_first"
-        return [
-            image
-            if not rescale and getattr(image, "ndim", None) == 3
-            else load_rgb_image(image, f"image {index}", channels_first=channels_first)
-            for index, image in enumerate(images)
-        ]
+        loaded = []
+        for index, image in enumerate(images):
+            if self._rescales(rescale) or not hasattr(image, "dtype"):
+                image = load_rgb_image(image, f"image {index}", channels_first=channels_first)
+            elif 0 in image.shape:
+                raise ValueError(f"Can't open image {index}: it is empty: its shape is {tuple(image.shape)}.")
+            elif image.ndim == 2:  # grey
+                grey = image.detach().cpu().numpy() if hasattr(image, "detach") else image
+                image = np.stack([grey] * 3, axis=0 if channels_first else -1)
+            loaded.append(image)
+        return loaded
 
     # ------------------------------------------------------------------------------------------------- truncation
     def _max_length(self, options: Mapping[str, Any]) -> int | None:

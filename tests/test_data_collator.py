@@ -369,7 +369,7 @@ def test_truncation_defaults_to_what_the_tokenizer_says():
     assert collate([row], word_tokenizer(model_max_length=6))[1]["labels"].shape == (1, 6)
     assert collate([row], word_tokenizer(model_max_length=6), max_length=8)[1]["labels"].shape == (1, 8)
     assert collate([row])[1]["labels"].shape == (1, 9)
-    collator, batch = collate([row], seq2seq_tokenizer(), is_encoder_decoder=True, max_length=4)
+    collator, batch = collate([row], processor=make(seq2seq_tokenizer(), is_encoder_decoder=True), max_length=4)
     assert batch["labels"].shape == (1, 4) and batch["input_ids"].shape == (1, 4)
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         DataCollatorForFrozenPrefix(make(), max_length=0)

@@ -287,3 +287,63 @@ def test_a_repository_of_each_head_carries_its_own_code_and_loads(module_hub: Hu
     others = {HEADS["FrozenPrefixForImageTextRetrieval"][1]: writes, HEADS[writes][1]: writes}
     for name, (_, *more) in HEADS.items():
         assert found[name] == [name, "transformers_modules", *(others.get(other, name) for other in more)]
+
+
+PUSH_END = """
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+model = FrozenPrefixForConditionalGeneration.from_pretrained("me/eyes")
+for name in ("me/end", "me/bare"):
+    model.push_to_hub(name)
+FrozenPrefixProcessor.from_model(model, image_position="end").push_to_hub("me/end")
+"""
+
+POSITION = """
+import modeling_frozen
+from transformers import AutoProcessor
+for load in (AutoProcessor.from_pretrained, modeling_frozen.FrozenPrefixProcessor.from_pretrained):
+    try:
+        print(load({name!r}).image_position)
+    except Exception as error:  # httpx's own where the connection is reset
+        print("error")
+"""
+
+WITHOUT_PROCESSOR = """
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+FrozenPrefixProcessor.from_model(FrozenPrefixForConditionalGeneration.from_pretrained("me/end"))
+"""
+
+
+@pytest.fixture(scope="module")
+def end(module_hub: Hub, pushed: dict) -> str:  # noqa: F811
+    """Code that says where the processor of me/end puts an image."""
+    module_hub.run(PUSH_END)
+    return POSITION.format(name="me/end")
+
+
+# Those that the Hub's client tries again for a minute are slow.
+@pytest.mark.parametrize("status", [401, 403, *(pytest.param(status, marks=pytest.mark.slow) for status in (429, 500))])
+def test_a_hub_that_fails_gives_no_other_processor(module_hub: Hub, end: str, status: int) -> None:  # noqa: F811
+    module_hub.answer_with(r" /me/end/resolve/[^/]+/processor_config\.json", status, times=None)
+    try:
+        assert module_hub.run(end).split() == ["error"] * 2
+    finally:
+        module_hub.mend()
+    assert module_hub.run(end).split() == ["end"] * 2
+
+
+def test_only_not_found_means_that_there_is_no_processor(module_hub: Hub, end: str) -> None:  # noqa: F811
+    """Then it is the one of the backbones, offline too."""
+    home, bare = module_hub.new_home(), POSITION.format(name="me/bare")
+    assert module_hub.run(bare, home=home).split() == ["start"] * 2
+    assert module_hub.run(bare, home=home, offline=True).split() == ["start"] * 2
+
+
+@pytest.mark.slow
+def test_without_a_connection_nobody_knows_whether_there_is_a_processor(module_hub: Hub, end: str) -> None:  # noqa: F811
+    home = module_hub.new_home()
+    module_hub.run(WITHOUT_PROCESSOR, home=home)  # all but the processor of me/end is in the cache
+    module_hub.stop()
+    try:
+        assert module_hub.run(end, home=home).split() == ["error"] * 2
+    finally:
+        module_hub.start()

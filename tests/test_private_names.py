@@ -187,8 +187,6 @@ PRIVATE = [
     Private("transformers.models.auto.modeling_auto.MODEL_MAPPING._model_mapping", "as _reverse_config_mapping"),
     Private("transformers.models.auto.configuration_auto.CONFIG_MAPPING._modules", "as _reverse_config_mapping"),
     Private("transformers.utils.hub:_raise_exceptions_for_missing_entries", WHY_NOT_FOUND),
-    Private("transformers.utils.hub:_raise_exceptions_for_gated_repo", WHY_NOT_FOUND),
-    Private("transformers.utils.hub:_raise_exceptions_for_connection_errors", WHY_NOT_FOUND),
     # ----------------------------------------------------------------------------------------------------------- torch
     Private("torch.nn.Module()._backward_hooks", CALLED_OTHERWISE),
     Private("torch.nn.Module()._backward_pre_hooks", CALLED_OTHERWISE),
