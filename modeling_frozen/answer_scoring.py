@@ -1,4 +1,4 @@
-"""How likely is each of many answers: log-likelihoods over one kept prefix, for multiple choice, zero-shot classification and
+"""How likely each of many answers is: log-likelihoods over one kept prefix, for multiple choice, zero-shot classification and
 re-ranking."""
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ def score_answers(
     reduction: str = "sum",
     batch_size: int = 32,
     **inputs: Any,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """As [`FrozenPrefixForConditionalGeneration.score`], of `model`."""
     if reduction not in ("sum", "mean"):
         raise ValueError(f'`reduction="{reduction}"` should be "sum" or "mean".')
@@ -40,15 +40,16 @@ def score_answers(
         real = targets >= 0
         targets = targets.clamp(min=0)
         logits = _answer_logits(model, prefix_cache, rows, targets, real).float()
-        found = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).masked_fill(~real, 0.0).sum(-1)
-        scores[rows, columns] = found / real.sum(-1) if reduction == "mean" else found
+        logprobs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+        total = logprobs.masked_fill(~real, 0.0).sum(-1)
+        scores[rows, columns] = total / real.sum(-1) if reduction == "mean" else total
     return scores
 
 
 def _answer_logits(
-    model: Any, prefix: PrefixCache, rows: torch.Tensor, targets: torch.LongTensor, real: torch.BoolTensor
-) -> torch.FloatTensor:
-    """`(answers, length, vocabulary)`: what the model expects at each token of the answers."""
+    model: Any, prefix: PrefixCache, rows: torch.Tensor, targets: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor:
+    """Logits `(answers, length, vocabulary)` for each token of the answers."""
     some = prefix._select(rows)
     if some.encoder_outputs is not None:
         start = model.generation_config.decoder_start_token_id
@@ -57,16 +58,16 @@ def _answer_logits(
         begin = torch.full_like(targets[:, :1], start)
         return model(
             encoder_outputs=some.encoder_outputs,
-            attention_mask=pad_right(None, None, some.attention_mask)[2],  # as the encoder saw it
+            attention_mask=pad_right(None, None, some.attention_mask)[2],  # as the encoder read it
             decoder_input_ids=torch.cat([begin, targets[:, :-1]], dim=1),
             use_cache=False,
         ).logits
-    if some.cache is not None:
+    if some.cache is not None and some.logits is not None:
         first = some.logits[:, None].to(model.device)
         if targets.shape[1] == 1:
             return first
         begun = some.attention_mask.sum(-1)
-        fed = real[:, 1:].long()  # the last token of each answer expects nothing
+        fed = real[:, 1:].long()  # nothing comes after the last token of an answer
         mask = torch.cat([some.attention_mask, fed], dim=1)
         outputs = model(
             input_ids=targets[:, :-1],
@@ -96,7 +97,7 @@ def _answers(candidates: Any, mask: torch.Tensor | None, tokenizer: Any, rows: i
         nested = isinstance(first, (list, tuple)) and bool(first) and not isinstance(first[0], int)
         if nested and len(candidates) != rows:
             raise ValueError(
-                f"{len(candidates)} lists of candidates were given for {rows} prompt(s): one for each, or one for all."
+                f"{len(candidates)} lists of candidates were passed for {rows} prompt(s): one for each, or one for all."
             )
         answers = [list(_tokenized(own, tokenizer)) for own in (candidates if nested else [candidates])]
         answers = answers if nested else answers * rows

@@ -1,6 +1,7 @@
 """transformers' key-value caches, kept and used several times: which can be, and how rows of one serve many rows."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def can_be_kept(cache: Any) -> bool:
 
 
 def pick_rows(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Rows of a tensor by their numbers; all of them for `None`."""
     if rows is None:
         return tensor
     if len(tensor) == 1:  # one row for all: no copy
@@ -26,25 +28,31 @@ def pick_rows(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     return tensor.index_select(0, rows.to(tensor.device))
 
 
+def changed_cache(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor], num_dropped: int = 0) -> DynamicCache:
+    """A cache of its own with what `change` makes of the keys and values `(rows, heads, length, head_dim)`, which may leave
+    out `num_dropped` positions; windows still hold all of their past."""
+    changed = copy.copy(cache)
+    changed.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in changed.layers:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length -= num_dropped
+    return changed
+
+
 def copied_cache(cache: DynamicCache, rows: torch.Tensor | None = None) -> DynamicCache:
-    """A cache of its own over the same tensors, or over the chosen rows of them; windows still hold all of their past."""
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in copied.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = pick_rows(layer.keys, rows), pick_rows(layer.values, rows)
-    return copied
+    """A cache of its own over the same tensors, or over the chosen rows of them."""
+    return changed_cache(cache, lambda tensor: pick_rows(tensor, rows))
 
 
 def narrowed_cache(cache: DynamicCache) -> DynamicCache:
-    """Cuts sliding layers down to what they look at, as they are in `generate()`."""
+    """Cuts sliding layers, in place, down to their window, as they are in `generate()`."""
     for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None and layer.values is not None:
             layer.record_past = False
-            seen = layer.sliding_window - 1
-            layer.keys, layer.values = (
-                tensor[:, :, max(0, tensor.shape[-2] - seen) :] for tensor in (layer.keys, layer.values)
-            )
+            start = max(0, layer.keys.shape[-2] - layer.sliding_window + 1)
+            layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
     return cache
 
 
@@ -59,4 +67,4 @@ def new_kept_cache(model: Any) -> DynamicCache | None:
     return cache
 
 
-__all__ = ["can_be_kept", "copied_cache", "narrowed_cache", "new_kept_cache", "pick_rows"]
+__all__ = ["can_be_kept", "changed_cache", "copied_cache", "narrowed_cache", "new_kept_cache", "pick_rows"]

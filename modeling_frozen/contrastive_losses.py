@@ -1,7 +1,7 @@
 """Contrastive losses by name, for pairs of an image and a text, over the batches of all processes together.
 
 Each process computes the loss of its own rows against everybody's columns, so no process holds the whole square of
-likenesses; the columns are gathered *with gradient* (without it, every process would train its own texts against frozen
+similarities; the columns are gathered *with gradient* (without it, every process would train its own texts against frozen
 copies of the others' images). Averaged over processes, as distributed training does, values and gradients are those of
 one process with the whole batch. Several captions of one image are not negatives of each other.
 """
@@ -39,10 +39,6 @@ def process_rank() -> tuple[int, int]:
     return 0, 1
 
 
-def _processes() -> int:
-    return process_rank()[1]
-
-
 def gather_with_gradient(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     The rows of all processes, in the order of their ranks.
@@ -53,23 +49,19 @@ def gather_with_gradient(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     Returns:
         `(torch.Tensor of shape (all rows, width), int)`: the second says where this process's begin.
     """
-    if _processes() == 1:
+    rank, num_processes = process_rank()
+    if num_processes == 1:
         return rows, 0
     own = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.empty_like(own) for _ in range(_processes())]
-    dist.all_gather(sizes, own)
-    sizes = torch.cat(sizes).tolist()
-    if rows.is_floating_point():
-        gathered = _Gathered.apply(rows, sizes)
-    else:
-        with torch.no_grad():
-            gathered = _Gathered.apply(rows, sizes)
-    return gathered, sum(sizes[: dist.get_rank()])
+    counts = [torch.empty_like(own) for _ in range(num_processes)]
+    dist.all_gather(counts, own)
+    sizes: list[int] = torch.cat(counts).tolist()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and rows.is_floating_point()):
+        return _Gathered.apply(rows, sizes), sum(sizes[:rank])
 
 
 class _Square:
-    """This process's rows of the square of all pairs: likenesses both ways, which of them are pairs, which count as
-    strangers."""
+    """This process's rows of the square of all pairs: similarities both ways, which are positives, which negatives."""
 
     def __init__(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_ids: torch.Tensor | None):
         if image_embeds.shape != text_embeds.shape:
@@ -88,14 +80,14 @@ class _Square:
         columns = torch.arange(len(both), device=images.device)
         self.targets = columns[start : start + len(images)]
         self.is_pair = self.targets[:, None] == columns
-        self.is_stranger = ~self.is_pair
+        self.is_negative = ~self.is_pair
         if image_ids is not None:
             if image_ids.shape != (len(images),):
                 raise ValueError(f"`image_ids` of shape {tuple(image_ids.shape)} must name the image of {len(images)} pairs.")
             all_ids = gather_with_gradient(image_ids.to(images.device).long()[:, None])[0][:, 0]
-            self.is_stranger = self.is_stranger & (image_ids.to(images.device)[:, None] != all_ids)
+            self.is_negative = self.is_negative & (image_ids.to(images.device)[:, None] != all_ids)
         # Such that the mean over processes is the mean over all rows, however they are spread.
-        self.weight = _processes() / len(both)
+        self.weight = process_rank()[1] / len(both)
 
 
 def clip_loss(
@@ -121,10 +113,10 @@ def clip_loss(
         `torch.Tensor` of shape `()`.
     """
     square = _Square(image_embeds, text_embeds, image_ids)
-    left_out = ~(square.is_pair | square.is_stranger)
+    left_out = ~(square.is_pair | square.is_negative)
     loss: Any = 0.0
-    for likeness in (square.image_to_text, square.text_to_image):
-        logits = (likeness * logit_scale.float()).masked_fill(left_out, float("-inf"))
+    for similarities in (square.image_to_text, square.text_to_image):
+        logits = (similarities * logit_scale.float()).masked_fill(left_out, float("-inf"))
         loss = loss + nn.functional.cross_entropy(logits, square.targets, reduction="sum") / 2
     return loss * square.weight + _idle(logit_bias)
 
@@ -138,16 +130,16 @@ def siglip_loss(
     image_ids: torch.LongTensor | None = None,
 ) -> torch.Tensor:
     """
-    Pairwise sigmoid (SigLIP, arXiv 2303.15343, equation 1): every image with every text is a yes-or-no question by itself,
-    `-1/|B| sum_i sum_j log sigmoid(z_ij (t x_i.y_j + b))`, z being 1 for pairs and -1 for strangers.
+    Pairwise sigmoid (SigLIP, arXiv 2303.15343, equation 1): every image with every text is a binary decision by itself,
+    `-1/|B| sum_i sum_j log sigmoid(z_ij (t x_i.y_j + b))`, z being 1 for pairs and -1 for negatives.
 
-    The arguments are those of [`clip_loss`]; `logit_bias` is b. Texts of the same image are no question to each other.
+    The arguments are those of [`clip_loss`]; `logit_bias` is b. Texts of the same image are left out.
     """
     square = _Square(image_embeds, text_embeds, image_ids)
     logits = square.image_to_text * logit_scale.float()
     if logit_bias is not None:
         logits = logits + logit_bias.float()
-    signs = square.is_pair.float() - square.is_stranger.float()
+    signs = square.is_pair.float() - square.is_negative.float()
     log_likelihood = nn.functional.logsigmoid(signs * logits) * (signs != 0)
     return -log_likelihood.sum() * square.weight
 
@@ -167,7 +159,7 @@ def triplet_loss(
     s being the cosine, the anchor an image and then a text, the mean of both.
 
     The sign: a triple costs nothing once its own is nearer than the other by the margin. The formula that this project
-    began with had the two likenesses exchanged, as is right for distances alone; with cosines it drives pairs apart.
+    began with had the two similarities exchanged, as is right for distances alone; with cosines it drives pairs apart.
 
     Args:
         image_embeds, text_embeds, image_ids: as of [`clip_loss`].
@@ -179,15 +171,15 @@ def triplet_loss(
     if negatives not in ("hardest", "all"):
         raise ValueError(f'`negatives="{negatives}"` is unknown: choose "hardest" or "all".')
     square = _Square(image_embeds, text_embeds, image_ids)
-    has_others = square.is_stranger.any(-1)
+    has_others = square.is_negative.any(-1)
     loss: Any = 0.0
-    for likeness in (square.image_to_text, square.text_to_image):
-        own = likeness.gather(1, square.targets[:, None])
-        costs = (margin - own + likeness).clamp(min=0).masked_fill(~square.is_stranger, 0.0)
-        if negatives == "hardest":  # the cost grows with likeness, so the nearest other is the dearest
+    for similarities in (square.image_to_text, square.text_to_image):
+        own = similarities.gather(1, square.targets[:, None])
+        costs = (margin - own + similarities).clamp(min=0).masked_fill(~square.is_negative, 0.0)
+        if negatives == "hardest":  # the cost grows with similarity, so the nearest other costs most
             costs = costs.amax(-1)
         else:
-            costs = costs.sum(-1) / square.is_stranger.sum(-1).clamp(min=1)
+            costs = costs.sum(-1) / square.is_negative.sum(-1).clamp(min=1)
         loss = loss + (costs * has_others).sum() / 2
     return loss * square.weight + _idle(logit_scale) + _idle(logit_bias)
 
@@ -216,7 +208,7 @@ def check_contrastive_loss(loss_type: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in LOSS_OPTIONS[loss_type]:
             raise ValueError(
-                f"`loss_config` holds {name!r}, which the loss {loss_type!r} does not know; its options are "
+                f"`loss_config` holds {name!r}, which the loss {loss_type!r} does not take; its options are "
                 f"{LOSS_OPTIONS[loss_type] or 'none'}."
             )
         if name == "negatives" and value not in ("hardest", "all"):

@@ -2,29 +2,29 @@
 
 Images are encoded once, before the first step, and repeated with their row. A prefix that was read before
 (`encode_prefix`) is gone on from (`generate(prefix_cache=...)`). A prompt is read once for all its beams and answers. An
-assistant that doesn't see is shown text alone. Logits processors meet placeholders, whose ids may lie past the head.
+assistant that takes no images gets text alone. Logits processors meet placeholders, whose ids may lie past the head.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from .backbones import language_model_geometry
-from .caches import can_be_kept, copied_cache, narrowed_cache, new_kept_cache
+from .caches import can_be_kept, changed_cache, copied_cache, narrowed_cache, new_kept_cache
 from .configuration_frozen_prefix import FrozenPrefixConfig
-from .padding import pad_right, reads_in_chunks
+from .padding import pad_right, reads_in_chunks, words_of
 from .parts import MEDIA_INPUTS, MODALITIES, take_media
 from .prefix_cache import (
     PrefixCache,
+    RowMedia,
     joined_media,
     mask_or_none,
     media_by_row,
@@ -32,6 +32,7 @@ from .prefix_cache import (
     padded_left,
     padded_right,
     shifted,
+    take_prefixes,
 )
 from .transformers_compat import (
     CACHE,
@@ -64,12 +65,12 @@ class PaddedLogitsProcessorList(LogitsProcessorList):
 
     last_placeholder_id: int
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         width = scores.shape[-1]
         missing = max(0, self.last_placeholder_id + 1 - width)
         for processor in self:
-            by = 0 if hasattr(processor, "model") else missing
-            widened = nn.functional.pad(scores, (0, by), value=-float("inf"))
+            num_added = 0 if hasattr(processor, "model") else missing
+            widened = nn.functional.pad(scores, (0, num_added), value=-float("inf"))
             scores = LogitsProcessorList([processor])(input_ids, widened, **kwargs)[..., :width]
         return scores
 
@@ -80,35 +81,38 @@ class CandidatesOfText(CandidateGenerator):
 
     Args:
         generator (`CandidateGenerator`): transformers'.
-        placeholders: gives the mask of `input_ids`' placeholders.
+        placeholders (`Callable`): gives the mask of `input_ids`' placeholders.
         word (`int`, *optional*):
-            For a generator that takes no images: the id that it is shown where a placeholder stands, which is masked from its
-            attention. `None`: it is shown all.
+            For a generator that takes no images: the id that it gets where a placeholder stands, which is masked from its
+            attention. `None`: it gets all as they are.
         limit (`int`, *optional*): how many positions the language model has.
     """
 
-    def __init__(self, generator: CandidateGenerator, placeholders: Any, word: int | None, limit: int | None):
+    def __init__(
+        self,
+        generator: CandidateGenerator,
+        placeholders: Callable[[torch.Tensor], torch.Tensor],
+        word: int | None,
+        limit: int | None,
+    ):
         self.generator, self.placeholders, self.word, self.limit = generator, placeholders, word, limit
+        self.requires_model_outputs = generator.requires_model_outputs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["generator"], name)
 
-    @property
-    def requires_model_outputs(self) -> bool:
-        return self.generator.requires_model_outputs
-
-    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[Any, Any]:
         """Candidates after `input_ids`."""
         length = input_ids.shape[1]
-        shown = input_ids if self.word is None else input_ids.masked_fill(self.placeholders(input_ids), self.word)
-        ids, logits = self.generator.get_candidates(shown, **kwargs)
+        words: Any = input_ids if self.word is None else input_ids.masked_fill(self.placeholders(input_ids), self.word)
+        ids, logits = self.generator.get_candidates(words, **kwargs)
         new = ids[:, length:].to(input_ids.device)
         ends = self.placeholders(new).any(0).nonzero()[:, 0].tolist()
         ends += [] if self.limit is None else [max(0, self.limit - length)]
         count = min(ends, default=new.shape[1])
         return torch.cat([input_ids, new[:, :count]], dim=1), None if logits is None else logits[:, :count]
 
-    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int) -> None:
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """As transformers'."""
         return self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
@@ -118,14 +122,18 @@ def _answers_of_a_prompt(generation_config: GenerationConfig) -> int:
     return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
 
 
-def _are_the_same(rows: list[dict[str, list[torch.Tensor]]]) -> bool:
+def _are_the_same(rows: list[RowMedia]) -> bool:
     """Whether rows hold the very same tensors."""
-    held = [[(key, *map(id, tensors)) for key, tensors in row.items()] for row in rows]
-    return all(one == held[0] for one in held)
+    identities = [[(key, *map(id, tensors)) for key, tensors in row.items()] for row in rows]
+    return all(one == identities[0] for one in identities)
 
 
 class FrozenPrefixGenerationMixin(GenerationMixin):
     """`generate()`, and what goes with it, for a model that holds a [`FrozenPrefixModel`] as `model`."""
+
+    config: Any  # `FrozenPrefixConfig`; a mixin that says so is at odds with `PreTrainedModel`
+    generation_config: GenerationConfig
+    model: Any  # `FrozenPrefixModel`, whose file imports this one
 
     @torch.no_grad()
     def generate(
@@ -142,7 +150,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             inputs, args, kwargs: as transformers'.
 
         Returns:
-            As transformers'; sequences begin with the prefix's ids, as if each question had been asked afresh.
+            As transformers'; sequences begin with the prefix's ids, as if each question had been asked anew.
         """
         config = kwargs.get("generation_config") or self.generation_config
         for option, reason in UNSUPPORTED.items():
@@ -156,10 +164,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             )
         if prefix_cache is not None:
             question = kwargs.pop("input_ids", None) if inputs is None else inputs
-            inputs, kwargs = (
-                None,
-                {**kwargs, **self._continued(prefix_cache, question, kwargs.pop("attention_mask", None), kwargs)},
-            )
+            mask, inputs = kwargs.pop("attention_mask", None), None
+            kwargs = {**kwargs, **self._continued(prefix_cache, question, mask, kwargs)}
         cache = take_cache(kwargs)  # under whichever name, now under this release's
         return super().generate(inputs, *args, **kwargs, **({} if cache is None else {CACHE: cache}))
 
@@ -176,7 +182,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         **inputs: Any,
     ) -> PrefixCache:
         """
-        Encodes pictures, and words that many questions share, once.
+        Encodes images, and words that many questions share, once.
 
         ```python
         prefix = model.encode_prefix(**processor(images=image, text="<image>", return_tensors="pt"))
@@ -191,8 +197,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
                 Words with placeholders, as the processor gives them; padding may be on either side.
             images, text, processor:
                 In place of ids: what `processor(images=images, text=text)` takes, and the processor. Without `text`
-                the pictures stand alone, one a row.
-            prefix_cache (`PrefixCache`, *optional*): go on from this one, with more words (or more pictures).
+                the images stand alone, one a row.
+            prefix_cache (`PrefixCache`, *optional*): go on from this one, with more words (or more images).
             inputs: `pixel_values` and all else that `forward` takes of media, `mm_encoder_outputs` too.
 
         Raises:
@@ -202,25 +208,22 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             input_ids, attention_mask, inputs = self._processed(images, text, processor, prefix_cache, inputs)
         if input_ids is None:
             raise ValueError("`encode_prefix` needs `input_ids` (from the processor), or `images` or `text` with `processor`.")
-        mask = self._mask_of(input_ids, attention_mask)
+        ids: torch.Tensor = input_ids
+        mask = self._mask_of(ids, attention_mask)
         encoded = self.model.encode(take_media(inputs), inputs.pop("mm_encoder_outputs", None))
         inputs.pop("mm_token_type_ids", None)
         if inputs:
             raise TypeError(f"`encode_prefix` takes words and media, and not {sorted(inputs)}.")
         if prefix_cache is None:
-            input_ids, mask = padded_left(input_ids, mask)
-            media = media_by_row(self, input_ids, encoded)
-            cache = new_kept_cache(self.model)
-            if cache is None:
-                return self._without_cache(input_ids, mask, media)
-            empty = PrefixCache(input_ids[:, :0], mask[:, :0], cache=cache, media=[{} for _ in input_ids])
-            return self._extended(empty, input_ids, mask, encoded, media)
-        prefix, input_ids, mask = self._after(prefix_cache, input_ids, mask, may_begin=not encoded)
-        media = media_by_row(self, input_ids, encoded)
+            ids, mask = padded_left(ids, mask)
+            prefix = PrefixCache(ids[:, :0], mask[:, :0], cache=new_kept_cache(self.model), media=[{} for _ in ids])
+        else:
+            prefix, ids, mask = self._after(prefix_cache, ids, mask, may_begin=not encoded)
+        media = media_by_row(self, ids, encoded)
         if prefix.cache is not None:
-            return self._extended(prefix, input_ids, mask, encoded, media)
-        together = torch.cat([prefix.input_ids, input_ids], dim=1), torch.cat([prefix.attention_mask, mask], dim=1)
-        return self._without_cache(*padded_left(*together), joined_media(prefix.media, media))
+            return self._extended(prefix, prefix.cache, ids, mask, encoded, media)
+        ids, mask = padded_left(torch.cat([prefix.input_ids, ids], dim=1), torch.cat([prefix.attention_mask, mask], dim=1))
+        return self._without_cache(ids, mask, joined_media(prefix.media, media))
 
     # ------------------------------------------------------------------------------------------ encoding before the first step
 
@@ -233,24 +236,15 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
     def _expand_multimodal_outputs(
         self,
         input_ids: torch.LongTensor | None,
-        mm_encoder_output: dict[str, ModelOutput],
+        mm_encoder_output: dict[str, Any],
         expand_size: int = 1,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> dict[str, ModelOutput]:
+    ) -> dict[str, Any]:
         # transformers' own knows images and videos, and writes into the caller's output.
-        from_words = input_ids is None or input_ids.numel() == 0
-        expanded = {}
-        for modality, output in mm_encoder_output.items():
-            mask = self.get_placeholder_mask(None if from_words else input_ids, inputs_embeds, output.pooler_output, modality)
-            rest, rows = iter(output.pooler_output), []
-            for count in mask.sum((1, 2)).tolist():
-                row = []
-                while count > 0:
-                    row.append(next(rest))
-                    count -= len(row[-1])
-                rows += row * expand_size
-            expanded[modality] = type(output)(**{**output, "pooler_output": rows})
-        return expanded
+        ids = None if input_ids is None or input_ids.numel() == 0 else input_ids
+        media = media_by_row(self, ids, mm_encoder_output, inputs_embeds)
+        repeated = {key: [prefix for row in media for prefix in row[key] * expand_size] for key in mm_encoder_output}
+        return {key: type(output)(**{**output, "pooler_output": repeated[key]}) for key, output in mm_encoder_output.items()}
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self,
@@ -274,7 +268,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             model_kwargs.pop("mm_encoder_outputs", None),
         )
         input_ids, inputs_embeds, mask = pad_right(input_ids, inputs_embeds, model_kwargs.get("attention_mask"))
-        self.model.refuse_too_long((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        self.model.refuse_too_long(words_of(input_ids, inputs_embeds).shape[1])
         if mask is not None:
             model_kwargs["attention_mask"] = mask
         name, tensor = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
@@ -292,30 +286,25 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             if count:
                 sources = " or ".join(f"`{source}`" for source in MODALITIES[name].sources)
                 raise ValueError(
-                    f"`input_ids` hold {count} {name} placeholders, and no {name} was given for them: pass {sources} too, as "
+                    f"`input_ids` hold {count} {name} placeholders, and no {name} was passed for them: pass {sources} too, as "
                     f"the processor makes them of text and {name}s together, or leave `<{name}>` out of the text."
                 )
 
     def _without_what_is_cached(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Leaves encoded media out whose placeholders a passed cache has read already, so that a dialogue goes on from
-        `past_key_values` with all its pictures passed again."""
+        `past_key_values` with all its images passed again."""
         cache, encoded = model_kwargs.get(CACHE), model_kwargs.get("mm_encoder_outputs")
         past = cached_length(cache)
         mask = model_kwargs.get("attention_mask")
         whole = input_ids.ndim == 2 and not input_ids.is_floating_point() and input_ids.shape[1] > past
         if not encoded or past == 0 or not whole or (mask is not None and mask.shape[1] != input_ids.shape[1]):
             return model_kwargs
-        kept: list[dict[str, list[torch.Tensor]]] = []
-        for ids, own in zip(input_ids[:, :past], media_by_row(self, input_ids, encoded), strict=True):
-            row = {}
-            for modality, tensors in own.items():
-                read = int((ids == self.config.placeholder_ids[modality]).sum())
-                rest = iter(tensors)
-                while read > 0:
-                    read -= len(next(rest))
-                row[modality] = list(rest)
-            kept.append(row)
-        return {**model_kwargs, "mm_encoder_outputs": media_together(kept)}
+        rows = media_by_row(self, input_ids, encoded)
+        for ids, row in zip(input_ids[:, :past], rows, strict=True):
+            for modality, prefixes in row.items():
+                num_read = int((ids == self.config.placeholder_ids[modality]).sum())
+                row[modality] = prefixes[len(take_prefixes(iter(prefixes), num_read)) :]
+        return {**model_kwargs, "mm_encoder_outputs": media_together(rows)}
 
     # ---------------------------------------------------------------------------------------------------- caches and masks
 
@@ -329,10 +318,10 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
     ) -> None:
         if not self.model.keeps_cache:
             generation_config.use_cache = model_kwargs["use_cache"] = False
-        cache = model_kwargs.get(CACHE)  # as it was passed: where none was, transformers makes one here
+        cache: Any = model_kwargs.get(CACHE)  # as it was passed: where none was, transformers makes one here
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if cached_length(cache) > 0:
-            generation_config.use_cache = True  # some families are configured without (MPT), and would read all again
+            generation_config.use_cache = True  # some families are configured without (MPT), and would read all anew
             # Beams and several answers repeat all inputs but a cache that was passed.
             repeats = _answers_of_a_prompt(generation_config)
             positions = model_kwargs.get("position_ids")
@@ -364,8 +353,9 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         self, *, model_input_name: str, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs: Any
     ) -> GenerationConfig:
         # Where learned positions run out an answer ends, as at any length limit; a prompt that is longer is refused.
-        lengths = {"model_input_name": model_input_name, "input_ids_length": input_ids_length}
-        generation_config = super()._prepare_generated_length(**lengths, inputs_tensor=inputs_tensor, **kwargs)
+        generation_config = super()._prepare_generated_length(
+            model_input_name=model_input_name, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
+        )
         if self.model.max_positions is not None:
             # Embeddings without ids are no part of what is written.
             alone = model_input_name == "inputs_embeds" and not self.config.is_encoder_decoder and input_ids_length == 0
@@ -392,7 +382,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             if encoded:
                 once["mm_encoder_outputs"] = media_together(media[::repeats])
             outputs = super()._prefill(input_ids[::repeats], generation_config, once, **kwargs)
-            cache_of(outputs).batch_repeat_interleave(repeats)
+            cache: Any = cache_of(outputs)
+            cache.batch_repeat_interleave(repeats)
             outputs.logits = outputs.logits[:, -1:].repeat_interleave(repeats, dim=0)
             return outputs
         if generation_config.prefill_chunk_size is None or not encoded or input_ids.numel() == 0:
@@ -414,7 +405,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
     ) -> int:
         """How often `generate()` has repeated each row, where reading it once is enough; else 1."""
         repeats = _answers_of_a_prompt(generation_config)
-        cache = model_kwargs.get(CACHE)
+        cache: Any = model_kwargs.get(CACHE)
         plain = (
             repeats > 1
             and can_be_kept(cache)
@@ -441,13 +432,14 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         assistant_model: Any = None,
         **kwargs: Any,
     ) -> CandidateGenerator:
-        sees = getattr(getattr(assistant_model, "config", None), "model_type", None) == self.config.model_type
-        other_words = kwargs.get("target_tokenizer") is not None and kwargs.get("assistant_tokenizer") is not None
-        blind = not sees and not other_words
+        takes_images = getattr(getattr(assistant_model, "config", None), "model_type", None) == self.config.model_type
+        # With a tokenizer of its own an assistant gets the text anew, without placeholders.
+        own_words = kwargs.get("target_tokenizer") is not None and kwargs.get("assistant_tokenizer") is not None
+        hides_placeholders = not takes_images and not own_words
         word = self.generation_config.pad_token_id or 0
-        if not sees and assistant_model is not None:
+        if not takes_images and assistant_model is not None:
             model_kwargs = {key: value for key, value in model_kwargs.items() if key != "mm_encoder_outputs"}
-        if blind and assistant_model is not None:
+        if hides_placeholders and assistant_model is not None:
             if not torch.is_floating_point(inputs_tensor):
                 inputs_tensor = inputs_tensor.masked_fill(self.model.placeholders(inputs_tensor), word)
             if not self.config.is_encoder_decoder:
@@ -461,7 +453,9 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             assistant_model=assistant_model,
             **kwargs,
         )
-        return CandidatesOfText(generator, self.model.placeholders, word if blind else None, self.model.max_positions)
+        return CandidatesOfText(
+            generator, self.model.placeholders, word if hides_placeholders else None, self.model.max_positions
+        )
 
     def _text_alone(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Mask and positions of the words without the placeholders between them."""
@@ -474,7 +468,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
 
     def _processed(
         self, images: Any, text: Any, processor: Any, prefix_cache: PrefixCache | None, inputs: dict[str, Any]
-    ) -> tuple[torch.LongTensor, torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.LongTensor, torch.Tensor | None, dict[str, Any]]:
+        """`input_ids`, `attention_mask` and media that the processor makes of images and text."""
         if processor is None:
             raise ValueError("Models hold no tokenizer: pass `processor` with `images` or `text`, or `input_ids`.")
         if images is None and prefix_cache is not None:
@@ -491,7 +486,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         made.pop("token_type_ids", None)
         return made.pop("input_ids"), made.pop("attention_mask", None), {**inputs, **made}
 
-    def _mask_of(self, input_ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.LongTensor:
+    def _mask_of(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The attention mask of ids; without one, padding is told by its id, where that isn't the end of a sequence too."""
         if mask is not None:
             if mask.shape != input_ids.shape:
                 raise ValueError(
@@ -504,10 +500,10 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
 
     def _after(
-        self, prefix: PrefixCache, input_ids: torch.LongTensor, mask: torch.LongTensor, may_begin: bool = True
-    ) -> tuple[PrefixCache, torch.LongTensor, torch.LongTensor]:
+        self, prefix: PrefixCache, input_ids: torch.Tensor, mask: torch.Tensor, may_begin: bool = True
+    ) -> tuple[PrefixCache, torch.Tensor, torch.Tensor]:
         """As many rows of the prefix as there are questions, and what comes after it, padded on the right. Placeholders
-        without new pictures mean that whole prompts were given, which begin with the prefix."""
+        without new images mean that whole prompts were passed, which begin with the prefix."""
         prefix = prefix._for(len(input_ids))
         input_ids, mask = padded_right(input_ids, mask)
         if may_begin and bool(self.model.placeholders(input_ids).any()):
@@ -520,16 +516,15 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
                 row = int((~begins).nonzero()[0, 0])
                 raise ValueError(
                     f"The prompt of row {row} holds placeholders, but does not begin with the {int(begun[row])} ids of the "
-                    "prefix cache: pass the same prompt again, or the question alone; for another picture, go on by "
+                    "prefix cache: pass the same prompt again, or the question alone; for another image, go on by "
                     "`encode_prefix(..., prefix_cache=...)` first."
                 )
             columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-            return prefix, *padded_right(input_ids, mask * (columns[None] >= begun[:, None]))
+            input_ids, mask = padded_right(input_ids, mask * (columns[None] >= begun[:, None]))
         return prefix, input_ids, mask
 
-    def _without_cache(
-        self, input_ids: torch.LongTensor, mask: torch.LongTensor, media: list[dict[str, list[torch.Tensor]]]
-    ) -> PrefixCache:
+    def _without_cache(self, input_ids: torch.Tensor, mask: torch.Tensor, media: list[RowMedia]) -> PrefixCache:
+        """A prefix of words and media alone, and, of an encoder-decoder, the encoder's output."""
         prefix = PrefixCache(input_ids, mask, media=media)
         if self.config.is_encoder_decoder:
             made = self._maybe_prepare_encoder_kwargs_for_generation(
@@ -539,18 +534,20 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
                 self.generation_config,
             )
             # The encoder's own order of padding, which the mask must follow.
-            prefix.encoder_outputs = BaseModelOutputWithPooling(last_hidden_state=made["encoder_outputs"][0])
+            prefix.encoder_outputs = BaseModelOutput(last_hidden_state=made["encoder_outputs"][0])
         return prefix
 
     def _extended(
         self,
         prefix: PrefixCache,
-        input_ids: torch.LongTensor,
-        mask: torch.LongTensor,
-        encoded: dict[str, ModelOutput],
-        media: list[dict[str, list[torch.Tensor]]],
+        cache: DynamicCache,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        encoded: dict[str, Any],
+        media: list[RowMedia],
     ) -> PrefixCache:
-        """Reads more words, padded on the right so that they follow the prefix, and then moves the padding to the left."""
+        """Reads more words behind the prefix and its cache, padded on the right so that they follow it, and then moves the
+        padding to the left."""
         lengths, begun = mask.sum(-1), prefix.attention_mask.sum(-1)
         if prefix.input_ids.shape[1] == 0:
             position_ids, last = None, None  # padded on the left already: a plain call
@@ -558,7 +555,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             position_ids = begun[:, None] + torch.arange(input_ids.shape[1], device=mask.device)[None]
             last = (lengths - 1).clamp(min=0)
         keep = 1 if last is None or bool((last == last[0]).all()) else last.unique()
-        cache = copied_cache(prefix.cache)
+        cache = copied_cache(cache)
         whole_mask = torch.cat([prefix.attention_mask, mask], dim=1)
         outputs = self(
             input_ids=input_ids,
@@ -572,16 +569,14 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         )
         logits = outputs.logits[:, -1]
         whole = torch.cat([prefix.input_ids, input_ids], dim=1)
-        if isinstance(keep, torch.Tensor):
+        if last is not None and isinstance(keep, torch.Tensor):
             rows = torch.arange(len(last), device=last.device)
             logits = outputs.logits[rows, torch.searchsorted(keep, last)]
         if last is not None and prefix.logits is not None and bool((lengths == 0).any()):
             logits = torch.where((lengths == 0)[:, None], prefix.logits, logits)
         by = mask.shape[1] - lengths
         if last is not None and bool(by.any()):
-            for layer in cache.layers:
-                if layer.is_initialized:
-                    layer.keys, layer.values = shifted(layer.keys, by, 2), shifted(layer.values, by, 2)
+            cache = changed_cache(cache, lambda tensor: shifted(tensor, by, 2))
             whole, whole_mask = shifted(whole, by, 1), shifted(whole_mask, by, 1)
             whole_mask = whole_mask * (torch.arange(whole_mask.shape[1], device=by.device)[None] >= by[:, None])
             whole = whole.masked_fill(whole_mask == 0, self.generation_config.pad_token_id or 0)
@@ -589,15 +584,15 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         return PrefixCache(whole, whole_mask, logits=logits, cache=cache, media=media)._without_empty_columns()
 
     def _continued(
-        self, prefix: PrefixCache, question: torch.LongTensor | None, mask: torch.Tensor | None, kwargs: dict[str, Any]
+        self, prefix: PrefixCache, question: torch.Tensor | None, mask: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """What `generate()` is called with to go on from a prefix."""
-        given = [name for name in MEDIA_INPUTS if kwargs.get(name) is not None]
-        given += [name for name in ("mm_encoder_outputs", "inputs_embeds", *CACHE_NAMES) if kwargs.get(name) is not None]
-        if given:
+        names = (*MEDIA_INPUTS, "mm_encoder_outputs", "inputs_embeds", *CACHE_NAMES)
+        passed = [name for name in names if kwargs.get(name) is not None]
+        if passed:
             raise ValueError(
-                f"`{given[0]}` was passed beside `prefix_cache`, which holds what was encoded: leave it out, or, for another "
-                "picture, go on by `encode_prefix(..., prefix_cache=...)` first."
+                f"`{passed[0]}` was passed beside `prefix_cache`, which holds what was encoded: leave it out, or, for another "
+                "image, go on by `encode_prefix(..., prefix_cache=...)` first."
             )
         if self._wants_its_own_cache(kwargs):
             prefix = replace(prefix, cache=None)
@@ -619,8 +614,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             columns = torch.arange(mask.shape[1], device=mask.device)[None]
             rest = mask * (columns < lengths[:, None] - 1)
             final = question.gather(1, lengths[:, None] - 1)
-            pad = self.generation_config.pad_token_id or 0
-            prefix = self._extended(prefix, question.masked_fill(rest == 0, pad)[:, :-1], rest[:, :-1], {}, [{}] * len(rest))
+            words = question.masked_fill(rest == 0, self.generation_config.pad_token_id or 0)
+            prefix = self._extended(prefix, prefix.cache, words[:, :-1], rest[:, :-1], {}, [{}] * len(rest))
             question, mask = final, torch.ones_like(final)
         return {
             "input_ids": torch.cat([prefix.input_ids, question], dim=1),
@@ -636,24 +631,24 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         return kwargs.get("assistant_model") is not None or any(value is not None for value in asked)
 
     def _continued_without_question(self, prefix: PrefixCache) -> dict[str, Any]:
+        """What `generate()` is called with to go on from a prefix with no more words: its last one is read anew."""
         words = {"input_ids": prefix.input_ids, "attention_mask": prefix.attention_mask}
         if prefix.encoder_outputs is not None:
-            mask = pad_right(None, None, prefix.attention_mask)[2]  # as the encoder saw it
+            mask = pad_right(None, None, prefix.attention_mask)[2]  # as the encoder read it
             # A new object: `generate()` writes into it.
-            states = type(prefix.encoder_outputs)(last_hidden_state=prefix.encoder_outputs.last_hidden_state)
-            return {**words, "attention_mask": mask, "encoder_outputs": states}
+            return {
+                **words,
+                "attention_mask": mask,
+                "encoder_outputs": BaseModelOutput(last_hidden_state=prefix.encoder_outputs[0]),
+            }
         if prefix.cache is None:
             return {**words, "mm_encoder_outputs": media_together(prefix.media)}
         if bool(self.model.placeholders(prefix.input_ids[:, -1]).any()):
             raise ValueError(
-                "The prefix ends with a picture and no question was asked: pass a word at least, or call `generate` on the "
-                "picture itself."
+                "The prefix ends with an image and no question was asked: pass a word at least, or call `generate` on the "
+                "image itself."
             )
-        cache = copied_cache(prefix.cache)
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length -= 1
+        cache = changed_cache(prefix.cache, lambda tensor: tensor[:, :, :-1], num_dropped=1)
         return {**words, CACHE: narrowed_cache(cache)}
 
 

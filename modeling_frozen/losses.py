@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import logging
@@ -76,7 +77,7 @@ def check_loss_config(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def shift_for_causal_model(labels: torch.LongTensor) -> torch.LongTensor:
+def shift_for_causal_model(labels: torch.Tensor) -> torch.Tensor:
     """Labels moved one to the left: position n holds what is to be predicted there. Shape `(batch, sequence)`."""
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
@@ -84,7 +85,7 @@ def shift_for_causal_model(labels: torch.LongTensor) -> torch.LongTensor:
 def language_modeling_loss(
     loss_function: Callable[..., torch.Tensor],
     logits: torch.Tensor,
-    targets: torch.LongTensor,
+    targets: torch.Tensor,
     *,
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
@@ -141,7 +142,7 @@ def _with_part_replaced(module: nn.Module, path: list[str], replacement: nn.Modu
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__.update(module.__dict__)
     # Private: set by its public name, the part would be set in the module itself too, for both have one dictionary of them.
-    part = replacement if len(path) == 1 else _with_part_replaced(module._modules[path[0]], path[1:], replacement)
+    part = replacement if len(path) == 1 else _with_part_replaced(module.get_submodule(path[0]), path[1:], replacement)
     copied.__dict__["_modules"] = {**module._modules, path[0]: part}
     return copied
 
@@ -153,7 +154,7 @@ class _Caught(nn.Module):
     def __init__(self, base: nn.Module, keep: torch.Tensor | None):
         super().__init__()
         self.base, self.keep = base, keep
-        self.hidden_states: torch.Tensor | None = None
+        self.hidden_states = torch.empty(0)
         self.output_class: type[ModelOutput] = BaseModelOutput
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +169,7 @@ class _Caught(nn.Module):
         if not isinstance(outputs, ModelOutput):
             return (passed, *outputs[1:])
         self.output_class = type(outputs)
-        # A new one: whoever else holds the old (a hook, a user) must not see it emptied.
+        # A new one: for whoever else holds the old (a hook, a user) it must not be emptied.
         return type(outputs)(**{**outputs, "last_hidden_state": passed})
 
 
@@ -196,16 +197,16 @@ class HeadlessCall:
 
     Attributes:
         callee: to be called in the language model's place; its logits are those of no position.
-        hidden_states: `(kept, hidden_size)` once it was called.
+        hidden_states: `(kept, hidden_size)` once it was called; empty before.
     """
 
-    def __init__(self, language_model: nn.Module, path: str, keep: torch.Tensor | None):
+    def __init__(self, language_model: PreTrainedModel, path: str, keep: torch.Tensor | None):
         self.language_model, self.path = language_model, path.split(".")
         self._caught = _Caught(language_model.get_submodule(path), keep)
         self.callee = _with_part_replaced(language_model, self.path, self._caught)
 
     @property
-    def hidden_states(self) -> torch.Tensor | None:
+    def hidden_states(self) -> torch.Tensor:
         return self._caught.hidden_states
 
     def _standing_in(self, hidden_states: torch.Tensor) -> nn.Module:
@@ -234,16 +235,20 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _is_exact(language_model: nn.Module, path: str) -> bool:
+def _is_exact(language_model: PreTrainedModel, path: str) -> bool:
     call = HeadlessCall(language_model, path, None)
-    device = language_model.get_input_embeddings().weight.device
-    ids = torch.arange(4, device=device)[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "return_dict": True}
+    ids = torch.arange(4, device=next(language_model.get_input_embeddings().parameters()).device)[None]
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "use_cache": False,
+        "return_dict": True,
+    }
     if language_model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     try:
         whole = call.callee(**inputs).logits[0]
-        if call.hidden_states is None:
+        if not call.hidden_states.numel():
             return False  # its forward doesn't go through this module's call
         halves = torch.cat([call.logits(half) for half in call.hidden_states[0].split(2)])
         none = HeadlessCall(language_model, path, torch.zeros_like(ids, dtype=torch.bool))
@@ -262,7 +267,7 @@ def nearly_equal(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-4
     return bool(((one - other).abs().max() <= tolerance * other.abs().max()).item())
 
 
-def _is_linear(language_model: nn.Module, call: HeadlessCall) -> bool:
+def _is_linear(language_model: PreTrainedModel, call: HeadlessCall) -> bool:
     head, hidden_states = language_model.get_output_embeddings(), call.hidden_states[0]
     if type(head) is not nn.Linear or head.weight.dtype != hidden_states.dtype or _is_wrapped(head):
         return False
@@ -271,9 +276,9 @@ def _is_linear(language_model: nn.Module, call: HeadlessCall) -> bool:
     return all(nearly_equal(call.logits(one).to(one.dtype), head(one)) for one in (hidden_states, wide))
 
 
-def headless_path(language_model: nn.Module) -> str | None:
+def headless_path(language_model: PreTrainedModel) -> str | None:
     """
-    Where in the language model lies the part whose hidden states its head reads, if calling the two apart gives the logits
+    Where in the language model the part lies whose hidden states its head reads, if calling the two apart gives the logits
     of the whole: tried once per model on four words. `None` if the plain way must be taken.
     """
     # Replicas of `nn.DataParallel`, known by a private mark alone, live for one step and hold no parameters by which to see
@@ -336,7 +341,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 logsumexp = logits.detach().gather(1, target).float() - own
                 loss += z_loss * logsumexp.square()
             total += loss.sum().to(total.device)
-            if not wanted:
+            if gradient is None:
                 continue
             shares = logprobs.exp_()
             if z_loss:
@@ -375,7 +380,7 @@ def _liger(call: HeadlessCall, hidden_states: torch.Tensor) -> tuple[type[nn.Mod
 
 def chunked_loss(
     call: HeadlessCall,
-    targets: torch.LongTensor,
+    targets: torch.Tensor,
     *,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
@@ -391,7 +396,7 @@ def chunked_loss(
         targets (`torch.LongTensor` of shape `(kept,)`): what is to be predicted at each of its hidden states.
         vocab_size (`int`): for the size of chunks.
         num_items_in_batch, label_smoothing, z_loss: as [`language_modeling_loss`].
-        chunk_size (`int`, *optional*): labels per chunk, see [`rows_per_chunk`]. Given, Liger isn't used.
+        chunk_size (`int`, *optional*): labels per chunk, see [`rows_per_chunk`]. If set, Liger isn't used.
 
     Returns:
         `torch.Tensor` of shape `()`, equal to the plain loss, and so is its gradient.
@@ -433,49 +438,54 @@ class LossPlan:
 
     Attributes:
         path: of the headless base in the language model, where it is called in the language model's place.
-        keep: `logits_to_keep`, or the mask `(batch, sequence)` of labels.
+        learnt: the mask `(batch, sequence)` of labels, where logits are made of these positions alone.
+        may_share: whether nothing but the loss is asked for, so that what rows have in common may be read once.
         kwargs: for the language model.
     """
 
     def __init__(
         self,
         model: Any,
-        labels: torch.LongTensor | None,
-        decoder_input_ids: torch.LongTensor | None,
+        labels: torch.Tensor | None,
+        decoder_input_ids: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor,
         kwargs: dict[str, Any],
     ):
-        self.language_model, self.loss_function = model.model.language_model, model.loss_function
+        self.language_model: PreTrainedModel = model.model.language_model
+        self.loss_function = model.loss_function
         self.num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
         loss_config, skip_logits = kwargs.pop("loss_config", None), kwargs.pop("skip_logits", None)
         if loss_config is None:
             loss_config = model.config.loss_config if model.training else {}
         self.options = check_loss_config(loss_config)
-        self.keep, self.path, self.targets, self.skips = logits_to_keep, None, None, False
+        self.keep, self.skips = logits_to_keep, False
+        self.path: str | None = None
+        self.learnt: torch.Tensor | None = None
+        self.targets: torch.Tensor | None = None
         self._call: HeadlessCall | None = None
         if labels is not None:
             # No word stands at a placeholder: collators that copy ids into labels would have it learnt, or overrun the head.
-            labels = labels.masked_fill(model.model.placeholders(labels), IGNORE_INDEX)
+            targets = labels.masked_fill(model.model.placeholders(labels), IGNORE_INDEX)
             kwargs.setdefault("use_cache", False)
             self.skips = (model.training and not torch.compiler.is_compiling()) if skip_logits is None else skip_logits
             if self.skips and is_plain_cross_entropy(self.loss_function):
                 self.path = headless_path(self.language_model)
             if model.config.is_encoder_decoder:
-                self.targets = labels
                 if decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
                     prepare = getattr(self.language_model, "prepare_decoder_input_ids_from_labels", None)
                     if prepare is not None:
-                        decoder_input_ids = prepare(labels=labels)
+                        decoder_input_ids = prepare(labels=targets)
                     else:
-                        kwargs["labels"] = labels  # the model shifts them itself; its own loss is left alone
+                        kwargs["labels"] = targets  # the model shifts them itself; its own loss is left alone
                         self.path = None
                 self.skips = self.path is not None
             else:
-                self.targets = shift_for_causal_model(labels) if shift_labels is None else shift_labels
+                targets = shift_for_causal_model(targets) if shift_labels is None else shift_labels
             if self.skips:
-                self.keep = self.targets != IGNORE_INDEX
-                self.targets = self.targets[self.keep]
+                self.keep = self.learnt = targets != IGNORE_INDEX
+                targets = targets[self.learnt]
+            self.targets = targets
         elif model.training and self.num_items_in_batch is not None:
             logger.warning_once(
                 "The labels were taken out of the batch before `forward`, as Trainer does for `label_smoothing_factor` and "
@@ -484,7 +494,7 @@ class LossPlan:
             )
         # Who asks for more (a cache, attentions) wants it of every row.
         asked = {name for name, value in kwargs.items() if value is not None and value is not False} - {"mm_token_type_ids"}
-        self.may_share = self.path is not None and not asked
+        self.may_share = not asked
         self.keeps = self.path is None and "logits_to_keep" in forward_parameters(type(self.language_model))
         self.kwargs = {**kwargs, "decoder_input_ids": decoder_input_ids}
         if self.keeps:
@@ -493,20 +503,21 @@ class LossPlan:
     def callee(self, skipped: int = 0) -> nn.Module:
         """What is to be called: the language model, or a copy of it whose head makes no logits. `skipped` columns at the
         start, none of them with a label, are not part of the call."""
-        if self.path is None:
+        if self.path is None or self.learnt is None:
             return self.language_model
-        self._call = HeadlessCall(self.language_model, self.path, self.keep[:, skipped:])
+        self._call = HeadlessCall(self.language_model, self.path, self.learnt[:, skipped:])
         return self._call.callee
 
     def loss_and_logits(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The loss, if there are labels, and the logits, unless they are skipped, of the logits `(batch, sequence,
         vocabulary)` that the callee gave."""
         options = {**self.options, "num_items_in_batch": self.num_items_in_batch}
-        if self._call is not None:
-            return chunked_loss(self._call, self.targets, vocab_size=logits.shape[-1], **options), None
-        logits = logits if self.keeps else slice_logits_to_keep(logits, self.keep)
+        if self._call is None and not self.keeps:
+            logits = slice_logits_to_keep(logits, self.keep)
         if self.targets is None:
             return None, logits
+        if self._call is not None:
+            return chunked_loss(self._call, self.targets, vocab_size=logits.shape[-1], **options), None
         options.pop("chunk_size")
         loss = language_modeling_loss(self.loss_function, logits, self.targets.to(logits.device), **options)
         return loss, None if self.skips else logits

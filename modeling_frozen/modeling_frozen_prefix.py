@@ -6,13 +6,13 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -33,9 +33,9 @@ from .cross_attention import GatedCrossAttention
 from .generation_frozen_prefix import FrozenPrefixGenerationMixin
 from .losses import LossPlan
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
-from .padding import counts_fit, describe_mismatch, pad_right, position_ids_from_mask, reads_in_chunks
-from .parts import MODALITIES, FrozenPrefixKwargs, take_media
-from .prefix_cache import PrefixCache
+from .padding import counts_fit, describe_mismatch, pad_right, position_ids_from_mask, reads_in_chunks, words_of
+from .parts import MODALITIES, PARTS, FrozenPrefixKwargs, take_media
+from .prefix_cache import PrefixCache, prefix_output
 from .prefix_sharing import SharedStart, encode_alike, find_shared_start, read_shared_start
 from .transformers_compat import (
     CACHE,
@@ -67,7 +67,7 @@ def _checked_index(index: torch.Tensor, count: int) -> torch.Tensor:
         )
     if not torch.compiler.is_compiling() and ((index < 0) | (index >= count)).any():
         raise ValueError(
-            f"`image_index` runs from {index.min()} to {index.max()}, but {count} distinct images were given: 0 to "
+            f"`image_index` runs from {index.min()} to {index.max()}, but {count} distinct images were passed: 0 to "
             f"{count - 1}."
         )
     return index
@@ -77,15 +77,6 @@ def _repeated(prefix: list[torch.Tensor], index: torch.Tensor) -> list[torch.Ten
     if len({vectors.shape for vectors in prefix}) == 1:
         return list(torch.stack(prefix)[index.to(prefix[0].device)])
     return [prefix[row] for row in index.tolist()]
-
-
-def _encoder_output(outputs: ModelOutput | None, prefix: list[torch.Tensor]) -> BaseModelOutputWithPooling:
-    return BaseModelOutputWithPooling(
-        last_hidden_state=getattr(outputs, "last_hidden_state", None),
-        pooler_output=prefix,
-        hidden_states=getattr(outputs, "hidden_states", None),
-        attentions=getattr(outputs, "attentions", None),
-    )
 
 
 @dataclass
@@ -119,7 +110,7 @@ class FrozenPrefixCausalLMOutputWithPast(AnyCacheName, CausalLMOutputWithPast):
     Output of `FrozenPrefixForConditionalGeneration`.
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*): returned when `labels` are given.
+        loss (`torch.FloatTensor` of shape `()`, *optional*): returned when `labels` are passed.
         logits (`torch.FloatTensor` of shape `(batch, sequence, vocabulary)`, *optional*):
             `None` in training with labels unless `skip_logits=False`: the head then runs only where a label is.
         cache (or, before transformers 5.24, past_key_values; read it by either name), hidden_states, attentions, …:
@@ -147,6 +138,14 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     are, and [`FrozenPrefixForConditionalGeneration`] calls it whole.
     """
 
+    # Each is `None` where the model is without it, or it is unloaded, which is refused before it is used: hence no `| None`.
+    vision_tower: PreTrainedModel
+    language_model: PreTrainedModel
+    audio_tower: PreTrainedModel
+    connector: Connector
+    audio_connector: Connector
+    cross_attention: GatedCrossAttention | None
+
     def __init__(self, config: FrozenPrefixConfig):
         super().__init__(config)
         has_vision, has_audio = config.vision_config is not None, config.audio_config is not None
@@ -160,21 +159,23 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         # Of the backbones' weights where they came from, once they were compared with those here (see `is_as_at_home`).
         self.digests_at_home: dict[tuple[str, ...], Any] = {}
         # Registered in this order: the connector is initialised last, at the norm of the words.
-        self.register_module("vision_tower", build_vision_tower(config.vision_config) if "vision" in built else None)
-        text = build_language_model(config.text_config, config.text_headless) if "text" in built else None
-        self.register_module("language_model", text)
-        self.register_module("audio_tower", build_audio_tower(config.audio_config) if "audio" in built else None)
-        self.connector = build_connector(**config.connector_arguments) if has_vision else None
-        self.audio_connector = build_connector(**config.audio_connector_arguments) if has_audio else None
+        builders: dict[str, Callable[[Any], PreTrainedModel]] = {
+            "vision": build_vision_tower,
+            "text": functools.partial(build_language_model, headless=config.text_headless),
+            "audio": build_audio_tower,
+        }
+        for name, build in builders.items():
+            backbone = build(getattr(config, f"{name}_config")) if name in built else None
+            self.register_module(PARTS[name].attribute, backbone)
+        self.connector = build_connector(**config.connector_arguments) if has_vision else None  # type: ignore[assignment]
+        self.audio_connector = build_connector(**config.audio_connector_arguments) if has_audio else None  # type: ignore[assignment]
         self.cross_attention = None
         if config.fusion == "cross_attention":
-            self.cross_attention = GatedCrossAttention(
-                hidden_size=config.text_hidden_size,
-                num_layers=config.text_num_layers,
-                embedding_dim=config.embedding_dim,
-                options=config.cross_attention_config,
-            )
-        # What trains stays in fp32 whatever the parents' dtype is: in half precision its updates would be lost.
+            # The numbers of layers and widths are checked by the config.
+            sizes: dict[str, Any] = {"hidden_size": config.text_hidden_size, "num_layers": config.text_num_layers}
+            options = config.cross_attention_config
+            self.cross_attention = GatedCrossAttention(**sizes, embedding_dim=config.embedding_dim, options=options)
+        # What trains stays in fp32 whatever the backbones' dtype is: in half precision its updates would be lost.
         trained = {name: getattr(self, name) for name in ("connector", "audio_connector", "cross_attention")}
         self._keep_in_fp32_modules_strict = {name for name, part in trained.items() if part is not None and part.state_dict()}
         self.post_init()
@@ -214,20 +215,20 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             media=media,
             kwargs={**kwargs, "output_hidden_states": True} if whole else dict(kwargs),
         )
-        fields = _fields(FrozenPrefixModelOutputWithPast, outputs)
+        fields = {name: outputs.get(name) for name in FrozenPrefixModelOutputWithPast.__dataclass_fields__}
         if whole:
-            states = fields["decoder_hidden_states"] if self.config.is_encoder_decoder else fields["hidden_states"]
-            fields["last_hidden_state"] = states[-1]
+            states = "decoder_hidden_states" if self.config.is_encoder_decoder else "hidden_states"
+            fields["last_hidden_state"] = outputs[states][-1]
         return FrozenPrefixModelOutputWithPast(**{**fields, **prefixes})
 
     def run(
         self,
         callee: nn.Module,
         *,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         media: dict[str, Any],
         attention_mask: Any,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         cache: Cache | None,
         inputs_embeds: torch.Tensor | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
@@ -237,26 +238,26 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         """Merges prefixes and words and calls the language model (or its headless base). `media` holds what there is of
         `MEDIA_INPUTS`; what rows have in common by `shared` is read once, and the output is of what follows it. Returns the
         output and the prefixes, as `image_hidden_states` and so on."""
-        given_ids = input_ids  # merging takes the placeholders out
+        ids_with_placeholders = input_ids  # merging takes them out
         if self.config.is_encoder_decoder and kwargs.get("encoder_outputs") is not None:
             inputs = {"attention_mask": attention_mask, cache_argument(forward_parameters(type(callee))): cache, **kwargs}
             return callee(**inputs, return_dict=True), {}
         input_ids, inputs_embeds, prefixes = self.merge(input_ids, inputs_embeds, media, mm_encoder_outputs)
         if self.config.is_encoder_decoder:
             input_ids, inputs_embeds, attention_mask = pad_right(input_ids, inputs_embeds, attention_mask)
-        if shared is not None and not self.config.is_encoder_decoder:
-            cache = read_shared_start(self, shared, inputs_embeds)
-            inputs_embeds, kwargs = inputs_embeds[:, shared.length :], {**kwargs, "use_cache": True}
-        if shared is not None and self.config.is_encoder_decoder:
+        if shared is not None and inputs_embeds is not None and self.config.is_encoder_decoder:
             encoded = encode_alike(self, shared, inputs_embeds, attention_mask)
             inputs = {**kwargs, "attention_mask": attention_mask, "encoder_outputs": encoded}
         else:
+            if shared is not None and inputs_embeds is not None:
+                cache = read_shared_start(self, shared, inputs_embeds)
+                inputs_embeds, kwargs = inputs_embeds[:, shared.length :], {**kwargs, "use_cache": True}
             inputs = self.language_inputs(callee, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs)
         if self.cross_attention is not None:
-            seen = prefixes.get(None)
-            placeholders = None if given_ids is None else self.placeholders(given_ids)
-            outputs = self.cross_attention.call(callee, inputs, placeholders, seen)
-            return outputs, {} if seen is None else {"image_hidden_states": torch.cat(seen)}
+            ordered = prefixes.get("in_reading_order")
+            placeholders = None if ids_with_placeholders is None else self.placeholders(ids_with_placeholders)
+            outputs = self.cross_attention.call(callee, inputs, placeholders, ordered)
+            return outputs, {} if ordered is None else {"image_hidden_states": torch.cat(ordered)}
         outputs = callee(**inputs, return_dict=True)
         return outputs, {f"{modality}_hidden_states": prefix for modality, prefix in prefixes.items()}
 
@@ -292,40 +293,39 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is a list of one tensor `(prefix_length, embedding_dim)` per
-            image (of `image_index`, where given); the other fields are the tower's own, one row per image that it saw, and
-            `None` where features were given. Pass it on as `mm_encoder_outputs={"image": output}`.
+            image (of `image_index`, where passed); the other fields are the tower's own, one row per image that it read, and
+            `None` where features were passed. Pass it on as `mm_encoder_outputs={"image": output}`.
 
         Raises:
             ValueError: for neither or both of `pixel_values` and `vision_features`, features of another width, or an
             index out of range.
         """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("You must specify exactly one of pixel_values or vision_features")
+        features: torch.Tensor
         outputs: ModelOutput | None = None
-        if vision_features is not None:
+        if vision_features is not None and pixel_values is None:
             features, mask = vision_features, self._check_features(vision_features, vision_features_mask)
-        else:
+        elif pixel_values is not None and vision_features is None:
             if vision_features_mask is not None:
-                raise ValueError("`vision_features_mask` goes with `vision_features`, and `pixel_values` were given.")
+                raise ValueError("`vision_features_mask` goes with `vision_features`, and `pixel_values` were passed.")
             options: dict[str, Any] = {
                 "pixel_attention_mask": pixel_attention_mask,
                 "spatial_shapes": spatial_shapes,
                 "interpolate_pos_encoding": interpolate_pos_encoding,
             }
             features, mask, outputs = self._look(pixel_values, options, kwargs)
-        if image_index is not None:
-            image_index = _checked_index(image_index, len(features)).to(features.device)
-            if draws(self.connector):
-                # Dropout falls on each use by itself, as if the image had been encoded for each.
-                features, mask = features[image_index], None if mask is None else mask[image_index.to(mask.device)]
-                image_index = None
+        else:
+            raise ValueError("You must specify exactly one of pixel_values or vision_features")
+        index = None if image_index is None else _checked_index(image_index, len(features)).to(features.device)
+        if index is not None and draws(self.connector):
+            # Dropout falls on each use by itself, as if the image had been encoded for each.
+            features, mask, index = features[index], None if mask is None else mask[index.to(mask.device)], None
         prefix = self.write_prefix(features, mask)
-        return _encoder_output(outputs, prefix if image_index is None else _repeated(prefix, image_index))
+        return prefix_output(prefix if index is None else _repeated(prefix, index), outputs)
 
     @can_return_tuple
     def get_video_features(
         self,
-        pixel_values_videos: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
@@ -358,30 +358,30 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             prefix = self._connect(self.connector, by_video.mean(dim=1))
         else:
             prefix = self._connect(self.connector, by_video.flatten(1, 2), frames=frames)
-        return _encoder_output(outputs, self._by_placeholder(list(prefix)))
+        return prefix_output(self._by_placeholder(list(prefix)), outputs)
 
     @can_return_tuple
     def get_audio_features(
         self,
-        input_features: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor,
         input_features_mask: torch.Tensor | None = None,
         is_longer: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
-        Encodes sounds into prefixes, as [`get_image_features`] does images.
+        Encodes audio into prefixes, as [`get_image_features`] does images.
 
         Args:
-            input_features (`torch.FloatTensor` of shape `(num_sounds, ...)`):
-                All sounds of the batch in reading order, as the tower's feature extractor makes them (also where that
+            input_features (`torch.FloatTensor` of shape `(num_audios, ...)`):
+                All audios of the batch in reading order, as the tower's feature extractor makes them (also where that
                 calls them `input_values`).
-            input_features_mask (`torch.Tensor` of shape `(num_sounds, samples or frames)`, *optional*):
-                1 where a sound is, 0 where it was padded.
+            input_features_mask (`torch.Tensor` of shape `(num_audios, samples or frames)`, *optional*):
+                1 where audio is, 0 where it was padded.
             is_longer: for CLAP.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is a list of one tensor `(audio_prefix_length,
-            embedding_dim)` per sound; the other fields are the tower's own. Pass it on as
+            embedding_dim)` per audio; the other fields are the tower's own. Pass it on as
             `mm_encoder_outputs={"audio": output}`.
         """
         self._require("audio")
@@ -399,7 +399,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         # What keeps positions has one placeholder for each, padded or not.
         mask = mask if self.audio_connector.reads_positions else None
         prefix = self._connect(self.audio_connector, features, attention_mask=mask)
-        return _encoder_output(outputs, self._by_placeholder(list(prefix)))
+        return prefix_output(self._by_placeholder(list(prefix)), outputs)
 
     def _check_features(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         self._require("image")
@@ -422,14 +422,14 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         self, pixel_values: torch.Tensor, options: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput]:
         self._require("image")
-        self._refuse_unloaded("vision", ", or give `vision_features`, which `cache_vision_features` stores")
+        self._refuse_unloaded("vision", ", or pass `vision_features`, which `cache_vision_features` stores")
         with _gradients_through(self.vision_tower, pixel_values):
             return encode_images(
                 self.vision_tower,
                 pixel_values,
                 layer=self.config.vision_feature_layer,
                 select_strategy=self.config.vision_feature_select_strategy,
-                num_leading_tokens=self.config.num_leading_tokens,
+                num_leading_tokens=self.config.num_leading_tokens or 0,
                 **{key: value for key, value in {**options, **_output_flags(kwargs)}.items() if value is not None},
             )
 
@@ -453,10 +453,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             `list[torch.Tensor]`: one prefix `(prefix_length, embedding_dim)` per image; with cross-attention
             `(1, prefix_length * embedding_dim)`, for transformers' `generate` counts one row per placeholder.
         """
-        prefix = self._connect(self.connector, features, attention_mask=mask)
+        prefix = list(self._connect(self.connector, features, attention_mask=mask))
         if mask is not None and not self.connector.reads_positions and self.config.num_positions != 1:
             prefix = [vectors[valid] for vectors, valid in zip(prefix, mask, strict=True)]
-        return self._by_placeholder(list(prefix))
+        return self._by_placeholder(prefix)
 
     @staticmethod
     def _connect(connector: Connector, features: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -471,7 +471,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
     # ------------------------------------------------------------------------------------------------ among the words
 
-    def _valid_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def _valid_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.cross_attention is not None:
             return input_ids.masked_fill(self.placeholders(input_ids), self.config.image_word_id)
         # A placeholder past the last row has no embedding; any row serves, for it is overwritten.
@@ -481,7 +481,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
                 input_ids = input_ids.masked_fill(input_ids == placeholder, 0)
         return input_ids
 
-    def placeholders(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+    def placeholders(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Where `input_ids` hold a placeholder of any modality."""
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for placeholder in self.config.placeholder_ids.values():
@@ -490,22 +490,22 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
     def get_placeholder_mask(
         self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         image_features: list[torch.Tensor],
         modality: str = "image",
-    ) -> torch.BoolTensor:
+    ) -> torch.Tensor:
         """
-        Where the prefix goes: `(batch, sequence, 1)`.
+        Where the prefix goes: `(batch, sequence, 1)`. Asked of `inputs_embeds` where there are no `input_ids`.
 
         Raises:
-            ValueError: if the placeholders of a sample are no whole number of images, or their total is not that of
-            the
+            ValueError: if the placeholders of a sample are no whole number of images, or their total is not that of the
                 prefix vectors; names both numbers and the sample.
         """
         index = self.config.placeholder_ids[modality]
+        words = words_of(input_ids, inputs_embeds)
         if input_ids is not None:
-            mask = input_ids == index
+            mask = words == index
         else:
             if index >= language_model_geometry(self.language_model).num_embeddings:
                 raise ValueError(
@@ -513,14 +513,13 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
                     f"`inputs_embeds`: pass `input_ids`, or embeddings with the prefix already in them and no "
                     f"{modality}s."
                 )
-            placeholder = torch.full((1, 1), index, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.embed_words(placeholder)).all(-1)
+            placeholder = torch.full((1, 1), index, dtype=torch.long, device=words.device)
+            mask = (words == self.embed_words(placeholder)).all(-1)
         lengths = [len(vectors) for vectors in image_features]
         if not torch.compiler.is_compiling() and reads_in_chunks.get():
             lengths = [1] * sum(lengths)
         counts = mask.sum(-1)
-        # Equal lengths let a device check all samples at once; only variable ones need the samples' counts on the
-        # host.
+        # Equal lengths let a device check all samples at once; only variable ones need the samples' counts on the host.
         same = len(set(lengths)) == 1
         right = counts.sum() == sum(lengths)
         if same:
@@ -532,10 +531,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         return mask.unsqueeze(-1)
 
     def encode(
-        self, media: dict[str, Any], mm_encoder_outputs: dict[str, ModelOutput | None] | None = None
-    ) -> dict[str, ModelOutput]:
+        self, media: dict[str, Any], mm_encoder_outputs: Mapping[str, ModelOutput | None] | None = None
+    ) -> dict[str, Any]:
         """
-        Encodes what is given of each modality.
+        Encodes what there is of each modality.
 
         Args:
             media (`dict`): what there is of `MEDIA_INPUTS`.
@@ -551,7 +550,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             if not sources:
                 alone = next((key for key in ("image_index", "vision_features_mask") if key in inputs), None)
                 if alone is not None:
-                    raise ValueError(f"`{alone}` goes with `pixel_values` or `vision_features`, and neither was given.")
+                    raise ValueError(f"`{alone}` goes with `pixel_values` or `vision_features`, and neither was passed.")
                 continue
             if name in encoded:
                 raise ValueError(f"You cannot specify both {sources[0]} and mm_encoder_outputs at the same time")
@@ -563,45 +562,43 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
     def merge(
         self,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         media: dict[str, Any],
-        mm_encoder_outputs: dict[str, ModelOutput | None] | None = None,
-    ) -> tuple[torch.LongTensor | None, torch.Tensor | None, dict[str, Any]]:
+        mm_encoder_outputs: Mapping[str, ModelOutput | None] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, Any]]:
         """
         Puts prefixes into the word embeddings. Without media, and outside training, ids pass through untouched, so
         that text-only calls are the language model's own.
 
         Returns:
             `(input_ids, inputs_embeds, prefixes)`, one of the first two `None`; `prefixes` by modality: `(vectors,
-            embedding_dim)`, or, with cross-attention, under `None` a list of one tensor per placeholder in reading
-            order.
+            embedding_dim)`, or, with cross-attention, `"in_reading_order"`: a list of one tensor per placeholder.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        words = words_of(input_ids, inputs_embeds)
         encoded = self.encode(media, mm_encoder_outputs)
-        prefixes: dict[str | None, Any] = {}
-        if self.cross_attention is not None and encoded:
-            prefixes[None] = self._in_reading_order(input_ids, encoded)
-        elif encoded:
-            words = self.embed_words(self._valid_ids(input_ids)) if inputs_embeds is None else inputs_embeds
-            merged = words
-            for modality, output in encoded.items():
-                mask = self.get_placeholder_mask(input_ids, words, output.pooler_output, modality)
-                prefix = torch.cat(list(output.pooler_output), dim=0).to(words.device, words.dtype)
-                merged, prefixes[modality] = merged.masked_scatter(mask, prefix), prefix
-            input_ids, inputs_embeds = None, merged
+        idle, merges = self._idle_parts(set(encoded)), self.cross_attention is None
+        prefixes: dict[str, Any] = {}
+        if encoded and not merges:
+            prefixes["in_reading_order"] = self._in_reading_order(input_ids, encoded)
         if input_ids is not None:
-            input_ids = self._valid_ids(input_ids)
-        idle = self._idle_parts(set(encoded))
+            words = self._valid_ids(words)
+            if not idle and not (encoded and merges):
+                return words, None, prefixes
+            words = self.embed_words(words)
+        merged = words
+        for modality, output in encoded.items() if merges else ():
+            mask = self.get_placeholder_mask(input_ids, words, output.pooler_output, modality)
+            prefix = torch.cat(list(output.pooler_output), dim=0).to(words.device, words.dtype)
+            merged, prefixes[modality] = merged.masked_scatter(mask, prefix), prefix
         if idle:
-            if inputs_embeds is None:
-                input_ids, inputs_embeds = None, self.embed_words(input_ids)
-            inputs_embeds = inputs_embeds + self._zero_of(idle).to(inputs_embeds.device, inputs_embeds.dtype)
-        return input_ids, inputs_embeds, prefixes
+            merged = merged + self._zero_of(idle).to(merged.device, merged.dtype)
+        return None, merged, prefixes
 
-    def _in_reading_order(self, input_ids: torch.LongTensor | None, encoded: dict[str, ModelOutput]) -> list[torch.Tensor]:
-        """One tensor `(vectors, embedding_dim)` per placeholder, for gated blocks, which look at what stands where."""
+    def _in_reading_order(self, input_ids: torch.Tensor | None, encoded: dict[str, Any]) -> list[torch.Tensor]:
+        """One tensor `(vectors, embedding_dim)` per placeholder, for gated blocks, to which it matters what stands where."""
         if input_ids is None:
             raise ValueError("Gated blocks find an image's place by its placeholder: pass `input_ids` with images.")
         rows = {}
@@ -612,7 +609,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         for index in input_ids[self.placeholders(input_ids)].tolist():
             if index not in rows:
                 raise ValueError(
-                    f"`input_ids` hold the placeholder {index} of {self.config.placeholder_ids}, and nothing was given for it."
+                    f"`input_ids` hold the placeholder {index} of {self.config.placeholder_ids}, and nothing comes for it."
                 )
             ordered.append(next(rows[index]).unflatten(0, (-1, self.config.embedding_dim)))
         return ordered
@@ -629,10 +626,9 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             parts.append(self.cross_attention)
         return [part for part in parts if part is not None and any(p.requires_grad for p in part.parameters())]
 
-    def _zero_of(self, parts: list[nn.Module]) -> torch.Tensor:
-        """Zero, through connectors without input: a batch without images then has a loss with a (zero) gradient for
-        them,
-        as distributed training and `backward()` itself require."""
+    def _zero_of(self, parts: list[Any]) -> torch.Tensor:
+        """Zero, through connectors without input: a batch without images then has a loss with a (zero) gradient for them, as
+        distributed training and `backward()` itself require."""
         total: Any = 0.0
         for part in parts:
             if hasattr(part, "zero"):  # asked of the part, for PEFT may have wrapped it
@@ -655,7 +651,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             return 1.0  # inside the lookup, which we call
         return float(getattr(self.language_model.get_encoder(), "embed_scale", None) or 1.0)
 
-    def embed_words(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Word embeddings `(batch, sequence, embedding_dim)` of valid ids, as the language model itself would make them."""
         embeds = self.get_input_embeddings()(input_ids)
         return embeds if self.embed_scale == 1.0 else embeds * self.embed_scale
@@ -663,23 +659,19 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     def language_inputs(
         self,
         callee: nn.Module,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         attention_mask: Any,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         cache: Cache | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments for the language model (or its headless base), by the names that `callee` has for them."""
         names = forward_parameters(type(callee))
-        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        length = words_of(input_ids, inputs_embeds).shape[1]
         self.refuse_too_long(length, cache)
-        inputs = dict(kwargs)
-        inputs.pop("mm_token_type_ids", None)
-        if input_ids is not None:
-            inputs["input_ids"] = input_ids
-        else:
-            inputs["inputs_embeds"] = inputs_embeds
+        inputs = {key: value for key, value in kwargs.items() if key != "mm_token_type_ids"}
+        inputs |= {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
         if attention_mask is not None and "attention_mask" in names:
             inputs["attention_mask"] = attention_mask
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and self.is_recurrent:
@@ -728,9 +720,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         return bool(getattr(self.language_model, "_is_stateful", False))
 
     def _refuse_left_padding(self, attention_mask: torch.Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if (attention_mask[:, 0] == 0).any() and not self._skips_padding:
+        if not torch.compiler.is_compiling() and (attention_mask[:, 0] == 0).any() and not self._skips_padding:
             raise ValueError(
                 f"{type(self.language_model).__name__} reads padding as if it were words, so a left-padded batch would give "
                 "wrong results: pad on the right to train, and generate for one sample, or samples of equal length, at a time."
@@ -744,10 +734,6 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     def max_positions(self) -> int | None:
         """How many learned positions the language model has; `None` where it computes them."""
         return max_learned_positions(self.language_model)
-
-
-def _fields(output_class: type, outputs: ModelOutput) -> dict[str, Any]:
-    return {name: outputs.get(name) for name in output_class.__dataclass_fields__}
 
 
 class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPrefixPreTrainedModel):
@@ -818,7 +804,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
                 `{"image": get_image_features(...)}`, and so with `"video"` and `"audio"`, encoded before.
             pixel_attention_mask, spatial_shapes, interpolate_pos_encoding: for towers that take them.
             pixel_values_videos, input_features, input_features_mask, is_longer:
-                The videos and sounds of the whole batch, likewise; see [`FrozenPrefixModel.get_video_features`] and
+                The videos and audios of the whole batch, likewise; see [`FrozenPrefixModel.get_video_features`] and
                 [`FrozenPrefixModel.get_audio_features`].
             vision_features (`torch.FloatTensor` of shape `(num_images, positions, vision_width)`, *optional*):
                 In place of `pixel_values`: what the frozen tower would have given the connector (see
@@ -845,12 +831,13 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         media = take_media(kwargs, pixel_values=pixel_values)
         plan = LossPlan(self, labels, decoder_input_ids, logits_to_keep, dict(kwargs))
         shared, skipped = None, 0
-        alone = position_ids is None and cache is None and input_ids is not None
-        if plan.may_share and alone and "image_index" in media:
-            image_index = media["image_index"]
-            mm_encoder_outputs, media = self.model.encode(media, mm_encoder_outputs), {}
-            images = mm_encoder_outputs["image"]
-            shared = find_shared_start(self.model, input_ids, attention_mask, images, image_index, plan.path, plan.keep)
+        encoded: dict[str, Any] | None = mm_encoder_outputs
+        may_share = plan.may_share and position_ids is None and cache is None and "image_index" in media
+        if may_share and input_ids is not None and plan.path is not None and plan.learnt is not None:
+            index = media["image_index"]
+            encoded, media = self.model.encode(media, mm_encoder_outputs), {}
+            lengths = [len(vectors) for vectors in encoded["image"].pooler_output]
+            shared = find_shared_start(self.model, input_ids, attention_mask, lengths, index, plan.path, plan.learnt)
             skipped = 0 if shared is None or self.config.is_encoder_decoder else shared.length
         outputs, prefixes = self.model.run(
             plan.callee(skipped),
@@ -859,13 +846,13 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
-            mm_encoder_outputs=mm_encoder_outputs,
+            mm_encoder_outputs=encoded,
             media=media,
             kwargs=plan.kwargs,
             shared=shared,
         )
         loss, logits = plan.loss_and_logits(outputs.logits)
-        fields = _fields(FrozenPrefixCausalLMOutputWithPast, outputs)
+        fields = {name: outputs.get(name) for name in FrozenPrefixCausalLMOutputWithPast.__dataclass_fields__}
         if shared is not None:
             fields[CACHE] = None  # of our own making
         return FrozenPrefixCausalLMOutputWithPast(**{**fields, **prefixes, "loss": loss, "logits": logits})
@@ -889,7 +876,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         """As [`FrozenPrefixModel.get_audio_features`]."""
         return self.model.get_audio_features(*args, return_dict=True, **kwargs)
 
-    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.BoolTensor:
+    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As [`FrozenPrefixModel.get_placeholder_mask`]."""
         return self.model.get_placeholder_mask(*args, **kwargs)
 
@@ -904,7 +891,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         reduction: str = "sum",
         batch_size: int = 32,
         **inputs: Any,
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         """
         Log-likelihood of each candidate answer after each prompt: for multiple choice, zero-shot classification, re-ranking.
         The prompt is read once, whatever the number of candidates.
@@ -917,7 +904,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             candidates_mask (`torch.Tensor` of shape `(candidates, length)`, *optional*):
                 0 where a tensor of candidates is padded, on either side.
             prefix_cache (`PrefixCache`, *optional*): of [`encode_prefix`]; the prompt, or what comes before it.
-            reduction (`str`, defaults to `"sum"`): `"sum"` over an answer's tokens, or their `"mean"`.
+            reduction (`"sum"` or `"mean"`, defaults to `"sum"`): over an answer's tokens.
             batch_size (`int`, defaults to 32): answers that are read at a time.
             inputs: the prompt, as [`encode_prefix`] takes it; left out where `prefix_cache` is the whole prompt.
 

@@ -1,4 +1,4 @@
-"""Small pieces of putting a prefix among words: counting placeholders, and positions and order under padding."""
+"""Small pieces of putting a prefix among words: counting placeholders, positions and order under padding, equal rows."""
 
 from contextvars import ContextVar
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 
-# Set while `generate()` reads a prompt in chunks, which cut pictures in two; the whole was counted before.
+# Set while `generate()` reads a prompt in chunks, which cut images in two; the whole was counted before.
 reads_in_chunks: ContextVar[bool] = ContextVar("reads_in_chunks", default=False)
 
 
 def counts_fit(counts: list[int], lengths: list[int]) -> bool:
+    """Whether samples with so many placeholders each hold whole prefixes of these lengths, in order."""
     remaining = iter(lengths)
     for count in counts:
         while count > 0:
@@ -21,8 +22,9 @@ def counts_fit(counts: list[int], lengths: list[int]) -> bool:
 
 
 def describe_mismatch(counts: list[int], lengths: list[int], modality: str = "image") -> str:
+    """The message for placeholders that don't fit prefixes: both numbers, the sample, and the way out."""
     each = lengths[0] if len(set(lengths)) == 1 else lengths
-    what = f"{len(lengths)} {modality}(s) were given, of {each} prefix vectors each"
+    what = f"{len(lengths)} {modality}(s) were passed, of {each} prefix vectors each"
     way_out = f"Let the processor place them (it repeats `<{modality}>` itself), and don't cut `input_ids` afterwards."
     if len(set(lengths)) == 1:
         for index, count in enumerate(counts):
@@ -37,7 +39,27 @@ def describe_mismatch(counts: list[int], lengths: list[int], modality: str = "im
     )
 
 
-def position_ids_from_mask(attention_mask: torch.Tensor, length: int) -> torch.LongTensor:
+def words_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """
+    Ids `(batch, sequence)`, or embeddings `(batch, sequence, embedding_dim)` where there are no ids.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    words = inputs_embeds if input_ids is None else input_ids
+    if words is None:
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    return words
+
+
+def distinct_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each distinct row of a 2-D tensor stands first, and for every row which of these it equals."""
+    distinct, groups = rows.unique(dim=0, return_inverse=True)
+    order = torch.arange(len(rows), device=rows.device)
+    return order.new_full((len(distinct),), len(rows)).scatter_reduce(0, groups, order, "amin"), groups
+
+
+def position_ids_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
     """Positions counted from each sample's first real token: what the language model itself assumes without padding on
     the left, and right with it."""
     padding = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
@@ -46,8 +68,8 @@ def position_ids_from_mask(attention_mask: torch.Tensor, length: int) -> torch.L
 
 
 def pad_right(
-    input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, attention_mask: Any
-) -> tuple[torch.LongTensor | None, torch.Tensor | None, Any]:
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: Any
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
     """Moves padding of an encoder's input to the right. Many encoders count positions from the row's start and take no
     `position_ids`; what attends to them doesn't count at all, so the order of rows is free."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:

@@ -1,4 +1,4 @@
-"""Encode a picture once and ask it many questions: prefixes whose keys and values are kept.
+"""Encode an image once and ask many questions about it: prefixes whose keys and values are kept.
 
 A question costs what a text-only question costs, for neither the towers nor the language model read the prefix again. What
 is kept is never written into: caches of transformers grow by concatenation, so each question gets a new list of layers over
@@ -6,21 +6,23 @@ the same tensors. A batch of questions is laid out as `generate()` lays out any 
 that each question gets by itself.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .caches import copied_cache, narrowed_cache, pick_rows
-from .padding import pad_right
+from .caches import changed_cache, copied_cache, narrowed_cache, pick_rows
+from .padding import words_of
 
 
 Rows = int | slice | Sequence[int] | torch.Tensor
+
+# The prefixes of one row's media, by modality.
+RowMedia = dict[str, list[torch.Tensor]]
 
 
 def shifted(tensor: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
@@ -38,7 +40,7 @@ def shifted(tensor: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
 @dataclass
 class PrefixCache:
     """
-    What [`~FrozenPrefixForConditionalGeneration.encode_prefix`] keeps of pictures and the words with them, row by row.
+    What [`~FrozenPrefixForConditionalGeneration.encode_prefix`] keeps of images and the words with them, row by row.
 
     Pass it as `prefix_cache` to `generate()`, `score()` or, to go on from it, `encode_prefix()`; none of them changes it.
     `len(prefix)` is the number of rows; `prefix[2]`, `prefix[[0, 0, 1]]` are prefixes of those rows.
@@ -52,15 +54,15 @@ class PrefixCache:
             Each row's encoded media, by modality. Language models whose cache can't be kept (recurrent, encoder-decoder,
             gated cross-attention), and ways of decoding that want a cache of their own, read the words again with them;
             the towers never run again.
-        encoder_outputs (`ModelOutput`, *optional*): of encoder-decoders.
+        encoder_outputs (`BaseModelOutput`, *optional*): of encoder-decoders.
     """
 
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
-    logits: torch.FloatTensor | None = None
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    logits: torch.Tensor | None = None
     cache: DynamicCache | None = None
-    media: list[dict[str, list[torch.Tensor]]] = field(default_factory=list)
-    encoder_outputs: ModelOutput | None = None
+    media: list[RowMedia] = field(default_factory=list)
+    encoder_outputs: BaseModelOutput | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -68,24 +70,21 @@ class PrefixCache:
     def __getitem__(self, rows: Rows) -> "PrefixCache":
         if isinstance(rows, slice):
             rows = range(len(self))[rows]
-        rows = torch.as_tensor([rows] if isinstance(rows, int) else rows, device=self.input_ids.device)
-        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
-        if len(rows) == 0 or rows.min() < -len(self) or rows.max() >= len(self):
-            raise IndexError(f"The prefix cache has {len(self)} rows, and not {rows.tolist()}.")
-        return self._select(rows % len(self))._without_empty_columns()
+        index = torch.as_tensor([rows] if isinstance(rows, int) else rows, device=self.input_ids.device)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
+        if len(index) == 0 or index.min() < -len(self) or index.max() >= len(self):
+            raise IndexError(f"The prefix cache has {len(self)} rows, and not {index.tolist()}.")
+        return self._select(index % len(self))._without_empty_columns()
 
     def _select(self, rows: torch.Tensor) -> "PrefixCache":
-        encoder_outputs = self.encoder_outputs
-        if encoder_outputs is not None:
-            states = pick_rows(encoder_outputs.last_hidden_state, rows)
-            encoder_outputs = type(encoder_outputs)(last_hidden_state=states)
+        encoded = self.encoder_outputs
         return PrefixCache(
             input_ids=pick_rows(self.input_ids, rows),
             attention_mask=pick_rows(self.attention_mask, rows),
             logits=None if self.logits is None else pick_rows(self.logits, rows),
             cache=None if self.cache is None else copied_cache(self.cache, rows),
             media=[self.media[0 if len(self.media) == 1 else row] for row in rows.tolist()],
-            encoder_outputs=encoder_outputs,
+            encoder_outputs=None if encoded is None else BaseModelOutput(last_hidden_state=pick_rows(encoded[0], rows)),
         )
 
     def _without_empty_columns(self) -> "PrefixCache":
@@ -95,13 +94,9 @@ class PrefixCache:
             return self
         cache, encoder_outputs = self.cache, self.encoder_outputs
         if cache is not None:
-            cache = copied_cache(cache)
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, empty:], layer.values[:, :, empty:]
-                if isinstance(layer, DynamicSlidingWindowLayer):
-                    layer.cumulative_length -= empty
+            cache = changed_cache(cache, lambda tensor: tensor[:, :, empty:], num_dropped=empty)
         if encoder_outputs is not None:  # encoders are padded on the right
-            encoder_outputs = type(encoder_outputs)(last_hidden_state=encoder_outputs.last_hidden_state[:, :-empty])
+            encoder_outputs = BaseModelOutput(last_hidden_state=encoder_outputs[0][:, :-empty])
         ids, mask = self.input_ids[:, empty:], self.attention_mask[:, empty:]
         return replace(self, input_ids=ids, attention_mask=mask, cache=cache, encoder_outputs=encoder_outputs)
 
@@ -111,7 +106,7 @@ class PrefixCache:
         `forward`; growing it leaves the kept one as it is."""
         if self.cache is None:
             raise ValueError(
-                "This language model's cache can't be kept (it is recurrent, an encoder-decoder, or looks at pictures by "
+                "This language model's cache can't be kept (it is recurrent, an encoder-decoder, or reads images by "
                 "cross-attention): pass the whole as `prefix_cache` to `generate` or `score`."
             )
         return narrowed_cache(copied_cache(self.cache))
@@ -123,55 +118,70 @@ class PrefixCache:
         if len(self) == 1:
             return self._select(torch.zeros(rows, dtype=torch.long, device=self.input_ids.device))
         raise ValueError(
-            f"{rows} question(s) were asked of {len(self)} prefixes: say which question is about which prefix, for example "
+            f"{rows} question(s) were asked about {len(self)} prefixes: say which question is about which prefix, for example "
             f"`prefix_cache[[0, 0, 1]]` for two about the first and one about the second."
         )
 
 
+def prefix_output(prefixes: list[torch.Tensor], outputs: ModelOutput | None = None) -> BaseModelOutputWithPooling:
+    """The output of `get_image_features` and its like: prefixes `(vectors, embedding_dim)`, and what the tower gave."""
+    return BaseModelOutputWithPooling(
+        last_hidden_state=getattr(outputs, "last_hidden_state", None),
+        pooler_output=prefixes,  # type: ignore[arg-type]  # a list in transformers' own models too
+        hidden_states=getattr(outputs, "hidden_states", None),
+        attentions=getattr(outputs, "attentions", None),
+    )
+
+
+def take_prefixes(prefixes: Iterator[torch.Tensor], num_vectors: int) -> list[torch.Tensor]:
+    """The next prefixes, which have so many vectors together."""
+    taken: list[torch.Tensor] = []
+    while sum(map(len, taken)) < num_vectors:
+        taken.append(next(prefixes))
+    return taken
+
+
 def media_by_row(
-    model: Any, input_ids: torch.LongTensor, encoded: dict[str, ModelOutput]
-) -> list[dict[str, list[torch.Tensor]]]:
-    """Encoded media, each with the row that holds its placeholders."""
-    rows: list[dict[str, list[torch.Tensor]]] = [{} for _ in input_ids]
+    model: Any, input_ids: torch.Tensor | None, encoded: dict[str, Any], inputs_embeds: torch.Tensor | None = None
+) -> list[RowMedia]:
+    """Encoded media (`encode`), each with the row of ids, or of embeddings, that holds its placeholders."""
+    rows: list[RowMedia] = [{} for _ in words_of(input_ids, inputs_embeds)]
     for modality, output in encoded.items():
-        # Gated blocks never look at embeddings, the others do to check.
-        counts = model.get_placeholder_mask(input_ids, None, output.pooler_output, modality).sum((1, 2)).tolist()
-        rest = iter(output.pooler_output)
-        for row, count in zip(rows, counts, strict=True):
-            own: list[torch.Tensor] = []
-            while sum(map(len, own)) < count:
-                own.append(next(rest))
-            row[modality] = own
+        mask = model.get_placeholder_mask(input_ids, inputs_embeds, output.pooler_output, modality)
+        prefixes = iter(output.pooler_output)
+        for row, count in zip(rows, mask.sum((1, 2)).tolist(), strict=True):
+            row[modality] = take_prefixes(prefixes, count)
     return rows
 
 
-def joined_media(
-    rows: list[dict[str, list[torch.Tensor]]], more: list[dict[str, list[torch.Tensor]]]
-) -> list[dict[str, list[torch.Tensor]]]:
+def joined_media(rows: list[RowMedia], more: list[RowMedia]) -> list[RowMedia]:
+    """Each row's media, and after them `more` of the same row."""
     return [
         {key: [*old.get(key, []), *new.get(key, [])] for key in {**old, **new}} for old, new in zip(rows, more, strict=True)
     ]
 
 
-def media_together(rows: Iterable[dict[str, list[torch.Tensor]]]) -> dict[str, BaseModelOutputWithPooling]:
-    flat: dict[str, list[torch.Tensor]] = {}
+def media_together(rows: Iterable[RowMedia]) -> dict[str, BaseModelOutputWithPooling]:
+    """The media of all rows in reading order, as `mm_encoder_outputs` holds them."""
+    prefixes: RowMedia = {}
     for row in rows:
         for modality, tensors in row.items():
-            flat.setdefault(modality, []).extend(tensors)
-    return {key: BaseModelOutputWithPooling(pooler_output=tensors) for key, tensors in flat.items() if tensors}
+            prefixes.setdefault(modality, []).extend(tensors)
+    return {key: prefix_output(tensors) for key, tensors in prefixes.items() if tensors}
 
 
-def padded_left(input_ids: torch.LongTensor, mask: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+def padded_left(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Padding moved to the left; columns of nothing but padding are left out."""
     order = (mask != 0).int().argsort(dim=-1, stable=True)
     start = int(mask.shape[1] - mask.sum(-1).max())
     return input_ids.gather(1, order)[:, start:], mask.gather(1, order)[:, start:]
 
 
-def padded_right(input_ids: torch.LongTensor, mask: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-    input_ids, _, mask = pad_right(input_ids, None, mask)
+def padded_right(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padding moved to the right; columns of nothing but padding are left out."""
+    order = (mask == 0).int().argsort(dim=-1, stable=True)
     end = int(mask.sum(-1).max())
-    return input_ids[:, :end], mask[:, :end]
+    return input_ids.gather(1, order)[:, :end], mask.gather(1, order)[:, :end]
 
 
 def mask_or_none(mask: torch.Tensor) -> torch.Tensor | None:
@@ -181,11 +191,14 @@ def mask_or_none(mask: torch.Tensor) -> torch.Tensor | None:
 
 __all__ = [
     "PrefixCache",
+    "RowMedia",
     "joined_media",
     "mask_or_none",
     "media_by_row",
     "media_together",
     "padded_left",
     "padded_right",
+    "prefix_output",
     "shifted",
+    "take_prefixes",
 ]

@@ -1,6 +1,6 @@
 """Training rows that begin alike: the language model reads what they have in common once.
 
-Captions of one picture all follow the same prefix, and a causal language model makes of it the same keys and values each
+Captions of one image all follow the same prefix, and a causal language model makes of it the same keys and values each
 time. So the common start of such rows is read once, with gradient, and each row goes on from its keys and values, as in
 generation. Nothing is approximated: losses and gradients are those of the plain way up to rounding. With five captions of
 30 words behind 196 prefix vectors a step reads 346 positions in place of 1130. An encoder reads rows that are alike
@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput
 
 from .caches import copied_cache, narrowed_cache, new_kept_cache
 from .connectors import draws, in_eval_mode
 from .losses import nearly_equal
+from .padding import distinct_rows
 
 
 # Reading in two parts has a cost of its own: it must spare at least this share of the batch's positions.
 SMALLEST_SHARE = 0.1
 
-# Language model -> whether it was seen to read the same in parts as at once.
+# Language model -> whether it reads the same in parts as at once.
 _TRIED: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
@@ -43,17 +44,17 @@ class SharedStart:
 
     reader: nn.Module
     length: int
-    rows: torch.LongTensor
-    groups: torch.LongTensor
+    rows: torch.Tensor
+    groups: torch.Tensor
 
 
 def mark_images(
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     placeholder_ids: dict[str, int],
     image_lengths: list[int],
-    image_index: torch.LongTensor,
-) -> torch.LongTensor:
+    image_index: torch.Tensor,
+) -> torch.Tensor:
     """
     Ids by which to tell what stands where: those of words as they are, and negative ones for all else.
 
@@ -65,7 +66,7 @@ def mark_images(
 
     Returns:
         `torch.LongTensor` of shape `(batch, sequence)`: equal where the same word, or the same image, stands. Videos and
-        sounds are equal to nothing.
+        audio are equal to nothing.
     """
     marks = input_ids.clone()
     next_mark = -2
@@ -82,9 +83,7 @@ def mark_images(
     return marks if attention_mask is None else marks.masked_fill(attention_mask == 0, -1)
 
 
-def best_shared_start(
-    marks: torch.LongTensor, limit: int, whole: bool = False
-) -> tuple[int, torch.LongTensor, torch.LongTensor] | None:
+def best_shared_start(marks: torch.Tensor, limit: int, whole: bool = False) -> tuple[int, torch.Tensor, torch.Tensor] | None:
     """
     The common start that spares most positions, one length for all rows, for their keys and values make one tensor.
 
@@ -106,28 +105,23 @@ def best_shared_start(
     if int(spared) < SMALLEST_SHARE * marks.numel():
         return None
     length = int(lengths[best])
-    starts, groups = marks[:, :length].unique(dim=0, return_inverse=True)
-    order = torch.arange(len(marks), device=marks.device)
-    rows = torch.full((len(starts),), len(marks), device=marks.device).scatter_reduce(0, groups, order, "amin")
-    return length, rows, groups
+    return length, *distinct_rows(marks[:, :length])
 
 
 def find_shared_start(
     model: Any,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     attention_mask: Any,
-    encoded: BaseModelOutputWithPooling,
-    image_index: torch.LongTensor,
+    image_lengths: list[int],
+    image_index: torch.Tensor,
     path: str,
-    learnt: torch.BoolTensor,
+    learnt: torch.Tensor,
 ) -> SharedStart | None:
     """
     What to read once in a batch of training.
 
     Args:
-        input_ids, attention_mask (`torch.Tensor` of shape `(batch, sequence)`): the mask may be `None`.
-        encoded: of `get_image_features`.
-        image_index (`torch.LongTensor` of shape `(num_images,)`): which image of the distinct ones stands where.
+        input_ids, attention_mask, image_lengths, image_index: as of [`mark_images`].
         path (`str`): of the headless part in the language model.
         learnt (`torch.BoolTensor`): whose hidden states are wanted, `(batch, sequence)`; of a decoder, `(batch, target)`.
 
@@ -147,10 +141,9 @@ def find_shared_start(
         if attention_mask is not None:
             first = first.minimum((attention_mask != 0).cumprod(-1).sum(-1).to(first.device) - 1)
         limit = int(first.min())
-    lengths = [len(vectors) for vectors in encoded.pooler_output]
-    marks = mark_images(input_ids, attention_mask, model.config.placeholder_ids, lengths, image_index)
-    found = best_shared_start(marks, limit, whole=encodes)
-    return None if found is None else SharedStart(reader, *found)
+    marks = mark_images(input_ids, attention_mask, model.config.placeholder_ids, image_lengths, image_index)
+    start = best_shared_start(marks, limit, whole=encodes)
+    return None if start is None else SharedStart(reader, *start)
 
 
 def read_shared_start(model: Any, start: SharedStart, inputs_embeds: torch.Tensor) -> DynamicCache:
@@ -163,8 +156,13 @@ def read_shared_start(model: Any, start: SharedStart, inputs_embeds: torch.Tenso
 
     Returns:
         `DynamicCache`: the starts' keys and values for every row of the batch, with their graph.
+
+    Raises:
+        ValueError: if the language model's cache can't be kept.
     """
     cache, reader = new_kept_cache(model), start.reader
+    if cache is None:
+        raise ValueError(f"{type(model.language_model).__name__} has no cache that can be kept: read each row by itself.")
     embeds = inputs_embeds[start.rows.to(inputs_embeds.device), : start.length]
     reader(**model.language_inputs(reader, None, embeds, None, None, cache, {"use_cache": True}), return_dict=True)
     return narrowed_cache(copied_cache(cache, start.groups))
@@ -196,17 +194,15 @@ def reads_in_parts(model: Any, reader: nn.Module) -> bool:
 
 def _try_parts(model: Any, reader: nn.Module) -> bool:
     encodes = model.config.is_encoder_decoder
-    if not encodes and new_kept_cache(model) is None:
-        return False
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(8, device=device).repeat(3, 1)
+    embeddings = model.get_input_embeddings()
+    ids = torch.arange(8, device=embeddings.weight.device).repeat(3, 1)
     ids[2] += 8
     if not encodes:
         ids[1, 4:] += 4
     at, every, groups = 8 if encodes else 4, ids.new_tensor([0, 1, 2]), ids.new_tensor([0, 0, 1])
     with torch.no_grad():
-        words = model.embed_words(ids % model.get_input_embeddings().weight.shape[0])
-    found = []
+        words = model.embed_words(ids % embeddings.weight.shape[0])
+    ways = []
     with torch.enable_grad():
         for start in (SharedStart(reader, at, every, every), SharedStart(reader, at, ids.new_tensor([0, 2]), groups)):
             in_parts, leaf = len(start.rows) < 3, words.clone().requires_grad_()
@@ -223,9 +219,9 @@ def _try_parts(model: Any, reader: nn.Module) -> bool:
             (gradient,) = torch.autograd.grad((states.float() * weights).sum(), leaf)
             # What rows have in common gets its gradient in the first of them.
             shared = gradient.new_zeros(2, at, gradient.shape[-1]).index_add(0, groups, gradient[:, :at])
-            found.append((states.detach(), shared, *([] if encodes else [gradient[:, at:]])))
+            ways.append((states.detach(), shared, *([] if encodes else [gradient[:, at:]])))
     # Wider than for logits: gradients gather rounding on their way through all layers.
-    return all(nearly_equal(one, other, 1e-3, 5e-2) for one, other in zip(*found, strict=True))
+    return all(nearly_equal(one, other, 1e-3, 5e-2) for one, other in zip(*ways, strict=True))
 
 
 __all__ = ["SharedStart", "best_shared_start", "encode_alike", "find_shared_start", "mark_images", "read_shared_start"]

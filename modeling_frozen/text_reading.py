@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .backbones import fake_language_model
-from .padding import pad_right
+from .padding import distinct_rows, pad_right, words_of
 
 
 TEXT_POOLINGS: tuple[str, ...] = ("last", "mean", "cls")
 
 
-def text_reader(language_model: nn.Module) -> nn.Module:
-    """What of a language model reads a text: the encoder of an encoder-decoder, else all but the head."""
+def text_reader(language_model: PreTrainedModel) -> nn.Module:
+    """The part of a language model that reads a text: the encoder of an encoder-decoder, else all but the head."""
     return language_model.get_encoder() if language_model.config.is_encoder_decoder else language_model.base_model
 
 
@@ -59,11 +59,11 @@ def probe_text_width(text_config: PreTrainedConfig, headless: bool = False) -> i
 
 
 def pack_text(
-    input_ids: torch.LongTensor | None,
+    input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    skipped: torch.BoolTensor | None = None,
-) -> tuple[torch.LongTensor | None, torch.Tensor | None, torch.Tensor]:
+    skipped: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """
     Moves the words of every row to its start, in their order, and cuts off columns that hold none.
 
@@ -74,9 +74,9 @@ def pack_text(
     Returns:
         The same three; the mask is always there.
     """
-    given = input_ids if input_ids is not None else inputs_embeds[..., 0]
-    kept = torch.ones_like(given, dtype=torch.bool) if attention_mask is None else attention_mask.to(given.device) != 0
-    kept = kept if skipped is None else kept & ~skipped
+    words = words_of(input_ids, inputs_embeds)
+    kept = words.new_ones(words.shape[:2]) if attention_mask is None else attention_mask.to(words.device)
+    kept = kept != 0 if skipped is None else (kept != 0) & ~skipped
     input_ids, inputs_embeds, mask = pad_right(input_ids, inputs_embeds, kept.long())
     if not torch.compiler.is_compiling():
         length = max(1, int(mask.sum(-1).max()))
@@ -88,7 +88,7 @@ def pack_text(
 
 def read_text(
     model: Any,
-    input_ids: torch.LongTensor | None,
+    input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     mm_encoder_outputs: dict[str, ModelOutput] | None = None,
@@ -101,8 +101,7 @@ def read_text(
         model ([`FrozenPrefixModel`]): whose language model reads.
         input_ids, inputs_embeds, attention_mask: the texts, padded on any side.
         mm_encoder_outputs (`dict`, *optional*):
-            What was encoded of images (videos, sounds). Given, the text holds their placeholders and is read with them;
-            not given, placeholders are skipped.
+            What was encoded of images (videos, audio), whose placeholders the text holds. Without, placeholders are skipped.
         kwargs: `output_hidden_states`, `output_attentions`.
 
     Returns:
@@ -121,16 +120,16 @@ def read_text(
     # A frozen model that meets words alone needs no graph; idle connectors have no part in it either.
     needs_graph = bool(mm_encoder_outputs) or (inputs_embeds is not None and inputs_embeds.requires_grad)
     needs_graph = needs_graph or any(parameter.requires_grad for parameter in language_model.parameters())
-    place = None
+    groups = None
     if not needs_graph and not wants_all and input_ids is not None and not torch.compiler.is_compiling():
         # Questions and prompts repeat within a batch: each is read once.
-        first, place = _distinct(input_ids.masked_fill(mask == 0, -1))
+        first, groups = distinct_rows(input_ids.masked_fill(mask == 0, -1))
         input_ids = input_ids[first]
     with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph):
         outputs, _ = model.run(
             reader,
             input_ids=input_ids,
-            attention_mask=mask if place is None else mask[first],
+            attention_mask=mask if groups is None else mask[first],
             position_ids=None,
             cache=None,
             inputs_embeds=inputs_embeds,
@@ -139,15 +138,7 @@ def read_text(
             kwargs=kwargs,
         )
     states = last_hidden_state(outputs)
-    return states if place is None else states[place.to(states.device)], mask, outputs
-
-
-def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each distinct row stands first, and for every row which of these it equals."""
-    distinct, place = rows.unique(dim=0, return_inverse=True)
-    order = torch.arange(len(rows), device=rows.device)
-    first = order.new_full((len(distinct),), len(rows)).scatter_reduce(0, place, order, "amin")
-    return first, place
+    return states if groups is None else states[groups.to(states.device)], mask, outputs
 
 
 def pool_text(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, pooling: str = "last") -> torch.Tensor:

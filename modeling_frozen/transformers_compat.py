@@ -2,7 +2,7 @@
 need: `processing_compat.py`, for their files import none of this folder.
 
 Each question is asked of the object itself (has this output a field `cache`?) and not of a version number, so that releases
-in between are answered rightly too. Each stand-in says from which release on it can go.
+in between are answered rightly too. Each stand-in says from which release on it can go; a type checker is shown the newest.
 """
 
 import functools
@@ -60,10 +60,12 @@ def takes_cache(function: Callable[..., Any]) -> Callable[..., Any]:
     return by_any_name
 
 
-@functools.lru_cache(maxsize=256)
+_signature = functools.lru_cache(maxsize=256)(inspect.signature)
+
+
 def forward_parameters(module_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
     """What the `forward` of a class takes, by name."""
-    return inspect.signature(module_class.forward).parameters
+    return _signature(module_class.forward).parameters
 
 
 def cache_argument(parameters: Collection[str]) -> str:
@@ -126,7 +128,7 @@ if TYPE_CHECKING or hasattr(configuration_utils, "SubConfigSpec"):
 else:  # before 5.20
 
     class SubConfigSpec:
-        """How a sub-config is made where it is given as a `dict`, or not at all."""
+        """How a sub-config is made of a `dict`, or of nothing."""
 
         def __init__(self, config_class: type, model_type: str, optional: bool = False):
             self.config_class, self.model_type, self.optional = config_class, model_type, optional
@@ -283,6 +285,9 @@ def _two_dimensional_mask(
     read = torch.arange(length, device=inputs_embeds.device) < past_key_values.get_seq_length() + inputs_embeds.shape[1]
     return read.long().expand(len(inputs_embeds), -1)
 
+
+# Its annotations want `self` to be a whole model, which no mixin is, and the signatures of its hooks differ by release.
+GenerationMixin: Any
 
 if TYPE_CHECKING or hasattr(transformers.GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"):
     GenerationMixin = transformers.GenerationMixin

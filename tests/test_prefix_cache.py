@@ -351,7 +351,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(IndexError, match="2 rows"):
         _ = prefix[2]
     picture = model.encode_prefix(torch.tensor([[5, *[IMAGE] * PREFIX]]), pixel_values=pictures())
-    with pytest.raises(ValueError, match="ends with a picture"):
+    with pytest.raises(ValueError, match="ends with an image"):
         model.generate(prefix_cache=picture)
     with pytest.raises(ValueError, match="needs `input_ids`"):
         model.encode_prefix(pixel_values=pictures())
