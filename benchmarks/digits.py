@@ -95,7 +95,7 @@ def tower_features(model: Any, processor: FrozenPrefixProcessor, images: list[Im
     batches = []
     for start in range(0, len(images), 32):
         pixels = processor(images=images[start : start + 32], return_tensors="pt")["pixel_values"]
-        batches.append(model.model._look(pixels, {}, {})[0])
+        batches.append(model.model._encode_pixels(pixels, {}, {})[0])
     return torch.cat(batches).float()
 
 

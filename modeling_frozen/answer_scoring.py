@@ -77,7 +77,7 @@ def _answer_logits(
             use_cache=True,
         )
         return torch.cat([first, outputs.logits.to(first.device)], dim=1)
-    ids, mask = padded_right(torch.cat([some.input_ids, targets], dim=1), torch.cat([some.attention_mask, real.long()], dim=1))
+    ids, mask = padded_right(*some._followed_by(targets, real.long()))
     logits = model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=media_together(some.media), use_cache=False).logits
     begun = some.attention_mask.sum(-1)
     columns = begun[:, None] - 1 + torch.arange(targets.shape[1], device=begun.device)[None]

@@ -162,8 +162,8 @@ def triplet_loss(
     began with had the two similarities exchanged, as is right for distances alone; with cosines it drives pairs apart.
 
     Args:
-        image_embeds, text_embeds, image_ids: as of [`clip_loss`].
-        logit_scale, logit_bias: have no influence here.
+        image_embeds, text_embeds, image_ids (`torch.Tensor`): as of [`clip_loss`].
+        logit_scale, logit_bias (`torch.Tensor`, *optional*): have no influence here.
         margin (`float`, defaults to 0.2): in units of the cosine.
         negatives (`"hardest"` or `"all"`, defaults to `"hardest"`):
             Which others of the batch count: for each anchor the nearest, or the mean over all.

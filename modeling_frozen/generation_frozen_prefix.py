@@ -147,7 +147,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
                 Of [`encode_prefix`]. `input_ids` (and `attention_mask`, padding on either side) are then the questions
                 alone, or, where they hold placeholders, the whole prompts, which must begin with the prefix. One prefix
                 serves any number of questions; several serve as many questions, in their order. Leave `pixel_values` out.
-            inputs, args, kwargs: as transformers'.
+            inputs (`torch.Tensor`, *optional*), args, kwargs (`Any`): as transformers'.
 
         Returns:
             As transformers'; sequences begin with the prefix's ids, as if each question had been asked anew.
@@ -195,14 +195,18 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(rows, length)`):
                 Words with placeholders, as the processor gives them; padding may be on either side.
-            images, text, processor:
+            images (`Any`), text (`str` or `list[str]`), processor ([`FrozenPrefixProcessor`]), *optional*:
                 In place of ids: what `processor(images=images, text=text)` takes, and the processor. Without `text`
                 the images stand alone, one a row.
             prefix_cache (`PrefixCache`, *optional*): go on from this one, with more words (or more images).
-            inputs: `pixel_values` and all else that `forward` takes of media, `mm_encoder_outputs` too.
+            inputs (`Any`): `pixel_values` and all else that `forward` takes of media, `mm_encoder_outputs` too.
+
+        Returns:
+            [`PrefixCache`]: a row for each row of ids.
 
         Raises:
             ValueError: if there are no words, or rows and prefixes don't match.
+            TypeError: for an input that is neither words nor media.
         """
         if images is not None or text is not None:
             input_ids, attention_mask, inputs = self._processed(images, text, processor, prefix_cache, inputs)
@@ -222,8 +226,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         media = media_by_row(self, ids, encoded)
         if prefix.cache is not None:
             return self._extended(prefix, prefix.cache, ids, mask, encoded, media)
-        ids, mask = padded_left(torch.cat([prefix.input_ids, ids], dim=1), torch.cat([prefix.attention_mask, mask], dim=1))
-        return self._without_cache(ids, mask, joined_media(prefix.media, media))
+        return self._without_cache(*padded_left(*prefix._followed_by(ids, mask)), joined_media(prefix.media, media))
 
     # ------------------------------------------------------------------------------------------ encoding before the first step
 
@@ -435,15 +438,17 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         takes_images = getattr(getattr(assistant_model, "config", None), "model_type", None) == self.config.model_type
         # With a tokenizer of its own an assistant gets the text anew, without placeholders.
         own_words = kwargs.get("target_tokenizer") is not None and kwargs.get("assistant_tokenizer") is not None
-        hides_placeholders = not takes_images and not own_words
-        word = self.generation_config.pad_token_id or 0
+        word = None if takes_images or own_words else self.generation_config.pad_token_id or 0
         if not takes_images and assistant_model is not None:
             model_kwargs = {key: value for key, value in model_kwargs.items() if key != "mm_encoder_outputs"}
-        if hides_placeholders and assistant_model is not None:
+        if word is not None and assistant_model is not None:
             if not torch.is_floating_point(inputs_tensor):
                 inputs_tensor = inputs_tensor.masked_fill(self.model.placeholders(inputs_tensor), word)
             if not self.config.is_encoder_decoder:
-                model_kwargs.update(self._text_alone(input_ids, model_kwargs))
+                # Mask and positions of the words without the placeholders between them.
+                mask, words = model_kwargs.get("attention_mask"), (~self.model.placeholders(input_ids)).long()
+                words = words if mask is None or mask.shape != words.shape else words * mask
+                model_kwargs.update(attention_mask=words, position_ids=(words.cumsum(-1) - 1).clamp(min=0))
         generator = super()._get_candidate_generator(
             generation_config=generation_config,
             input_ids=input_ids,
@@ -453,16 +458,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             assistant_model=assistant_model,
             **kwargs,
         )
-        return CandidatesOfText(
-            generator, self.model.placeholders, word if hides_placeholders else None, self.model.max_positions
-        )
-
-    def _text_alone(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Mask and positions of the words without the placeholders between them."""
-        mask = model_kwargs.get("attention_mask")
-        words = (~self.model.placeholders(input_ids)).long()
-        words = words if mask is None or mask.shape != words.shape else words * mask
-        return {"attention_mask": words, "position_ids": (words.cumsum(-1) - 1).clamp(min=0)}
+        return CandidatesOfText(generator, self.model.placeholders, word, self.model.max_positions)
 
     # ------------------------------------------------------------------------------------------- going on from a kept prefix
 
@@ -487,7 +483,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         return made.pop("input_ids"), made.pop("attention_mask", None), {**inputs, **made}
 
     def _mask_of(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The attention mask of ids; without one, padding is told by its id, where that isn't the end of a sequence too."""
+        """The attention mask of ids; without one, the padding token is padding, unless it ends sequences as well."""
         if mask is not None:
             if mask.shape != input_ids.shape:
                 raise ValueError(
@@ -556,7 +552,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             last = (lengths - 1).clamp(min=0)
         keep = 1 if last is None or bool((last == last[0]).all()) else last.unique()
         cache = copied_cache(cache)
-        whole_mask = torch.cat([prefix.attention_mask, mask], dim=1)
+        whole, whole_mask = prefix._followed_by(input_ids, mask)
         outputs = self(
             input_ids=input_ids,
             attention_mask=mask_or_none(whole_mask),
@@ -568,7 +564,6 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             return_dict=True,
         )
         logits = outputs.logits[:, -1]
-        whole = torch.cat([prefix.input_ids, input_ids], dim=1)
         if last is not None and isinstance(keep, torch.Tensor):
             rows = torch.arange(len(last), device=last.device)
             logits = outputs.logits[rows, torch.searchsorted(keep, last)]
@@ -603,9 +598,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         if prefix.cache is None:
             if self.config.is_encoder_decoder and not bool(lengths.any()):
                 return self._continued_without_question(prefix)
-            ids, mask = padded_left(
-                torch.cat([prefix.input_ids, question], dim=1), torch.cat([prefix.attention_mask, mask], dim=1)
-            )
+            ids, mask = padded_left(*prefix._followed_by(question, mask))
             return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": media_together(prefix.media)}
         if not bool((lengths > 0).all()):
             raise ValueError("Each question needs a word at least: pass one, or encode the prefix without its last word.")
@@ -617,11 +610,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             words = question.masked_fill(rest == 0, self.generation_config.pad_token_id or 0)
             prefix = self._extended(prefix, prefix.cache, words[:, :-1], rest[:, :-1], {}, [{}] * len(rest))
             question, mask = final, torch.ones_like(final)
-        return {
-            "input_ids": torch.cat([prefix.input_ids, question], dim=1),
-            "attention_mask": torch.cat([prefix.attention_mask, mask], dim=1),
-            CACHE: prefix.past_key_values,
-        }
+        ids, mask = prefix._followed_by(question, mask)
+        return {"input_ids": ids, "attention_mask": mask, CACHE: prefix.past_key_values}
 
     def _wants_its_own_cache(self, kwargs: dict[str, Any]) -> bool:
         """Assisted decoding starts from an empty cache; static, quantised and offloaded ones are made by transformers."""
@@ -635,12 +625,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         words = {"input_ids": prefix.input_ids, "attention_mask": prefix.attention_mask}
         if prefix.encoder_outputs is not None:
             mask = pad_right(None, None, prefix.attention_mask)[2]  # as the encoder read it
-            # A new object: `generate()` writes into it.
-            return {
-                **words,
-                "attention_mask": mask,
-                "encoder_outputs": BaseModelOutput(last_hidden_state=prefix.encoder_outputs[0]),
-            }
+            encoder_outputs = BaseModelOutput(last_hidden_state=prefix.encoder_outputs[0])  # `generate()` writes into it
+            return {**words, "attention_mask": mask, "encoder_outputs": encoder_outputs}
         if prefix.cache is None:
             return {**words, "mm_encoder_outputs": media_together(prefix.media)}
         if bool(self.model.placeholders(prefix.input_ids[:, -1]).any()):

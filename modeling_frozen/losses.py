@@ -99,7 +99,7 @@ def language_modeling_loss(
         loss_function (`Callable`): the model's `loss_function`.
         logits (`torch.Tensor` of shape `(..., vocabulary)`).
         targets (`torch.LongTensor` of shape `(...)`): already shifted; `-100` is ignored.
-        num_items_in_batch (*optional*): what the sum is divided by; by default the number of labels.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): what the sum is divided by; by default the number of labels.
         label_smoothing, z_loss (`float`): as [`check_loss_config`]; set, they take the loss function's place.
 
     Returns:
@@ -395,7 +395,8 @@ def chunked_loss(
         call ([`HeadlessCall`]): whose `callee` was called.
         targets (`torch.LongTensor` of shape `(kept,)`): what is to be predicted at each of its hidden states.
         vocab_size (`int`): for the size of chunks.
-        num_items_in_batch, label_smoothing, z_loss: as [`language_modeling_loss`].
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*), label_smoothing, z_loss (`float`):
+            As [`language_modeling_loss`].
         chunk_size (`int`, *optional*): labels per chunk, see [`rows_per_chunk`]. If set, Liger isn't used.
 
     Returns:

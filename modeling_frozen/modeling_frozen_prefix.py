@@ -6,7 +6,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +156,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
                 "FrozenPrefixConfig.from_vision_text_configs(vision_config, text_config, ...), which probes them."
             )
         built = parts_to_build(config)
-        # Of the backbones' weights where they came from, once they were compared with those here (see `is_as_at_home`).
+        # Of the backbones' weights in their repositories, once they were compared with those here (`is_as_at_home`).
         self.digests_at_home: dict[tuple[str, ...], Any] = {}
         # Registered in this order: the connector is initialised last, at the norm of the words.
         builders: dict[str, Callable[[Any], PreTrainedModel]] = {
@@ -281,7 +281,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
                 All images of the batch in reading order; with `image_index`, the distinct ones.
-            pixel_attention_mask, spatial_shapes, interpolate_pos_encoding: for towers that take them.
+            pixel_attention_mask, spatial_shapes (`torch.Tensor`), interpolate_pos_encoding (`bool`), *optional*:
+                For towers that take them.
             vision_features (`torch.FloatTensor` of shape `(num_images, positions, vision_width)`, *optional*):
                 In place of `pixel_values`: what the tower would have given the connector, of any float dtype. The tower
                 then need not be loaded.
@@ -312,7 +313,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
                 "spatial_shapes": spatial_shapes,
                 "interpolate_pos_encoding": interpolate_pos_encoding,
             }
-            features, mask, outputs = self._look(pixel_values, options, kwargs)
+            features, mask, outputs = self._encode_pixels(pixel_values, options, kwargs)
         else:
             raise ValueError("You must specify exactly one of pixel_values or vision_features")
         index = None if image_index is None else _checked_index(image_index, len(features)).to(features.device)
@@ -335,7 +336,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(num_videos, frames, channels, height, width)`):
                 All videos of the batch in reading order.
-            interpolate_pos_encoding: for towers that take it.
+            interpolate_pos_encoding (`bool`, *optional*): for towers that take it.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is a list of one tensor per video, of `frames *
@@ -350,7 +351,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             )
         videos, frames = pixel_values_videos.shape[:2]
         options = {"interpolate_pos_encoding": interpolate_pos_encoding}
-        features, _, outputs = self._look(pixel_values_videos.flatten(0, 1), options, kwargs)
+        features, _, outputs = self._encode_pixels(pixel_values_videos.flatten(0, 1), options, kwargs)
         by_video = features.unflatten(0, (videos, frames))
         if self.config.video_pooling == "none":
             prefix = self._connect(self.connector, features).unflatten(0, (videos, frames)).flatten(1, 2)
@@ -358,7 +359,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             prefix = self._connect(self.connector, by_video.mean(dim=1))
         else:
             prefix = self._connect(self.connector, by_video.flatten(1, 2), frames=frames)
-        return prefix_output(self._by_placeholder(list(prefix)), outputs)
+        return prefix_output(self._by_placeholder(prefix), outputs)
 
     @can_return_tuple
     def get_audio_features(
@@ -373,11 +374,11 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
         Args:
             input_features (`torch.FloatTensor` of shape `(num_audios, ...)`):
-                All audios of the batch in reading order, as the tower's feature extractor makes them (also where that
+                All audio inputs of the batch in reading order, as the tower's feature extractor makes them (also where that
                 calls them `input_values`).
             input_features_mask (`torch.Tensor` of shape `(num_audios, samples or frames)`, *optional*):
                 1 where audio is, 0 where it was padded.
-            is_longer: for CLAP.
+            is_longer (`torch.BoolTensor`, *optional*): for CLAP.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is a list of one tensor `(audio_prefix_length,
@@ -399,7 +400,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         # What keeps positions has one placeholder for each, padded or not.
         mask = mask if self.audio_connector.reads_positions else None
         prefix = self._connect(self.audio_connector, features, attention_mask=mask)
-        return prefix_output(self._by_placeholder(list(prefix)), outputs)
+        return prefix_output(self._by_placeholder(prefix), outputs)
 
     def _check_features(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         self._require("image")
@@ -418,7 +419,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             )
         return None if mask is None else mask.to(features.device, torch.bool)
 
-    def _look(
+    def _encode_pixels(
         self, pixel_values: torch.Tensor, options: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput]:
         self._require("image")
@@ -453,7 +454,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             `list[torch.Tensor]`: one prefix `(prefix_length, embedding_dim)` per image; with cross-attention
             `(1, prefix_length * embedding_dim)`, for transformers' `generate` counts one row per placeholder.
         """
-        prefix = list(self._connect(self.connector, features, attention_mask=mask))
+        prefix: Iterable[torch.Tensor] = self._connect(self.connector, features, attention_mask=mask)
         if mask is not None and not self.connector.reads_positions and self.config.num_positions != 1:
             prefix = [vectors[valid] for vectors, valid in zip(prefix, mask, strict=True)]
         return self._by_placeholder(prefix)
@@ -466,8 +467,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
         return connector(features.to(device), **kwargs)
 
-    def _by_placeholder(self, prefix: list[torch.Tensor]) -> list[torch.Tensor]:
-        return prefix if self.cross_attention is None else [vectors.flatten()[None] for vectors in prefix]
+    def _by_placeholder(self, prefix: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return [vectors if self.cross_attention is None else vectors.flatten()[None] for vectors in prefix]
 
     # ------------------------------------------------------------------------------------------------ among the words
 
@@ -671,18 +672,17 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         length = words_of(input_ids, inputs_embeds).shape[1]
         self.refuse_too_long(length, cache)
         inputs = {key: value for key, value in kwargs.items() if key != "mm_token_type_ids"}
-        inputs |= {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
-        if attention_mask is not None and "attention_mask" in names:
+        inputs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}  # what is `None` goes at the end
+        is_2d = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if "attention_mask" in names:
             inputs["attention_mask"] = attention_mask
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and self.is_recurrent:
+            if is_2d and self.is_recurrent:
                 self._refuse_left_padding(attention_mask)
                 # A state has no columns to mask: what is past is in it already.
                 inputs["attention_mask"] = attention_mask[:, -length:]
         if "position_ids" in names:
-            if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-                position_ids = position_ids_from_mask(attention_mask, length)
-            if position_ids is not None:
-                inputs["position_ids"] = position_ids
+            wanted = position_ids is None and is_2d
+            inputs["position_ids"] = position_ids_from_mask(attention_mask, length) if wanted else position_ids
         if not self.keeps_cache:
             inputs["use_cache"] = False
         elif cache is not None:
@@ -802,9 +802,10 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): as in transformers; 0 keeps all.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": get_image_features(...)}`, and so with `"video"` and `"audio"`, encoded before.
-            pixel_attention_mask, spatial_shapes, interpolate_pos_encoding: for towers that take them.
-            pixel_values_videos, input_features, input_features_mask, is_longer:
-                The videos and audios of the whole batch, likewise; see [`FrozenPrefixModel.get_video_features`] and
+            pixel_attention_mask, spatial_shapes (`torch.Tensor`), interpolate_pos_encoding (`bool`), *optional*:
+                For towers that take them.
+            pixel_values_videos, input_features, input_features_mask, is_longer (`torch.Tensor`, *optional*):
+                The videos and audio of the whole batch, likewise; see [`FrozenPrefixModel.get_video_features`] and
                 [`FrozenPrefixModel.get_audio_features`].
             vision_features (`torch.FloatTensor` of shape `(num_images, positions, vision_width)`, *optional*):
                 In place of `pixel_values`: what the frozen tower would have given the connector (see
@@ -818,7 +819,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             skip_logits (`bool`, *optional*):
                 Run the head only where a label is, on a chunk of labels at a time, and return no logits. Defaults to doing
                 so in training with labels, but for models compiled as a whole.
-            kwargs:
+            kwargs (`Any`):
                 `num_items_in_batch`, what the summed loss is divided by; `loss_config`, for this call, in place of the
                 config's (which holds in training alone); all else goes to the language model.
 
@@ -900,13 +901,13 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             candidates (`list[str]`, `list[list[int]]`, or `torch.LongTensor` of shape `(candidates, length)`):
                 The answers, the same for each prompt; or a list of such lists, one for each prompt. Strings are tokenised
                 as they stand, without special tokens.
-            tokenizer: for strings.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): for strings.
             candidates_mask (`torch.Tensor` of shape `(candidates, length)`, *optional*):
                 0 where a tensor of candidates is padded, on either side.
             prefix_cache (`PrefixCache`, *optional*): of [`encode_prefix`]; the prompt, or what comes before it.
             reduction (`"sum"` or `"mean"`, defaults to `"sum"`): over an answer's tokens.
             batch_size (`int`, defaults to 32): answers that are read at a time.
-            inputs: the prompt, as [`encode_prefix`] takes it; left out where `prefix_cache` is the whole prompt.
+            inputs (`Any`): the prompt, as [`encode_prefix`] takes it; left out where `prefix_cache` is the whole prompt.
 
         Returns:
             `torch.FloatTensor` of shape `(prompts, candidates)`; -inf past a shorter list's end.

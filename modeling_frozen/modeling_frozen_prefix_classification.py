@@ -275,7 +275,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
             if media.get("pixel_values") is None:
                 raise ValueError("This classifier reads images, but none was given: pass `pixel_values`.")
             given = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
-            features, mask, _ = self.model._look(media["pixel_values"], {name: media.get(name) for name in given}, {})
+            features, mask, _ = self.model._encode_pixels(media["pixel_values"], {name: media.get(name) for name in given}, {})
         rows = [row if mask is None else row[mask[index].bool()] for index, row in enumerate(features)]
         index = media.get("image_index")
         return rows if index is None else [rows[one] for one in index.tolist()]

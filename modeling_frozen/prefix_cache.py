@@ -111,6 +111,10 @@ class PrefixCache:
             )
         return narrowed_cache(copied_cache(self.cache))
 
+    def _followed_by(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of the prefix and of what comes after it."""
+        return torch.cat([self.input_ids, input_ids], dim=1), torch.cat([self.attention_mask, mask], dim=1)
+
     def _for(self, rows: int) -> "PrefixCache":
         """As many rows as there are questions."""
         if len(self) == rows:

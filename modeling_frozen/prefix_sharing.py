@@ -121,7 +121,7 @@ def find_shared_start(
     What to read once in a batch of training.
 
     Args:
-        input_ids, attention_mask, image_lengths, image_index: as of [`mark_images`].
+        input_ids, attention_mask, image_index (`torch.Tensor`), image_lengths (`list[int]`): as of [`mark_images`].
         path (`str`): of the headless part in the language model.
         learnt (`torch.BoolTensor`): whose hidden states are wanted, `(batch, sequence)`; of a decoder, `(batch, target)`.
 

@@ -68,7 +68,8 @@ def pack_text(
     Moves the words of every row to its start, in their order, and cuts off columns that hold none.
 
     Args:
-        input_ids, inputs_embeds, attention_mask: as a language model takes them; one of the first two `None`.
+        input_ids, inputs_embeds, attention_mask (`torch.Tensor`, *optional*):
+            As a language model takes them; one of the first two `None`.
         skipped (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): words that are not to be read.
 
     Returns:
@@ -99,10 +100,10 @@ def read_text(
 
     Args:
         model ([`FrozenPrefixModel`]): whose language model reads.
-        input_ids, inputs_embeds, attention_mask: the texts, padded on any side.
+        input_ids, inputs_embeds, attention_mask (`torch.Tensor`, *optional*): the texts, padded on any side.
         mm_encoder_outputs (`dict`, *optional*):
             What was encoded of images (videos, audio), whose placeholders the text holds. Without, placeholders are skipped.
-        kwargs: `output_hidden_states`, `output_attentions`.
+        kwargs (`bool`): `output_hidden_states`, `output_attentions`.
 
     Returns:
         Hidden states `(batch, sequence, text_width)`, their attention mask `(batch, sequence)` (words first), and the

@@ -2,7 +2,7 @@
 need: `processing_compat.py`, for their files import none of this folder.
 
 Each question is asked of the object itself (has this output a field `cache`?) and not of a version number, so that releases
-in between are answered rightly too. Each stand-in says from which release on it can go; a type checker is shown the newest.
+in between are answered rightly too. Each stand-in says from which release on it can go; a type checker reads the newest.
 """
 
 import functools
@@ -191,7 +191,7 @@ else:  # before 5.18
 
 def mask_later_tokens(language_model: PreTrainedModel) -> None:
     """Keeps the decoder's self-attention from tokens to come: before 5.18 UMT5's, alone of its kind, reads them where no mask
-    is made (SDPA, no padding), so that it is scored, and trained, on answers that it sees."""
+    is made (SDPA, no padding), so that it is scored, and trained, on answers that it has read."""
     for name, module in language_model.named_modules():
         if name.endswith(".SelfAttention") and getattr(module, "is_decoder", False):
             module.is_causal = True
@@ -205,7 +205,7 @@ def adapter_rules(model: PreTrainedModel) -> list[WeightTransform]:
     The rules by which `load_adapter` renames an adapter's tensors: those of the model's parts.
 
     transformers' rules for old checkpoints are left out: since 5.23 they hold `model.language_model.model` for a mistake, and
-    would take the last part away; here it is the language model's own. A list without rules would be taken for none given.
+    would take the last part away; here it is the language model's own. An empty list would be taken for none at all.
     """
     return get_model_conversion_mapping(model, add_legacy=False) or [WeightRenaming("^model", "model")]
 
@@ -243,7 +243,7 @@ else:  # before 5.18, where `load_adapter` leaves out the modules that an adapte
 
 def refuse_prompts_of_old_peft(model: PreTrainedModel) -> None:
     """
-    Refuses to generate by PEFT's prompts with a PEFT older than this transformers asks for: before 0.22 it does not see the
+    Refuses to generate by PEFT's prompts with a PEFT older than this transformers asks for: before 0.22 it does not know the
     cache by its name since transformers 5.24, and puts its prompts before every token anew.
     """
     method: Any = model.prepare_inputs_for_generation

@@ -192,7 +192,7 @@ def attention_to_image(
         raise ValueError(f"{type(model).__name__} writes no words: give the FrozenPrefixForConditionalGeneration.")
     with _asking(model):
         pixels = _pixels(processor, [image], device)
-        features, mask, _ = core._look(
+        features, mask, _ = core._encode_pixels(
             pixels["pixel_values"], {name: value for name, value in pixels.items() if name != "pixel_values"}, {}
         )
         encoded = _encoded(core.write_prefix(features, mask))
