@@ -110,7 +110,7 @@ def test_parents_on_the_hub_are_named_and_folders_are_not(saved: tuple[Path, Any
     assert f"[`0123456`](https://huggingface.co/google/tower/tree/{commit})" in text
     assert "words (local)" in text and 'text_base_model="folder or id"' in text
     assert 'vision_base_model="folder or id"' not in text
-    assert data.license == "unknown" and "No licence was found for the vision tower" in text
+    assert data.license == "unknown" and "No licence is known of the vision tower" in text
     assert "base_model" not in ModelCard(full_card(saved)).data.to_dict()
 
 
@@ -221,7 +221,7 @@ def test_gated_blocks_and_idle_connectors(made: tuple[Path, Any], tmp_path: Path
     options = {"num_heads": 2, "head_dim": 8}
     model, _ = tiny.join(made[0].parent, fusion="cross_attention", cross_attention_config=options)
     text = write_model_card(tmp_path, model).read_text(encoding="utf-8")
-    assert "4 vectors that the language model looks at through gated blocks" in text
+    assert "4 vectors that the language model reads through gated blocks" in text
     assert "| read through | gated cross-attention" in text and "`num_heads=2`, `head_dim=8`" in text
     model, _ = tiny.join(made[0].parent)
     alone = write_model_card(tmp_path, model).read_text(encoding="utf-8")

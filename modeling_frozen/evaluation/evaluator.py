@@ -27,6 +27,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..connectors import in_eval_mode
 from ..data.columns import images_of, no_image_column
 from ..data.image_reading import digest_of_image
 from ..freezing import CONNECTING
@@ -535,13 +536,8 @@ def _generate(model: Any, processor: Any, batch: list[dict[str, Any]], generate_
     images = [_opened(row["images"]) for row in batch]
     shown = images if any(images) else None
     inputs = processor(text=texts, images=shown, padding=True, return_tensors="pt").to(model.device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with in_eval_mode(model):
         ids = model.generate(**inputs, **{"pad_token_id": processor.tokenizer.pad_token_id, **generate_kwargs})
-    finally:
-        for module, training in modes.items():
-            module.training = training
     ids = getattr(ids, "sequences", ids)
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return processor.batch_decode(ids[:, start:], skip_special_tokens=True)

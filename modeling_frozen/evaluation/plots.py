@@ -1,8 +1,8 @@
 """Figures of a training: its curves, a sheet of images with the model's outputs, and score against shots.
 
-Each function returns a matplotlib `Figure` and writes it as a PNG where it is given a path. Figures are made without
+Each function returns a matplotlib `Figure` and writes it as a PNG where `path` is set. Figures are made without
 pyplot, so that no global state is touched and threads may draw. matplotlib is an extra: `pip install
-"frozen-prefix[plots]"`. Colours are those of Okabe and Ito, told apart by colour-blind readers, and where two curves
+"frozen-prefix[plots]"`. Colours are those of Okabe and Ito, which colour-blind readers can tell apart, and where two curves
 share a panel their lines and marks differ too.
 """
 
@@ -39,7 +39,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def finish(figure: Any, path: str | Path | None) -> Any:
-    """Lets every script and every dollar sign be drawn as they are, and writes the figure where a path is given."""
+    """Lets every script and every dollar sign be drawn as they are, and writes the figure where `path` is set."""
     from matplotlib import font_manager
     from matplotlib.text import Text
 
@@ -112,16 +112,16 @@ def read_history(history: Any) -> list[dict[str, float]]:
 
 def curves(history: Any) -> dict[str, tuple[list[float], list[float]]]:
     """What `plot_training` draws: steps and values of every loss and metric, by the name it was logged under."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    logged: dict[str, tuple[list[float], list[float]]] = {}
     for row in read_history(history):
         for name, value in row.items():
             bookkeeping = name.startswith("train_") or any(name.endswith(word) for word in _BOOKKEEPING)
             if bookkeeping or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            steps, values = found.setdefault(name, ([], []))
+            steps, values = logged.setdefault(name, ([], []))
             steps.append(row["step"])
             values.append(value)
-    return found
+    return logged
 
 
 def plot_training(
@@ -143,15 +143,15 @@ def plot_training(
     Raises:
         ValueError: for an unknown metric; lists those that were logged.
     """
-    found = curves(history)
-    losses = {name: curve for name, curve in found.items() if name == "loss" or name.endswith("_loss")}
-    others = {name: curve for name, curve in found.items() if name not in losses}
+    logged = curves(history)
+    losses = {name: curve for name, curve in logged.items() if name == "loss" or name.endswith("_loss")}
+    others = {name: curve for name, curve in logged.items() if name not in losses}
     if metrics is not None:
         if unknown := set(metrics) - set(others):
             raise ValueError(f"Not logged: {sorted(unknown)}. There are {sorted(others)}.")
         others = {name: others[name] for name in metrics}
     if not losses and not others:
-        raise ValueError(f"Nothing to draw: no loss and no metric in the log, which holds {sorted(found)}.")
+        raise ValueError(f"Nothing to draw: no loss and no metric in the log, which holds {sorted(logged)}.")
     panels = ([("loss", losses)] if losses else []) + [(name, {name: curve}) for name, curve in others.items()]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)

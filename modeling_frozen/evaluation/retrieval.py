@@ -1,12 +1,12 @@
 """What is done with a trained FrozenPrefixForImageTextRetrieval: embeddings in batches, recall, zero-shot classification."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..connectors import in_eval_mode
 from ..data.collator import stack_features
 from ..data.feature_store import StoredImage
 from ..metrics.scores import recall_at_k
@@ -22,17 +22,6 @@ CLIP_TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _device(model: Any) -> torch.device:
@@ -55,7 +44,7 @@ def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_siz
     if len(images) == 0:
         raise ValueError("There are no images to embed.")
     embeds = []
-    with _evaluating(model):
+    with torch.no_grad(), in_eval_mode(model):
         for start in range(0, len(images), batch_size):
             batch = list(images[start : start + batch_size])
             if all(isinstance(image, StoredImage) for image in batch):
@@ -74,7 +63,7 @@ def embed_texts(model: Any, processor: Any, texts: Sequence[str], *, batch_size:
         raise ValueError("There are no texts to embed.")
     truncation = processor.tokenizer.model_max_length < int(1e20)
     embeds = []
-    with _evaluating(model):
+    with torch.no_grad(), in_eval_mode(model):
         for start in range(0, len(texts), batch_size):
             batch = list(texts[start : start + batch_size])
             inputs = processor.tokenizer(batch, padding=True, truncation=truncation, return_tensors="pt").to(_device(model))

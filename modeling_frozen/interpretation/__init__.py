@@ -1,4 +1,4 @@
-"""Interpretation: the prefix read as words, where each word looks, and what each owes to the image."""
+"""Interpretation: the prefix read as words, where each word attends, and how much each depends on the image."""
 
 from .interpret import attention_to_image, nearest_words, sightedness
 from .results import ImageAttention, NearestWords, Sightedness, WordSightedness

@@ -10,8 +10,7 @@ go on generating with it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
+from ..connectors import in_eval_mode
 from ..data.collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..parts import MODALITIES
@@ -35,18 +35,6 @@ def _core(model: Any) -> Any:
     if not isinstance(core, FrozenPrefixModel) or core.connector is None:
         raise ValueError(f"{type(model).__name__} is no frozen-prefix model with a vision tower, which this needs.")
     return core
-
-
-@contextmanager
-def _asking(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout and no graph, whatever the model was doing."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _listed(images: Any) -> list[Any]:
@@ -120,7 +108,7 @@ def nearest_words(
     core, tokenizer, images = _core(model), processor.tokenizer, _listed(images)
     if core.cross_attention is not None:
         raise ValueError(
-            "This model looks at pictures through gated blocks, which read the connector's vectors by weights of their "
+            "This model reads images through gated blocks, which read the connector's vectors by weights of their "
             "own, so they lie in no space of words. Ask `attention_to_image` or `sightedness`."
         )
     known = set(tokenizer.get_vocab().values()) - set(core.config.placeholder_ids.values())
@@ -129,7 +117,7 @@ def nearest_words(
     ids = torch.tensor(sorted(index for index in known if index < core.get_input_embeddings().weight.shape[0]))
     if not 1 <= top_k <= len(ids):
         raise ValueError(f"top_k={top_k} must be from 1 to the {len(ids)} words of the vocabulary.")
-    with _asking(core):
+    with torch.no_grad(), in_eval_mode(core):
         prefixes = [one.float() for one in _prefixes(core, processor, images, batch_size)[0]]
         wanted = torch.nn.functional.normalize(torch.cat(prefixes), dim=-1)
         best = wanted.new_full((len(wanted), 0), 0)
@@ -179,7 +167,7 @@ def attention_to_image(
         processor: its processor.
         image: one image.
         prompt: what the model is asked, as for the processor.
-        text: an answer to look at; else the model writes one.
+        text: an answer to ask about; else the model writes one.
         skip_special_tokens: leave EOS and its like out of the words.
         generate_kwargs: for `generate()`; greedy, 20 tokens by default.
 
@@ -190,7 +178,7 @@ def attention_to_image(
     config, device = core.config, core.device
     if not hasattr(model, "generate"):
         raise ValueError(f"{type(model).__name__} writes no words: give the FrozenPrefixForConditionalGeneration.")
-    with _asking(model):
+    with torch.no_grad(), in_eval_mode(model):
         pixels = _pixels(processor, [image], device)
         features, mask, _ = core._encode_pixels(
             pixels["pixel_values"], {name: value for name, value in pixels.items() if name != "pixel_values"}, {}
@@ -373,7 +361,7 @@ def sightedness(
         for image, prompt, text in zip(images, asked, texts, strict=True)
     ]
     batch = DataCollatorForFrozenPrefix(processor)(rows)
-    with _asking(model):
+    with torch.no_grad(), in_eval_mode(model):
         prefixes, keys = _prefixes(core, processor, images, batch_size)
         if other_images is None:
             others = [[j for j, key in enumerate(keys) if key != own] for own in keys]

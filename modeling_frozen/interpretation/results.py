@@ -34,7 +34,7 @@ class NearestWords:
         similarities (`list[torch.FloatTensor]` of shape `(prefix_length, top_k)`): cosines.
         norms (`list[torch.FloatTensor]` of shape `(prefix_length,)`): L2 norms of the prefix vectors.
         word_norm: the median L2 norm of the words' embeddings, to compare with.
-        images: the pictures, as they were given.
+        images: as they were passed.
     """
 
     words: list[list[list[str]]]
@@ -117,7 +117,7 @@ class ImageAttention:
     Of `attention_to_image`.
 
     Args:
-        words: what the model wrote (or was given), token by token.
+        words: what the model wrote (or the text that was passed), token by token.
         ids (`torch.LongTensor` of shape `(words,)`).
         attention (`list[torch.FloatTensor]` of shape `(heads, words, prefix_length)`, one per layer):
             From the place that wrote the word to each prefix vector, as a part of all its attention; the rest went to
@@ -262,7 +262,7 @@ class WordSightedness:
         ids (`torch.LongTensor` of shape `(words,)`).
         log_likelihood (`torch.FloatTensor` of shape `(words,)`): nats, with the text's own picture.
         swapped (`torch.FloatTensor` of shape `(others, words)`): nats, with each other picture.
-        image, prompt: as they were given.
+        image, prompt: as they were passed.
     """
 
     words: list[str]

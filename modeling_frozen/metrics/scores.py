@@ -63,7 +63,7 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
     Corpus scores of captions as coco-caption computes them (Chen et al. 2015, arXiv 1504.00325): lower-cased Penn
     Treebank tokens without punctuation; BLEU with the closest reference length (Papineni et al. 2002), ROUGE-L with
     beta 1.2 (Lin 2004), CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726), whose word weights come from the references
-    given here: scores of different sets, or of parts of one, can't be compared. For a single image all its weights
+    passed here: scores of different sets, or of parts of one, can't be compared. For a single image all its weights
     are zero, and so is CIDEr.
 
     Args:
@@ -170,14 +170,14 @@ def normalize_vqa_answer(answer: str) -> str:
 def vqa_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
     """The accuracy of [`vqa_accuracy`] for each question by itself, in order."""
     _check_texts(predictions, answers)
-    return [_vqa_score(prediction, given) for prediction, given in zip(predictions, answers, strict=True)]
+    return [_vqa_score(prediction, people) for prediction, people in zip(predictions, answers, strict=True)]
 
 
 def _vqa_score(prediction: str, answers: Sequence[str]) -> float:
-    prediction, *given = (re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers))
-    if len(set(given)) > 1:  # the official tool normalises only where people disagree
-        prediction, *given = map(normalize_vqa_answer, (prediction, *given))
-    agreeing = [answer == prediction for answer in given]
+    prediction, *people = (re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers))
+    if len(set(people)) > 1:  # the official tool normalises only where people disagree
+        prediction, *people = map(normalize_vqa_answer, (prediction, *people))
+    agreeing = [answer == prediction for answer in people]
     return _mean(min(1.0, (sum(agreeing) - agrees) / 3) for agrees in agreeing)
 
 
@@ -379,8 +379,8 @@ def _text_compute_metrics(
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         predicted, labels = _predicted_and_labels(prediction, generated=generated, is_encoder_decoder=is_encoder_decoder)
         texts = _texts(processor, predicted)
-        given = [[text] for text in _texts(processor, labels)] if references is None else references
-        results = dict(scores(texts, given))
+        expected = [[text] for text in _texts(processor, labels)] if references is None else references
+        results = dict(scores(texts, expected))
         if generated:
             return results
         named = labels != IGNORE_INDEX

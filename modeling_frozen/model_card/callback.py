@@ -44,7 +44,7 @@ class FrozenPrefixHubCallback(TrainerCallback):
         frozen_prefix_model(trainer.model)  # says now, not after hours, if it is another kind of model
         self.trainer, self.metrics, self.dataset = trainer, metrics, dataset
         # transformers documents no hook here: `push_to_hub` calls `on_push_begin` first, and writes its own card over ours
-        # right before the upload. A subclass of Trainer would be one, but a callback must serve the Trainer that it is given.
+        # right before the upload. A subclass of Trainer would be one, but a callback must serve the Trainer that is there.
         trainer.create_model_card = self.create_model_card  # type: ignore[method-assign, assignment]  # see above
 
     @property

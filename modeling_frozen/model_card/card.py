@@ -86,27 +86,27 @@ _licences_asked: dict[tuple[str, str | None], dict[str, Any]] = {}
 
 
 def _licence_metadata(name: str, repo_id: str | None, revision: str | None) -> dict[str, Any]:
-    """The licence keys of a parent's card, as found: from the Hub, else from the cache or the folder; never raises."""
+    """The licence keys of a parent's card, as they stand on the Hub, else in the cache or the folder; never raises."""
     if (name, revision) in _licences_asked:
         return _licences_asked[name, revision]
-    found: Mapping[str, Any] = {}
+    keys: Mapping[str, Any] = {}
     try:
         if repo_id is None:
-            found = _card_metadata(Path(name) / CARD_NAME)
+            keys = _card_metadata(Path(name) / CARD_NAME)
         else:
             info = HfApi().model_info(repo_id, revision=revision, timeout=5)
             tags = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
-            found = {"license": tags[0]} if tags else {}
-            found |= info.card_data.to_dict() if info.card_data is not None else {}
-            _licences_asked[name, revision] = {key: found[key] for key in found if key.startswith("license")}
+            keys = {"license": tags[0]} if tags else {}
+            keys |= info.card_data.to_dict() if info.card_data is not None else {}
+            _licences_asked[name, revision] = {key: keys[key] for key in keys if key.startswith("license")}
     except Exception as error:  # no network, no such repository, no card, or one that can't be read
         logger.debug(f"No licence of `{name}` from its home: {error}")
         try:
             cached = try_to_load_from_cache(repo_id, CARD_NAME, revision=revision) if repo_id else None
-            found = _card_metadata(cached) if isinstance(cached, str) else {}
+            keys = _card_metadata(cached) if isinstance(cached, str) else {}
         except Exception as error:
             logger.debug(f"No licence of `{name}` from the cache: {error}")
-    return {key: found[key] for key in ("license", "license_name", "license_link") if found.get(key)}
+    return {key: keys[key] for key in ("license", "license_name", "license_link") if keys.get(key)}
 
 
 def _describe_parent(part: str, model: Any) -> _Parent | None:
@@ -153,7 +153,7 @@ def _own_licence(parents: Sequence[_Parent]) -> tuple[dict[str, Any], str]:
     names = [parent.licence for parent in parents]
     if "unknown" in names or not names:
         missing = " and ".join(parent.title for parent in parents if parent.licence == "unknown")
-        note = f"No licence was found for the {missing}: look there before you share or use this one."
+        note = f"No licence is known of the {missing}: check there before you share or use this one."
         return {"license": "unknown"}, note
     strict = [parent for parent in parents if parent.licence not in _PERMISSIVE]
     if not strict:

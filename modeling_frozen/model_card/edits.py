@@ -74,8 +74,8 @@ def read_marker(body: str) -> dict[str, Any] | None:
 def section(body: str, title: str, level: int = 2) -> str | None:
     """The text under a heading of that level, up to the next of it or above; None if there is none."""
     marks = "#" * level
-    found = re.search(rf"^{marks} {re.escape(title)}\n(.*?)(?=^#{{1,{level}}} |\Z)", body, re.DOTALL | re.MULTILINE)
-    return found.group(1).strip() if found and found.group(1).strip() else None
+    match = re.search(rf"^{marks} {re.escape(title)}\n(.*?)(?=^#{{1,{level}}} |\Z)", body, re.DOTALL | re.MULTILINE)
+    return match.group(1).strip() if match and match.group(1).strip() else None
 
 
 def is_automatic(body: str) -> bool:
@@ -83,8 +83,8 @@ def is_automatic(body: str) -> bool:
     if "the Trainer had access to" in body:
         blanks = ("Model description", "Intended uses & limitations", "Training and evaluation data")
         return all(section(body, title) == "More information needed" for title in blanks)
-    found = re.search(r"^This is the model card of a .* transformers model .* automatically generated\.$", body, re.M)
-    fresh = ModelCard.from_template(ModelCardData(), model_description=found.group() if found else None)
+    match = re.search(r"^This is the model card of a .* transformers model .* automatically generated\.$", body, re.M)
+    fresh = ModelCard.from_template(ModelCardData(), model_description=match.group() if match else None)
     text = re.sub(r"### Framework versions\s+- PEFT \S+\s*$", "", body)  # which PEFT adds to it
     return _digest(text) == _digest(fresh.text)
 
@@ -105,7 +105,7 @@ def merge(old: dict[str, Any], digests: dict[str, str], new: dict[str, Any], cho
 
 
 def merge_automatic(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """New metadata, with what was given to transformers for its card: language, tags, data and results."""
+    """New metadata, with what a caller passed to transformers for its card: language, tags, data and results."""
     kept = {key: value for key, value in old.items() if value not in (None, [], "")}
     if not any(entry.get("results") for entry in kept.get("model-index", [])):
         kept.pop("model-index", None)

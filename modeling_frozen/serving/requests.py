@@ -214,10 +214,10 @@ async def _download(client: Any, url: str, limits: MediaLimits, budget: list[int
 async def _address_of(url: Any, limits: MediaLimits) -> str:
     port = url.port or {"http": 80, "https": 443}[url.scheme]
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+        infos = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{str(url)!r:.200} can't be fetched: {error}.") from error
-    addresses = [str(one[4][0]) for one in found]
+    addresses = [str(one[4][0]) for one in infos]
     for address in addresses:
         numbers = ipaddress.ip_address(address.partition("%")[0])
         numbers = getattr(numbers, "ipv4_mapped", None) or numbers
