@@ -1,8 +1,8 @@
-"""Any audio encoder of transformers, read as (sounds, positions, width): what `vision_towers` is for pictures.
+"""Any audio encoder of transformers, read as (clips, positions, width): what `vision_towers` is for images.
 
-An encoder is one of its own (wav2vec2, AST), the encoder half of an encoder-decoder (Whisper) or the hearing half of a
-dual model (CLAP). It reads raw samples or a spectrogram, of one fixed length or of any. All of that is found by
-asking: the signature, `get_encoder()`, the feature extractor beside it, and runs on the meta device.
+An encoder is a model of its own (wav2vec2, AST), the encoder half of an encoder-decoder (Whisper) or the audio half of a
+dual model (CLAP). It reads raw samples or a spectrogram, of one fixed length or of any. All of that is found from the
+signature, `get_encoder()`, the feature extractor beside it, and runs on the meta device.
 """
 
 import copy
@@ -21,28 +21,27 @@ from .vision_towers import (
     _check_choice,
     _on_meta,
     _select,
-    quiet,
+    load_with_every_weight,
     vision_tower_class,
 )
 
 
-AUDIO_SELECT_STRATEGIES = ("full", "pooled")
 _INPUT_NAMES = ("input_features", "input_values")
-# Masks of positions that training draws at random; a frozen encoder needs none, nor the vector that stands there.
+# Masks of positions that training draws at random; a frozen encoder needs none, nor the vector in their place.
 _RANDOM_MASKS = ("mask_time_prob", "mask_feature_prob")
 
 
 @dataclass(frozen=True)
 class AudioGeometry:
-    """What an audio tower hands to its connector: `num_positions` vectors per sound (`None` where a longer sound gives
-    more), each of `audio_width`."""
+    """What an audio tower gives to its connector: `num_positions` vectors per clip (`None` where a longer one gives more),
+    each of `audio_width`."""
 
     num_positions: int | None
     audio_width: int
 
 
 def audio_half(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the part that hears: the audio sub-config of a dual model (CLAP), or `config` itself, in either
+    """The config of the audio half: the audio sub-config of a dual model (CLAP), or `config` itself, in either
     case without random masking. Of an encoder-decoder (Whisper) the config describes both halves; the tower is the
     encoder. Applying this function twice changes nothing."""
     half = getattr(config, "audio_config", None)
@@ -91,11 +90,12 @@ def build_audio_tower(audio_config: PreTrainedConfig, **kwargs: Any) -> PreTrain
 
 
 def load_audio_tower(name_or_path: str, *, config: PreTrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A tower with its own weights, out of its repository or that of the model which it is one half of.
+    """
+    A tower with its own weights, out of its repository or that of the model which it is one half of.
 
     Args:
-        name_or_path: repository or folder.
-        config: the tower's config where it is known; else the repository's own.
+        name_or_path (`str`): repository or folder.
+        config (`PreTrainedConfig`, *optional*): the tower's config where it is known; else the repository's own.
         kwargs: as for `from_pretrained`.
 
     Raises:
@@ -103,31 +103,18 @@ def load_audio_tower(name_or_path: str, *, config: PreTrainedConfig | None = Non
     """
     hub = {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS}
     whole = AutoConfig.from_pretrained(name_or_path, **hub) if config is None else config
-    config = audio_half(whole)
-    loader = audio_tower_class(config)
-    kwargs = {**kwargs, "config": config, "output_loading_info": True}
-    with quiet():  # the other half's weights are no news, and what is missing is raised below
-        tower, info = loader.from_pretrained(name_or_path, **kwargs)
-        if info["missing_keys"]:
-            model = _whole_on_meta(whole if config.is_encoder_decoder else AutoConfig.from_pretrained(name_or_path, **hub))
-            place = next((name for name, module in model.named_modules() if name and type(module) is loader), None)
-            if place is not None:
-                # Checkpoints with a head keep everything under one more name.
-                renamed = {rf"^(?:{model.base_model_prefix}\.)?{place}\.": ""}
-                tower, info = loader.from_pretrained(
-                    name_or_path, **{**kwargs, "key_mapping": {**(kwargs.get("key_mapping") or {}), **renamed}}
-                )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{name_or_path!r} lacks {len(missing)} weights of {type(tower).__name__} ({', '.join(missing[:4])} "
-            f"...), which "
-            "would be random. Name a repository that holds this audio encoder, or a model that it is one half of."
-        )
-    return tower
+    half = audio_half(whole)
+
+    def place(tower_class: type) -> str | None:
+        model = _whole_on_meta(whole if half.is_encoder_decoder else AutoConfig.from_pretrained(name_or_path, **hub))
+        names = (name for name, module in model.named_modules() if name and type(module) is tower_class)
+        # Checkpoints with a head have everything under one more name.
+        return next((rf"(?:{model.base_model_prefix}\.)?{name}" for name in names), None)
+
+    return load_with_every_weight(audio_tower_class(half), name_or_path, place, config=half, **kwargs)
 
 
-# -------------------------------------------------------------------------------------------- sounds in, features out
+# --------------------------------------------------------------------------------------------- audio in, features out
 
 
 def encode_audio(
@@ -139,20 +126,22 @@ def encode_audio(
     select_strategy: str = "full",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None, ModelOutput]:
-    """Runs the tower and brings its output into (sounds, positions, width).
+    """
+    Runs the tower and brings its output into (clips, positions, width).
 
     Args:
-        audio_tower: any audio encoder of transformers, in eval mode.
-        input_features: what its feature extractor makes, under whatever name: samples (sounds, samples) or a
-        spectrogram.
-        mask: (sounds, samples or frames), 1 where a sound is, 0 where it was padded.
-        layer: as for `encode_images`.
-        select_strategy: "full" gives all positions, "pooled" one vector per sound: the tower's own pooled output, else
-            the mean over its positions.
+        audio_tower (`PreTrainedModel`): any audio encoder of transformers, in eval mode.
+        input_features (`torch.Tensor`):
+            What its feature extractor makes, under whatever name: samples `(clips, samples)` or a spectrogram.
+        mask (`torch.Tensor` of shape `(clips, samples or frames)`, *optional*): 1 where audio is, 0 where it was padded.
+        layer (`int` or `list[int]`, defaults to -1): as for [`encode_images`].
+        select_strategy (`str`, defaults to `"full"`):
+            `"full"` gives all positions, `"pooled"` one vector per clip: the tower's own pooled output, else the mean over
+            its positions.
         kwargs: passed on where the tower takes them (CLAP's `is_longer`, `output_hidden_states`).
 
     Returns:
-        The features; a bool mask (sounds, positions), true where the sound is, or None where all is; the tower's
+        `tuple`: the features; a bool mask `(clips, positions)`, true where audio is, or `None` where all is; the tower's
         output.
     """
     layers = _check_choice(layer, select_strategy)
@@ -182,21 +171,21 @@ def _by_length(
     tower: PreTrainedModel, inputs: Tensor, mask: Tensor, layer: Any, strategy: str, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, ModelOutput]:
     lengths = mask.sum(-1).tolist()
-    found: list[Tensor] = [inputs] * len(lengths)
+    by_row: list[Tensor] = [inputs] * len(lengths)
     for length in set(lengths):
         rows = [row for row, other in enumerate(lengths) if other == length]
         own = inputs[rows][mask[rows].bool()].unflatten(0, (len(rows), length))  # padded on either side
         features, _, _ = encode_audio(tower, own, layer=layer, select_strategy=strategy, **kwargs)
         for row, one in zip(rows, features, strict=True):
-            found[row] = one
-    padded = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
-    ends = torch.tensor([len(one) for one in found], device=padded.device)
+            by_row[row] = one
+    padded = torch.nn.utils.rnn.pad_sequence(by_row, batch_first=True)
+    ends = torch.tensor([len(one) for one in by_row], device=padded.device)
     valid = torch.arange(padded.shape[1], device=padded.device) < ends[:, None]
     return padded, valid, BaseModelOutput(last_hidden_state=padded)
 
 
 def _positions_mask(tower: PreTrainedModel, mask: Tensor, positions: int) -> Tensor:
-    """Which positions hold sound, from which samples or frames do, asked of the tower where it knows."""
+    """Which positions hold audio, from which samples or frames do, by the tower's own rule where it has one."""
     if mask.shape[1] == positions:
         return mask.bool()
     lengths = mask.sum(-1)
@@ -218,21 +207,24 @@ def probe_audio_tower(
     select_strategy: str = "full",
     feature_extractor: Any = None,
 ) -> AudioGeometry:
-    """What `encode_audio` will give for this tower, found on the meta device.
+    """
+    What [`encode_audio`] will give for this tower, probed on the meta device.
 
     Args:
-        audio_config: of the tower, or of a model that it is one half of.
-        layer, select_strategy: as for `encode_audio`.
-        feature_extractor: the tower's own; it says what one sound looks like. Without it, shapes that the config
-        suggests
-            are tried.
+        audio_config (`PreTrainedConfig`): of the tower, or of a model that it is one half of.
+        layer, select_strategy: as for [`encode_audio`].
+        feature_extractor (*optional*):
+            The tower's own, which has the shape of its inputs. Without it, shapes that the config suggests are tried.
+
+    Returns:
+        [`AudioGeometry`]
 
     Raises:
-        ValueError: no input was found that the tower takes.
+        ValueError: none of the inputs tried was taken.
     """
     audio_config = copy.deepcopy(audio_half(audio_config))
     audio_config._attn_implementation = None
-    if getattr(audio_config, "enable_fusion", False):  # four views of long sounds, told apart by their values
+    if getattr(audio_config, "enable_fusion", False):  # four views of long clips, distinguished by their values
         audio_config.enable_fusion = False
     with _on_meta():
         tower = audio_tower_class(audio_config)(audio_config).eval()
@@ -258,19 +250,19 @@ def probe_audio_tower(
             fixed = True
         return AudioGeometry(positions if fixed else None, width)
     raise ValueError(
-        f"{type(tower).__name__} took none of the inputs tried (of shapes {tried}): {reason}. An audio tower must "
-        f"give "
-        "`last_hidden_state` for `input_features` or `input_values` alone; pass its feature extractor, which says "
+        f"{type(tower).__name__} took none of the inputs tried (of shapes {tried}): {reason}. An audio tower must give "
+        "`last_hidden_state` for `input_features` or `input_values` alone; pass its feature extractor, which has "
         "their shape."
     ) from reason
 
 
 def _shapes(config: PreTrainedConfig, feature_extractor: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Pairs of shapes that a short and a long sound may have."""
+    """Pairs of shapes that a short and a long clip may have."""
     if feature_extractor is not None:
         import numpy
 
-        pair, rate = [], feature_extractor.sampling_rate
+        rate = feature_extractor.sampling_rate
+        pair: list[tuple[int, ...]] = []
         for seconds in (1, 3):
             noise = numpy.random.default_rng(0).standard_normal(seconds * rate).astype("float32")
             try:
@@ -298,6 +290,6 @@ def _shapes(config: PreTrainedConfig, feature_extractor: Any) -> list[tuple[tupl
 
 
 __all__ = [
-    "AUDIO_SELECT_STRATEGIES", "AudioGeometry", "audio_half", "audio_tower_class", "build_audio_tower", "encode_audio",
+    "AudioGeometry", "audio_half", "audio_tower_class", "build_audio_tower", "encode_audio",
     "load_audio_tower", "probe_audio_tower",
 ]  # fmt: skip

@@ -1,12 +1,11 @@
-"""The two frozen parents: where each came from, whether it is still the same one, and how it is loaded.
+"""The frozen backbones: where each came from, whether it is still the same one, and how it is loaded.
 
-A checkpoint holds only what was trained. Everything else is refilled from the parents' own repositories, so this file
-decides what is written down about a parent (its record) and refuses one that is not what the connector was trained with.
+A checkpoint holds only what was trained. Everything else is loaded from the backbones' own repositories, so this file
+decides what is recorded of a backbone and refuses one that is not what the connector was trained with.
 """
 
 import copy
 import hashlib
-import inspect
 import json
 import mmap
 import os
@@ -42,20 +41,21 @@ from .audio_towers import load_audio_tower
 from .connectors import in_eval_mode
 from .parts import PARTS
 from .transformers_compat import resolve_revision
-from .vision_towers import load_vision_tower, quiet
+from .vision_towers import class_in, load_vision_tower, pooler_options, quiet
 
 
 logger = logging.get_logger(__name__)
 
-# Options about reaching a repository. They go on to the parents; `revision` and `subfolder` name a place in *our*
+# Options about reaching a repository. They go on to the backbones; `revision` and `subfolder` name a place in *our*
 # repository and don't.
 HUB_OPTIONS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
 
 _WINDOWS, _WINDOW_BYTES = 16, 64
 FULL = "full:"  # how a fingerprint of all bytes begins
 
+AutoClass = type[AutoModel] | type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM] | type[AutoModelForTextEncoding]
 # The classes that each Auto class gives, by config.
-_MAPPINGS = {
+_MAPPINGS: dict[AutoClass, Any] = {
     AutoModel: MODEL_MAPPING,
     AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForSeq2SeqLM: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -65,14 +65,14 @@ _MAPPINGS = {
 
 @dataclass(frozen=True)
 class LanguageModelGeometry:
-    """What a connector must know of a language model: `embedding_dim`, the width of its word embeddings, and
+    """What a connector needs of a language model: `embedding_dim`, the width of its word embeddings, and
     `num_embeddings`, how many ids its embedding module takes."""
 
     embedding_dim: int
     num_embeddings: int
 
 
-def language_model_class(text_config: PreTrainedConfig, headless: bool = False) -> type:
+def language_model_class(text_config: PreTrainedConfig, headless: bool = False) -> AutoClass:
     """The Auto class that gives the whole language model, head included; or one that reads texts and writes none."""
     if headless:
         return AutoModelForTextEncoding if type(text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
@@ -93,8 +93,8 @@ def is_headless(language_model: PreTrainedModel) -> bool:
 def text_half(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the part that reads: the text sub-config of a dual model (CLIP, SigLIP …), or `config` itself."""
     half = getattr(config, "text_config", None)
-    is_dual = isinstance(half, PreTrainedConfig) and getattr(config, "vision_config", None) is not None
-    return half if is_dual and not _has_mapping(config) else config
+    is_dual = getattr(config, "vision_config", None) is not None and not _has_mapping(config)
+    return half if is_dual and isinstance(half, PreTrainedConfig) else config
 
 
 def _has_mapping(config: PreTrainedConfig) -> bool:
@@ -104,19 +104,16 @@ def _has_mapping(config: PreTrainedConfig) -> bool:
 
 def _without_pooler(text_config: PreTrainedConfig) -> dict[str, Any]:
     """Many checkpoints of encoders lack their pooler's weights, which would be random; nothing here reads them."""
-    mapping = _MAPPINGS[language_model_class(text_config, headless=True)]
-    found = mapping[type(text_config)] if type(text_config) in mapping else None
-    found = found[0] if isinstance(found, (list, tuple)) else found
-    takes = found is not None and "add_pooling_layer" in inspect.signature(found.__init__).parameters
-    return {"add_pooling_layer": False} if takes else {}
+    model_class: type | None = class_in(_MAPPINGS[language_model_class(text_config, headless=True)], text_config)
+    return {} if model_class is None else pooler_options(model_class)
 
 
 def language_model_geometry(language_model: PreTrainedModel) -> LanguageModelGeometry:
     """
-    Asks the embedding module itself: `hidden_size` is another number where embeddings are projected (OPT-350m).
+    The geometry of the embedding module itself: `hidden_size` is another number where embeddings are projected (OPT-350m).
 
     Raises:
-        ValueError: if the model has no embedding module that can be asked.
+        ValueError: if the model has no embedding module with a width and a number of rows.
     """
     embeddings = language_model.get_input_embeddings()
     weight = getattr(embeddings, "weight", None)
@@ -124,8 +121,8 @@ def language_model_geometry(language_model: PreTrainedModel) -> LanguageModelGeo
     rows = getattr(embeddings, "num_embeddings", None) or (weight.shape[0] if weight is not None else None)
     if dim is None or rows is None:
         raise ValueError(
-            f"The input embeddings of {type(language_model).__name__} are a {type(embeddings).__name__} that tells "
-            "neither its width nor its rows, so no prefix can be written for it."
+            f"The input embeddings of {type(language_model).__name__} are a {type(embeddings).__name__} without a width "
+            "or a number of rows, so no prefix can be written for it."
         )
     return LanguageModelGeometry(embedding_dim=int(dim), num_embeddings=int(rows))
 
@@ -138,7 +135,7 @@ def probe_language_model(text_config: PreTrainedConfig, headless: bool = False) 
 
 @contextmanager
 def fake_language_model(text_config: PreTrainedConfig, headless: bool = False) -> Iterator[PreTrainedModel]:
-    """The described language model of fake tensors, to be asked for shapes: no weight is allocated and nothing drawn."""
+    """The described language model of fake tensors, for its shapes: no weight is allocated and nothing drawn."""
     # The device is named, for a checkpoint's model is built with another default.
     with torch.device("cpu"), FakeTensorMode(), torch.no_grad():
         yield build_language_model(copy.deepcopy(text_config), headless).eval()
@@ -149,7 +146,8 @@ def word_embedding_norm(language_model: PreTrainedModel, max_rows: int = 4096) -
     from it is ignored or makes training diverge. The median, because unused rows may be zero."""
     embeddings = language_model.get_input_embeddings()
     rows = language_model_geometry(language_model).num_embeddings
-    ids = torch.linspace(0, rows - 1, min(rows, max_rows), device=embeddings.weight.device).long()
+    device: Any = embeddings.weight.device
+    ids = torch.linspace(0, rows - 1, min(rows, max_rows), device=device).long()
     with torch.no_grad():
         return embeddings(ids[None]).float().norm(dim=-1).median().item()
 
@@ -166,7 +164,7 @@ def find_placeholder_ids(text_name_or_path: str, text_config: PreTrainedConfig, 
     except Exception:  # none beside the model, or one that can't be built here: the processor will say which
         return [text_config.get_text_config().vocab_size + index for index in range(len(tokens))]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
-    return tokenizer.convert_tokens_to_ids(tokens)
+    return tokenizer.convert_tokens_to_ids(tokens)  # type: ignore[return-value]  # a list for a list
 
 
 def find_image_processor(vision_name_or_path: str, **kwargs: Any) -> Any:
@@ -186,8 +184,8 @@ def find_feature_extractor(audio_name_or_path: str, **kwargs: Any) -> Any:
 
 
 def _weight_files(name_or_path: str, revision: str | None, **hub_options: Any) -> list[str]:
-    """Paths of the safetensors that hold a parent's weights; empty if it keeps them in another format."""
-    # Private, as transformers' own loaders do: an `OSError` does not tell what is missing from what is out of reach.
+    """Paths of the safetensors that hold a backbone's weights; empty if it has them in another format."""
+    # Private, as transformers' own loaders do: an `OSError` is the same for what is missing and what is out of reach.
     optional = {"_raise_exceptions_for_missing_entries": False, "revision": revision, **hub_options}
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **optional)
     single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **optional)
@@ -196,7 +194,8 @@ def _weight_files(name_or_path: str, revision: str | None, **hub_options: Any) -
     if index is None:
         return []
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [cached_file(name_or_path, shard, revision=revision, **hub_options) for shard in shards]
+    paths = [cached_file(name_or_path, shard, revision=revision, **hub_options) for shard in shards]
+    return [path for path in paths if path is not None]
 
 
 def refuse_pickles(files: Iterable[str]) -> None:
@@ -249,14 +248,14 @@ def fingerprint(name_or_path: str, revision: str | None = None, *, full: bool = 
                 tensors[name] = digest.digest()
     if not tensors:
         return None
-    digest = hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
-    return f"{FULL}{digest}" if full else digest
+    total = hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
+    return f"{FULL}{total}" if full else total
 
 
 def _context(part: str, name_or_path: str) -> str:
     what = PARTS[part].description
     return (
-        f"The {what} `{name_or_path}` could not be loaded. If it lives elsewhere now, say where: "
+        f"The {what} `{name_or_path}` could not be loaded. If it is elsewhere now, name the place: "
         f'from_pretrained(..., {part}_base_model="id or folder").'
     )
 
@@ -274,16 +273,12 @@ def _load_language_model(
                 return model
     elif headless:
         return _load_text_encoder(name_or_path, config=config, **kwargs)
-    model, info = language_model_class(config).from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
-    missing = sorted(info["missing_keys"])
-    if missing and headless is None:
+    loaded: Any = language_model_class(config).from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    model, info = loaded
+    if info["missing_keys"] and headless is None:
         return _load_text_encoder(name_or_path, config=config, **kwargs)
-    if missing:
-        raise ValueError(
-            f"`{name_or_path}` lacks {len(missing)} of the weights that {type(model).__name__} needs ({missing[:3]}…): "
-            "they would be random. Give a repository that holds the whole model, head included."
-        )
-    # Only families that can be either say whether they are decoders, and some decoders say no: so ask what it does.
+    _refuse_missing(name_or_path, model, info, "the whole model, head included")
+    # Only families that can be either have a flag for decoders, and some decoders lack it: so see what the model does.
     if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder and reads_ahead(model):
         raise ValueError(
             f"`{name_or_path}` ({type(model).__name__}) reads ahead: its prediction of a word depends on the words after it. "
@@ -296,16 +291,21 @@ def _load_language_model(
 def _load_text_encoder(name_or_path: str, *, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     auto_class = language_model_class(config, headless=True)
     with quiet():  # that its head or pooler is left out is no news, and what is missing is raised below
-        model, info = auto_class.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             name_or_path, config=config, output_loading_info=True, **_without_pooler(config), **kwargs
         )
+    model, info = loaded
+    _refuse_missing(name_or_path, model, info, "this text model")
+    return model
+
+
+def _refuse_missing(name_or_path: str, model: PreTrainedModel, info: dict[str, Any], wanted: str) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
             f"`{name_or_path}` lacks {len(missing)} of the weights that {type(model).__name__} needs ({missing[:3]}…): "
-            "they would be random. Give a repository that holds this text model."
+            f"they would be random. Give a repository that holds {wanted}."
         )
-    return model
 
 
 def reads_ahead(language_model: PreTrainedModel) -> bool:
@@ -320,7 +320,7 @@ def reads_ahead(language_model: PreTrainedModel) -> bool:
 def load_unrecorded(
     part: str, name_or_path: str, *, config: PreTrainedConfig, headless: bool | None = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """One backbone by its own `from_pretrained`, as [`load_base_model`], without looking into its files for a record."""
+    """One backbone by its own `from_pretrained`, as [`load_base_model`], without a record."""
     if part == "vision":
         return load_vision_tower(name_or_path, config=config, **kwargs)
     if part == "audio":
@@ -339,7 +339,7 @@ def load_base_model(
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
-    Loads one parent by its own `from_pretrained` and writes its record.
+    Loads one backbone by its own `from_pretrained` and makes its record.
 
     Args:
         part (`str`): `"vision"`, `"text"` or `"audio"`.
@@ -391,49 +391,49 @@ def load_base_model(
     }
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.pre_quantized:
-        # Quantised while loading: a choice of this session, and not what lies in the parent's repository.
+        # Quantised while loading: a choice of this session, and not what lies in the backbone's repository.
         method = quantizer.quantization_config.quant_method
         record["quantization"] = str(getattr(method, "value", method))
     return model, record
 
 
-def verify_fingerprint(part: str, recorded: dict[str, Any], found: dict[str, Any]) -> None:
+def verify_fingerprint(part: str, recorded: dict[str, Any], loaded: dict[str, Any]) -> None:
     """
-    Refuses a parent that is not the one the connector was trained with.
+    Refuses a backbone that is not the one the connector was trained with.
 
     Raises:
         ValueError: naming both fingerprints and the override.
     """
-    if recorded["fingerprint"] == found["fingerprint"]:  # or neither has safetensors
+    if recorded["fingerprint"] == loaded["fingerprint"]:  # or neither has safetensors
         return
     raise ValueError(
-        f"The {PARTS[part].description} at `{found['name_or_path']}` has fingerprint "
-        f"{found['fingerprint']}, but the connector was trained with {recorded['fingerprint']} (from "
+        f"The {PARTS[part].description} at `{loaded['name_or_path']}` has fingerprint "
+        f"{loaded['fingerprint']}, but the connector was trained with {recorded['fingerprint']} (from "
         f"`{recorded['name_or_path']}`, revision {recorded['revision']}): its weights have changed, and the connector "
-        f'would write for another model. Restore that parent, or pass {part}_base_model="id or folder" to '
+        f'would write for another model. Restore that backbone, or pass {part}_base_model="id or folder" to '
         "from_pretrained to use, and record, another one knowingly."
     )
 
 
 def max_learned_positions(language_model: PreTrainedModel) -> int | None:
     """How many positions a table of learned position embeddings holds; `None` where positions are computed (rotary,
-    ALiBi, relative) and a longer input is no error. Found by asking for an embedding table of that length."""
+    ALiBi, relative) and a longer input is no error. Known by an embedding table of that length."""
     config = language_model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return None
-    words = language_model.get_input_embeddings()
+    words, rows = language_model.get_input_embeddings(), language_model_geometry(language_model).num_embeddings
     for module in language_model.modules():
         if isinstance(module, nn.Embedding) and module is not words:
-            # Some tables keep a few rows more for padding offsets.
-            if positions <= module.num_embeddings <= positions + 2 and module.num_embeddings != words.weight.shape[0]:
+            # Some tables have a few rows more for padding offsets.
+            if positions <= module.num_embeddings <= positions + 2 and module.num_embeddings != rows:
                 return positions
     return None
 
 
 def skips_padding(language_model: PreTrainedModel) -> bool:
-    """Asks a recurrent language model whether a masked word in front leaves no trace: whatever stands there, the logits of
-    the next word must be the same."""
+    """Whether in a recurrent language model a masked word in front leaves no trace: whatever its id, the logits of the next
+    word must be the same."""
     ids = torch.tensor([[0, 1], [2, 1]], device=language_model.device)
     mask = torch.tensor([[0, 1], [0, 1]], device=language_model.device)
     with torch.no_grad(), in_eval_mode(language_model):

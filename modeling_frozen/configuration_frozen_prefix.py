@@ -1,4 +1,4 @@
-"""The configuration: two full sub-configs, the record of where each parent came from, and the connector between them.
+"""The configuration: two full sub-configs, the record of where each backbone came from, and the connector between them.
 
 Nothing here loads a weight. Geometry (how many positions the tower gives, how wide the word embeddings are) is probed
 once, on the meta device, by `from_vision_text_configs`, and stored, so that building a model never has to guess it.
@@ -22,27 +22,8 @@ logger = logging.get_logger(__name__)
 
 VERSION = "0.2.0"  # of the package; here, because this file goes to the Hub without the rest of it
 
-# Keys that a checkpoint of a model without that modality does not mention.
-_VIDEO_KEYS = {"num_frames", "video_pooling", "video_token_id"}
-_AUDIO_KEYS = {
-    "audio_config", "audio_base_model", "audio_connector_type", "audio_connector_config", "audio_prefix_length",
-    "audio_feature_layer", "audio_feature_select_strategy", "audio_num_positions", "audio_width", "audio_token_id",
-}  # fmt: skip
-
-# Keys of classifiers, which no other checkpoint mentions unless they are set.
-_CLASSIFIER_KEYS = {
-    "fused_inputs", "image_embedding", "prompt_sees_media", "text_pooling", "text_width", "classifier_config",
-    "class_weights",
-}  # fmt: skip
-
-# Keys of matching pictures and texts, likewise.
-_RETRIEVAL_KEYS = {
-    "projection_dim", "contrastive_loss_type", "contrastive_loss_config", "logit_scale_init_value",
-    "logit_bias_init_value", "contrastive_loss_weight", "caption_loss_weight", "text_headless", "unlocked_layers",
-}  # fmt: skip
-
 # What a config's constructor takes in transformers beside the fields of the class.
-_LIBRARY_KEYS = {
+_TRANSFORMERS_KEYS = {
     "model_type", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions", "torch_dtype",
     "num_labels", "auto_map", "custom_pipelines", "per_layer_config", "fusion_config", "quantization_config",
     "distributed_config", "custom_generate",
@@ -54,7 +35,7 @@ RECORD_KEYS = ("name_or_path", "revision", "dtype", "fingerprint")
 # Set while a config is read from a file, whose keys are not the user's own.
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
-_SERIALIZED_LIBRARY_KEYS = {"model_type", "auto_map", "_name_or_path", "output_attentions", "quantization_config"}
+_SERIALIZED_TRANSFORMERS_KEYS = {"model_type", "auto_map", "_name_or_path", "output_attentions", "quantization_config"}
 
 
 @strict
@@ -68,8 +49,8 @@ class FrozenPrefixConfig(CompositeConfig):
         text_config (`PreTrainedConfig` or `dict`):
             Full config of the language model, causal or encoder-decoder.
         vision_base_model, text_base_model (`dict`, *optional*):
-            Record of each parent: `name_or_path`, `revision` (commit), `dtype` and `fingerprint` of its safetensors.
-            `None` for a part that has no home of its own: it is saved whole.
+            Record of each backbone: `name_or_path`, `revision` (commit), `dtype` and `fingerprint` of its safetensors.
+            `None` for one that has no repository or folder of its own: it is saved whole.
         connector_type (`str`, defaults to `"mlp"`):
             Exact name in `modeling_frozen.connectors.CONNECTORS`.
         connector_config (`dict`):
@@ -82,14 +63,14 @@ class FrozenPrefixConfig(CompositeConfig):
             `"default"` drops leading class, register and distillation tokens, `"full"` keeps them, `"pooled"` takes
             one vector per image.
         fusion (`"prefix"` or `"cross_attention"`, defaults to `"prefix"`):
-            How the language model gets at the image. `"prefix"`: the connector's vectors stand among the words.
-            `"cross_attention"`: words look at them through gated blocks between the frozen layers (Flamingo); one
-            placeholder marks an image's place, and reads as the beginning-of-text word.
+            How the language model reads the image. `"prefix"`: the connector's vectors are embeddings among the words'.
+            `"cross_attention"`: words attend to them through gated blocks between the frozen layers (Flamingo); one
+            placeholder marks an image's place, and is read as the beginning-of-text token.
         cross_attention_config (`dict`):
             Options of those blocks: `every_n_layers`, `num_heads`, `head_dim`, `feedforward_multiple`, `dropout`
             (see `modeling_frozen.cross_attention.check_cross_attention`).
         num_leading_tokens, num_positions, vision_width, embedding_dim, text_hidden_size, text_num_layers (`int`, *optional*):
-            Geometry of the two parents, probed by [`from_vision_text_configs`]; the last two for cross-attention alone.
+            Geometry of the two backbones, probed by [`from_vision_text_configs`]; the last two for cross-attention alone.
         image_token_id (`int`, *optional*):
             Id of the placeholder in `input_ids`; `num_image_tokens` of them stand for one image. Defaults to one past
             the vocabulary. The language model is never resized for it.
@@ -100,14 +81,14 @@ class FrozenPrefixConfig(CompositeConfig):
             so their order is lost. `"connector"`: the positions of all frames, with a code of time, are one sequence for
             a connector that reads positions (`resampler`, `transformer`, `qformer`, `lstm`), which writes one prefix.
         audio_config (`PreTrainedConfig` or `dict`, *optional*):
-            Full config of an audio encoder. Set, the model takes sounds; it may then have no vision tower at all.
-        audio_base_model (`dict`, *optional*): record of that parent.
+            Full config of an audio encoder. Set, the model takes audio; it may then have no vision tower at all.
+        audio_base_model (`dict`, *optional*): record of that backbone.
         audio_connector_type, audio_connector_config, audio_prefix_length:
             As for the vision tower, of the audio tower's own connector (`"resampler"` of 32 vectors by default).
         audio_feature_layer, audio_feature_select_strategy:
             As for the vision tower; the strategy is `"full"` or `"pooled"`.
         audio_num_positions, audio_width (`int`, *optional*):
-            Geometry of the audio tower, probed. No number of positions where a longer sound has more.
+            Geometry of the audio tower, probed. No number of positions where longer audio has more.
         video_token_id, audio_token_id (`int`, *optional*): as `image_token_id`; the ids that follow it by default.
         trainable (`tuple[str]`, defaults to `("connector",)`):
             Which of `"connector"`, `"vision"`, `"text"`, `"audio"` train. All else is frozen, bit for bit.
@@ -121,10 +102,10 @@ class FrozenPrefixConfig(CompositeConfig):
             The image's embedding in a classifier: the mean over its prefix, or over the tower's own features, without the
             connector.
         prompt_sees_media (`bool`, defaults to `False`):
-            Whether the language model of a classifier reads the prefix among the words (dearer: its layers are passed on
-            the way back), or the words alone.
+            Whether the language model of a classifier reads the prefix among the words (dearer: the backward pass goes through
+            its layers), or the words alone.
         text_pooling (`"last"`, `"mean"`, `"cls"` or `"ret"`, *optional*):
-            How a text's hidden states become one vector (see `text_reading.pool_text`); `"ret"`, for matching alone: read
+            How a text's hidden states become one vector (see `text_reading.pool_text`); `"ret"`, for retrieval alone: read
             at a learnt vector behind the words (FROMAGe, arXiv 2301.13823). Defaults to `"last"` for causal
             models, which read in one direction, and `"mean"` for others.
         text_width (`int`, *optional*): width of the language model's last hidden states, probed.
@@ -136,14 +117,14 @@ class FrozenPrefixConfig(CompositeConfig):
             Of a part that is not `trainable`, how many of its last layers train nevertheless: `{"vision": 2}`.
         text_headless (`bool`, defaults to `False`):
             The text model reads and doesn't write: an encoder such as BERT, or any other without its head.
-        projection_dim (`int`, *optional*): width of the space in which pictures and texts are matched.
+        projection_dim (`int`, *optional*): width of the space of image and text embeddings.
         contrastive_loss_type (`"clip"`, `"siglip"` or `"triplet"`, defaults to `"clip"`):
             See `modeling_frozen.contrastive_losses`.
         contrastive_loss_config (`dict`): options of that loss, `margin` and `negatives` of `"triplet"`.
         logit_scale_init_value, logit_bias_init_value (`float`, *optional*):
-            Where the (logarithm of the) scale of likenesses and its bias start; default as in the loss's paper.
+            Where the (logarithm of the) scale of the cosines and their bias start; default as in the loss's paper.
         contrastive_loss_weight, caption_loss_weight (`float`, defaults to 1.0 and 0.0):
-            Weights of the two losses where one connector learns to match and to describe.
+            Weights of the two losses where one connector learns retrieval and captions.
         saved_parts (`tuple[str]`, *optional*):
             Which parts' weights lie in the checkpoint itself. Written by `save_pretrained`; not set by hand.
         frozen_prefix_version (`str`, *optional*):
@@ -161,7 +142,7 @@ class FrozenPrefixConfig(CompositeConfig):
     >>> config = FrozenPrefixConfig.from_vision_text_configs(
     ...     CLIPVisionConfig(), GPT2Config(), connector_type="resampler", prefix_length=32
     ... )
-    >>> model = FrozenPrefixForConditionalGeneration(config)  # random parents; see from_vision_text_pretrained
+    >>> model = FrozenPrefixForConditionalGeneration(config)  # random backbones; see from_vision_text_pretrained
     ```"""
 
     model_type = "frozen-prefix"
@@ -239,47 +220,39 @@ class FrozenPrefixConfig(CompositeConfig):
             self._refuse_unknown_keys(kwargs)
         if self.vision_config is None and self.audio_config is None:
             self.vision_config = {"model_type": self.sub_configs_defaults["vision_config"].model_type}
-        # transformers writes the outer choice over both sub-configs, `None` too: a loaded parent would lose its own. (A config
-        # tells its choice by the private name alone, by which every model of transformers reads it.)
-        chosen = {
-            name: sub_config._attn_implementation
-            for name in self.sub_configs_defaults
-            if isinstance(sub_config := getattr(self, name), PreTrainedConfig)
-        }
-        outer = kwargs.get("attn_implementation")
-        experts = {name: getattr(self, name)._experts_implementation for name in chosen}
-        outer_experts = kwargs.get("experts_implementation")
+        # transformers writes the outer choice over all sub-configs, `None` too: a loaded backbone would lose its own. (A
+        # config holds its choice under the private name alone, by which every model of transformers reads it.)
+        sub_configs = [config for config in self.backbone_configs.values() if isinstance(config, PreTrainedConfig)]
+        choices = [(config, config._attn_implementation, config._experts_implementation) for config in sub_configs]
         super().__post_init__(**kwargs)
-        if outer_experts is None:  # as above: the experts of a joined parent would be multiplied otherwise than a loaded one's
-            for name, experts_implementation in experts.items():
-                getattr(self, name)._experts_implementation = experts_implementation
-        if outer is None:
-            for name, attn_implementation in chosen.items():
-                getattr(self, name)._attn_implementation = attn_implementation
-        self.connector_config = dict(self.connector_config or {})
-        self.cross_attention_config = dict(self.cross_attention_config or {})
-        self.audio_connector_config = dict(self.audio_connector_config or {})
-        self.classifier_config = dict(self.classifier_config or {})
-        self.fused_inputs = None if self.fused_inputs is None else tuple(self.fused_inputs)
-        self.class_weights = None if self.class_weights is None else list(self.class_weights)
-        self.loss_config = dict(self.loss_config or {})
-        self.contrastive_loss_config = dict(self.contrastive_loss_config or {})
-        self.unlocked_layers = dict(self.unlocked_layers or {})
+        for config, attn_implementation, experts_implementation in choices:
+            if kwargs.get("attn_implementation") is None:
+                config._attn_implementation = attn_implementation
+            if kwargs.get("experts_implementation") is None:
+                config._experts_implementation = experts_implementation
+        for name in (
+            "connector_config", "cross_attention_config", "audio_connector_config", "classifier_config", "loss_config",
+            "contrastive_loss_config", "unlocked_layers",
+        ):  # fmt: skip
+            setattr(self, name, dict(getattr(self, name) or {}))
         self.trainable = tuple(self.trainable)
+        self.fused_inputs = None if self.fused_inputs is None else tuple(self.fused_inputs)
         self.saved_parts = None if self.saved_parts is None else tuple(self.saved_parts)
-        # Both are facts of the language model, mirrored where transformers looks for them.
-        self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
-        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        following = self.text_config.get_text_config().vocab_size
+        self.class_weights = None if self.class_weights is None else list(self.class_weights)
+        # Both are facts of the language model, mirrored where transformers reads them.
+        text_config = self.backbone_configs["text"]
+        self.is_encoder_decoder = bool(text_config.is_encoder_decoder)
+        self.tie_word_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
+        next_id = text_config.get_text_config().vocab_size
         for modality in self.media:
             name = f"{modality}_token_id"
             if getattr(self, name) is None:
-                setattr(self, name, following)
-            following = max(following, getattr(self, name) + 1)
+                setattr(self, name, next_id)
+            next_id = max(next_id, getattr(self, name) + 1)
         self.validate_architecture()
 
     @classmethod
-    def _refuse_unknown_keys(cls, kwargs: dict[str, Any], allowed: Collection[str] = _LIBRARY_KEYS) -> None:
+    def _refuse_unknown_keys(cls, kwargs: dict[str, Any], allowed: Collection[str] = _TRANSFORMERS_KEYS) -> None:
         """For calls by the user: a key that nothing reads is a typo."""
         for key in kwargs:
             if key not in allowed and not key.startswith("_"):
@@ -296,7 +269,7 @@ class FrozenPrefixConfig(CompositeConfig):
 
     def _keep_unknown_keys(self, kwargs: dict[str, Any]) -> None:
         """For files: a later frozen-prefix, or transformers, may know the key, so it is kept and written back."""
-        self._unknown_keys = tuple(key for key in kwargs if key not in _LIBRARY_KEYS and not key.startswith("_"))
+        self._unknown_keys = tuple(key for key in kwargs if key not in _TRANSFORMERS_KEYS and not key.startswith("_"))
         written_by = self.frozen_prefix_version
         for key in self._unknown_keys:
             if written_by is not None and version.parse(written_by) > version.parse(VERSION):
@@ -348,18 +321,28 @@ class FrozenPrefixConfig(CompositeConfig):
         """Placeholders in `input_ids` for one video of `num_frames` frames."""
         if self.fusion == "cross_attention" or self.prefix_length is None:
             return self.num_image_tokens
-        return self.prefix_length * (self.num_frames if self.video_pooling == "none" else 1)
+        return self.prefix_length * (self.num_frames or 1) if self.video_pooling == "none" else self.prefix_length
 
     @property
     def num_audio_tokens(self) -> int | None:
-        """Placeholders in `input_ids` for one sound."""
+        """Placeholders in `input_ids` for one audio clip."""
         return 1 if self.fusion == "cross_attention" else self.audio_prefix_length
+
+    @property
+    def backbone_configs(self) -> dict[str, PreTrainedConfig]:
+        """Configs of the backbones that the model has, by part: `"vision"`, `"text"`, `"audio"`."""
+        configs = {part: getattr(self, f"{part}_config") for part in PARTS}
+        return {part: config for part, config in configs.items() if config is not None}
 
     @property
     def media(self) -> tuple[str, ...]:
         """What the model takes beside text: of `"image"`, `"video"` and `"audio"`."""
-        there = [name for name, one in MODALITIES.items() if getattr(self, f"{one.part}_config") is not None]
-        return tuple(name for name in there if name != "video" or self.num_frames is not None)
+        backbones = self.backbone_configs
+        return tuple(
+            name
+            for name, modality in MODALITIES.items()
+            if modality.part in backbones and (name != "video" or self.num_frames is not None)
+        )
 
     @property
     def placeholder_ids(self) -> dict[str, int]:
@@ -370,7 +353,7 @@ class FrozenPrefixConfig(CompositeConfig):
     def image_word_id(self) -> int:
         """With `fusion="cross_attention"`, the word as which a placeholder is read: beginning of text, or its end where
         the language model has no beginning."""
-        text_config = self.text_config.get_text_config()
+        text_config = self.get_text_config()
         ids = (getattr(text_config, name, None) for name in ("bos_token_id", "eos_token_id"))
         first = next((index for index in ids if index is not None), 0)
         return first[0] if isinstance(first, list) else first
@@ -384,33 +367,30 @@ class FrozenPrefixConfig(CompositeConfig):
             _reading.reset(reading)
 
     def to_dict(self) -> dict[str, Any]:
-        # Tools look up every name in `sub_configs`, absent ones too; files (the diff) do without those.
-        return {**dict.fromkeys(self.sub_configs), **self._known_keys(super().to_dict())}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self._known_keys(super().to_diff_dict())
-
-    def _known_keys(self, serialized: dict[str, Any]) -> dict[str, Any]:
-        # Tools hang attributes on configs (Trainer sets `use_cache`); written down, they would be unknown keys.
-        known = _SERIALIZED_LIBRARY_KEYS.union(self.__dataclass_fields__, self.__dict__.get("_unknown_keys", ()))
-        known -= (set() if "video" in self.media else _VIDEO_KEYS) | (set() if "audio" in self.media else _AUDIO_KEYS)
-        known -= set() if self.loss_config else {"loss_config"}
-        known -= {key for key in _CLASSIFIER_KEYS if serialized.get(key) in (None, False, "prefix", {})}
-        plain = {key: self.__dataclass_fields__[key].default for key in _RETRIEVAL_KEYS}
-        known -= {key for key, value in plain.items() if serialized.get(key) in (value, {})}
-        serialized = {key: value for key, value in serialized.items() if key in known}
+        # Tools set attributes on configs (Trainer sets `use_cache`); in a file they would be unknown keys.
+        known = _SERIALIZED_TRANSFORMERS_KEYS.union(self.__dataclass_fields__, self.__dict__.get("_unknown_keys", ()))
+        serialized = {key: value for key, value in super().to_dict().items() if key in known}
         serialized["frozen_prefix_version"] = VERSION
-        for part in ("vision", "text"):
+        for part in PARTS:
             if "quantization" in (getattr(self, f"{part}_base_model") or {}):
-                # Kept, it would say that the parent's repository holds quantised weights.
+                # Kept, it would say that the backbone's repository holds quantised weights.
                 sub_config = dict(serialized[f"{part}_config"])
                 sub_config.pop("quantization_config", None)
                 serialized[f"{part}_config"] = sub_config
-        return serialized
+        return {**dict.fromkeys(self.sub_configs), **serialized}  # tools read every name in `sub_configs`, absent ones too
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # What a file leaves out has its default, so a default never changes.
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        return {
+            key: value
+            for key, value in super().to_diff_dict().items()
+            if key not in defaults or value not in (defaults[key], {})
+        }
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The language model's config (of an encoder-decoder, by the flags, as its own config gives it)."""
-        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+        return self.backbone_configs["text"].get_text_config(decoder=decoder, encoder=encoder)
 
     def validate_architecture(self) -> None:
         """Checks the values together; part of transformers' own validation, so it runs before each save as well."""
@@ -425,7 +405,7 @@ class FrozenPrefixConfig(CompositeConfig):
             raise ValueError(f"`prefix_length={self.prefix_length}` leaves no prefix vector; it must be at least 1.")
         from .losses import check_loss_config
 
-        check_loss_config(self.loss_config)
+        check_loss_config(self.loss_config or {})
         self._validate_records()
         self._validate_fusion()
         self._validate_media()
@@ -436,7 +416,7 @@ class FrozenPrefixConfig(CompositeConfig):
         from .connectors import check_connector
 
         self.prefix_length = check_connector(**self.connector_arguments)
-        max_positions = getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
+        max_positions = getattr(self.get_text_config(), "max_position_embeddings", None)
         if max_positions is not None and (self.num_image_tokens or 0) >= max_positions:
             raise ValueError(
                 f"A prefix of {self.prefix_length} vectors leaves no room for words: the language model has "
@@ -460,12 +440,12 @@ class FrozenPrefixConfig(CompositeConfig):
 
         ids = self.placeholder_ids
         if len(set(ids.values())) < len(ids):
-            raise ValueError(f"The placeholders {ids} share an id, so they can't be told apart: give each its own.")
+            raise ValueError(f"The placeholders {ids} share an id, so they can't be distinguished: give each its own.")
         readers = [name for name, connector in CONNECTORS.items() if connector.reads_positions]
         if self.num_frames is not None:
             if self.num_frames < 1 or self.vision_config is None:
                 raise ValueError(
-                    f"`num_frames={self.num_frames}` is the number of frames that the vision tower sees of a video: it "
+                    f"`num_frames={self.num_frames}` is the number of frames that the vision tower reads of a video: it "
                     "must be at least 1, and there must be a vision tower. Leave it out for a model without videos."
                 )
             if self.video_pooling == "connector" and self.connector_type not in readers:
@@ -485,7 +465,7 @@ class FrozenPrefixConfig(CompositeConfig):
             raise ValueError(f"Of the audio connector (its keys begin with `audio_`): {error}") from error
         if self.audio_num_positions is None and not reads:
             raise ValueError(
-                f"`audio_connector_type={self.audio_connector_type!r}` writes a vector per position, and a longer sound "
+                f"`audio_connector_type={self.audio_connector_type!r}` writes a vector per position, and longer audio "
                 f"has more of them, while its placeholders are a fixed number: take one of {readers}, or "
                 "`audio_feature_select_strategy='pooled'`."
             )
@@ -494,7 +474,7 @@ class FrozenPrefixConfig(CompositeConfig):
         if self.contrastive_loss_type != type(self).contrastive_loss_type or self.contrastive_loss_config:
             from .contrastive_losses import check_contrastive_loss  # which no other model needs
 
-            check_contrastive_loss(self.contrastive_loss_type, self.contrastive_loss_config)
+            check_contrastive_loss(self.contrastive_loss_type, self.contrastive_loss_config or {})
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"`projection_dim={self.projection_dim}` leaves no space to match in; it must be at least 1.")
         weights = {name: getattr(self, name) for name in ("contrastive_loss_weight", "caption_loss_weight")}
@@ -505,7 +485,7 @@ class FrozenPrefixConfig(CompositeConfig):
                 f"`caption_loss_weight={self.caption_loss_weight}` trains captions, and this text model only reads "
                 "(`text_headless=True`): take a language model that writes, or leave the weight out."
             )
-        for part, count in self.unlocked_layers.items():
+        for part, count in (self.unlocked_layers or {}).items():
             if part not in PARTS or isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(
                     f"`unlocked_layers={self.unlocked_layers}` must say of some of {list(PARTS)} "
@@ -525,7 +505,7 @@ class FrozenPrefixConfig(CompositeConfig):
             raise ValueError(
                 "`image_embedding='tower'` leaves the connector out and `prompt_sees_media=True` needs it: choose one."
             )
-        unknown = set(self.classifier_config) - {"hidden_size", "dropout"}
+        unknown = set(self.classifier_config or {}) - {"hidden_size", "dropout"}
         if unknown:
             raise ValueError(f"`classifier_config` takes `hidden_size` and `dropout`, and not {sorted(unknown)}.")
         if self.class_weights is None:
@@ -546,9 +526,9 @@ class FrozenPrefixConfig(CompositeConfig):
             return
         from .cross_attention import check_cross_attention, probe_decoder
 
-        check_cross_attention(self.cross_attention_config, self.text_num_layers)
-        if self.text_config.is_encoder_decoder:
-            probe_decoder(self.text_config)  # says why not
+        check_cross_attention(self.cross_attention_config or {}, self.text_num_layers)
+        if self.is_encoder_decoder:
+            probe_decoder(self.backbone_configs["text"])  # says why not
 
     @classmethod
     def from_vision_text_configs(
@@ -562,16 +542,16 @@ class FrozenPrefixConfig(CompositeConfig):
         **kwargs: Any,
     ) -> "FrozenPrefixConfig":
         """
-        Joins configs: takes the halves of dual models that see or hear, and probes the geometry of all on the meta
+        Joins configs: takes the vision or audio halves of dual models, and probes the geometry of all on the meta
         device.
 
         Args:
             vision_config, text_config (`PreTrainedConfig`):
-                Configs of the two parents. Without a vision tower (`None`) there must be an audio tower.
+                Configs of the two backbones. Without a vision tower (`None`) there must be an audio tower.
             image_processor (`BaseImageProcessor`, *optional*):
-                The tower's own. It says how large pictures come in, which many configs don't, or say otherwise.
-            audio_config (`PreTrainedConfig`, *optional*): of an audio encoder, for a model with ears.
-            feature_extractor (*optional*): the audio encoder's own; it says what one sound looks like.
+                The tower's own. It gives the size of the images, which many configs don't, or give wrongly.
+            audio_config (`PreTrainedConfig`, *optional*): of an audio encoder, for a model that takes audio.
+            feature_extractor (*optional*): the audio encoder's own; it gives the shape of its inputs.
             kwargs: any other key of this class.
 
         Raises:
@@ -581,7 +561,10 @@ class FrozenPrefixConfig(CompositeConfig):
         from .vision_towers import probe_vision_tower, vision_half
 
         if vision_config is None and audio_config is None:
-            raise ValueError("Neither a vision nor an audio tower was given: a model needs eyes or ears beside its words.")
+            raise ValueError(
+                "`vision_config` and `audio_config` are both `None`: a model needs a vision or an audio tower beside its "
+                "language model."
+            )
         if vision_config is not None:
             vision_config = vision_half(vision_config)
             geometry = probe_vision_tower(
@@ -597,14 +580,14 @@ class FrozenPrefixConfig(CompositeConfig):
             from .audio_towers import audio_half, probe_audio_tower
 
             kwargs["audio_config"] = audio_half(audio_config)
-            heard = probe_audio_tower(
+            audio_geometry = probe_audio_tower(
                 kwargs["audio_config"],
                 layer=kwargs.get("audio_feature_layer", cls.audio_feature_layer),
                 select_strategy=kwargs.get("audio_feature_select_strategy", cls.audio_feature_select_strategy),
                 feature_extractor=feature_extractor,
             )
-            kwargs.setdefault("audio_num_positions", heard.num_positions)
-            kwargs.setdefault("audio_width", heard.audio_width)
+            kwargs.setdefault("audio_num_positions", audio_geometry.num_positions)
+            kwargs.setdefault("audio_width", audio_geometry.audio_width)
         if kwargs.get("embedding_dim") is None:
             headless = kwargs.get("text_headless", False)
             kwargs["embedding_dim"] = probe_language_model(text_config, headless).embedding_dim
@@ -621,19 +604,14 @@ if __name__.startswith("transformers_modules."):
     # classes by their names in these tables, whatever the checkpoint's `auto_map` says.
     from transformers.models.auto import modeling_auto
 
-    for _names in (
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    ):
-        _names.setdefault(FrozenPrefixConfig.model_type, "FrozenPrefixForConditionalGeneration")
-    modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault(
-        FrozenPrefixConfig.model_type, "FrozenPrefixForImageTextRetrieval"
-    )
-    for _names in (
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    ):
-        _names.setdefault(FrozenPrefixConfig.model_type, "FrozenPrefixForSequenceClassification")
+    for _class_name, _tables in {
+        "FrozenPrefixForConditionalGeneration": ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"),
+        "FrozenPrefixForImageTextRetrieval": ("ZERO_SHOT_IMAGE_CLASSIFICATION",),
+        "FrozenPrefixForSequenceClassification": ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION"),
+    }.items():
+        for _table in _tables:
+            _names = getattr(modeling_auto, f"MODEL_FOR_{_table}_MAPPING_NAMES")
+            _names.setdefault(FrozenPrefixConfig.model_type, _class_name)
 
 
 __all__ = ["FrozenPrefixConfig"]

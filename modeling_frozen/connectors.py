@@ -4,8 +4,8 @@ A connector maps tower features (images, positions, vision_width) to a prefix (i
 the space of the language model's word embeddings. It is all that trains by default, and all that a checkpoint holds.
 
 All but `identity` are one frame with another middle: features are masked, cast, normalised (so that any tower's
-scale works), *mixed* by the subclass, and written out by one linear map, which `set_output_norm` scales. Two
-kinds of middle: those that keep the positions (identity, linear, mlp) and those that read them all and answer at
+scale works), *mixed* by the subclass, and mapped to the prefix by one linear layer, which `set_output_norm` scales. Two
+kinds of middle: those that keep the positions (identity, linear, mlp) and those that read them all and write at
 `prefix_length` learned queries (transformer, resampler, qformer, lstm).
 """
 
@@ -26,6 +26,29 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 MAX_LAYERS = 1000
 
 
+def fill_layers(module: nn.Module) -> None:
+    """(Re)initialises linear layers, norms and attention; what is marked as loaded stays as it is."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            init.lecun_normal_(layer.weight)  # keeps the variance, whatever the widths
+            if layer.bias is not None:
+                init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            init.ones_(layer.weight)
+            init.zeros_(layer.bias)
+        elif isinstance(layer, nn.MultiheadAttention):
+            init.lecun_normal_(layer.in_proj_weight)
+            init.zeros_(layer.in_proj_bias)
+
+
+def mark_filled(module: nn.Module) -> None:
+    # transformers' own pass (`post_init`) would overwrite the values with its N(0, 0.02), and it never calls a custom model's
+    # `_init_weights` for a module that holds no tensor of its own: the private mark alone stops it.
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        for layer in module.modules():
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # modules take any attribute
+
+
 class Connector(nn.Module):
     """What every connector shares. Build one with `build_connector`, which checks the values first.
 
@@ -35,14 +58,15 @@ class Connector(nn.Module):
         embedding_dim: width of the language model's word embeddings.
         prefix_length: prefix vectors per image; None means one per position, for connectors that keep positions.
         input_norm: LayerNorm on the features; without it the tower's own scale comes through.
-        position_embedding: learned embeddings added to the features, for towers whose features do not say where they
-            stand (convolutional maps) before connectors that read positions as a set; needs `num_positions`.
+        position_embedding: learned embeddings added to the features, for towers whose features do not hold their
+            place (convolutional maps) before connectors that read positions as a set; needs `num_positions`.
         input_dropout: dropout on the (normalised) features.
         output_dropout: dropout on the prefix.
     """
 
     #: whether the prefix has its own length (learned queries) or one vector per position
     reads_positions = False
+    _frozen_prefix_initialized = False
 
     def __init__(
         self,
@@ -60,7 +84,9 @@ class Connector(nn.Module):
         self.num_positions, self.vision_width, self.embedding_dim = num_positions, vision_width, embedding_dim
         self.prefix_length = self.resolve_prefix_length(num_positions, prefix_length)
         self.input_norm = nn.LayerNorm(vision_width, eps=1e-6) if input_norm else nn.Identity()
-        self.positions = nn.Parameter(torch.empty(num_positions, vision_width)) if position_embedding else None
+        self.positions: nn.Parameter | None = None
+        if position_embedding:
+            self.positions = nn.Parameter(torch.empty(num_positions, vision_width))  # type: ignore[arg-type]  # see `check`
         self.input_dropout = nn.Dropout(input_dropout)
         self.output_dropout = nn.Dropout(output_dropout)
 
@@ -68,18 +94,18 @@ class Connector(nn.Module):
         """Last line but one of a subclass's constructor: the linear map from its middle to the embedding space."""
         # A pooled vector becomes all prefix vectors at once: Frozen's and ClipCap's form.
         vectors = 1 if self.reads_positions or self.num_positions != 1 else self.prefix_length
-        self.output = nn.Linear(hidden_size, vectors * self.embedding_dim)
+        self.output = nn.Linear(hidden_size, vectors * self.embedding_dim)  # type: ignore[operator]  # known with one position
 
     @classmethod
     def options(cls) -> dict[str, Any]:
         """Names and defaults of the options that this connector takes in `connector_config`."""
-        found: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         for klass in reversed(cls.__mro__):
             if "__init__" in vars(klass) and issubclass(klass, Connector):
                 for name, parameter in inspect.signature(klass.__init__).parameters.items():
                     if parameter.default is not inspect.Parameter.empty:
-                        found[name] = parameter.default
-        return found
+                        options[name] = parameter.default
+        return options
 
     @classmethod
     def resolve_prefix_length(cls, num_positions: int | None, prefix_length: int | None) -> int | None:
@@ -178,7 +204,7 @@ class Connector(nn.Module):
             # Filled even where attention skips them: 0 * inf of a padded patch would be NaN.
             features = features.masked_fill(~attention_mask[..., None], 0)
         positions, one_size = features.shape[1], "give images of the size that the model was built for"
-        if self.positions is not None and positions != self.num_positions * frames:
+        if self.positions is not None and positions != len(self.positions) * frames:
             raise ValueError(
                 f"The tower gave {positions} positions where this connector has position embeddings for "
                 f"{self.num_positions}; {one_size}."
@@ -197,8 +223,8 @@ class Connector(nn.Module):
         Args:
             features: (images, positions, vision_width), of any floating dtype.
             attention_mask: (images, positions), true at valid positions, for towers that pad (NaFlex). What stands at
-                the others has no influence; connectors that keep positions answer there with a learned constant.
-            frames: how many frames of a video stand behind each other in the positions, for connectors that read them.
+                the others has no influence; connectors that keep positions write a learned constant there.
+            frames: how many frames of a video the positions hold, one after another, for connectors that read them.
 
         Returns:
             (images, prefix_length, embedding_dim), in the connector's dtype.
@@ -223,26 +249,14 @@ class Connector(nn.Module):
         """(Re)initialises every parameter, also after `to_empty()`; tensors marked as loaded are left as they are."""
         if all(parameter.is_meta for parameter in self.parameters()):
             return  # nothing to fill
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init.lecun_normal_(module.weight)  # keeps the variance, whatever the widths
-                if module.bias is not None:
-                    init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                init.ones_(module.weight)
-                init.zeros_(module.bias)
-            elif isinstance(module, nn.MultiheadAttention):
-                init.lecun_normal_(module.in_proj_weight)
-                init.zeros_(module.in_proj_bias)
+        fill_layers(self)
         if self.positions is not None:
             init.normal_(self.positions, std=0.02)
-        if self.reads_positions:
-            init.normal_(self.queries, std=1.0)  # smaller ones start as nearly the same vector, and part more slowly
-        if not any(parameter.is_meta for parameter in self.parameters()):
-            # transformers' own pass (`post_init`) would overwrite this with its N(0, 0.02), and it never calls a
-            # custom model's `_init_weights` for a module that holds no tensor of its own: the private mark alone stops it.
-            for module in self.modules():
-                module._is_hf_initialized = True
+        self._reset_own()
+        mark_filled(self)
+
+    def _reset_own(self) -> None:
+        """For parameters that are no layer's, or start otherwise."""
 
     @torch.no_grad()
     def set_output_norm(self, norm: float) -> None:
@@ -293,8 +307,8 @@ class IdentityConnector(Connector):
     def options(cls) -> dict[str, Any]:
         return {}
 
-    def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self._prepare(features, attention_mask)[0]
+    def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None, frames: int = 1) -> torch.Tensor:
+        return self._prepare(features, attention_mask, frames)[0]
 
     def set_output_norm(self, norm: float) -> None:
         """Does nothing: there is no parameter to scale."""
@@ -337,14 +351,18 @@ class MLPConnector(Connector):
 
 
 class _Reader(Connector):
-    """Connectors that read all positions and answer at `prefix_length` learned queries."""
+    """Connectors that read all positions and write at `prefix_length` learned queries."""
 
     reads_positions = True
+    prefix_length: int
 
     def _add_queries(self, hidden_size: int) -> None:
         self.queries = nn.Parameter(torch.empty(self.prefix_length, hidden_size))
         self._add_output(hidden_size)
         self.reset_parameters()
+
+    def _reset_own(self) -> None:
+        init.normal_(self.queries, std=1.0)  # smaller ones start as nearly the same vector, and part more slowly
 
 
 class Attention(nn.MultiheadAttention):
@@ -364,17 +382,17 @@ class Attention(nn.MultiheadAttention):
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, **kwargs)
         sizes = [self.embed_dim, 2 * self.embed_dim]
         (query_weight, weight), (query_bias, bias) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
-        keys, values = nn.functional.linear(key, weight, bias).chunk(2, dim=-1)
-        heads = [
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for part in (nn.functional.linear(query, query_weight, query_bias), keys, values)
-        ]
+        projected = (
+            nn.functional.linear(query, query_weight, query_bias),
+            *nn.functional.linear(key, weight, bias).chunk(2, dim=-1),
+        )
+        queries, keys, values = (one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in projected)
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask
         dropout = self.dropout if self.training else 0.0
-        read = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(read.transpose(1, 2).flatten(2)), None
+        attended = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
 
 class TransformerLayer(GradientCheckpointingLayer, nn.TransformerEncoderLayer):
@@ -498,7 +516,7 @@ class QFormerConnector(_Reader):
         num_layers: its layers (post-norm).
         num_heads: attention heads; must divide `hidden_size`.
         feedforward_size: width of the feed-forward layers; None for four times `hidden_size`.
-        cross_attention_frequency: every how many layers the queries look at the image, the first among them.
+        cross_attention_frequency: every how many layers the queries attend to the image, the first among them.
         dropout: in attention and hidden states.
     """
 
@@ -537,8 +555,8 @@ class QFormerConnector(_Reader):
             encoder_attention_mask=attention_mask,
         ).last_hidden_state
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
+    def _reset_own(self) -> None:
+        super()._reset_own()
         for name, module in self.qformer.named_modules():
             # transformers' N(0, 0.02) at width 768, carried over to any width: with more, post-norm layers start by
             # making all queries the same. Where the image comes in, less than that would start by making it small.
@@ -571,8 +589,8 @@ class LSTMConnector(_Reader):
     """A recurrent reader: an LSTM goes over the projected positions, then over the queries, where the prefix is read.
 
     Masked positions are moved to the front, where they leave the state at zero. Forget and input gates start at many
-    time scales (chrono initialisation, arXiv 1804.11188), so that the first of hundreds of positions is still heard at
-    the end.
+    time scales (chrono initialisation, arXiv 1804.11188), so that the first of hundreds of positions still has an
+    influence at the end.
 
     Args:
         hidden_size: width of the LSTM.
@@ -601,12 +619,12 @@ class LSTMConnector(_Reader):
             hidden = self.dropout(layer(hidden, valid))
         return self.norm(hidden[:, -self.prefix_length :])
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
+    def _reset_own(self) -> None:
+        super()._reset_own()
         steps = (self.num_positions or 256) + self.prefix_length
-        for layer in self.layers:
-            weight, size = layer.input_gates.weight, layer.hidden_size
-            if not getattr(weight, "_is_hf_initialized", False):
+        for layer in self.modules():
+            if isinstance(layer, LSTMLayer) and not getattr(layer.input_gates.weight, "_is_hf_initialized", False):
+                weight, size = layer.input_gates.weight, layer.hidden_size
                 spread = torch.linspace(1.0, steps, size, device=weight.device).log()
                 with torch.no_grad():  # torch's order of gates: input, forget, cell, output
                     weight[:, -1] = torch.cat([-spread, spread, torch.zeros(2 * size, device=weight.device)])
@@ -628,8 +646,8 @@ def _is_positive_int(value: Any) -> bool:
 
 
 def _closest(name: Any, names: Any) -> str:
-    found = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"did you mean {found[0]!r}? " if found else ""
+    nearest = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"did you mean {nearest[0]!r}? " if nearest else ""
 
 
 def check_connector(
@@ -641,10 +659,12 @@ def check_connector(
     prefix_length: int | None,
     connector_config: dict[str, Any] | None = None,
 ) -> int | None:
-    """Checks a connector's whole specification without building it.
+    """
+    Checks a connector's whole specification without building it.
 
     Returns:
-        The resolved prefix length; None only where the tower's positions vary and the connector keeps them.
+        `int`, *optional*: the resolved prefix length; `None` only where the tower's positions vary and the connector keeps
+        them.
 
     Raises:
         ValueError: unknown type (lists the choices), unknown option (names the nearest and lists the options), or
@@ -656,7 +676,12 @@ def check_connector(
             f"The choices are {', '.join(map(repr, CONNECTORS))}."
         )
     connector, options = CONNECTORS[connector_type], connector_config or {}
-    geometry = ("num_positions", "vision_width", "embedding_dim", "prefix_length")
+    geometry = {
+        "num_positions": num_positions,
+        "vision_width": vision_width,
+        "embedding_dim": embedding_dim,
+        "prefix_length": prefix_length,
+    }
     for name in options:
         if name in geometry:
             raise ValueError(f"connector_config holds {name!r}, which stands beside connector_config, not in it.")
@@ -666,33 +691,13 @@ def check_connector(
                 f"connector_config holds {name!r}, which the connector {connector_type!r} does not know; "
                 f"{_closest(name, connector.options())}Its options are: {choices or 'none'}."
             )
-    return connector.check(
-        num_positions=num_positions,
-        vision_width=vision_width,
-        embedding_dim=embedding_dim,
-        prefix_length=prefix_length,
-        **options,
-    )
+    return connector.check(**geometry, **options)  # type: ignore[arg-type]  # the keys have types of their own
 
 
-def build_connector(
-    connector_type: str,
-    *,
-    num_positions: int | None,
-    vision_width: int,
-    embedding_dim: int,
-    prefix_length: int | None,
-    connector_config: dict[str, Any] | None = None,
-) -> Connector:
-    """Checks the specification (see `check_connector`) and builds the connector, initialised."""
-    spec: dict[str, Any] = {
-        "num_positions": num_positions,
-        "vision_width": vision_width,
-        "embedding_dim": embedding_dim,
-        "prefix_length": prefix_length,
-    }
-    check_connector(connector_type, **spec, connector_config=connector_config)
-    return CONNECTORS[connector_type](**spec, **(connector_config or {}))
+def build_connector(connector_type: str, *, connector_config: dict[str, Any] | None = None, **geometry: Any) -> Connector:
+    """Checks the specification, of the same arguments as [`check_connector`], and builds the connector, initialised."""
+    check_connector(connector_type, connector_config=connector_config, **geometry)
+    return CONNECTORS[connector_type](**geometry, **(connector_config or {}))
 
 
 def draws(module: nn.Module) -> bool:
@@ -709,7 +714,7 @@ def _rate(module: nn.Module) -> float:
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """For looks at a module, which must not draw: its mode, and that of every module in it, comes back afterwards."""
+    """For probes of a module, which must not draw: its mode, and that of every module in it, is restored afterwards."""
     training = [one for one in module.modules() if one.training]
     for one in training:
         one.training = False
@@ -723,23 +728,16 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 class Head(nn.Module):
     """Small modules that train by the word "connector" of `config.trainable`, in fp32, and lie in every small checkpoint."""
 
+    _frozen_prefix_initialized = False
+
     def reset_parameters(self) -> None:
         """(Re)initialises every parameter; tensors marked as loaded are left as they are."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init.lecun_normal_(module.weight)
-                if module.bias is not None:
-                    init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                init.ones_(module.weight)
-                init.zeros_(module.bias)
+        fill_layers(self)
         self._reset_own()
-        if not any(parameter.is_meta for parameter in self.parameters()):
-            for module in self.modules():  # or transformers' own pass would overwrite them with its N(0, 0.02)
-                module._is_hf_initialized = True
+        mark_filled(self)
 
     def _reset_own(self) -> None:
         """For parameters that are no layer's."""
 
     def set_output_norm(self, norm: float) -> None:
-        """For what is to stand among words, whose norm this is; other heads have nothing to scale."""
+        """For what is read among words, whose norm this is; other heads have nothing to scale."""

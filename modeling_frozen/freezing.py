@@ -1,24 +1,24 @@
 """What trains and what stays frozen: the one place that sets `requires_grad`, and the modes of frozen modules.
 
-A parent's modules bear the name of their part (`_frozen_prefix_part`), which travels with them through PEFT's wrapping,
-`.to()` and copies. Which of them are the last layers, for `unlocked_layers` (open_clip's `lock` with groups), a parent is
-asked, not looked up: its layers are the list of modules with the most weights, as they are registered.
+A backbone's modules carry the name of their part (`_frozen_prefix_part`), which stays with them through PEFT's wrapping,
+`.to()` and copies. The last layers, for `unlocked_layers` (open_clip's `lock` with groups), are those of the list of modules
+with the most weights, as the backbone registers them.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .connectors import Connector, Head
-from .cross_attention import GatedCrossAttention
+from .cross_attention import GatedCrossAttention, largest_list
 
 
-# What `trainable` calls "connector": all that is neither parent.
+# What `trainable` calls "connector": all that is no backbone.
 CONNECTING = (Connector, GatedCrossAttention, Head)
 
 
@@ -30,62 +30,52 @@ class Unlocked:
     modules: frozenset[int]
 
 
-def _outermost_lists(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
-    for child_name, child in module.named_children():
-        full_name = f"{name}.{child_name}" if name else child_name
-        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child):
-            yield full_name, child
-        else:
-            yield from _outermost_lists(child, full_name)
-
-
-def last_layers(parent: nn.Module, count: int) -> Unlocked:
+def last_layers(backbone: PreTrainedModel, count: int) -> Unlocked:
     """
     The last `count` layers of a tower or language model, with what is registered behind them (a last norm, say).
 
     Raises:
         ValueError: if it has no list of layers, or fewer of them.
     """
-    lists = list(_outermost_lists(parent))
-    name, layers = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()), default=("", ()))
+    name, layers = largest_list(backbone, nn.ModuleList, nn.Sequential)
     if count > len(layers):
         raise ValueError(
-            f"{type(parent).__name__} has {len(layers)} layers, so {count} of them can't be unlocked: give at most that "
+            f"{type(backbone).__name__} has {len(layers)} layers, so {count} of them can't be unlocked: give at most that "
             "number in `unlocked_layers`, or name the part in `trainable` to train it whole."
         )
-    first = len(layers) - count
-    chosen = [module for layer in layers[first:] for module in layer.modules()]
-    modules, parameters = {id(module) for module in chosen}, {id(p) for layer in layers[first:] for p in layer.parameters()}
-    behind = False
-    for module_name, module in parent.named_modules():
+    last = list(layers)[len(layers) - count :]
+    modules = {id(module) for layer in last for module in layer.modules()}
+    parameters = {id(p) for layer in last for p in layer.parameters()}
+    words, behind = _word_parameters(backbone), False
+    for module_name, module in backbone.named_modules():
         if module_name == name:
             behind = True
         elif behind and not module_name.startswith(f"{name}."):
-            own = {id(p) for p in module.parameters(recurse=False)}
-            shared = {id(p) for p in parent.get_input_embeddings().parameters()} if own and _has_words(parent) else set()
-            if own - shared:  # a tied head is the words' own table, which comes before every layer
+            # A tied head is the word embeddings' own table, which comes before every layer.
+            own = {id(p) for p in module.parameters(recurse=False)} - words
+            if own:
                 modules.add(id(module))
-                parameters |= own - shared
+                parameters |= own
     return Unlocked(frozenset(parameters), frozenset(modules))
 
 
-def _has_words(parent: nn.Module) -> bool:
+def _word_parameters(backbone: PreTrainedModel) -> set[int]:
     try:
-        return isinstance(parent.get_input_embeddings(), nn.Module)
-    except (AttributeError, NotImplementedError):
-        return False
+        return {id(p) for p in backbone.get_input_embeddings().parameters()}
+    except (AttributeError, NotImplementedError):  # most towers have none
+        return set()
 
 
 def unlocked_counts(model: Any) -> dict[str, int]:
-    """Of the parents that are here and otherwise frozen, how many last layers train."""
+    """Of the loaded backbones that are otherwise frozen, how many last layers train."""
     counts = model.config.unlocked_layers.items()
     return {part: n for part, n in counts if part in model.backbones and part not in model.config.trainable}
 
 
 def freeze(model: Any) -> None:
     """
-    Sets `requires_grad` of every tensor of the parents and the connector by `config.trainable`; the one place that
-    does. Tensors that others added (LoRA) are left alone. Frozen parents stay in eval mode under `train()`.
+    Sets `requires_grad` of every tensor of the backbones and the connector by `config.trainable`; the one place that
+    does. Tensors that others added (LoRA) are left alone. Frozen backbones stay in eval mode under `train()`.
     """
     unlocked = [last_layers(model._layered(part), count) for part, count in unlocked_counts(model).items()]
     unlocked_ids = set().union(*(one.parameters for one in unlocked))
@@ -129,8 +119,9 @@ class _Recomputed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.layer.training or not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
-        # Private: transformers leaves the chosen function (reentrant or not, offloading) on the layer by this name alone.
-        return self.layer._gradient_checkpointing_func(functools.partial(self.plain, **kwargs), *args)
+        # Private: transformers sets the chosen function (reentrant or not, offloading) on the layer under this name alone.
+        recompute = self.layer._gradient_checkpointing_func
+        return recompute(functools.partial(self.plain, **kwargs), *args)  # type: ignore[operator]  # set at run time
 
 
 def recompute_frozen_layers(model: Any, enable: bool) -> None:

@@ -111,7 +111,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             self._is_stateful = getattr(language_model, "_is_stateful", False)
             self._can_compile_fullgraph = getattr(language_model, "_can_compile_fullgraph", False)
             if self.config.fusion == "cross_attention":
-                self.base_model.cross_attention.stand_between(decoder_layers(language_model))
+                self.base_model.cross_attention.register_hooks(decoder_layers(language_model))
                 self._can_compile_fullgraph = False  # which word attends to which image is counted on the host
         self.freeze_base_models()
 

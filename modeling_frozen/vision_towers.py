@@ -1,7 +1,7 @@
 """Any vision tower of transformers, read as (images, positions, width).
 
 A tower is a transformer with class tokens, a pyramid of windows, a convolutional map, or one half of a dual model.
-What sets them apart is found by asking (signatures, config attributes, a run on the meta device), never by a list of
+What sets them apart is read from signatures, config attributes and a run on the meta device, never from a list of
 families, so that a family that transformers gains tomorrow needs no line here.
 
 How the leading tokens (class, register, distillation) are counted: the same tower is run on the meta device, on images
@@ -9,7 +9,7 @@ of side S, 2 S and 3 S, S a multiple of patch size and stride. Its patches becom
 leading tokens stay, so with N positions in all `leading = (4 N(S) - N(2 S)) / 3`, and N(3 S) proves that nothing was
 rounded. This needs no name of a parameter or attribute, and it is right where counting parameters is not: DINOv3's
 ConvNeXt puts a *pooled* token, which is no parameter, before its positions. The same runs tell which axis of a 4-D map
-holds the width: the one that does not grow. Tokens *behind* the patches can't be told from leading ones by shapes; no
+holds the width: the one that does not grow. By shapes tokens *behind* the patches are no different from leading ones; no
 tower but a detector (YOLOS) has them.
 """
 
@@ -18,7 +18,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,21 +33,24 @@ from .transformers_compat import forward_parameters
 
 
 SELECT_STRATEGIES = ("default", "full", "pooled")
-_HALVES = ("vision_config", "image_config")  # the sub-config names under which dual models keep what sees
+_HALVES = ("vision_config", "image_config")  # the names of the vision sub-config in dual models
 _OUTPUT_FLAGS = ("output_hidden_states", "output_attentions")  # taken through **kwargs by most towers
-_HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder")
-_HUB_OPTIONS += ("token", "trust_remote_code")
+_HUB_OPTIONS = (
+    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class VisionGeometry:
-    """What a tower hands to the connector.
+    """
+    What a tower gives to the connector.
 
     Attributes:
-        num_leading_tokens: class, register and distillation tokens before the image's own positions, at the chosen
+        num_leading_tokens (`int`): class, register and distillation tokens before the image's own positions, at the chosen
             layer.
-        num_positions: vectors per image after selection; the most there can be where images differ in length.
-        vision_width: length of each vector (the sum over layers where several are concatenated).
+        num_positions (`int`): vectors per image after selection; the most there can be where images differ in length.
+        vision_width (`int`): length of each vector (the sum over layers where several are concatenated).
     """
 
     num_leading_tokens: int
@@ -55,13 +58,11 @@ class VisionGeometry:
     vision_width: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which config, which class, how to build and load
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- which config, which class, how to build and load
 
 
 def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the part that sees: the vision sub-config of a dual model (CLIP, SigLIP ...), or `config` itself.
+    """The config of the vision half: the vision sub-config of a dual model (CLIP, SigLIP ...), or `config` itself.
 
     A config that masks patches at random (`mask_ratio`, ViT-MAE) is returned as a copy that masks none: a frozen tower
     must give the same features for the same image. Applying this function twice changes nothing.
@@ -77,6 +78,12 @@ def vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def class_in(mapping: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that the mapping of an Auto class has for a config; of several the first."""
+    classes = mapping[type(config)] if type(config) in mapping else None
+    return classes[0] if isinstance(classes, (list, tuple)) else classes
+
+
 def vision_tower_class(vision_config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that `AutoModel` builds for this config; for a half that `AutoModel` does not list, the class that
     bears the config's name (`BlipVisionConfig`: `BlipVisionModel`), as everywhere in transformers.
@@ -84,39 +91,42 @@ def vision_tower_class(vision_config: PreTrainedConfig) -> type[PreTrainedModel]
     Raises:
         ValueError: transformers has no such class.
     """
-    config_class = type(vision_config)
-    if config_class in MODEL_MAPPING:
-        found = MODEL_MAPPING[config_class]
-        return found[0] if isinstance(found, tuple) else found
-    package = sys.modules.get(config_class.__module__.partition(".")[0])
-    found = getattr(package, config_class.__name__.removesuffix("Config") + "Model", None)
+    found = class_in(MODEL_MAPPING, vision_config)
+    if found is None:
+        config_class = type(vision_config)
+        package = sys.modules.get(config_class.__module__.partition(".")[0])
+        found = getattr(package, config_class.__name__.removesuffix("Config") + "Model", None)
     if inspect.isclass(found) and issubclass(found, PreTrainedModel):
         return found
     raise ValueError(
-        f"No model class is known for {config_class.__name__} (model type {vision_config.model_type!r}): a vision"
+        f"No model class is known for {type(vision_config).__name__} (model type {vision_config.model_type!r}): a vision"
         " tower must be a model that `AutoModel.from_config` can build. Register its class with `AutoModel.register`,"
         " or take another tower."
     )
 
 
 def vision_tower_kwargs(vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """Keywords to build or load the tower with, so that it holds nothing that may be missing from its checkpoint.
+    """Keywords to build or load the tower with, so that it holds nothing that may be missing from its checkpoint."""
+    return {} if _is_remote(vision_config) else pooler_options(vision_tower_class(vision_config))
 
-    A class whose constructor has `add_pooling_layer` (ViT, DeiT, BEiT, Swin ...) can do without its pooler, and many
-    checkpoints lack those weights: loaded with it, a random layer would sit in the frozen tower. The same keywords go
-    to `from_pretrained`.
+
+@functools.cache
+def pooler_options(model_class: type) -> dict[str, Any]:
     """
-    if _is_remote(vision_config):
-        return {}
-    takes_pooler = _has_optional_pooler(vision_tower_class(vision_config))
-    return {"add_pooling_layer": False} if takes_pooler else {}
+    Keywords by which a class leaves out its pooler, for constructor and `from_pretrained`.
+
+    A class whose constructor has `add_pooling_layer` (ViT, DeiT, BEiT, Swin ...) can do without, and many checkpoints lack
+    those weights: loaded with it, a random layer would be in the frozen model.
+    """
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
 
 
 def build_vision_tower(vision_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-    """A tower with random weights from its config: the vision half only, without an optional pooler.
+    """
+    A tower with random weights from its config: the vision half only, without an optional pooler.
 
     Args:
-        vision_config: a vision config or that of a dual model.
+        vision_config (`PreTrainedConfig`): a vision config or that of a dual model.
         kwargs: `dtype`, `attn_implementation`, `trust_remote_code`, as for `AutoModel.from_config`.
     """
     vision_config = vision_half(vision_config)
@@ -129,15 +139,12 @@ def build_vision_tower(vision_config: PreTrainedConfig, **kwargs: Any) -> PreTra
 
 
 def load_vision_tower(name_or_path: str, *, config: PreTrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A tower with its own weights, out of the tower's repository or that of the dual model it is one half of.
-
-    The class's own `from_pretrained` does the loading. Some dual checkpoints (AIMv2's) call the weights by names that
-    the half alone does not know, and transformers then leaves them random with a log line; here the half's place in the
-    dual model is asked of the dual model, and the weights are read from there.
+    """
+    A tower with its own weights, out of the tower's repository or that of the dual model it is one half of.
 
     Args:
-        name_or_path: repository or folder, of a tower or of a dual model.
-        config: the tower's config where it is known; else the repository's own.
+        name_or_path (`str`): repository or folder, of a tower or of a dual model.
+        config (`PreTrainedConfig`, *optional*): the tower's config where it is known; else the repository's own.
         kwargs: as for `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, `token` ...
 
     Raises:
@@ -145,39 +152,56 @@ def load_vision_tower(name_or_path: str, *, config: PreTrainedConfig | None = No
     """
     hub = {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS}
     whole = AutoConfig.from_pretrained(name_or_path, **hub) if config is None else config
-    config = vision_half(whole)
-    if _is_remote(config):
-        loader = AutoModel
-    else:
-        loader = vision_tower_class(config)
+    half = vision_half(whole)
+    loader: Any = AutoModel
+    if not _is_remote(half):
+        loader = vision_tower_class(half)
         kwargs.pop("trust_remote_code", None)
-    kwargs = {**vision_tower_kwargs(config), **kwargs, "config": config, "output_loading_info": True}
+
+    def place(tower_class: type) -> str | None:
+        # With the config of the half alone, the repository has that of the whole.
+        return _place_in_dual_model(AutoConfig.from_pretrained(name_or_path, **hub) if whole is half else whole, tower_class)
+
+    return load_with_every_weight(loader, name_or_path, place, config=half, **{**vision_tower_kwargs(half), **kwargs})
+
+
+def load_with_every_weight(
+    loader: Any, name_or_path: str, place: Callable[[type], str | None], **kwargs: Any
+) -> PreTrainedModel:
+    """
+    A tower by its class's own `from_pretrained`, with no weight left random.
+
+    Some checkpoints of a model that the tower is part of (AIMv2's) have its weights under names that the tower alone does
+    not know, and transformers then leaves them random with a log line.
+
+    Args:
+        loader: the tower's class, or `AutoModel`.
+        name_or_path (`str`): repository or folder.
+        place (`Callable`):
+            Gives, for the tower's class, the regular expression of the name of such a tower in the whole model, `None`
+            where there is no whole; called only when weights are missing.
+        kwargs: as for `from_pretrained`.
+
+    Raises:
+        ValueError: weights are missing.
+    """
+    kwargs["output_loading_info"] = True
     with quiet():  # the other half's weights are no news, and what is missing is raised below
         tower, info = loader.from_pretrained(name_or_path, **kwargs)
-        if info["missing_keys"]:
-            if whole is config:  # given the half alone: the repository knows the whole
-                whole = AutoConfig.from_pretrained(name_or_path, **hub)
-            place = _place_in_dual_model(whole, type(tower))
-            if place is not None:
-                renamed = {**(kwargs.get("key_mapping") or {}), rf"^{place}\.": ""}
-                tower, info = loader.from_pretrained(name_or_path, **{**kwargs, "key_mapping": renamed})
+        if info["missing_keys"] and (prefix := place(type(tower))) is not None:
+            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), rf"^{prefix}\.": ""}
+            tower, info = loader.from_pretrained(name_or_path, **kwargs)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
-            f"{name_or_path!r} lacks {len(missing)} weights of {type(tower).__name__} ({', '.join(missing[:4])} ...),"
-            " which would be random. Name a repository that holds this vision tower, or a dual model that it is one"
-            " half of."
+            f"{name_or_path!r} lacks {len(missing)} weights of {type(tower).__name__} ({', '.join(missing[:4])} ...), which "
+            "would be random. Name a repository that holds this tower, or a model that it is one half of."
         )
     return tower
 
 
 def _is_remote(config: PreTrainedConfig) -> bool:
     return type(config) not in MODEL_MAPPING and "AutoModel" in (getattr(config, "auto_map", None) or {})
-
-
-@functools.cache
-def _has_optional_pooler(tower_class: type) -> bool:
-    return "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
 
 
 def _place_in_dual_model(whole: PreTrainedConfig, tower_class: type) -> str | None:
@@ -187,6 +211,11 @@ def _place_in_dual_model(whole: PreTrainedConfig, tower_class: type) -> str | No
     with _on_meta():
         dual = AutoModel.from_config(copy.deepcopy(whole))
     return next((name for name, module in dual.named_modules() if name and type(module) is tower_class), None)
+
+
+def _leaves_out_pooler(tower: PreTrainedModel) -> bool:
+    tower_class: type = type(tower)
+    return bool(pooler_options(tower_class))
 
 
 @contextmanager
@@ -199,9 +228,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images in, features out
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- images in, features out
 
 
 def encode_images(
@@ -213,27 +240,30 @@ def encode_images(
     num_leading_tokens: int,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None, ModelOutput]:
-    """Run the tower and bring its output into (images, positions, width); gradients flow or not as the caller says.
+    """
+    Runs the tower and brings its output into (images, positions, width); gradients flow or not as the caller has set.
 
     Args:
-        vision_tower: any vision model of transformers, in eval mode.
-        pixel_values: (images, channels, height, width), or (images, patches, values) for a tower that takes patches
-            (SigLIP 2 NaFlex); cast to the tower's dtype here.
-        layer: -1 takes `last_hidden_state`, which is what the model gives, behind its final norm where it has one. Any
-            other index is one into the model's `hidden_states`, of which 0 is what enters the first layer; no final
-            norm is applied to them. Several indices are concatenated over the width, in the order given.
-        select_strategy: "default" drops the leading tokens, "full" keeps them, "pooled" is one vector per image: the
-            tower's own `pooler_output` where it is part of the tower (CLIP's normed class token, SigLIP's attention
-            head, the mean of a convolutional map), but never one that its constructor can leave out
-            (`add_pooling_layer`), whose weights may be random; else the first leading token where there is one (the
-            class token), else the mean over positions. At other layers than -1 the last two rules hold.
-        num_leading_tokens: as probed (`VisionGeometry`).
+        vision_tower (`PreTrainedModel`): any vision model of transformers, in eval mode.
+        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`):
+            Or `(images, patches, values)` for a tower that takes patches (SigLIP 2 NaFlex); cast to the tower's dtype here.
+        layer (`int` or `Sequence[int]`, defaults to -1):
+            -1 takes `last_hidden_state`, which is what the model gives, behind its final norm where it has one. Any other
+            index is one into the model's `hidden_states`, of which 0 is what enters the first layer; no final norm is
+            applied to them. Several indices are concatenated over the width, in that order.
+        select_strategy (`str`, defaults to `"default"`):
+            `"default"` drops the leading tokens, `"full"` keeps them, `"pooled"` is one vector per image: the tower's own
+            `pooler_output` where it is part of the tower (CLIP's normed class token, SigLIP's attention head, the mean of a
+            convolutional map), but never one that its constructor can leave out (`add_pooling_layer`), whose weights may be
+            random; else the first leading token where there is one (the class token), else the mean over positions. At
+            other layers than -1 the last two rules hold.
+        num_leading_tokens (`int`): as probed ([`VisionGeometry`]).
         kwargs: passed on where the tower's `forward` takes them: `pixel_attention_mask`, `spatial_shapes`,
             `interpolate_pos_encoding`, `output_hidden_states`, `output_attentions`.
 
     Returns:
-        The features (images, positions, width); a bool mask (images, positions), true at real positions, or None where
-        all are; the tower's own output.
+        `tuple`: the features `(images, positions, width)`; a bool mask `(images, positions)`, true at real positions, or
+        `None` where all are; the tower's own output.
 
     Raises:
         ValueError: an unknown strategy, a layer out of range, layers of different length, inputs that the tower needs
@@ -247,7 +277,7 @@ def encode_images(
         raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}: {type(vision_tower).__name__} takes {shape}.")
     inputs = _inputs_taken(vision_tower, pixel_values, layers, kwargs)
     output = vision_tower(pixel_values.to(vision_tower.dtype), **inputs)
-    if getattr(output, "ids_restore", None) is not None and getattr(vision_tower.config, "mask_ratio", 0):
+    if getattr(output, "ids_restore", None) is not None and getattr(vision_tower.config, "mask_ratio", False):
         raise ValueError(
             f"{type(vision_tower).__name__} drops {vision_tower.config.mask_ratio:.0%} of the patches at random, so"
             " that its features change from call to call. Build or load it with `config=vision_half(config)`, which"
@@ -261,7 +291,7 @@ def encode_images(
         num_leading_tokens,
         patches_mask if patches_mask is not None and patches_mask.ndim == 2 else None,
         width_axis=lambda index: _known_width_axis(vision_tower, index),
-        use_pooler=not _has_optional_pooler(type(vision_tower)),
+        use_pooler=not _leaves_out_pooler(vision_tower),
     )
     return features, features_mask, output
 
@@ -318,7 +348,7 @@ def _select(
     num_leading_tokens: int,
     patches_mask: Tensor | None,
     *,
-    width_axis,
+    width_axis: Callable[[int], int],
     use_pooler: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The chosen layers of a tower's output as (images, positions, width) and their mask; see `encode_images`."""
@@ -381,9 +411,7 @@ def _mean_over_positions(states: Tensor, mask: Tensor | None) -> Tensor:
     return (states * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Probing on the meta device
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------- probing on the meta device
 
 
 def probe_vision_tower(
@@ -394,19 +422,22 @@ def probe_vision_tower(
     image_processor: Any = None,
     **kwargs: Any,
 ) -> VisionGeometry:
-    """What `encode_images` will give for this tower, found without a single weight.
+    """
+    What [`encode_images`] will give for this tower, probed without a single weight.
 
     Args:
-        vision_config: a vision config or that of a dual model.
-        layer: as for `encode_images`.
-        select_strategy: as for `encode_images`.
-        image_processor: the tower's image processor. The image size it makes is then the one probed, and not the
-            config's, which may differ: DINOv2's config says 518 and its processor crops to 224; a ResNet's config says
-            nothing (224 is taken).
+        vision_config (`PreTrainedConfig`): a vision config or that of a dual model.
+        layer, select_strategy: as for [`encode_images`].
+        image_processor (*optional*):
+            The tower's image processor. The image size it makes is then the one probed, and not the config's, which may
+            differ: DINOv2's config says 518 and its processor crops to 224; a ResNet's config says nothing (224 is taken).
         kwargs: `trust_remote_code`, `interpolate_pos_encoding`.
 
+    Returns:
+        [`VisionGeometry`]
+
     Raises:
-        ValueError: as for `encode_images`, or a processor whose images do not fit the tower.
+        ValueError: as for [`encode_images`], or a processor whose images do not fit the tower.
     """
     layers = _check_choice(layer, select_strategy)
     vision_config = vision_half(vision_config)
@@ -431,7 +462,7 @@ def probe_vision_tower(
         leading[0],
         None,
         width_axis=lambda index: axes[layers.index(index)],
-        use_pooler=not _has_optional_pooler(type(tower)),
+        use_pooler=not _leaves_out_pooler(tower),
     )
     return VisionGeometry(leading[0], features.shape[1], features.shape[2])
 
@@ -442,12 +473,11 @@ def _on_meta() -> Iterator[None]:
         yield
 
 
-def _meta_tower(config: PreTrainedConfig, tower_class: type[PreTrainedModel]) -> PreTrainedModel:
+def _meta_tower(config: PreTrainedConfig, tower_class: type) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config._attn_implementation = None  # a kernel that this machine lacks plays no part in shapes
-    kwargs = {"add_pooling_layer": False} if _has_optional_pooler(tower_class) else {}
     with _on_meta():
-        return tower_class(config, **kwargs).eval()
+        return tower_class(config, **pooler_options(tower_class)).eval()
 
 
 def _run_on_meta(
@@ -484,11 +514,12 @@ def _compare_sizes(tower: PreTrainedModel, layers: list[int]) -> tuple[list[int]
             shapes.append(_shapes_at(tower, side * 3, layers))
         of_layer = list(zip(*shapes, strict=True))
         leading = [_leading_tokens(*(shape[1] for shape in of)) if len(of[0]) == 3 else 0 for of in of_layer]
-        if None not in leading:
-            return [_width_axis(*of[:2]) for of in of_layer], leading
+        counts = [count for count in leading if count is not None]
+        if len(counts) == len(leading):
+            return [_width_axis(*of[:2]) for of in of_layer], counts
     index = leading.index(None)
     raise ValueError(
-        f"The leading tokens of {type(tower).__name__} at vision_feature_layer={layers[index]} can't be told: images"
+        f"The leading tokens of {type(tower).__name__} at vision_feature_layer={layers[index]} can't be counted: images"
         f" of side {side} times 1, 2, 3 give {', '.join(str(shape[1]) for shape in of_layer[index])} positions."
         " Choose another layer, or a tower whose positions follow the image's size."
     )
@@ -590,8 +621,8 @@ _WIDTH_AXES: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
 
 @torch.compiler.disable
 def _known_width_axis(tower: PreTrainedModel, index: int) -> int:
-    """The width's axis in this tower's map at this layer, probed the first time it is asked for."""
-    known = _WIDTH_AXES.setdefault(tower, {})
-    if index not in known:
-        known[index] = _compare_sizes(_meta_tower(tower.config, type(tower)), [index])[0][0]
-    return known[index]
+    """The width's axis in this tower's map at this layer, probed once."""
+    axes = _WIDTH_AXES.setdefault(tower, {})
+    if index not in axes:
+        axes[index] = _compare_sizes(_meta_tower(tower.config, type(tower)), [index])[0][0]
+    return axes[index]

@@ -413,7 +413,7 @@ def test_every_n_layers() -> None:
         for every in (None, 2):
             options = {**SPECIFICATION, "cross_attention_config": {**BLOCKS, "every_n_layers": every}}
             built = Model(FrozenPrefixConfig.from_vision_text_configs(VISION, config, **options))
-            places[layers, every] = built.model.cross_attention.places
+            places[layers, every] = built.model.cross_attention.layer_indices
     assert places == {(2, None): [1], (2, 2): [1], (9, None): [3, 7], (9, 2): [1, 3, 5, 7]}
 
 
