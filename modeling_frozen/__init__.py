@@ -1,4 +1,4 @@
-"""frozen-prefix: eyes for any frozen language model.
+"""frozen-prefix: images, videos and audio for any frozen language model.
 
 Importing this package registers the model type `frozen-prefix` with the Auto classes of transformers; all else is
 imported when it is first used.

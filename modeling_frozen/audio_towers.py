@@ -70,9 +70,7 @@ def audio_tower_class(audio_config: PreTrainedConfig) -> type[PreTrainedModel]:
     if config_class not in _ENCODER_CLASSES:
         encoder = _whole_on_meta(audio_config).get_encoder()
         if not isinstance(encoder, PreTrainedModel):
-            raise ValueError(
-                f"The encoder of {config_class.__name__} ({type(encoder).__name__}) can't stand alone as a tower."
-            )
+            raise ValueError(f"The encoder of {config_class.__name__} ({type(encoder).__name__}) can't be a tower by itself.")
         _ENCODER_CLASSES[config_class] = type(encoder)
     return _ENCODER_CLASSES[config_class]
 

@@ -104,7 +104,7 @@ def _has_mapping(config: PreTrainedConfig) -> bool:
 
 def _without_pooler(text_config: PreTrainedConfig) -> dict[str, Any]:
     """Many checkpoints of encoders lack their pooler's weights, which would be random; nothing here reads them."""
-    model_class: type | None = class_in(_MAPPINGS[language_model_class(text_config, headless=True)], text_config)
+    model_class = class_in(_MAPPINGS[language_model_class(text_config, headless=True)], text_config)
     return {} if model_class is None else pooler_options(model_class)
 
 

@@ -1,8 +1,8 @@
 """What a checkpoint holds and how it comes back: the connector, and of the backbones what they can't be had without.
 
-Saved is what was learnt. A backbone that has a repository or folder of its own, and holds what lies there to the last bit, is
-recorded and loaded from there. Small checkpoints are built as a skeleton, to which the backbones are attached, each loaded by
-its own `from_pretrained`. The names in a file are those of the state dict.
+Saved is what was learnt. A backbone that has a source, the repository or folder from which it was loaded, and holds what is
+there to the last bit, is recorded and loaded from there. Small checkpoints are built as a skeleton, to which the backbones are
+attached, each loaded by its own `from_pretrained`. The names in a file are those of the state dict.
 """
 
 import re
@@ -27,13 +27,13 @@ from .connector_switching import keys_of_idle_connectors
 from .cross_attention import check_decoder
 from .freezing import CONNECTING, trains
 from .parts import PARTS
-from .vision_towers import quiet
+from .vision_towers import probe_vision_tower, quiet
 from .weights import tensor_digest
 
 
 logger = logging.get_logger(__name__)
 
-# Files of earlier versions bear the names, and layouts, of each backbone's own repository.
+# Files of earlier versions have the names, and layouts, of each backbone's own repository.
 FIRST_WITH_OWN_NAMES = version.parse("0.2.0")
 
 
@@ -44,9 +44,9 @@ class Loading:
 
     Attributes:
         attached: parts that are not built, though the checkpoint may hold them: replaced by the user, or left out.
-        dtypes: what the user asked for, by part; `None` where nothing was asked for.
+        dtypes: what the user requested, by part; `None` for nothing.
         adapters: arguments of `load_adapter`, which waits until the backbones are there.
-        report: transformers' report on the checkpoint itself, in whose place it would hand back the adapter's.
+        report: transformers' report on the checkpoint itself, in whose place it would return the adapter's.
     """
 
     attached: frozenset[str]
@@ -69,8 +69,7 @@ def while_loading(state: Loading) -> Iterator[Loading]:
 
 def parts_to_build(config: FrozenPrefixConfig) -> set[str]:
     """The backbones that a constructor makes itself: all, but for those that are attached in a moment."""
-    parts = {part for part in PARTS if getattr(config, f"{part}_config") is not None}
-    state = loading.get()
+    parts, state = set(config.backbone_configs), loading.get()
     if state is None:
         return parts
     return parts.intersection(PARTS if config.saved_parts is None else config.saved_parts) - state.attached
@@ -79,8 +78,8 @@ def parts_to_build(config: FrozenPrefixConfig) -> set[str]:
 # ------------------------------------------------------------------------------------------------------- what is saved
 
 
-def parts_with_home(model: Any) -> set[str]:
-    """Backbones that have a repository or folder of their own, from which they were loaded."""
+def parts_with_source(model: Any) -> set[str]:
+    """Backbones that have a source: a repository or folder of their own, from which they were loaded."""
     held = model.config.saved_parts or ()  # by the checkpoint that the model was loaded from
     return {part for part in PARTS if getattr(model.config, f"{part}_base_model") is not None and part not in held}
 
@@ -92,13 +91,13 @@ def trained_parts(model: Any) -> set[str]:
 
 
 def changed_parts(model: Any) -> set[str]:
-    """Backbones that train, or whose values are not those of their repository or folder (merged LoRA, say)."""
+    """Backbones that train, or whose values are not those of their source (merged LoRA, say)."""
     changed = trained_parts(model)
-    candidates = parts_with_home(model).intersection(model.backbones) - changed
-    return changed | {part for part in candidates if not is_as_at_home(model, part)}
+    candidates = parts_with_source(model).intersection(model.backbones) - changed
+    return changed | {part for part in candidates if not equals_source(model, part)}
 
 
-def is_as_at_home(model: Any, part: str) -> bool:
+def equals_source(model: Any, part: str) -> bool:
     """
     Whether every value of a backbone is what loading it anew would give, cast to the dtype that it has now.
 
@@ -108,14 +107,14 @@ def is_as_at_home(model: Any, part: str) -> bool:
     record = getattr(model.config, f"{part}_base_model")
     if "quantization" in record or getattr(model.backbones[part], "hf_quantizer", None) is not None:
         return True
-    known = model.base_model.digests_at_home
+    digests = model.base_model.source_digests
     now = dict(_named_tensors(model, part))
     if not now:  # its weights were never loaded
         return True
-    if any((part, name, tensor.dtype) not in known for name, tensor in now.items()):
+    if any((part, name, tensor.dtype) not in digests for name, tensor in now.items()):
         try:
             with quiet():
-                at_home = load_unrecorded(
+                source = load_unrecorded(
                     part,
                     record["name_or_path"],
                     config=getattr(model.config, f"{part}_config"),
@@ -129,17 +128,17 @@ def is_as_at_home(model: Any, part: str) -> bool:
         except (OSError, ValueError) as error:
             logger.warning(
                 f"The {PARTS[part].description} `{record['name_or_path']}` can't be read any more, so whether it was changed "
-                f"can't be told, and it is saved whole. {error}"
+                f"is unknown, and it is saved whole. {error}"
             )
             return False
-        tensors = dict(own_tensors(at_home))
+        tensors = dict(own_tensors(source))
         for name, tensor in now.items():
             if name in tensors:
-                known[part, name, tensor.dtype] = tensor_digest(tensors[name].to(tensor.dtype))
-        known[part, "names"] = set(tensors)
+                digests[part, name, tensor.dtype] = tensor_digest(tensors[name].to(tensor.dtype))
+        digests[part, "names"] = set(tensors)
     # Under FSDP and DeepSpeed some tensors are elsewhere.
-    complete = torch.distributed.is_initialized() or known[part, "names"] <= now.keys()
-    return complete and all(known.get((part, name, tensor.dtype)) == tensor_digest(tensor) for name, tensor in now.items())
+    complete = torch.distributed.is_initialized() or digests[part, "names"] <= now.keys()
+    return complete and all(digests.get((part, name, tensor.dtype)) == tensor_digest(tensor) for name, tensor in now.items())
 
 
 def is_custom_code(backbone: nn.Module) -> bool:
@@ -182,19 +181,19 @@ def keys_of_parts(model: Any, parts: set[str]) -> set[str]:
 def keys_left_out(model: Any, saved: set[str]) -> set[str]:
     """Exactly the names in the state dict that need not be saved: of backbones that can be had again, but for those that
     are saved, and of connectors that are loaded but not in use."""
-    return keys_of_idle_connectors(model) | keys_of_parts(model, parts_with_home(model) - saved)
+    return keys_of_idle_connectors(model) | keys_of_parts(model, parts_with_source(model) - saved)
 
 
 def weight_files(folder: str | Path, variant: str | None = None) -> dict[Path, Any]:
-    """The file of weights and the index of shards that lie in a folder, each with what tells when it was written."""
+    """The file of weights and the index of shards that lie in a folder, each with the time at which it was written."""
     paths = [Path(folder) / _with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths if path.is_file()}
 
 
 def parts_to_save(model: Any) -> tuple[str, ...]:
     """What `save_pretrained` writes: the connector, and backbones that changed or have no repository or folder."""
-    with_home, changed = parts_with_home(model), changed_parts(model)
-    return ("connector", *(part for part in model.backbones if part in changed or part not in with_home))
+    with_source, changed = parts_with_source(model), changed_parts(model)
+    return ("connector", *(part for part in model.backbones if part in changed or part not in with_source))
 
 
 def finish_weights(folder: str | Path, before: dict[Path, Any], variant: str | None = None) -> None:
@@ -245,7 +244,7 @@ def split_part_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if isinstance(kwargs.get("device_map"), dict):
         kwargs["device_map"] = {"": device_of_connector(kwargs["device_map"])}
     elif isinstance(kwargs.get("device_map"), str) and kwargs["device_map"] not in ("cpu", "cuda", "mps", "xpu"):
-        kwargs.pop("device_map")  # "auto" and its kin spread the backbones; the connector follows the words
+        kwargs.pop("device_map")  # "auto" and the like spread the backbones; the connector follows the word embeddings
     kwargs.pop("max_memory", None)
     if kwargs.get("quantization_config") is not None:
         options["text"]["quantization_config"] = kwargs.pop("quantization_config")
@@ -258,7 +257,7 @@ def split_part_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def device_map_of(part: str, device_map: dict[str, Any]) -> Any:
     name = PARTS[part].attribute
-    inner = {}
+    inner: dict[str, Any] = {}
     for key, device in device_map.items():
         bare = key.removeprefix("model.")
         if bare == "" or bare == name:
@@ -277,13 +276,15 @@ def device_of_connector(device_map: dict[str, Any]) -> Any:
 
 def dtype_plan(model: Any, plan: dict[str, torch.dtype | None], dtype: torch.dtype) -> dict[str, torch.dtype | None]:
     """
-    Backbones that a checkpoint holds keep the dtype that they were saved in, each its own, unless another was asked for.
+    Backbones that a checkpoint holds keep the dtype that they were saved in, each its own, unless another was requested.
 
     transformers loads a checkpoint in one dtype, that of its config; a tower in float32 beside a language model in bfloat16
-    would be rounded, and say other words than it was trained with.
+    would be rounded, and write other words than it was trained with.
     """
     state = loading.get()
-    for part in model.backbones if state is not None else ():
+    if state is None:
+        return plan
+    for part in model.backbones:
         own = state.dtypes.get(part)
         own = getattr(torch, own, None) if isinstance(own, str) else own  # "auto" is none
         if own is None or own != dtype:
@@ -295,27 +296,23 @@ def refill(
     model: Any, name: str, overrides: dict[str, str], options: dict[str, dict[str, Any]], left_out: frozenset[str]
 ) -> None:
     """Attaches the backbones that the checkpoint `name` does not hold, each loaded from its own repository and checked."""
-    for part in PARTS:
-        absent = getattr(model.config, f"{part}_config") is None
-        if absent or part in left_out or getattr(model.base_model, PARTS[part].attribute) is not None:
+    for part in model.config.backbone_configs:
+        if part in left_out or part in model.backbones:
             continue
-        record = getattr(model.config, f"{part}_base_model")
-        load_options = dict(options[part])
-        if part == "text":
-            load_options["headless"] = model.config.text_headless
+        load_options = {**options[part], **({"headless": model.config.text_headless} if part == "text" else {})}
         if part in overrides:
             if part == "text":
                 model.generation_config = None  # the saved one names the other model's end of text
-            module, found = load_base_model(part, overrides[part], **load_options)
+            module, record = load_base_model(part, overrides[part], **load_options)
             check_same_geometry(model, part, module, overrides[part])
-        elif record is None:
+        elif getattr(model.config, f"{part}_base_model") is None:
             raise ValueError(
-                f"The checkpoint `{name}` neither holds the weights of its {PARTS[part].description} nor says where they are: "
+                f"The checkpoint `{name}` neither holds the weights of its {PARTS[part].description} nor names their source: "
                 f'pass {part}_base_model="id or folder" to from_pretrained.'
             )
         else:
-            module, found = load_recorded(model.config, part, **load_options)
-        model._attach(part, module, found)
+            module, record = load_recorded(model.config, part, **load_options)
+        model._attach(part, module, record)
     language_model = model.backbones.get("text")
     if language_model is not None:
         device = language_model.get_input_embeddings().weight.device
@@ -331,55 +328,39 @@ def load_recorded(config: FrozenPrefixConfig, part: str, **kwargs: Any) -> tuple
     if "quantization" in record and kwargs.get("quantization_config") is None:
         logger.warning(
             f"The connector was trained with the {PARTS[part].description} quantised by {record['quantization']}, and it is "
-            f"loaded in {record['dtype']}, for which other words may come out: pass the same `quantization_config`."
+            f"loaded in {record['dtype']}, with which it may write other words: pass the same `quantization_config`."
         )
     place = {"config": getattr(config, f"{part}_config"), "revision": record["revision"]}
-    module, found = load_base_model(part, record["name_or_path"], **place, **options)
-    verify_fingerprint(part, record, found)
-    return module, found
+    module, loaded = load_base_model(part, record["name_or_path"], **place, **options)
+    verify_fingerprint(part, record, loaded)
+    return module, loaded
 
 
 def check_same_geometry(model: Any, part: str, module: PreTrainedModel, name: str) -> None:
+    config = model.config
     if part == "text":
-        found = language_model_geometry(module).embedding_dim
-        if found != model.config.embedding_dim:
+        width = language_model_geometry(module).embedding_dim
+        if width != config.embedding_dim:
             raise ValueError(
-                f"The connector writes vectors of width {model.config.embedding_dim}, but the word embeddings of `{name}` "
-                f"have width {found}: give a language model of that width, or train a connector for this one."
+                f"The connector writes vectors of width {config.embedding_dim}, but the word embeddings of `{name}` have "
+                f"width {width}: give a language model of that width, or train a connector for this one."
             )
-        if model.config.fusion == "cross_attention":
-            sizes = {"hidden_size": model.config.text_hidden_size, "num_layers": model.config.text_num_layers}
-            check_decoder(module, **sizes, name=name)
+        if config.fusion == "cross_attention":
+            check_decoder(module, hidden_size=config.text_hidden_size, num_layers=config.text_num_layers, name=name)
         return
-    if part == "audio":
-        heard = probe_audio_tower(
-            module.config,
-            layer=model.config.audio_feature_layer,
-            select_strategy=model.config.audio_feature_select_strategy,
-        )
-        if heard.audio_width != model.config.audio_width:
-            raise ValueError(
-                f"The audio connector reads features of width {model.config.audio_width}, but `{name}` gives "
-                f"{heard.audio_width}: give an audio tower of that width, or train a connector for this one."
-            )
-        model.config.audio_num_positions = heard.num_positions
-        return
-    probed = FrozenPrefixConfig.from_vision_text_configs(
-        module.config,
-        model.config.text_config,
-        embedding_dim=model.config.embedding_dim,
-        connector_type=model.config.connector_type,
-        connector_config=model.config.connector_config,
-        prefix_length=model.config.prefix_length,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-    )
-    if probed.vision_width != model.config.vision_width:
+    prefix = "audio_" if part == "audio" else ""
+    probe = probe_audio_tower if part == "audio" else probe_vision_tower
+    choice = {key: getattr(config, f"{part}_feature_{key}") for key in ("layer", "select_strategy")}
+    geometry = dict(vars(probe(module.config, **choice)))
+    width = geometry.pop(f"{part}_width")
+    if width != getattr(config, f"{part}_width"):
         raise ValueError(
-            f"The connector reads features of width {model.config.vision_width}, but `{name}` gives {probed.vision_width}: "
-            "give a tower of that width, or train a connector for this one."
+            f"The connector of the {PARTS[part].description} reads features of width {getattr(config, f'{part}_width')}, but "
+            f"`{name}` gives {width}: give a tower of that width, or train a connector for this one."
         )
-    model.config.num_leading_tokens, model.config.num_positions = probed.num_leading_tokens, probed.num_positions
+    for key, value in geometry.items():
+        setattr(config, f"{prefix}{key}", value)
+    config.validate_architecture()
 
 
 # ------------------------------------------------------------------------------------------- a tower put out of memory
@@ -390,10 +371,10 @@ def unload_base_model(model: Any, part: str = "vision") -> None:
     attribute = unloadable(model, part)
     if getattr(model.base_model, attribute) is None:
         return
-    has_home = part in parts_with_home(model)
-    if not has_home or part in changed_parts(model):
+    has_source = part in parts_with_source(model)
+    if not has_source or part in changed_parts(model):
         raise ValueError(
-            f"The {part} tower {'was trained or changed' if has_home else 'has no repository or folder'}, so it would be "
+            f"The {part} tower {'was trained or changed' if has_source else 'has no repository or folder'}, so it would be "
             "lost: save it by its own `save_pretrained`, and join the model anew from that folder."
         )
     setattr(model.base_model, attribute, None)
@@ -407,12 +388,13 @@ def reload_base_model(model: Any, part: str = "vision", **kwargs: Any) -> None:
         return
     if getattr(model.config, f"{part}_base_model") is None:
         raise ValueError(
-            f'The config does not say where the {part} tower is: load the model anew, with {part}_base_model="id or folder".'
+            f"The config does not record where the {part} tower is: load the model anew, with "
+            f'{part}_base_model="id or folder".'
         )
-    module, found = load_recorded(model.config, part, **kwargs)
+    module, record = load_recorded(model.config, part, **kwargs)
     if "device_map" not in kwargs:
         module.to(model.get_input_embeddings().weight.device)
-    model._attach(part, module, found)
+    model._attach(part, module, record)
     model._mark(part)
     model._gather_from_backbones()
     model.freeze_base_models()
@@ -422,15 +404,14 @@ def unloadable(model: Any, part: str) -> str:
     names = [name for name, one in PARTS.items() if one.can_be_unloaded]
     if part not in names:
         raise ValueError(
-            f"part={part!r}: of {sorted(names)} one can be unloaded and loaded again; every word goes through the language "
-            "model."
+            f"part={part!r}: of {sorted(names)} one can be unloaded and loaded again; the language model is always needed."
         )
     if getattr(model.config, f"{part}_config") is None:
         raise ValueError(f"This model has no {part} tower.")
     return PARTS[part].attribute
 
 
-def refuse_without_home(part: str, backbone: str | PreTrainedModel | None) -> None:
+def refuse_without_source(part: str, backbone: str | PreTrainedModel | None) -> None:
     if not isinstance(backbone, str):
         raise ValueError(
             f"`load_{part}_tower=False` leaves the tower where it is, so name its repository or folder; got "
@@ -498,11 +479,11 @@ __all__ = [
     "loading",
     "parts_to_build",
     "parts_to_save",
-    "parts_with_home",
+    "parts_with_source",
     "refill",
     "refuse_partly_loaded",
     "refuse_unexpected",
-    "refuse_without_home",
+    "refuse_without_source",
     "reload_base_model",
     "renames_on_load",
     "split_part_options",

@@ -72,7 +72,7 @@ class FrozenPrefixConfig(CompositeConfig):
         num_leading_tokens, num_positions, vision_width, embedding_dim, text_hidden_size, text_num_layers (`int`, *optional*):
             Geometry of the two backbones, probed by [`from_vision_text_configs`]; the last two for cross-attention alone.
         image_token_id (`int`, *optional*):
-            Id of the placeholder in `input_ids`; `num_image_tokens` of them stand for one image. Defaults to one past
+            Id of the placeholder in `input_ids`; `num_image_tokens` of them are one image's. Defaults to one past
             the vocabulary. The language model is never resized for it.
         num_frames (`int`, *optional*):
             Frames sampled from a video. Set, the model takes videos, through the vision tower and its connector.
@@ -431,7 +431,7 @@ class FrozenPrefixConfig(CompositeConfig):
             if lacking:
                 raise ValueError(
                     f"`{part}_base_model={record}` lacks {lacking}, without which the {PARTS[part].description} can't be "
-                    "found and checked: restore the config that was saved, or set it to `None` and name the place when "
+                    "loaded and checked: restore the config that was saved, or set it to `None` and name the place when "
                     f'loading, `from_pretrained(..., {part}_base_model="id or folder")`.'
                 )
 

@@ -1,7 +1,7 @@
 """Several connectors for one loaded pair of backbones, as PEFT users know adapters: load, switch, list, save.
 
 A connector travels with the part of the config that describes it, so two of different kind, length or tower layer share
-the same parents.
+the same backbones.
 """
 
 import re
@@ -16,7 +16,7 @@ from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import build_connector
 
 
-# What a config says of its connector, and not of the parents.
+# What a config holds of its connector, and not of the backbones.
 CONNECTOR_KEYS = (
     "connector_type", "connector_config", "prefix_length", "vision_feature_layer", "vision_feature_select_strategy",
     "num_leading_tokens", "num_positions", "vision_width",
@@ -43,38 +43,37 @@ def load_connector(model: Any, name_or_path: str, name: str, **hub_options: Any)
             f"`{name_or_path}` has fusion `{config.fusion}` and the loaded model `{model.config.fusion}`: only connectors "
             "of fusion `prefix` are switched, for gated blocks sit between layers. Load it with from_pretrained."
         )
-    _refuse_other_parents(model, name_or_path, config)
+    _refuse_other_backbones(model, name_or_path, config)
     weights = cached_file(str(name_or_path), SAFE_WEIGHTS_NAME, **hub_options)
     if weights is None:
         raise ValueError(f"`{name_or_path}` holds no {SAFE_WEIGHTS_NAME}: name a checkpoint of this package.")
     refuse_pickles([weights])
-    parts = {"connector": build_connector(**config.connector_arguments)}
+    connector = build_connector(**config.connector_arguments)
+    prefix = "connector."
     tensors = {key.removeprefix(f"{model.base_model_prefix}."): value for key, value in load_file(weights).items()}
-    for attribute, module in parts.items():
-        prefix = f"{attribute}."
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        try:
-            module.load_state_dict(own, strict=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The weights of `{name_or_path}` are not those of the {config.connector_type} connector that its config "
-                f"describes: {error}"
-            ) from error
-        active = getattr(model.base_model, attribute, None)
-        reference = next((p for p in (active or model.base_model).parameters()), None)
-        module.to(reference.device).train(model.training)
-        module.requires_grad_("connector" in model.config.trainable)
+    tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    try:
+        connector.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights of `{name_or_path}` are not those of the {config.connector_type} connector that its config "
+            f"describes: {error}"
+        ) from error
+    # The device of the active connector, or, if it has no weights (`identity`), of the word embeddings.
+    weight = next(model.base_model.connector.parameters(), model.get_input_embeddings().weight)
+    connector.to(weight.device).train(model.training)
+    connector.requires_grad_("connector" in model.config.trainable)
     connector_specs(model)[name] = {key: getattr(config, key) for key in CONNECTOR_KEYS}
     if not hasattr(model.base_model, "idle_connectors"):
         model.base_model.idle_connectors = nn.ModuleDict()
-    model.base_model.idle_connectors[name] = nn.ModuleDict(parts)
+    model.base_model.idle_connectors[name] = connector
 
 
-def _refuse_other_parents(model: Any, name: str, config: FrozenPrefixConfig) -> None:
+def _refuse_other_backbones(model: Any, name: str, config: FrozenPrefixConfig) -> None:
     for part in ("vision", "text"):
         if part in (config.saved_parts or ()):
             raise ValueError(
-                f"`{name}` carries a {part} model of its own, so its connector was made for another one than the loaded: "
+                f"`{name}` holds a {part} model of its own, so its connector was made for another one than the loaded: "
                 "load it with from_pretrained."
             )
         here, there = (getattr(c, f"{part}_base_model") or {} for c in (model.config, config))
@@ -95,11 +94,7 @@ def set_connector(model: Any, name: str) -> None:
         return
     base = model.base_model
     idle = base.idle_connectors
-    chosen = idle[name]
-    del idle[name]
-    idle[model.active_connector] = nn.ModuleDict({attribute: getattr(base, attribute) for attribute in chosen})
-    for attribute, module in chosen.items():
-        setattr(base, attribute, module)
+    idle[model.active_connector], base.connector = base.connector, idle.pop(name)
     for key, value in specs[name].items():
         setattr(model.config, key, value)
     base._active_connector = name

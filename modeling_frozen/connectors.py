@@ -50,18 +50,22 @@ def mark_filled(module: nn.Module) -> None:
 
 
 class Connector(nn.Module):
-    """What every connector shares. Build one with `build_connector`, which checks the values first.
+    """
+    What every connector shares. Build one with [`build_connector`], which checks the values first.
 
     Args:
-        num_positions: positions per image that the tower gives, 1 for a pooled vector, None where it varies.
-        vision_width: width of the tower's features.
-        embedding_dim: width of the language model's word embeddings.
-        prefix_length: prefix vectors per image; None means one per position, for connectors that keep positions.
-        input_norm: LayerNorm on the features; without it the tower's own scale comes through.
-        position_embedding: learned embeddings added to the features, for towers whose features do not hold their
-            place (convolutional maps) before connectors that read positions as a set; needs `num_positions`.
-        input_dropout: dropout on the (normalised) features.
-        output_dropout: dropout on the prefix.
+        num_positions (`int`, *optional*): positions per image that the tower gives, 1 for a pooled vector, `None` where it
+            varies.
+        vision_width (`int`): width of the tower's features.
+        embedding_dim (`int`): width of the language model's word embeddings.
+        prefix_length (`int`, *optional*): prefix vectors per image; `None` means one per position, for connectors that keep
+            positions.
+        input_norm (`bool`, defaults to `True`): LayerNorm on the features; without it the tower's own scale comes through.
+        position_embedding (`bool`, defaults to `False`): learned embeddings added to the features, for towers whose features
+            do not hold their place (convolutional maps) before connectors that read positions as a set; needs
+            `num_positions`.
+        input_dropout (`float`, defaults to 0.0): dropout on the (normalised) features.
+        output_dropout (`float`, defaults to 0.0): dropout on the prefix.
     """
 
     #: whether the prefix has its own length (learned queries) or one vector per position
@@ -112,7 +116,7 @@ class Connector(nn.Module):
         """Prefix vectors per image; None only where the tower's positions vary and the connector keeps them.
 
         Raises:
-            ValueError: the length can't be had with this connector; says the rule and the way out.
+            ValueError: the length can't be had with this connector.
         """
         if cls.reads_positions:
             if prefix_length is None:
@@ -218,16 +222,19 @@ class Connector(nn.Module):
         return features, attention_mask
 
     def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None, frames: int = 1) -> torch.Tensor:
-        """Writes the prefix.
+        """
+        Writes the prefix.
 
         Args:
-            features: (images, positions, vision_width), of any floating dtype.
-            attention_mask: (images, positions), true at valid positions, for towers that pad (NaFlex). What stands at
-                the others has no influence; connectors that keep positions write a learned constant there.
-            frames: how many frames of a video the positions hold, one after another, for connectors that read them.
+            features (`torch.Tensor` of shape `(images, positions, vision_width)`): of any floating dtype.
+            attention_mask (`torch.BoolTensor` of shape `(images, positions)`, *optional*):
+                True at valid positions, for towers that pad (NaFlex). The values at the others have no influence; connectors
+                that keep positions write a learned constant there.
+            frames (`int`, defaults to 1):
+                How many frames of a video the positions hold, one after another, for connectors that read them.
 
         Returns:
-            (images, prefix_length, embedding_dim), in the connector's dtype.
+            `torch.Tensor` of shape `(images, prefix_length, embedding_dim)`, in the connector's dtype.
         """
         features, attention_mask = self._prepare(features, attention_mask, frames)
         if features.shape[0] == 0:  # attention can't reshape nothing
@@ -335,8 +342,8 @@ class MLPConnector(Connector):
     From a pooled vector it writes `prefix_length` vectors at once: ClipCap's MLP (arXiv 2111.09734).
 
     Args:
-        hidden_size: width of the hidden layer; None for `embedding_dim`, as in LLaVA.
-        dropout: after the GELU.
+        hidden_size (`int`, *optional*): width of the hidden layer; `None` for `embedding_dim`, as in LLaVA.
+        dropout (`float`, defaults to 0.0): after the GELU.
     """
 
     def __init__(self, *, hidden_size: int | None = None, dropout: float = 0.0, **common: Any):
@@ -411,11 +418,11 @@ class TransformerConnector(_Reader):
     The prefix is read off at the constants.
 
     Args:
-        hidden_size: width of the encoder.
-        num_layers: its layers (pre-norm).
-        num_heads: attention heads; must divide `hidden_size`.
-        feedforward_size: width of the feed-forward layers; None for twice `hidden_size`, as in ClipCap.
-        dropout: in attention and feed-forward.
+        hidden_size (`int`, defaults to 512): width of the encoder.
+        num_layers (`int`, defaults to 4): its layers (pre-norm).
+        num_heads (`int`, defaults to 8): attention heads; must divide `hidden_size`.
+        feedforward_size (`int`, *optional*): width of the feed-forward layers; `None` for twice `hidden_size`, as in ClipCap.
+        dropout (`float`, defaults to 0.0): in attention and feed-forward.
     """
 
     def __init__(
@@ -475,11 +482,11 @@ class ResamplerConnector(_Reader):
     Learned queries read the projected positions by cross-attention, layer by layer.
 
     Args:
-        hidden_size: width of queries and keys.
-        num_layers: rounds of cross-attention and feed-forward.
-        num_heads: attention heads; must divide `hidden_size`.
-        feedforward_size: width of the feed-forward layers; None for four times `hidden_size`.
-        dropout: in attention and feed-forward.
+        hidden_size (`int`, defaults to 256): width of queries and keys.
+        num_layers (`int`, defaults to 4): rounds of cross-attention and feed-forward.
+        num_heads (`int`, defaults to 8): attention heads; must divide `hidden_size`.
+        feedforward_size (`int`, *optional*): width of the feed-forward layers; `None` for four times `hidden_size`.
+        dropout (`float`, defaults to 0.0): in attention and feed-forward.
     """
 
     def __init__(
@@ -512,12 +519,13 @@ class QFormerConnector(_Reader):
     """The Q-Former of BLIP-2 (arXiv 2301.12597), transformers' own module, without its text half.
 
     Args:
-        hidden_size: width of the Q-Former.
-        num_layers: its layers (post-norm).
-        num_heads: attention heads; must divide `hidden_size`.
-        feedforward_size: width of the feed-forward layers; None for four times `hidden_size`.
-        cross_attention_frequency: every how many layers the queries attend to the image, the first among them.
-        dropout: in attention and hidden states.
+        hidden_size (`int`, defaults to 512): width of the Q-Former.
+        num_layers (`int`, defaults to 4): its layers (post-norm).
+        num_heads (`int`, defaults to 8): attention heads; must divide `hidden_size`.
+        feedforward_size (`int`, *optional*): width of the feed-forward layers; `None` for four times `hidden_size`.
+        cross_attention_frequency (`int`, defaults to 2): every how many layers the queries attend to
+            the image, the first among them.
+        dropout (`float`, defaults to 0.0): in attention and hidden states.
     """
 
     def __init__(
@@ -565,7 +573,7 @@ class QFormerConnector(_Reader):
 
 
 class LSTMLayer(GradientCheckpointingLayer):
-    """One LSTM whose gates' biases stand as the weights of one more input, 1 at valid positions and 0 at masked ones.
+    """One LSTM whose gates' biases are the weights of one more input, 1 at valid positions and 0 at masked ones.
 
     So the state stays exactly zero over leading positions that are all zero. `torch.lstm` in place of `nn.LSTM`, which
     breaks the graph of torch.compile.
@@ -593,9 +601,9 @@ class LSTMConnector(_Reader):
     influence at the end.
 
     Args:
-        hidden_size: width of the LSTM.
-        num_layers: LSTMs on top of each other.
-        dropout: after each of them.
+        hidden_size (`int`, defaults to 512): width of the LSTM.
+        num_layers (`int`, defaults to 1): LSTMs on top of each other.
+        dropout (`float`, defaults to 0.0): after each of them.
     """
 
     def __init__(self, *, hidden_size: int = 512, num_layers: int = 1, dropout: float = 0.0, **common: Any):
@@ -684,7 +692,7 @@ def check_connector(
     }
     for name in options:
         if name in geometry:
-            raise ValueError(f"connector_config holds {name!r}, which stands beside connector_config, not in it.")
+            raise ValueError(f"connector_config holds {name!r}, which goes beside connector_config, not into it.")
         if name not in connector.options():
             choices = ", ".join(f"{option}={default!r}" for option, default in connector.options().items())
             raise ValueError(

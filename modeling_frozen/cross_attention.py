@@ -53,7 +53,12 @@ class DecoderGeometry:
     num_layers: int
 
 
-def _outermost_lists(module: nn.Module, kinds: tuple[type, ...], name: str = "") -> Iterator[tuple[str, Any]]:
+ModuleLists = nn.ModuleList | nn.Sequential
+
+
+def _outermost_lists(
+    module: nn.Module, kinds: tuple[type[ModuleLists], ...], name: str = ""
+) -> Iterator[tuple[str, ModuleLists]]:
     for child_name, child in module.named_children():
         full_name = f"{name}.{child_name}" if name else child_name
         if isinstance(child, kinds) and len(child):
@@ -62,14 +67,14 @@ def _outermost_lists(module: nn.Module, kinds: tuple[type, ...], name: str = "")
             yield from _outermost_lists(child, kinds, full_name)
 
 
-def largest_list(module: nn.Module, *kinds: type) -> tuple[str, nn.ModuleList | nn.Sequential]:
+def largest_list(module: nn.Module, *kinds: type[ModuleLists]) -> tuple[str, ModuleLists]:
     """Of the lists of modules of these kinds that lie in no other list (experts do) that with the most weights, after its
     name; an empty one where there is none."""
     lists = _outermost_lists(module, kinds)
     return max(lists, key=lambda named: sum(p.numel() for p in named[1].parameters()), default=("", nn.ModuleList()))
 
 
-def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList | nn.Sequential:
+def decoder_layers(language_model: PreTrainedModel) -> ModuleLists:
     """
     The decoder's stack of layers, see [`largest_list`].
 
@@ -138,7 +143,7 @@ def check_decoder(language_model: PreTrainedModel, *, hidden_size: int, num_laye
     geometry = probe_decoder(language_model.config)
     if geometry != DecoderGeometry(hidden_size, num_layers):
         raise ValueError(
-            f"The gated blocks stand between {num_layers} layers of width {hidden_size}, but `{name}` has "
+            f"The gated blocks were made for {num_layers} layers of width {hidden_size}, but `{name}` has "
             f"{geometry.num_layers} of width {geometry.hidden_size}: give a language model of that shape, or train for this "
             "one."
         )
@@ -280,6 +285,8 @@ class GatedCrossAttention(nn.ModuleList):
         options: `cross_attention_config` (see `check_cross_attention`).
     """
 
+    _frozen_prefix_initialized = False
+
     def __init__(self, *, hidden_size: int, num_layers: int, embedding_dim: int, options: dict[str, Any] | None = None):
         layer_indices = check_cross_attention(options or {}, num_layers)
         values = {**OPTIONS, **(options or {})}
@@ -302,7 +309,7 @@ class GatedCrossAttention(nn.ModuleList):
     def set_output_norm(self, norm: float) -> None:
         """Does nothing: what the blocks write starts at zero."""
 
-    def register_hooks(self, layers: nn.ModuleList | nn.Sequential) -> None:
+    def register_hooks(self, layers: ModuleLists) -> None:
         """Applies these blocks before the layers, whenever `call` runs. Doing it twice, or for another composite with the
         same language model, changes nothing."""
         for index, layer in enumerate(layers):
@@ -355,7 +362,7 @@ class GatedCrossAttention(nn.ModuleList):
         return outputs
 
     def zero(self) -> torch.Tensor:
-        """Zero, through every parameter: for batches without images (see `FrozenPrefixModel._zero_of_connector`)."""
+        """Zero, through every parameter: for batches without images (see `FrozenPrefixModel._zero_of`)."""
         return torch.stack([parameter.flatten()[0] for parameter in self.parameters()]).sum() * 0.0
 
 
@@ -528,7 +535,7 @@ class _CacheWithImages(Cache):
         if self._cached_images is not None:
             self._cached_images = self._cached_images.select_rows(rows)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._select_rows(beam_idx)
 
@@ -556,10 +563,11 @@ class _CacheWithImages(Cache):
 
 
 @functools.cache
-def _class_with_images(cache_class: type) -> type:
+def _class_with_images(cache_class: type) -> type[_CacheWithImages]:
     if issubclass(cache_class, _CacheWithImages):
         return cache_class
-    return type(cache_class.__name__, (_CacheWithImages, cache_class), {"__module__": cache_class.__module__})
+    bases = (_CacheWithImages, cache_class)
+    return type(cache_class.__name__, bases, {"__module__": cache_class.__module__})
 
 
 def _keep_images(cache: Cache, images: CachedImages | None) -> None:
@@ -571,7 +579,8 @@ def _keep_images(cache: Cache, images: CachedImages | None) -> None:
 
 
 def _restore(cache_class: type, attributes: dict[str, Any]) -> Cache:
-    cache = cache_class.__new__(_class_with_images(cache_class))
+    with_images = _class_with_images(cache_class)
+    cache = with_images.__new__(with_images)
     cache.__dict__.update(attributes)
     return cache
 

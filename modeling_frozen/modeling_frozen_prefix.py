@@ -156,8 +156,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
                 "FrozenPrefixConfig.from_vision_text_configs(vision_config, text_config, ...), which probes them."
             )
         built = parts_to_build(config)
-        # Of the backbones' weights in their repositories, once they were compared with those here (`is_as_at_home`).
-        self.digests_at_home: dict[tuple[str, ...], Any] = {}
+        # Of the backbones' weights at their source, once they were compared with those here (see `equals_source`).
+        self.source_digests: dict[tuple[str, ...], Any] = {}
         # Registered in this order: the connector is initialised last, at the norm of the words.
         builders: dict[str, Callable[[Any], PreTrainedModel]] = {
             "vision": build_vision_tower,

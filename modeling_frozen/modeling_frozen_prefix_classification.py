@@ -1,12 +1,12 @@
-"""FrozenPrefixForSequenceClassification: one vector of image and text together, and a small head that tells its class.
+"""FrozenPrefixForSequenceClassification: one vector of image and text together, and a small head that predicts its class.
 
 The image's embedding comes through tower and connector, the text's from the hidden states of the language model; each is
-put to norm 1, so that neither drowns the other, and only connector and head train. The losses stand here too:
+scaled to norm 1, so that neither outweighs the other, and only connector and head train. The losses are here too:
 transformers', made exact under gradient accumulation, with weights for rare classes.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,9 +26,13 @@ from .parts import MODALITIES, take_media
 from .text_reading import pool_text, probe_text_width, read_text
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
 def fuse(embeddings: Iterable[torch.Tensor]) -> torch.Tensor:
     """
-    Joins embeddings of several kinds into one vector of norm 1: each is put to norm 1 first, so that all count the same,
+    Joins embeddings of several kinds into one vector of norm 1: each is scaled to norm 1 first, so that all count the same,
     then `v = [f; p] / ||[f; p]||`.
 
     Args:
@@ -46,7 +50,7 @@ def classification_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     problem_type: str,
-    class_weights: list[float] | None = None,
+    class_weights: Sequence[float] | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
@@ -79,7 +83,7 @@ def classification_loss(
         labels = labels.reshape(-1, 1)
     if tuple(labels.shape) != expected:
         raise ValueError(
-            f"Labels of shape {tuple(labels.shape)} were given, where `problem_type='{problem_type}'` with {num_labels} "
+            f"Labels have shape {tuple(labels.shape)}, where `problem_type='{problem_type}'` with {num_labels} "
             f"labels takes {expected}: check `num_labels` and `problem_type`."
         )
     if problem_type == "single_label_classification":
@@ -132,7 +136,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
 
     With `f` the image's embedding (mean over its prefix), `p` the text's (pooled hidden states of the language model), both
     of norm 1, the head reads `v = [f; p] / ||[f; p]||`. `config.fused_inputs` says which of them take part; connector and
-    head train, the parents are frozen bit for bit.
+    head train, the backbones are frozen bit for bit.
 
     Example:
 
@@ -152,13 +156,15 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
 
     def __init__(self, config: FrozenPrefixConfig):
         if config.text_width is None and "text" in config.resolved_fused_inputs:
-            config.text_width = probe_text_width(config.text_config, config.text_headless)
+            config.text_width = probe_text_width(config.backbone_configs["text"], config.text_headless)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = FrozenPrefixModel(config)
-        widths = {"text": config.text_width, "image": config.vision_width if self._reads_tower else config.embedding_dim}
-        in_features = sum(widths.get(name, config.embedding_dim) for name in config.resolved_fused_inputs)
-        self.classifier = ClassificationHead(in_features, config.num_labels, **config.classifier_config)
+        embedding_dim: Any = config.embedding_dim  # without it FrozenPrefixModel raises
+        widths = {"text": config.text_width, "image": config.vision_width if self._reads_tower else embedding_dim}
+        in_features = sum(widths.get(name, embedding_dim) for name in config.resolved_fused_inputs)
+        num_labels: Any = config.num_labels  # transformers sets it
+        self.classifier = ClassificationHead(in_features, num_labels, **(config.classifier_config or {}))
         self.post_init()
         self._finish_init()
 
@@ -177,7 +183,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         id2label: dict[int, str] | None = None,
         label2id: dict[str, int] | None = None,
         **kwargs: Any,
-    ) -> "FrozenPrefixForSequenceClassification":
+    ) -> "Self":
         """
         Joins pretrained models, all frozen, by a new connector and a new head.
 
@@ -215,7 +221,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         """
         What the head reads: `v = [f; p] / ||[f; p]||` of `config.fused_inputs`, in their order.
 
@@ -240,7 +246,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         media = {name: value for name, value in media.items() if value is not None}
         embeddings, encoded, outputs = {}, {}, None
         if "image" in fused and self._reads_tower:
-            embeddings["image"] = self._place_by_sample(self._tower_embeddings(media), "image", input_ids, inputs_embeds)
+            embeddings["image"] = self._mean_by_sample(self._tower_embeddings(media), "image", input_ids, inputs_embeds)
             media = {name: value for name, value in media.items() if name not in MODALITIES["image"].inputs}
         if self.config.prompt_sees_media or set(fused) - {"text", *embeddings}:
             encoded = self.model.encode(media, mm_encoder_outputs)
@@ -248,20 +254,20 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
             if name == "text":
                 if input_ids is None and inputs_embeds is None:
                     raise ValueError(
-                        f"This classifier reads {list(fused)}, but no text was given: pass `input_ids`, or train one with "
+                        f"This classifier reads {list(fused)}, but there is no text: pass `input_ids`, or train one with "
                         f"`fused_inputs={[one for one in fused if one != 'text']}`."
                     )
-                seen = encoded if self.config.prompt_sees_media else None
-                states, mask, outputs = read_text(self.model, input_ids, inputs_embeds, attention_mask, seen, **kwargs)
+                prefixes = encoded if self.config.prompt_sees_media else None
+                states, mask, outputs = read_text(self.model, input_ids, inputs_embeds, attention_mask, prefixes, **kwargs)
                 embeddings[name] = pool_text(states, mask, self.config.resolved_text_pooling)
             elif name not in embeddings:
                 if name not in encoded:
                     raise ValueError(
-                        f"This classifier reads {list(fused)}, but no {name} was given: pass it, or train one with "
+                        f"This classifier reads {list(fused)}, but there is no {name}: pass it, or train one with "
                         f"`fused_inputs={[one for one in fused if one != name]}`."
                     )
-                prefixes = [prefix.reshape(-1, self.config.embedding_dim) for prefix in encoded[name].pooler_output]
-                embeddings[name] = self._place_by_sample(prefixes, name, input_ids, inputs_embeds)
+                vectors = [prefix.flatten(0, -2) for prefix in encoded[name].pooler_output]
+                embeddings[name] = self._mean_by_sample(vectors, name, input_ids, inputs_embeds)
         vector = fuse(embeddings[name] for name in fused)
         idle = self.model._idle_parts(set(encoded))
         if idle:  # distributed training wants a gradient, if zero, for all that trains
@@ -273,21 +279,22 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         features, mask = media.get("vision_features"), media.get("vision_features_mask")
         if features is None:
             if media.get("pixel_values") is None:
-                raise ValueError("This classifier reads images, but none was given: pass `pixel_values`.")
-            given = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
-            features, mask, _ = self.model._encode_pixels(media["pixel_values"], {name: media.get(name) for name in given}, {})
+                raise ValueError("This classifier reads images, but there is none: pass `pixel_values`.")
+            names = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
+            options = {name: media.get(name) for name in names}
+            features, mask, _ = self.model._encode_pixels(media["pixel_values"], options, {})
         rows = [row if mask is None else row[mask[index].bool()] for index, row in enumerate(features)]
         index = media.get("image_index")
         return rows if index is None else [rows[one] for one in index.tolist()]
 
-    def _place_by_sample(
+    def _mean_by_sample(
         self,
         vectors: list[torch.Tensor],
         modality: str,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The mean over all vectors of a sample. Placeholders say which sample has which images (videos, sounds); without
+        """The mean over all vectors of a sample. By the placeholders each sample has its images (videos, audio clips); without
         any, each has one."""
         means = [one.float().mean(0) for one in vectors]
         if torch.compiler.is_compiling():
@@ -300,12 +307,12 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
             counts = (input_ids == self.config.placeholder_ids[modality]).sum(-1).tolist()
         if any(counts) and each is not None:
             counts = [-(-count // each) for count in counts]
-        else:  # images of as many placeholders as they have positions: one image per sample is all that can be told
+        else:  # images of as many placeholders as they have positions: one image per sample is all that can be known
             counts = [1] * batch
         if sum(counts) != len(means) or 0 in counts:
             raise ValueError(
-                f"{len(means)} {modality}s were given for {batch} samples that hold {counts}: a sample needs at least one, "
-                "and where some have more, the placeholders that the processor puts in say whose they are."
+                f"There are {len(means)} {modality}s for {batch} samples that hold {counts}: a sample needs at least one, and "
+                "where some have more, the placeholders of the processor assign them."
             )
         rest, rows = iter(zip(means, vectors, strict=True)), []
         for count in counts:
@@ -329,8 +336,8 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
-                The text, padded on any side. Placeholders of images, as the processor puts them in, say which sample an
-                image belongs to; the language model reads them with `config.prompt_sees_media` alone, else skips them.
+                The text, padded on any side. Placeholders of images, as the processor writes them, assign images to
+                samples; the language model reads them with `config.prompt_sees_media` alone, else skips them.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 The images of the whole batch in reading order.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for words, 0 for padding.
@@ -338,15 +345,15 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
             labels (`torch.Tensor`, *optional*): see [`classification_loss`].
             mm_encoder_outputs (`dict`, *optional*): what was encoded before, as in generation.
             kwargs:
-                The other inputs of images, videos and sounds, as [`FrozenPrefixForConditionalGeneration.forward`] names
+                The other inputs of images, videos and audio, as [`FrozenPrefixForConditionalGeneration.forward`] names
                 them (`vision_features`, `image_index`, `input_features` …), `output_hidden_states`, `output_attentions`.
 
         Returns:
-            `SequenceClassifierOutput`: `loss` where labels are given, `logits` `(batch, num_labels)` in fp32, and the
-            language model's hidden states and attentions where they are asked for.
+            `SequenceClassifierOutput`: `loss` where there are labels, `logits` `(batch, num_labels)` in fp32, and the
+            language model's hidden states and attentions where they are requested.
 
         Raises:
-            ValueError: if an input that `config.fused_inputs` names is not there, or images don't fit the samples.
+            ValueError: if an input that `config.fused_inputs` names is missing, or images don't fit the samples.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         for unused in ("position_ids", "token_type_ids", "mm_token_type_ids"):  # made from the mask, once it is packed
@@ -368,13 +375,10 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         )
 
     def _problem_type(self, labels: torch.Tensor) -> str:
-        if self.config.problem_type is None:  # transformers' rule, and as there it is found once and kept
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            else:
-                kind = "multi" if labels.is_floating_point() else "single"
-                self.config.problem_type = f"{kind}_label_classification"
-        return self.config.problem_type
+        if self.config.problem_type is None:  # transformers' rule, and as there it is applied once and kept
+            many = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            self.config.problem_type = "regression" if self.num_labels == 1 else many  # type: ignore[assignment]  # a literal
+        return str(self.config.problem_type)
 
 
 __all__ = ["FrozenPrefixForSequenceClassification", "classification_loss", "fuse"]

@@ -1,7 +1,9 @@
 """What all frozen-prefix models share. What trains is decided in `freezing`, what is saved and comes back in `checkpoints`."""
 
+import os
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ from .checkpoints import (
     refill,
     refuse_partly_loaded,
     refuse_unexpected,
-    refuse_without_home,
+    refuse_without_source,
     reload_base_model,
     renames_on_load,
     split_part_options,
@@ -51,6 +53,9 @@ from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapt
 from .weights import align_weights
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 logger = logging.get_logger(__name__)
 
 
@@ -62,8 +67,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     """
 
     config: FrozenPrefixConfig
+    base_model: Any  # a FrozenPrefixModel, whose file imports this one
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")  # type: ignore[assignment]  # tuples in transformers' models too
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -74,8 +80,8 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     _no_split_modules = []
     # One checkpoint serves all classes: each leaves the others' heads aside.
     _keys_to_ignore_on_load_unexpected = [r"^contrastive_head\.", r"^classifier\."]
-    # Attribute of a head that this class alone has; a checkpoint of another class lacks it, and it is then new.
-    _head_name: str | None = None
+    # Attribute of a head that this class alone has, if any; a checkpoint of another class lacks it, and it is then new.
+    _head_name = ""
     # Whether `from_vision_text_pretrained` takes text models that only read; None: with a head where there is one.
     _text_headless: bool | None = False
     # Set once the backbones are attached, with their weights.
@@ -122,7 +128,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         """
         freeze(self)
 
-    def train(self, mode: bool = True) -> "FrozenPrefixPreTrainedModel":
+    def train(self, mode: bool = True) -> "Self":
         """Sets the mode of what trains; frozen backbones keep dropout off and batch statistics still."""
         modules, stays = list(self.modules()), stays_frozen(self)
         if all(module.training is (mode and not still) for module, still in zip(modules, stays, strict=True)):
@@ -184,7 +190,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         super().initialize_weights()
         # transformers skips containers without tensors of their own in custom code, so connectors are filled here.
         for module in self.modules():
-            if isinstance(module, CONNECTING) and not getattr(module, "_frozen_prefix_initialized", False):
+            if isinstance(module, CONNECTING) and not module._frozen_prefix_initialized:
                 tensors = list(module.parameters())
                 if any(tensor.is_meta or getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
                     continue  # being loaded
@@ -197,13 +203,17 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             connector.set_output_norm(word_embedding_norm(language_model) * self.base_model.embed_scale)
         connector._frozen_prefix_initialized = True
 
+    @property
+    def _device_of_words(self) -> torch.device:
+        device = self.base_model.get_input_embeddings().weight.device
+        return torch.device("cpu") if device.type == "meta" else device
+
     def _start_head(self) -> None:
-        """A head that the checkpoint lacks, filled anew, on the device of the words."""
-        head = getattr(self, self._head_name)
-        device = self.get_input_embeddings().weight.device
-        head.to_empty(device="cpu" if device.type == "meta" else device)
+        """A head that the checkpoint lacks, filled anew, on the device of the word embeddings."""
+        head: Head = getattr(self, self._head_name)
+        head.to_empty(device=self._device_of_words)
         for one in (*head.modules(), *head.parameters()):
-            one._is_hf_initialized = False  # or transformers' functions would leave it as it is
+            one._is_hf_initialized = False  # type: ignore[attr-defined]  # or transformers' functions would leave it as it is
         self._reset_connector(head)
 
     # ------------------------------------------------------------------------------------------------- saving
@@ -215,19 +225,21 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
         """Names in the state dict that are not saved: computed, for what trains may change at any time. Whether a frozen
-        backbone was changed by hand is looked at by `save_pretrained` alone."""
+        backbone was changed by hand is checked by `save_pretrained` alone."""
         return keys_left_out(self, trained_parts(self)) if self._left_out_now is None else self._left_out_now
 
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
         pass  # `post_init` gathers it from submodels
 
-    def save_pretrained(self, save_directory: str, *args: Any, include_base_models: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, include_base_models: bool = False, **kwargs: Any
+    ) -> None:
         """
         Writes what was trained, and nothing else: by default the connector, the config and the generation config.
 
         Args:
-            save_directory (`str`): folder; made if absent.
+            save_directory (`str` or `os.PathLike`): folder; made if absent.
             include_base_models (`bool`, defaults to `False`):
                 Write the backbones too, and the code and processor with them: a self-contained copy, which loads without
                 this package too (`trust_remote_code=True`). Backbones that were trained or changed, or have no repository or
@@ -235,29 +247,30 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             args, kwargs: as `PreTrainedModel.save_pretrained`. `save_original_format` is `False` by default: names in the
                 file are those of the state dict, by which `Trainer` resumes.
         """
-        for part, one in PARTS.items() if include_base_models else ():
-            if getattr(self.config, f"{part}_config") is not None and part not in self.backbones:
+        for part in self.config.backbone_configs if include_base_models else ():
+            if part not in self.backbones:
                 raise ValueError(
-                    f"`include_base_models=True` writes the {one.description} too, and it is not loaded: "
+                    f"`include_base_models=True` writes the {PARTS[part].description} too, and it is not loaded: "
                     f'`model.load_base_model("{part}")` first.'
                 )
         saved = ("connector", *self.backbones) if include_base_models else parts_to_save(self)
-        held, self.config.auto_map = self.config.saved_parts, auto_map_of(self)
+        saved_before, self.config.auto_map = self.config.saved_parts, auto_map_of(self)
         variant, is_main_process = kwargs.get("variant"), kwargs.get("is_main_process", True)
-        before = weight_files(save_directory, variant)
+        folder = Path(save_directory)
+        before = weight_files(folder, variant)
         self._left_out_now, self.config.saved_parts = keys_left_out(self, set(saved)), saved
         try:
             super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         finally:
-            self._left_out_now, self.config.saved_parts = None, held
+            self._left_out_now, self.config.saved_parts = None, saved_before
         if is_main_process:
-            finish_weights(save_directory, before, variant)
+            finish_weights(folder, before, variant)
         if include_base_models and is_main_process:
-            complete_copy(save_directory, self)
+            complete_copy(folder, self)
 
-    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # Every way of pushing a model ends here, and in no public method.
-        complete_repository(working_dir, self, repo_id)
+        complete_repository(Path(working_dir), self, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ loading
@@ -265,23 +278,24 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | None,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
         vision_base_model: str | None = None,
         text_base_model: str | None = None,
         audio_base_model: str | None = None,
         load_vision_tower: bool = True,
         **kwargs: Any,
-    ) -> "FrozenPrefixPreTrainedModel":
+    ) -> "Self":
         """
         Loads a connector and refills its backbones from their own repositories, at the recorded commits, checked.
 
         Args:
-            pretrained_model_name_or_path (`str`): id on the Hub or folder of the checkpoint, or of an adapter of one.
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Id on the Hub or folder of the checkpoint, or of an adapter of one.
             vision_base_model, text_base_model, audio_base_model (`str`, *optional*):
-                Another place, or another model, for that backbone. It is taken as the user says and recorded.
+                Another place, or another model, for that backbone. It is taken unchecked, and recorded.
             load_vision_tower (`bool`, defaults to `True`):
-                `False` leaves the tower where it is, for a model that is given `vision_features`; see
+                `False` leaves the tower where it is, for a model that takes `vision_features`; see
                 [`cache_vision_features`] and [`load_base_model`].
             kwargs: as `PreTrainedModel.from_pretrained`. `dtype`, `device_map` and the options about reaching the Hub
                 go on to the backbones; `quantization_config` to the language model; options prefixed with `vision_`,
@@ -292,24 +306,27 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                 lacks weights of the connector, or holds some that its config has no place for.
             OSError: transformers' own, if a repository can't be reached.
         """
-        overrides = {"vision": vision_base_model, "text": text_base_model, "audio": audio_base_model}
-        overrides = {part: name for part, name in overrides.items() if name is not None}
+        named = {"vision": vision_base_model, "text": text_base_model, "audio": audio_base_model}
+        overrides = {part: name for part, name in named.items() if name is not None}
         options = split_part_options(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors=False` would read a pickle, which can run code; connectors are safetensors.")
         kwargs["use_safetensors"] = True
-        name, waiting, starts_head = pretrained_model_name_or_path, [], False
+        name = pretrained_model_name_or_path
         if name is None:  # weights come as a state dict: everything is in it
-            model, info = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(None, *model_args, output_loading_info=True, **kwargs)
+            model = loaded[0]
+            model._finish_loading()
         else:
+            name = str(name)
             if not load_vision_tower and "vision" in overrides:
                 raise ValueError("`load_vision_tower=False` and `vision_base_model` contradict each other: leave one out.")
-            left_out = frozenset() if load_vision_tower else frozenset({"vision"})
+            left_out = frozenset(() if load_vision_tower else ("vision",))
             dtypes = {part: own.get("dtype") for part, own in options.items()}
             with while_loading(Loading(left_out.union(overrides), dtypes)) as state:
-                model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
-            waiting = state.adapters
+                loaded = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+            model, info = loaded
             starts_head = model._refuse_missing(name, info)
             refuse_unexpected(model, name, info, state.attached)
             if left_out and "vision" in (PARTS if model.config.saved_parts is None else model.config.saved_parts):
@@ -318,21 +335,25 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                     "without `load_vision_tower=False`."
                 )
             refill(model, name, overrides, options, left_out)
-        model._finish_loading()
-        if starts_head:
-            model._start_head()
-        for args, options_of_adapter in waiting:
-            model.load_adapter(*args, **options_of_adapter)
-        model.eval()  # as transformers gives it
-        return (model, info) if with_info else model
+            model._finish_loading()
+            if starts_head:
+                model._start_head()
+            for args, options_of_adapter in state.adapters:
+                model.load_adapter(*args, **options_of_adapter)
+        model.eval()  # as transformers returns it
+        return loaded if with_info else model
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         # Private: no option takes away rules that a backbone's class brings for files of its own repository.
         refuse_pickles(checkpoint_files or ())
         if not model._is_assembled:  # else it is an adapter's file
             load_config = replace(load_config, weight_mapping=renames_on_load(model, load_config.weight_mapping))
-        return PreTrainedModelWithAdapters._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
+        return PreTrainedModelWithAdapters._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
@@ -353,8 +374,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         return loaded
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As `nn.Module.load_state_dict`. Of what a state dict lacks, `strict=False` tells what trains: all else is where it
-        was, as in a checkpoint of ours.
+        """
+        As `nn.Module.load_state_dict`. Of what a state dict lacks, `strict=False` lists what trains: all else stays as it
+        was, as with a checkpoint of ours.
 
         Raises:
             ValueError: for `strict=False`, if something that trains is missing and other names are there in its place.
@@ -363,14 +385,14 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         return result if strict else refuse_partly_loaded(self, result)
 
     def _refuse_missing(self, name: str, info: dict[str, Any]) -> bool:
-        """Whether the head of this class is to be filled anew: a connector that learnt something else is a good start."""
+        """Whether the head of this class is to be filled anew: the connector of another class is a good start."""
         missing = {key for key in info["missing_keys"] if key not in self.all_tied_weights_keys}
-        head = {key for key in self.state_dict() if self._head_name is not None and key.startswith(f"{self._head_name}.")}
+        head = {key for key in self.state_dict() if self._head_name and key.startswith(f"{self._head_name}.")}
         is_new = bool(head) and head <= missing
         if is_new:
             logger.warning(
                 f"`{name}` has no `{self._head_name}`, so that of {type(self).__name__} is new and random: train it before "
-                "you rely on what it says."
+                "you rely on its predictions."
             )
             missing -= head
         if missing:
@@ -394,25 +416,25 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         load_vision_tower: bool = True,
         full_fingerprint: bool = False,
         **kwargs: Any,
-    ) -> "FrozenPrefixPreTrainedModel":
+    ) -> "Self":
         """
         Joins pretrained models, all frozen, by new connectors.
 
         Args:
             vision_model_name_or_path (`str` or `PreTrainedModel`):
-                Any vision model of transformers: an id, a folder, or a loaded model (saved whole later, as it has no home).
+                Any vision model of transformers: an id, a folder, or a loaded model (saved whole later, as it has no source).
                 `None` for a model of audio alone.
             text_model_name_or_path (`str` or `PreTrainedModel`):
                 Any causal or encoder-decoder language model, likewise.
             audio_model_name_or_path (`str` or `PreTrainedModel`, *optional*):
                 Any audio encoder of transformers, or a model that it is one half of, likewise.
             image_token, video_token, audio_token (`str`, defaults to `"<image>"`, `"<video>"`, `"<audio>"`):
-                Word that stands for an image (video, sound) in texts; its id is looked up in, or would be added to, the
-                tokenizer. Videos are taken where `num_frames` is given.
+                Placeholder of an image (video, audio clip) in texts; its id is the tokenizer's, or the next that it would
+                give. Videos are taken where `num_frames` is set.
             load_vision_tower (`bool`, defaults to `True`):
-                `False` takes down where the tower is, and leaves its weights there.
+                `False` records where the tower is, and leaves its weights there.
             full_fingerprint (`bool`, defaults to `False`):
-                Know the backbones again by every byte, in place of a sample of large tensors; see
+                Fingerprint every byte of the backbones, in place of a sample of large tensors; see
                 [`~modeling_frozen.backbones.fingerprint`]. Loading the checkpoint then reads all bytes too.
             kwargs:
                 Keys of [`FrozenPrefixConfig`] (`connector_type`, `prefix_length`, `connector_config`, `trainable`, …) and
@@ -444,7 +466,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                 sources[part] = str(source)
         options = split_part_options(kwargs)
         if not load_vision_tower:
-            refuse_without_home("vision", sources.get("vision"))
+            refuse_without_source("vision", sources.get("vision"))
             options["vision"]["device_map"] = "meta"
         fields = set(FrozenPrefixConfig.__dataclass_fields__)
         config_options = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
@@ -459,13 +481,14 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                 backbones[part] = (source, None)
                 continue
             headless = {"headless": config_options.get("text_headless", cls._text_headless)} if part == "text" else {}
-            backbones[part] = load_base_model(part, source, full_fingerprint=full_fingerprint, **headless, **options[part])
-            hub_options[part]["revision"] = backbones[part][1]["revision"]
+            module, record = load_base_model(part, source, full_fingerprint=full_fingerprint, **headless, **options[part])
+            backbones[part] = (module, record)
+            hub_options[part]["revision"] = record["revision"]
         language_model = backbones["text"][0]
         if cls._text_headless is not False:
             config_options["text_headless"] = is_headless(language_model)
-            unsaid = config_options.get("text_pooling") is None and not hasattr(language_model.config, "is_decoder")
-            if config_options["text_headless"] and unsaid:  # DistilBERT reads ahead, CLIP's text half doesn't: ask it
+            pooling_unset = config_options.get("text_pooling") is None and not hasattr(language_model.config, "is_decoder")
+            if config_options["text_headless"] and pooling_unset:  # DistilBERT reads ahead, CLIP's text half doesn't
                 config_options["text_pooling"] = "mean" if reads_ahead(language_model) else "last"
         tokens = {"image": image_token, "video": video_token, "audio": audio_token}
         if config_options.get("num_frames") is None:
@@ -500,16 +523,15 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         cls,
         config: FrozenPrefixConfig,
         backbones: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]],
-    ) -> "FrozenPrefixPreTrainedModel":
+    ) -> "Self":
         with while_loading(Loading(frozenset(PARTS))):
             model = cls(config)
         for part, (module, record) in backbones.items():
             model._attach(part, module, record)
-        for module in model.modules():
-            if isinstance(module, CONNECTING):
-                model._reset_connector(module)
-                device = model.get_input_embeddings().weight.device
-                module.to(device=device if device.type != "meta" else "cpu", dtype=torch.float32)
+        for connector in model.modules():
+            if isinstance(connector, CONNECTING):
+                model._reset_connector(connector)
+                connector.to(device=model._device_of_words, dtype=torch.float32)
         model._finish_loading()
         return model.eval()
 
@@ -517,8 +539,8 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
 
     def unload_base_model(self, part: str = "vision") -> None:
         """
-        Frees a frozen tower. The model trains and writes from `vision_features`, and saves as before, for the tower has its
-        home elsewhere; given pictures, it says what to do. Unloading what is not loaded does nothing.
+        Frees a frozen tower. The model trains and generates from `vision_features`, and saves as before, for the tower has its
+        source elsewhere; for images it raises, with the way out. Unloading what is not loaded does nothing.
 
         Args:
             part (`str`, defaults to `"vision"`): `"vision"` or `"audio"`.
@@ -530,7 +552,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
 
     def load_base_model(self, part: str = "vision", **kwargs: Any) -> None:
         """
-        Loads a tower that is not loaded from where the config says, checks it, and freezes it. Loading what is loaded does
+        Loads a tower that is not loaded from the place in the config, checks it, and freezes it. Loading what is loaded does
         nothing.
 
         Args:
@@ -596,21 +618,20 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         return super().get_encoder(modality)
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
         """
         Returns the word embeddings as they are, for scripts that ask for the size they have.
 
         Raises:
             ValueError: for another size.
         """
-        embeddings = self.get_input_embeddings()
         rows = language_model_geometry(self.base_model.language_model).num_embeddings
         wanted = rows if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
         if wanted == rows:
-            return embeddings
+            return self.base_model.language_model.get_input_embeddings()
         raise ValueError(
             f"The language model is frozen bit for bit, so its vocabulary is never resized: it has {rows} rows, and not "
             f"{wanted}. `<image>` needs no row of its own; for more words, resize the language model itself before joining it "

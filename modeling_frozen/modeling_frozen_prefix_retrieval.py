@@ -1,14 +1,14 @@
-"""FrozenPrefixForImageTextRetrieval: pictures and texts in one space, each found by the other.
+"""FrozenPrefixForImageTextRetrieval: images and texts in one space, each retrieved by the other.
 
 Contrastive tuning with a lock on either side: with `trainable=("text",)` it is LiT (arXiv 2111.07991), with the default
-`("connector",)` both parents stay frozen and connector, projections and scale learn (FROMAGe, arXiv 2301.13823), with
+`("connector",)` both backbones stay frozen and connector, projections and scale learn (FROMAGe, arXiv 2301.13823), with
 `("vision",)` it is LiT's mirror. Arguments and outputs are those of transformers' CLIP.
 """
 
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,20 +29,23 @@ from .parts import PARTS, take_media
 from .text_reading import pack_text, pool_text, probe_text_width, read_text, text_reader
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 DEFAULT_PROJECTION_DIM = 512
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, section 2.5: beyond it training diverges
 
 
 class ContrastiveHead(Head):
     """
-    Two projections into one space, and how sharply likeness is counted there (CLIP, arXiv 2103.00020).
+    Two projections into one space, and the scale and bias of the cosines there (CLIP, arXiv 2103.00020).
 
     Args:
-        embedding_dim (`int`): width of the prefix, whose mean stands for the image.
+        embedding_dim (`int`): width of the prefix, whose mean is the image's embedding.
         text_width (`int`): width of a pooled text.
         projection_dim (`int`): width of the shared space.
         logit_scale (`float`): logarithm of the inverse temperature at the start.
-        logit_bias (`float`, *optional*): what is added to the scaled likeness at the start (SigLIP); `None`: nothing, ever.
+        logit_bias (`float`, *optional*): what is added to the scaled cosine at the start (SigLIP); `None`: nothing, ever.
         ret (`bool`): holds a learnt vector `[RET]` of width `embedding_dim`, to be read behind the words (FROMAGe).
     """
 
@@ -67,7 +70,7 @@ class ContrastiveHead(Head):
     def _reset_own(self) -> None:
         scale, bias = self._starts
         init.constant_(self.logit_scale, scale)
-        if self.logit_bias is not None:
+        if self.logit_bias is not None and bias is not None:
             init.constant_(self.logit_bias, bias)
         if self.ret is not None:
             init.normal_(self.ret, std=1 / math.sqrt(len(self.ret)))
@@ -94,15 +97,15 @@ class FrozenPrefixImageTextOutput(ModelOutput):
         contrastive_loss, caption_loss (`torch.FloatTensor` of shape `()`, *optional*): before weighting.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
-    contrastive_loss: torch.FloatTensor | None = None
-    caption_loss: torch.FloatTensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         nested = ("text_model_output", "vision_model_output")
@@ -111,14 +114,14 @@ class FrozenPrefixImageTextOutput(ModelOutput):
 
 class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     """
-    Tower, connector and text model that put pictures and texts into one space.
+    Tower, connector and text model that embed images and texts in one space.
 
     The image's embedding is the mean over its prefix, projected; the text's are the pooled hidden states of the text model
     (`config.text_pooling`), projected. Any text model serves: a decoder, an encoder, the encoder of an encoder-decoder.
 
     As in CLIP, [`get_image_features`] and [`get_text_features`] give embeddings in the shared space. The prefix, which the
     generative class's method of that name gives, is `model.model.get_image_features(...)` here; `model.generator` is the
-    generative class around the same weights, so that one connector may describe, answer and find.
+    generative class around the same weights, so that one connector may describe, answer and retrieve.
 
     Example:
 
@@ -139,11 +142,11 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     def __init__(self, config: FrozenPrefixConfig):
         if config.text_pooling == "cls" and not (config.text_reads_ahead or config.text_headless):
             raise ValueError(
-                '`text_pooling="cls"` reads the first word, which in a model that reads in one direction knows nothing of the '
+                '`text_pooling="cls"` reads the first word, which in a causal model does not attend to the '
                 'others, so all texts would be the same: take "last", "mean" or "ret".'
             )
         if config.text_width is None:
-            config.text_width = probe_text_width(config.text_config, config.text_headless)
+            config.text_width = probe_text_width(config.backbone_configs["text"], config.text_headless)
         if config.projection_dim is None:
             config.projection_dim = DEFAULT_PROJECTION_DIM
         super().__init__(config)
@@ -151,7 +154,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         starts = (config.logit_scale_init_value, config.logit_bias_init_value)
         kind = config.contrastive_loss_type
         self.contrastive_head = ContrastiveHead(
-            embedding_dim=config.embedding_dim,
+            embedding_dim=config.embedding_dim,  # type: ignore[arg-type]  # without it FrozenPrefixModel raises
             text_width=config.text_width,
             projection_dim=config.projection_dim,
             logit_scale=LOGIT_SCALE_STARTS[kind] if starts[0] is None else starts[0],
@@ -168,7 +171,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         text_model_name_or_path: str | PreTrainedModel,
         audio_model_name_or_path: str | PreTrainedModel | None = None,
         **kwargs: Any,
-    ) -> "FrozenPrefixForImageTextRetrieval":
+    ) -> "Self":
         """
         Joins pretrained models by a new connector and new projections.
 
@@ -190,8 +193,8 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         language_model = self.backbones.get("text")
         if language_model is None or self.config.caption_loss_weight:
             return set()
-        read = {id(parameter) for parameter in text_reader(language_model).parameters()}
-        return {id(parameter) for parameter in language_model.parameters()} - read
+        used = {id(parameter) for parameter in text_reader(language_model).parameters()}
+        return {id(parameter) for parameter in language_model.parameters()} - used
 
     # ------------------------------------------------------------------------------------------------ embeddings
 
@@ -260,13 +263,11 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         for unused in ("token_type_ids", "mm_token_type_ids", "return_loss"):
             kwargs.pop(unused, None)
         pooling = self.config.resolved_text_pooling
+        embeds: torch.Tensor | None = inputs_embeds
         if pooling == "ret":
-            pooling, input_ids, inputs_embeds, attention_mask = (
-                "last",
-                None,
-                *self._append_ret(input_ids, inputs_embeds, attention_mask),
-            )
-        states, mask, outputs = read_text(self.model, input_ids, inputs_embeds, attention_mask, **kwargs)
+            embeds, attention_mask = self._append_ret(input_ids, inputs_embeds, attention_mask)
+            pooling, input_ids = "last", None
+        states, mask, outputs = read_text(self.model, input_ids, embeds, attention_mask, **kwargs)
         weight = self.text_projection.weight
         pooled = pool_text(states, mask, pooling).to(weight.device, weight.dtype)
         return BaseModelOutputWithPooling(
@@ -277,7 +278,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         )
 
     def _append_ret(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Word embeddings with `[RET]` right behind each text's last word, and their mask."""
         skipped = None if input_ids is None else self.model.placeholders(input_ids)
@@ -286,18 +287,18 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         words = nn.functional.pad(words, (0, 0, 0, 1))
         lengths = mask.sum(-1, keepdim=True)
         columns = torch.arange(words.shape[1], device=mask.device)
-        ret = self.contrastive_head.ret.to(words.device, words.dtype)
+        ret = self.contrastive_head.ret.to(words.device, words.dtype)  # type: ignore[union-attr]  # with this pooling
         words = torch.where((columns == lengths)[..., None], ret, words)
         return words, (columns <= lengths).long()
 
     def _embed_images(self, media: dict[str, Any]) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
         """Embeddings, and the prefixes from which they come, as generation takes them."""
         prefixes = self.model.get_image_features(**media, return_dict=True)
-        width, rows = self.config.embedding_dim, list(prefixes.pooler_output)
+        rows = [row.flatten(0, -2) for row in prefixes.pooler_output]
         if len({row.shape for row in rows}) == 1:
-            means = torch.stack(rows).reshape(len(rows), -1, width).mean(1)
+            means = torch.stack(rows).mean(1)
         else:
-            means = torch.stack([row.reshape(-1, width).mean(0) for row in rows])
+            means = torch.stack([row.mean(0) for row in rows])
         weight = self.visual_projection.weight
         embeds = self.visual_projection(means.to(weight.device, weight.dtype))
         return type(prefixes)(**{**prefixes, "pooler_output": embeds}), prefixes
@@ -329,11 +330,11 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             return_loss (`bool`, *optional*): whether to compute the loss, of text n with image n. Defaults to doing so in
                 training.
             image_ids (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-                Equal numbers, in whichever process, say that pairs show the same image: then their texts are not negatives
+                Equal numbers, in whichever process, say that pairs have the same image: then their texts are not negatives
                 of each other.
             image_index (`torch.LongTensor` of shape `(num_texts,)`, *optional*):
-                For each text the row of its image among the given ones, so that an image with several texts is encoded
-                once; images count as the same by it where no `image_ids` are given.
+                For each text the row of its image in `pixel_values`, so that an image with several texts is encoded
+                once; images count as the same by it where there are no `image_ids`.
             caption_input_ids, caption_attention_mask, caption_targets (`torch.LongTensor`, *optional*):
                 `input_ids`, `attention_mask` and `labels` of [`FrozenPrefixForConditionalGeneration`] for the same images,
                 where `config.caption_loss_weight` is not zero.
@@ -344,20 +345,22 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             [`FrozenPrefixImageTextOutput`]
 
         Raises:
-            ValueError: if one side is not given, or, for the loss, images and texts are no pairs or captions lack.
+            ValueError: if one side is missing, or, for the loss, images and texts are no pairs or captions are missing.
         """
         kwargs.pop("num_items_in_batch", None)
         media = take_media(kwargs, pixel_values=pixel_values)
-        flags = {key: kwargs[key] for key in ("output_hidden_states", "output_attentions") if key in kwargs}
+        flags: dict[str, Any] = {key: kwargs[key] for key in ("output_hidden_states", "output_attentions") if key in kwargs}
         if input_ids is None and kwargs.get("inputs_embeds") is None:
-            raise ValueError("Matching takes images and texts, but no `input_ids` were given: see `get_image_features`.")
-        seen, prefixes = self._embed_images({**media, **flags})
-        read = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
-        image_embeds = nn.functional.normalize(seen.pooler_output.float(), dim=-1)
-        text_embeds = nn.functional.normalize(read.pooler_output.float(), dim=-1).to(image_embeds.device)
+            raise ValueError(
+                "Retrieval takes images and texts, but `input_ids` is missing: for images alone call `get_image_features`."
+            )
+        vision_outputs, prefixes = self._embed_images({**media, **flags})
+        text_outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+        image_embeds = vision_outputs.pooler_output.float()  # type: ignore[union-attr]  # see `_embed_images`
+        image_embeds = nn.functional.normalize(image_embeds, dim=-1)
+        text_embeds = nn.functional.normalize(text_outputs.pooler_output.float(), dim=-1).to(image_embeds.device)
         if image_index is not None:
-            image_index = image_index.to(image_embeds.device)
-            image_embeds = image_embeds[image_index]
+            image_embeds = image_embeds[image_index.to(image_embeds.device)]
         scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE).to(image_embeds.device)
         logits_per_text = text_embeds @ image_embeds.T * scale
         if self.logit_bias is not None:
@@ -366,47 +369,48 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         loss = contrastive_loss = caption_loss = None
         if self.training if return_loss is None else return_loss:
             weights = self.config.contrastive_loss_weight, self.config.caption_loss_weight
-            loss = 0.0
+            terms: list[torch.Tensor] = []
             if weights[0]:
                 if image_ids is None and image_index is not None:
                     rank, processes = process_rank()
-                    image_ids = image_index * processes + rank
+                    image_ids = image_index.to(image_embeds.device) * processes + rank  # type: ignore[assignment]  # long
                 contrastive_loss = CONTRASTIVE_LOSSES[self.config.contrastive_loss_type](
                     image_embeds,
                     text_embeds,
                     logit_scale=scale,
                     logit_bias=self.logit_bias,
                     image_ids=image_ids,
-                    **self.config.contrastive_loss_config,
+                    **(self.config.contrastive_loss_config or {}),
                 )
-                loss = loss + weights[0] * contrastive_loss
+                terms.append(weights[0] * contrastive_loss)
             if weights[1]:
                 caption_loss = self._caption_loss(
                     prefixes, image_index, caption_input_ids, caption_attention_mask, caption_targets
                 )
-                loss = loss + weights[1] * caption_loss
+                terms.append(weights[1] * caption_loss)
             elif idle := self._idle_parts():  # distributed training wants a gradient, if zero, for all that trains
-                loss = loss + self.model._zero_of(idle).to(loss.device)
+                terms.append(self.model._zero_of(idle).to(terms[0].device))
+            loss = sum(terms[1:], terms[0])
         return FrozenPrefixImageTextOutput(
             loss=loss,
             logits_per_image=logits_per_text.T,
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
             image_embeds=image_embeds,
-            text_model_output=read,
-            vision_model_output=seen,
+            text_model_output=text_outputs,
+            vision_model_output=vision_outputs,
             contrastive_loss=contrastive_loss,
             caption_loss=caption_loss,
         )
 
     def _idle_parts(self) -> list[nn.Module]:
-        """What trains and has no part in matching: gated blocks, the connector of sounds."""
+        """What trains and has no part in retrieval: gated blocks, the audio connector."""
         parts = self.model._idle_parts({"image"})
         gated = self.model.cross_attention
         trains = gated is not None and any(parameter.requires_grad for parameter in gated.parameters())
         return [*parts, gated] if trains and torch.is_grad_enabled() else parts
 
-    # --------------------------------------------------------------------------------------------- describing too
+    # --------------------------------------------------------------------------------------------------- captions
 
     @property
     def generator(self) -> FrozenPrefixForConditionalGeneration:
@@ -416,12 +420,12 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         Raises:
             ValueError: if the text model only reads.
         """
-        known = self.__dict__.get("_generator")
-        if known is None or known.model is not self.model:
+        generator = self.__dict__.get("_generator")
+        if generator is None or generator.model is not self.model:
             # Not registered as a child: its tensors are this model's already.
-            known = self.__dict__["_generator"] = generator_around(self.model)
-        known.training = self.training
-        return known
+            generator = self.__dict__["_generator"] = generator_around(self.model)
+        generator.training = self.training
+        return generator
 
     def _caption_loss(
         self,
@@ -433,10 +437,10 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     ) -> torch.Tensor:
         if input_ids is None or targets is None:
             raise ValueError(
-                f"`caption_loss_weight={self.config.caption_loss_weight}` asks for captions, but `caption_input_ids` or "
-                "`caption_targets` were not given: DataCollatorForFrozenPrefixRetrieval(processor, captions=True) makes them."
+                f"`caption_loss_weight={self.config.caption_loss_weight}` needs captions, but `caption_input_ids` or "
+                "`caption_targets` is missing: DataCollatorForFrozenPrefixRetrieval(processor, captions=True) makes them."
             )
-        rows = list(prefixes.pooler_output)
+        rows: list[torch.Tensor] = list(prefixes.pooler_output)  # type: ignore[arg-type]  # one tensor per image
         if image_index is not None:
             rows = [rows[index] for index in image_index.tolist()]
         encoded = {"image": type(prefixes)(**{**prefixes, "pooler_output": rows})}
@@ -451,14 +455,14 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
 
 def generator_around(base_model: FrozenPrefixModel) -> FrozenPrefixForConditionalGeneration:
     """
-    The generative class around a base model that is there already, sharing every tensor with it.
+    The generative class around a base model that exists already, sharing every tensor with it.
 
     Raises:
         ValueError: if its text model only reads.
     """
     if base_model.config.text_headless:
         raise ValueError(
-            f"{type(base_model.language_model).__name__} reads texts and writes none, so it can't describe a picture: join "
+            f"{type(base_model.language_model).__name__} reads texts and writes none, so it can't describe an image: join "
             "the tower to a language model."
         )
     with while_loading(Loading(frozenset(PARTS))), torch.device("meta"):  # a base model without weights, for a moment
@@ -469,7 +473,7 @@ def generator_around(base_model: FrozenPrefixModel) -> FrozenPrefixForConditiona
     # Not `_finish_init`, which would freeze by another model's rules what this one trains.
     for name in ("input_modalities", "_is_stateful", "_can_compile_fullgraph"):
         setattr(generator, name, getattr(base_model, name))
-    generator.generation_config = copy.deepcopy(base_model.language_model.generation_config)
+    generator.generation_config = copy.deepcopy(base_model.backbones["text"].generation_config)
     return generator
 
 

@@ -1,4 +1,4 @@
-"""The one table of what a model is made of.
+"""The one table of the parts of a model.
 
 A part is a backbone: the vision tower, the language model, the audio tower. A modality is a tower, a connector that writes its
 prefix, a placeholder whose embeddings the prefix takes, and the inputs that bring it. Videos share the vision tower and its

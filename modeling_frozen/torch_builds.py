@@ -1,4 +1,4 @@
-"""What to say where torchvision, torchaudio or torchcodec can't be imported, because it was built for another torch.
+"""The error message where torchvision, torchaudio or torchcodec can't be imported, because it was built for another torch.
 
 transformers imports them wherever they are installed, whether or not a model needs them, and then reports its own classes as
 missing. Imported only when something has failed already.

@@ -91,13 +91,13 @@ def vision_tower_class(vision_config: PreTrainedConfig) -> type[PreTrainedModel]
     Raises:
         ValueError: transformers has no such class.
     """
-    found = class_in(MODEL_MAPPING, vision_config)
-    if found is None:
+    tower_class = class_in(MODEL_MAPPING, vision_config)
+    if tower_class is None:
         config_class = type(vision_config)
         package = sys.modules.get(config_class.__module__.partition(".")[0])
-        found = getattr(package, config_class.__name__.removesuffix("Config") + "Model", None)
-    if inspect.isclass(found) and issubclass(found, PreTrainedModel):
-        return found
+        tower_class = getattr(package, config_class.__name__.removesuffix("Config") + "Model", None)
+    if inspect.isclass(tower_class) and issubclass(tower_class, PreTrainedModel):
+        return tower_class
     raise ValueError(
         f"No model class is known for {type(vision_config).__name__} (model type {vision_config.model_type!r}): a vision"
         " tower must be a model that `AutoModel.from_config` can build. Register its class with `AutoModel.register`,"
@@ -110,7 +110,6 @@ def vision_tower_kwargs(vision_config: PreTrainedConfig) -> dict[str, Any]:
     return {} if _is_remote(vision_config) else pooler_options(vision_tower_class(vision_config))
 
 
-@functools.cache
 def pooler_options(model_class: type) -> dict[str, Any]:
     """
     Keywords by which a class leaves out its pooler, for constructor and `from_pretrained`.
@@ -118,7 +117,12 @@ def pooler_options(model_class: type) -> dict[str, Any]:
     A class whose constructor has `add_pooling_layer` (ViT, DeiT, BEiT, Swin ...) can do without, and many checkpoints lack
     those weights: loaded with it, a random layer would be in the frozen model.
     """
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
+    return {"add_pooling_layer": False} if _takes_pooler_option(model_class) else {}
+
+
+@functools.cache
+def _takes_pooler_option(model_class: type) -> bool:
+    return "add_pooling_layer" in inspect.signature(model_class).parameters
 
 
 def build_vision_tower(vision_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
@@ -213,11 +217,6 @@ def _place_in_dual_model(whole: PreTrainedConfig, tower_class: type) -> str | No
     return next((name for name, module in dual.named_modules() if name and type(module) is tower_class), None)
 
 
-def _leaves_out_pooler(tower: PreTrainedModel) -> bool:
-    tower_class: type = type(tower)
-    return bool(pooler_options(tower_class))
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
@@ -291,7 +290,7 @@ def encode_images(
         num_leading_tokens,
         patches_mask if patches_mask is not None and patches_mask.ndim == 2 else None,
         width_axis=lambda index: _known_width_axis(vision_tower, index),
-        use_pooler=not _leaves_out_pooler(vision_tower),
+        use_pooler=not pooler_options(type(vision_tower)),
     )
     return features, features_mask, output
 
@@ -462,7 +461,7 @@ def probe_vision_tower(
         leading[0],
         None,
         width_axis=lambda index: axes[layers.index(index)],
-        use_pooler=not _leaves_out_pooler(tower),
+        use_pooler=not pooler_options(type(tower)),
     )
     return VisionGeometry(leading[0], features.shape[1], features.shape[2])
 
@@ -599,7 +598,7 @@ def _default_shape(tower: PreTrainedModel) -> tuple[int, ...]:
 
 
 def _processed_shape(image_processor: Any) -> tuple[int, ...]:
-    """The shape of one image behind this processor, found by giving it one."""
+    """The shape of one image behind this processor, measured on one."""
     from PIL import Image
 
     pixel_values = image_processor(images=Image.new("RGB", (512, 512)), return_tensors="pt")["pixel_values"]

@@ -88,10 +88,18 @@ def test_what_cannot_be_switched_is_refused(tmp_path: Path, two: tuple[Model, Mo
     with pytest.raises(ValueError, match="trained with another text model"):
         model.load_connector(str(tmp_path / "third"), "third")
     other.save_pretrained(tmp_path / "whole", include_base_models=True)
-    with pytest.raises(ValueError, match="carries a vision model"):
+    with pytest.raises(ValueError, match="holds a vision model"):
         model.load_connector(str(tmp_path / "whole"), "whole")
     gated, _ = join(tmp_path, fusion="cross_attention")
     gated.save_pretrained(tmp_path / "gated")
     with pytest.raises(ValueError, match="fusion `cross_attention`.*`prefix`"):
         model.load_connector(str(tmp_path / "gated"), "gated")
     assert model.connectors == ["default"]
+
+
+def test_another_connector_is_loaded_beside_one_without_weights(tmp_path: Path, two: tuple[Model, Model]) -> None:
+    _, second = two
+    identity, _ = join(tmp_path, connector_type="identity")
+    identity.load_connector(str(tmp_path / "second"), "short")
+    identity.set_connector("short")
+    assert torch.equal(logits(identity), logits(second))

@@ -319,7 +319,7 @@ def test_positions_are_a_set_without_position_embeddings(name):
             {"connector_config": {"num_head": 2}},
             r"'num_head', .*'resampler' .*did you mean 'num_heads'\? .*dropout=0.0",
         ),
-        ({"connector_config": {"prefix_length": 2}}, r"'prefix_length', which stands beside connector_config, not in"),
+        ({"connector_config": {"prefix_length": 2}}, r"'prefix_length', which goes beside connector_config, not into"),
         ({"connector_type": "identity", "connector_config": {"dropout": 0.1}}, r"Its options are: none"),
         ({"connector_config": {"num_heads": 7}}, r"num_heads=7 must divide hidden_size=256; change one"),
         ({"connector_config": {"hidden_size": 0}}, r"hidden_size=0 must be a positive whole number\."),
@@ -399,4 +399,4 @@ def test_bad_mask_and_norm():
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_options_are_documented(name):
     described = (CONNECTORS[name].__doc__ or "") + (Connector.__doc__ or "")
-    assert [option for option in CONNECTORS[name].options() if f"{option}: " not in described] == []
+    assert [option for option in CONNECTORS[name].options() if f"{option} (`" not in described] == []
