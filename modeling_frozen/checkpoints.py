@@ -470,25 +470,8 @@ def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: fro
 
 
 __all__ = [
-    "Loading",
-    "changed_parts",
-    "dtype_plan",
-    "finish_weights",
-    "key_prefix",
-    "keys_left_out",
-    "loading",
-    "parts_to_build",
-    "parts_to_save",
-    "parts_with_source",
-    "refill",
-    "refuse_partly_loaded",
-    "refuse_unexpected",
-    "refuse_without_source",
-    "reload_base_model",
-    "renames_on_load",
-    "split_part_options",
-    "trained_parts",
-    "unload_base_model",
-    "weight_files",
-    "while_loading",
-]
+    "Loading", "changed_parts", "dtype_plan", "finish_weights", "key_prefix", "keys_left_out", "loading",
+    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_partly_loaded", "refuse_unexpected",
+    "refuse_without_source", "reload_base_model", "renames_on_load", "split_part_options", "trained_parts",
+    "unload_base_model", "weight_files", "while_loading",
+]  # fmt: skip

@@ -380,12 +380,13 @@ class FrozenPrefixConfig(CompositeConfig):
         return {**dict.fromkeys(self.sub_configs), **serialized}  # tools read every name in `sub_configs`, absent ones too
 
     def to_diff_dict(self) -> dict[str, Any]:
-        # What a file leaves out has its default, so a default never changes.
+        # What a file leaves out has its default, so a default never changes; modalities that the model lacks are left out.
         defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        absent = tuple(f"{modality}_" for modality in MODALITIES if modality not in self.media)
         return {
             key: value
             for key, value in super().to_diff_dict().items()
-            if key not in defaults or value not in (defaults[key], {})
+            if key not in defaults or (value not in (defaults[key], {}) and not key.startswith(absent))
         }
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

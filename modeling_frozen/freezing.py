@@ -136,12 +136,6 @@ def recompute_frozen_layers(model: Any, enable: bool) -> None:
 
 
 __all__ = [
-    "CONNECTING",
-    "Unlocked",
-    "freeze",
-    "last_layers",
-    "recompute_frozen_layers",
-    "stays_frozen",
-    "trains",
+    "CONNECTING", "Unlocked", "freeze", "last_layers", "recompute_frozen_layers", "stays_frozen", "trains",
     "unlocked_counts",
-]
+]  # fmt: skip

@@ -266,7 +266,8 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
                         f"This classifier reads {list(fused)}, but there is no {name}: pass it, or train one with "
                         f"`fused_inputs={[one for one in fused if one != name]}`."
                     )
-                vectors = [prefix.flatten(0, -2) for prefix in encoded[name].pooler_output]
+                width: Any = self.config.embedding_dim
+                vectors = [prefix.reshape(-1, width) for prefix in encoded[name].pooler_output]
                 embeddings[name] = self._mean_by_sample(vectors, name, input_ids, inputs_embeds)
         vector = fuse(embeddings[name] for name in fused)
         idle = self.model._idle_parts(set(encoded))

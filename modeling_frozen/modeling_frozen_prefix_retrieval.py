@@ -294,7 +294,8 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     def _embed_images(self, media: dict[str, Any]) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
         """Embeddings, and the prefixes from which they come, as generation takes them."""
         prefixes = self.model.get_image_features(**media, return_dict=True)
-        rows = [row.flatten(0, -2) for row in prefixes.pooler_output]
+        width: Any = self.config.embedding_dim
+        rows = [row.reshape(-1, width) for row in prefixes.pooler_output]
         if len({row.shape for row in rows}) == 1:
             means = torch.stack(rows).mean(1)
         else:

@@ -2,10 +2,10 @@
 
 safetensors maps a file and hands out tensors where their bytes lie, so an address is what the file's header and the tensors in
 front make it. A product of float32 or float64 whose matrix begins off 16 bytes goes through another kernel of MKL, and its
-last bits differ: what is loaded would say other numbers than what was saved. At multiples of 16 bytes, and of 16-bit types at
-any address, products are the same, so what lies there stays mapped (`tests/test_weight_alignment.py` asks the CPU at hand).
+last bits differ: what is loaded would give other numbers than what was saved. At multiples of 16 bytes, and of 16-bit types at
+any address, products are the same, so what lies there stays mapped (see `tests/test_weight_alignment.py`).
 
-The digest, by which two modules are seen to hold the same, is of integer sums, which torch computes where the weights lie,
+The digest, which is equal for modules that hold the same, is of integer sums, which torch computes where the weights lie,
 with the same result on every device: a gigabyte costs a quarter of a second on one core, and nothing is copied from a GPU.
 """
 

@@ -345,7 +345,7 @@ def test_what_the_model_has_no_tower_for_is_refused() -> None:
         ({"num_frames": 0}, "num_frames=0"),
         (
             {"audio_connector_type": "mlp", "audio_connector_config": {}, "audio_prefix_length": None},
-            "a longer sound has more",
+            "longer audio has more",
         ),
         ({"audio_connector_type": "nonsense"}, "Of the audio connector.*nonsense"),
         ({"image_token_id": 7, "video_token_id": 7}, "share an id"),
