@@ -141,7 +141,7 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"it is empty: its size is {image.size[0]}x{image.size[1]}")
     top = _declared_top(image)  # before it is turned, which forgets the file
-    is_deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # PIL keeps the upper 8 bits of 16
+    is_deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", None) or ())  # PIL keeps the upper 8 bits of 16
     image.load()
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)

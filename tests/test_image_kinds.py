@@ -27,7 +27,9 @@ CLEAR = int(DEEP[2, 3])
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    Image.init()
+    if kind in Image.SAVE:  # not in every PIL
+        image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -188,7 +190,12 @@ KINDS: dict[str, tuple[bytes, Callable[[bytes], np.ndarray]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_what_its_file_says(kind: str) -> None:
     data, decode = KINDS[kind]
-    expected = decode(data)
+    if not data:
+        pytest.skip(f"this PIL does not write {kind}")
+    try:
+        expected = decode(data)
+    except ValueError as error:
+        pytest.skip(f"this PIL does not read {kind}: {error}")
     opened = load_rgb_image(data)
     np.testing.assert_array_equal(np.asarray(opened), expected)
     assert opened.mode == "RGB"
