@@ -161,7 +161,10 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = FrozenPrefixModel(config)
         embedding_dim: Any = config.embedding_dim  # without it FrozenPrefixModel raises
-        widths = {"text": config.text_width, "image": config.vision_width if self._reads_tower else embedding_dim}
+        widths: dict[str, Any] = {
+            "text": config.text_width,
+            "image": config.vision_width if self._reads_tower else embedding_dim,
+        }
         in_features = sum(widths.get(name, embedding_dim) for name in config.resolved_fused_inputs)
         num_labels: Any = config.num_labels  # transformers sets it
         self.classifier = ClassificationHead(in_features, num_labels, **(config.classifier_config or {}))

@@ -278,7 +278,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         )
 
     def _append_ret(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Word embeddings with `[RET]` right behind each text's last word, and their mask."""
         skipped = None if input_ids is None else self.model.placeholders(input_ids)
