@@ -264,12 +264,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             return self._without_what_is_cached(inputs_tensor, model_kwargs)
         # The prefix goes among the encoder's words, so images are merged before the encoder runs.
         inputs_embeds = model_kwargs.pop("inputs_embeds", None)
-        input_ids, inputs_embeds, _ = self.model.merge(
-            inputs_tensor if inputs_embeds is None else None,
-            inputs_embeds,
-            {},
-            model_kwargs.pop("mm_encoder_outputs", None),
-        )
+        ids = inputs_tensor if inputs_embeds is None else None
+        input_ids, inputs_embeds, _ = self.model.merge(ids, inputs_embeds, {}, model_kwargs.pop("mm_encoder_outputs", None))
         input_ids, inputs_embeds, mask = pad_right(input_ids, inputs_embeds, model_kwargs.get("attention_mask"))
         self.model.refuse_too_long(words_of(input_ids, inputs_embeds).shape[1])
         if mask is not None:
@@ -427,10 +423,9 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(
         self,
-        generation_config: Any,
+        *,
         input_ids: torch.LongTensor,
         inputs_tensor: torch.Tensor,
-        logits_processor: Any,
         model_kwargs: dict[str, Any],
         assistant_model: Any = None,
         **kwargs: Any,
@@ -449,15 +444,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
                 mask, words = model_kwargs.get("attention_mask"), (~self.model.placeholders(input_ids)).long()
                 words = words if mask is None or mask.shape != words.shape else words * mask
                 model_kwargs.update(attention_mask=words, position_ids=(words.cumsum(-1) - 1).clamp(min=0))
-        generator = super()._get_candidate_generator(
-            generation_config=generation_config,
-            input_ids=input_ids,
-            inputs_tensor=inputs_tensor,
-            logits_processor=logits_processor,
-            model_kwargs=model_kwargs,
-            assistant_model=assistant_model,
-            **kwargs,
-        )
+        options = {"model_kwargs": model_kwargs, "assistant_model": assistant_model, **kwargs}
+        generator = super()._get_candidate_generator(input_ids=input_ids, inputs_tensor=inputs_tensor, **options)
         return CandidatesOfText(generator, self.model.placeholders, word, self.model.max_positions)
 
     # ------------------------------------------------------------------------------------------- going on from a kept prefix
@@ -523,14 +511,10 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         """A prefix of words and media alone, and, of an encoder-decoder, the encoder's output."""
         prefix = PrefixCache(input_ids, mask, media=media)
         if self.config.is_encoder_decoder:
-            made = self._maybe_prepare_encoder_kwargs_for_generation(
-                input_ids,
-                {"attention_mask": mask, "mm_encoder_outputs": media_together(media)},
-                "input_ids",
-                self.generation_config,
-            )
+            inputs: dict[str, Any] = {"attention_mask": mask, "mm_encoder_outputs": media_together(media)}
+            inputs = self._maybe_prepare_encoder_kwargs_for_generation(input_ids, inputs, "input_ids", self.generation_config)
             # The encoder's own order of padding, which the mask must follow.
-            prefix.encoder_outputs = BaseModelOutput(last_hidden_state=made["encoder_outputs"][0])
+            prefix.encoder_outputs = BaseModelOutput(last_hidden_state=inputs["encoder_outputs"][0])
         return prefix
 
     def _extended(
