@@ -206,10 +206,11 @@ def finish_weights(folder: str | Path, before: dict[Path, Any], variant: str | N
     """
     after = weight_files(folder, variant)
     stale = [path for path, written in after.items() if before.get(path) == written]
+    if len(stale) == len(after) and (Path(folder) / "adapter_config.json").is_file():
+        return  # an adapter alone was written
     for path in stale:
         path.unlink()
-    is_adapter = (Path(folder) / "adapter_config.json").is_file()
-    if len(stale) == len(after) and not is_adapter:
+    if len(stale) == len(after):
         save_file({}, Path(folder) / _with_variant(SAFE_WEIGHTS_NAME, variant), metadata={"format": "pt"})
 
 

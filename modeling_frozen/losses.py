@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import logging
 
 from .connectors import in_eval_mode
-from .transformers_compat import forward_parameters, slice_logits_to_keep
+from .transformers_compat import MASKS_KEEP_LOGITS, forward_parameters, slice_logits_to_keep
 
 
 logger = logging.get_logger(__name__)
@@ -496,7 +496,8 @@ class LossPlan:
         # Who asks for more (a cache, attentions) wants it of every row.
         asked = {name for name, value in kwargs.items() if value is not None and value is not False} - {"mm_token_type_ids"}
         self.may_share = not asked
-        self.keeps = self.path is None and "logits_to_keep" in forward_parameters(type(self.language_model))
+        takes = "logits_to_keep" in forward_parameters(type(self.language_model))
+        self.keeps = self.path is None and takes and (MASKS_KEEP_LOGITS or not self.skips)
         self.kwargs = {**kwargs, "decoder_input_ids": decoder_input_ids}
         if self.keeps:
             self.kwargs["logits_to_keep"] = self.keep

@@ -155,6 +155,9 @@ else:  # before 5.20
 
 # ------------------------------------------------------------------------------------------------- logits and loading
 
+# Whether language models take a mask of positions as `logits_to_keep`; before 5.21 indices alone.
+MASKS_KEEP_LOGITS = hasattr(modeling_utils, "slice_logits_to_keep")
+
 if TYPE_CHECKING or hasattr(modeling_utils, "slice_logits_to_keep"):
     slice_logits_to_keep = modeling_utils.slice_logits_to_keep
 else:  # before 5.21
@@ -334,6 +337,7 @@ __all__ = [
     "CACHE",
     "CACHE_NAMES",
     "CHUNKS_HOLD_MEDIA",
+    "MASKS_KEEP_LOGITS",
     "AnyCacheName",
     "CompositeConfig",
     "GenerationMixin",

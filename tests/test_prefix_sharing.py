@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
 from modeling_frozen.prefix_sharing import best_shared_start, mark_images
 from modeling_frozen.training.lora import lora_config
+from modeling_frozen.transformers_compat import windows_remember
 from tests.helpers import families_joined, tiny
 from tests.helpers.families_joined import CONNECTOR_SIZES, pictures
 from tests.helpers.families_text import DECODERS, FAMILIES, VOCAB_SIZE
@@ -87,8 +88,12 @@ def compare(model: FrozenPrefixForConditionalGeneration, inputs: dict[str, Any])
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_reading_each_row(family: str) -> None:
-    share = compare(build(family).train(), batch(family))
-    assert share == 1 if family in ROW_BY_ROW else share < 0.8
+    model = build(family).train()
+    share = compare(model, batch(family))
+    windows = any(DynamicCache(config=model.config.get_text_config(decoder=True)).is_sliding)
+    # Windows that forget are not kept: before transformers 5.18 recorded ones hand out more than their mask is made for.
+    alone = family in ROW_BY_ROW or (windows and not windows_remember())
+    assert share == 1 if alone else share < 0.8
 
 
 def test_the_reader_may_train_too() -> None:
