@@ -47,7 +47,7 @@ def test_beside_transformers_it_imports_nothing_heavy() -> None:
 def test_the_command_says_its_help_without_torch() -> None:
     code = """
 import sys
-from modeling_frozen.cli import main
+from modeling_frozen.serving.server import main
 sys.argv = ["frozen-prefix", {!r}]
 try:
     main()
@@ -258,7 +258,7 @@ def test_no_import_goes_in_a_circle() -> None:
 def test_what_a_checkpoint_carries_imports_from_its_own_folder() -> None:
     known = modules()
     carried = {name for name in known if name.count(".") == 1 and known[name].parent.name == "modeling_frozen"}
-    carried -= {"modeling_frozen.cli", "modeling_frozen.lora", "modeling_frozen._registration"}
+    carried -= {"modeling_frozen.lora", "modeling_frozen._registration"}
     folders = {name for name, file in known.items() if file.parent.name not in ("modeling_frozen", "processors")}
     for name in carried:
         assert not imports_of(known[name]) & folders, name
