@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """frozen-prefix: images, videos and audio for any frozen language model.
 
 Importing this package registers the model type `frozen-prefix` with the Auto classes of transformers; all else is

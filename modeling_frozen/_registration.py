@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the model type `frozen-prefix` known to the Auto classes of transformers, without importing them.
 
 The documented way, `AutoConfig.register` and the like, wants the classes themselves: that would import torch, our models and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How likely each of many answers is: log-likelihoods over one kept prefix, for multiple choice, zero-shot classification and
 re-ranking."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any audio encoder of transformers, read as (clips, positions, width): what `vision_towers` is for images.
 
 An encoder is a model of its own (wav2vec2, AST), the encoder half of an encoder-decoder (Whisper) or the audio half of a

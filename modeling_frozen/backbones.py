@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frozen backbones: where each came from, whether it is still the same one, and how it is loaded.
 
 A checkpoint holds only what was trained. Everything else is loaded from the backbones' own repositories, so this file

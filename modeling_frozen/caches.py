@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' key-value caches, kept and used several times: which can be, and how rows of one serve many rows."""
 
 import copy

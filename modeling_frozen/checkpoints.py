@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a checkpoint holds and how it comes back: the connector, and of the backbones what they can't be had without.
 
 Saved is what was learnt. A backbone that has a source, the repository or folder from which it was loaded, and holds what is

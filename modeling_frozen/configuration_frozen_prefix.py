@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration: two full sub-configs, the record of where each backbone came from, and the connector between them.
 
 Nothing here loads a weight. Geometry (how many positions the tower gives, how wide the word embeddings are) is probed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several connectors for one loaded pair of backbones, as PEFT users know adapters: load, switch, list, save.
 
 A connector travels with the part of the config that describes it, so two of different kind, length or tower layer share

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connectors: the small networks that write the visual prefix, and the one registry that names them.
 
 A connector maps tower features (images, positions, vision_width) to a prefix (images, prefix_length, embedding_dim) in

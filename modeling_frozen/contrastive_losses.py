@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contrastive losses by name, for pairs of an image and a text, over the batches of all processes together.
 
 Each process computes the loss of its own rows against everybody's columns, so no process holds the whole square of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated cross-attention, the second way to fuse: blocks between the frozen layers of any decoder, in which words attend to
 the image (Flamingo, arXiv 2204.14198, section 3.1.2, "gated XATTN-DENSE").
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What trains and what stays frozen: the one place that sets `requires_grad`, and the modes of frozen modules.
 
 A backbone's modules carry the name of their part (`_frozen_prefix_part`), which stays with them through PEFT's wrapping,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`generate()` of [`FrozenPrefixForConditionalGeneration`]: every hook of it, the one mixin of the package.
 
 Images are encoded once, before the first step, and repeated with their row. A prefix that was read before

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a repository on the Hub needs beside weights and config: the code that loads them for people without this package.
 
 transformers copies custom code on every save. Here it is written only where it is needed, into folders that leave this

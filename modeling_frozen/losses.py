@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of the language model: cross-entropy where a label is, in chunks, so that large vocabularies cost no memory.
 
 Logits of 64 captions over 150,000 words are the largest tensor of a training step, by far. Here only a chunk of them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model: a frozen vision tower and a frozen language model, joined by a connector that writes the visual prefix.
 
 `FrozenPrefixModel` holds the parts and merges prefix and words; `FrozenPrefixForConditionalGeneration` adds the loss and

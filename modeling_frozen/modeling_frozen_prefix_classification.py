@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FrozenPrefixForSequenceClassification: one vector of image and text together, and a small head that predicts its class.
 
 The image's embedding comes through tower and connector, the text's from the hidden states of the language model; each is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all frozen-prefix models share. What trains is decided in `freezing`, what is saved and comes back in `checkpoints`."""
 
 import os

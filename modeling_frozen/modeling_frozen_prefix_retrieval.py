@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FrozenPrefixForImageTextRetrieval: images and texts in one space, each retrieved by the other.
 
 Contrastive tuning with a lock on either side: with `trainable=("text",)` it is LiT (arXiv 2111.07991), with the default

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small pieces of putting a prefix among words: counting placeholders, positions and order under padding, equal rows."""
 
 from contextvars import ContextVar

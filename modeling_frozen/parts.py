@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one table of the parts of a model.
 
 A part is a backbone: the vision tower, the language model, the audio tower. A modality is a tower, a connector that writes its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encode an image once and ask many questions about it: prefixes whose keys and values are kept.
 
 A question costs what a text-only question costs, for neither the towers nor the language model read the prefix again. What

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training rows that begin alike: the language model reads what they have in common once.
 
 Captions of one image all follow the same prefix, and a causal language model makes of it the same keys and values each

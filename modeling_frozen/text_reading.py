@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading a text with the frozen language model: hidden states in place of logits, for whatever needs a text's embedding.
 
 A causal model gives its last hidden states, an encoder-decoder those of its encoder (its decoder never runs). Padding, on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The error message where torchvision, torchaudio or torchcodec can't be imported, because it was built for another torch.
 
 transformers imports them wherever they are installed, whether or not a model needs them, and then reports its own classes as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between releases of transformers, 5.16.1 to the newest: the only place that knows, but for what processors
 need: `processing_compat.py`, for their files import none of this folder.
 

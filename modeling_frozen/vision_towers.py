@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any vision tower of transformers, read as (images, positions, width).
 
 A tower is a transformer with class tokens, a pyramid of windows, a convolutional map, or one half of a dual model.

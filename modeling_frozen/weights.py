@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes of weights: addresses at which they compute the same, whatever place a file gave them, and a digest over all.
 
 safetensors maps a file and hands out tensors where their bytes lie, so an address is what the file's header and the tensors in

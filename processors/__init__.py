@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processor of frozen-prefix models: images and text in, model inputs out.
 
 Installed, and always imported, as `modeling_frozen.processors`: a top-level package of this name would be shadowed by

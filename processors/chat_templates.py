@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chat templates: a language model's own made to render images (videos, audio), one for those without, few-shot
 conversations."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opening any image as the right RGB: 8 bits, upright, in sRGB, transparency over white. `load_rgb_image` is public."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opening videos and audio, of whatever kind they come.
 
 A video is a list of frames, sampled uniformly; each frame goes the way of an image. Audio is a mono waveform at its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between releases of transformers for processors, 5.16.1 to the newest; for models it is
 `transformers_compat.py`, which these files can't import: on the Hub all lie in one folder, and here they don't.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FrozenPrefixProcessor: the vision tower's image processor and the language model's tokenizer behind one call.
 
 Chat templates are in `chat_templates`, the opening of images in `image_loading`, of videos and audio in `media_loading`. The

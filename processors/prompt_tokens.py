@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizers that leave a prompt open: without the EOS or [SEP] that their post-processor appends to every text."""
 
 import copy

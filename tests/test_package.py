@@ -209,6 +209,11 @@ def test_code_for_the_hub_follows_its_rules() -> None:
             assert f"{module}.py" in names, (file.name, module)
 
 
+def test_what_is_carried_into_other_repositories_names_its_licence() -> None:
+    for file in hub_files():
+        assert file.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n"), file
+
+
 def test_every_file_says_what_lives_in_it() -> None:
     for path in SOURCES:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
