@@ -222,7 +222,7 @@ def test_a_model_without_its_tower_reads_features() -> None:
         ({"vision_features": None, "image_index": None, "vision_features_mask": torch.ones(2, 4)}, "_mask` goes with"),
         (
             {"vision_features": None, "pixel_values": pictures(), "vision_features_mask": torch.ones(2, 4)},
-            "`pixel_values` were given",
+            "`pixel_values` were passed",
         ),
     ],
 )  # fmt: skip
