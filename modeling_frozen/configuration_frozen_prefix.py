@@ -15,6 +15,7 @@ from packaging import version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from .hub import AUTO_MAP
 from .parts import MODALITIES, PARTS, TRAINABLE
 from .transformers_compat import CACHE_NAMES, CompositeConfig, SubConfigSpec
 
@@ -606,14 +607,11 @@ if __name__.startswith("transformers_modules."):
     # classes by their names in these tables, whatever the checkpoint's `auto_map` says.
     from transformers.models.auto import modeling_auto
 
-    for _class_name, _tables in {
-        "FrozenPrefixForConditionalGeneration": ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"),
-        "FrozenPrefixForImageTextRetrieval": ("ZERO_SHOT_IMAGE_CLASSIFICATION",),
-        "FrozenPrefixForSequenceClassification": ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION"),
-    }.items():
-        for _table in _tables:
-            _names = getattr(modeling_auto, f"MODEL_FOR_{_table}_MAPPING_NAMES")
-            _names.setdefault(FrozenPrefixConfig.model_type, _class_name)
+    for _auto_class, _target in AUTO_MAP.items():
+        if _auto_class.startswith("AutoModelFor"):
+            # Private, as in `_registration.py`: a class is known by its name before it is imported.
+            _names = getattr(modeling_auto, _auto_class)._model_mapping._model_mapping
+            _names.setdefault(FrozenPrefixConfig.model_type, _target.split(".")[1])
 
 
 __all__ = ["FrozenPrefixConfig"]
