@@ -619,5 +619,5 @@ def test_another_language_model_must_have_the_same_layers(tmp_path: Path) -> Non
     model, _ = join(tmp_path, fusion="cross_attention", cross_attention_config=BLOCKS)
     model.save_pretrained(tmp_path / "eyes")
     LlamaForCausalLM(tiny_text_config(num_hidden_layers=3)).save_pretrained(tmp_path / "deeper")
-    with pytest.raises(ValueError, match="between 2 layers of width 32, but .* has 3 of width 32"):
+    with pytest.raises(ValueError, match="made for 2 layers of width 32, but .* has 3 of width 32"):
         Model.from_pretrained(tmp_path / "eyes", text_base_model=str(tmp_path / "deeper"))
