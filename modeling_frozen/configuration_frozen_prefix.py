@@ -382,13 +382,15 @@ class FrozenPrefixConfig(CompositeConfig):
         return {**dict.fromkeys(self.sub_configs), **serialized}  # tools read every name in `sub_configs`, absent ones too
 
     def to_diff_dict(self) -> dict[str, Any]:
-        # What a file leaves out has its default, so a default never changes; modalities that the model lacks are left out.
-        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        # What is not set, and what belongs to a modality that the model lacks, is left out. All else is written, default or
+        # not: a default may be another one in a later version, and a checkpoint stays what it is.
+        unset = {name for name, field in self.__dataclass_fields__.items() if field.default is None or field.default is False}
         absent = tuple(f"{modality}_" for modality in MODALITIES if modality not in self.media)
         return {
             key: value
             for key, value in super().to_diff_dict().items()
-            if key not in defaults or (value not in (defaults[key], {}) and not key.startswith(absent))
+            if key not in self.__dataclass_fields__
+            or not (key in unset and (value is None or value is False or value == {}) or key.startswith(absent))
         }
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
