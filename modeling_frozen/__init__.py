@@ -35,6 +35,7 @@ _EXPORTS = {
     "export_decode": "export.graphs",
     "export_image_encoder": "export.graphs",
     "export_prefill": "export.graphs",
+    "load_image_text": "data.formats",
 }
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .data.classification_collator import DataCollatorForFrozenPrefixClassification
     from .data.collator import DataCollatorForFrozenPrefix
     from .data.feature_cache import cache_vision_features
+    from .data.formats import load_image_text
     from .data.retrieval_collator import DataCollatorForFrozenPrefixRetrieval
     from .export.graphs import export_decode, export_image_encoder, export_prefill
     from .model_card.callback import FrozenPrefixHubCallback
@@ -102,4 +104,5 @@ __all__ = [
     "export_decode",
     "export_image_encoder",
     "export_prefill",
+    "load_image_text",
 ]

@@ -1,26 +1,620 @@
-"""Data as users have it, as `datasets` columns that the collator reads: COCO- and VQA-style JSON, and honest splits.
+"""Image-text data in the formats that people have it in, as rows that collator, `evaluate`, feature store and TRL read alike:
+[`load_image_text`]; and honest splits.
 
-Image folders with a `metadata.csv` or `.jsonl`, parquet files and streamed sets need no help: `load_dataset("imagefolder",
-data_dir=…)`, `load_dataset("parquet", data_files=…)`, `streaming=True`.
+`rows.py` reads a row of each format; here are the files, folders and datasets that hold them. Rows are kept in Arrow, their
+images unopened. Whatever `datasets` reads is read by it, except JSON, whose types it has no room for (a path or, in the next
+row, a list of them), and tars, whose samples it wants to have the same files each.
 """
 
+import itertools
 import json
 import random
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from . import columns
-from .image_reading import Hashing, Images
+from .image_reading import Hashing, Images, inner_feature, unopened
+from .rows import KEPT, ROW_FORMATS, HeldImage, RowError, count_unplaced, find_format, kind_of, name_of_row, read_row
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+logger = logging.get_logger(__name__)
+
+# What a file or folder is known by; their rows then are of a format in `rows.ROW_FORMATS`.
+FILE_FORMATS = ("coco", "karpathy", "vqav2", "imagefolder", "webdataset")
+FORMATS = (*ROW_FORMATS, *FILE_FORMATS)
+_JSON = (".json", ".jsonl", ".ndjson")
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_TARS = (".tar", ".tgz", ".tar.gz")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+_CHUNK = 1000  # rows that become Arrow at a time
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+@dataclass
+class Source:
+    """Rows as they lie in a file, a folder or a dataset, and how each is read.
+
+    Args:
+        name: as errors call it.
+        rows: gives the rows, from the first, each time it is called.
+        root: the folder of relative paths.
+        format: of `FORMATS`.
+        row_format: of `ROW_FORMATS`; found by the first row where it is not said.
+        dataset: where images stay in its column `column`; `rows` then give [`HeldImage`]s in their place.
+        tars: whose samples the rows are.
+    """
+
+    name: str
+    rows: Callable[[], Iterable[Any]]
+    root: Path
+    format: str
+    row_format: str = ""
+    dataset: Any = None
+    column: str | None = None
+    tars: list[Path] = field(default_factory=list)
+    described: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        if self.format in ROW_FORMATS:
+            self.row_format = self.format
+        if not self.row_format:
+            first = next(iter(self.rows()), None)
+            if first is None:
+                raise ValueError(f"{self.name} has no rows.")
+            if not isinstance(first, Mapping):
+                raise ValueError(f"{self.name}: row 0 must be an object with fields, got {first!r:.80}.")
+            self.row_format = find_format(first, self.name)
+        if self.format == "auto":
+            self.format = self.row_format
+        self.described = self.format if self.format == self.row_format else f"{self.format}, rows of {self.row_format}"
+
+    def read(self) -> Iterator[tuple[int, list[dict[str, Any]] | RowError, Any]]:
+        """For each row its number, the canonical rows of it or what is wrong with it, and the row."""
+        kind = None
+        for index, row in enumerate(self.rows()):
+            try:
+                read = read_row(row, self.row_format, self.root)
+                kind = kind or kind_of(read[0])
+                if kind_of(read[0]) != kind:
+                    raise RowError(
+                        kind, "is what the rows before this one have, and this one has not: rows of one kind are needed"
+                    )
+            except RowError as error:
+                yield index, error, row
+            else:
+                yield index, read, row
+
+
+def open_source(
+    source: Any,
+    format: str = "auto",
+    image_root: str | Path | None = None,
+    split: str | None = None,
+    streaming: bool = False,
+) -> Source:
+    """
+    Finds out what a source is.
+
+    Args:
+        source, format, image_root, split, streaming: as [`load_image_text`] takes them.
+
+    Raises:
+        ValueError: a format that is unknown, or can't be found; a split that isn't there, or must be named.
+        FileNotFoundError: a file that isn't there.
+    """
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown: choose 'auto' or one of {list(FORMATS)}.")
+    root = None if image_root is None else Path(image_root)
+    if hasattr(source, "column_names"):
+        return _of_dataset(source, f"the {type(source).__name__}", format, root or Path(), split)
+    if isinstance(source, Sequence) and not isinstance(source, str) and source and isinstance(source[0], Mapping):
+        return Source("the list", lambda: source, root or Path(), format)
+    several = [source] if isinstance(source, str | Path) else list(source)
+    if not several or not all(isinstance(one, str | Path) for one in several):
+        raise ValueError(f"A source is a file, a folder, a Hub id, a dataset or rows, or several files; got {source!r:.80}.")
+    paths = [Path(one) for name in several for one in _expand(str(name))]
+    name = str(source) if len(several) == 1 else ", ".join(map(str, several))
+    if not all(path.exists() for path in paths):
+        missing = next(path for path in paths if not path.exists())
+        is_file = len(several) > 1 or missing.suffix.lower() in (*_JSON, *_TABLES, *_TARS) or len(missing.parts) != 2
+        if is_file or missing.is_absolute() or has_magic(str(missing)):
+            raise FileNotFoundError(f"{missing} is not there. A Hub id is owner/name.")
+        return _of_hub(str(source), (str(source),), {"streaming": streaming}, format, root or Path(), split)
+    if len(paths) == 1 and paths[0].is_dir():
+        return _of_folder(paths[0], format, root, split)
+    suffixes = {
+        next((one for one in (*_JSON, *_TABLES, *_TARS) if path.name.lower().endswith(one)), path.suffix) for path in paths
+    }
+    root = root or paths[0].parent
+    if suffixes <= set(_JSON):
+        return _of_json(paths, name, format, root, split)
+    if suffixes <= set(_TARS):
+        row_format = "" if format in ("auto", "webdataset") else format
+        return Source(name, lambda: map(_with_json, _tar_rows(paths)), root, "webdataset", row_format, tars=paths)
+    if len(suffixes) == 1 and (builder := _TABLES.get(next(iter(suffixes)))):
+        options: dict[str, Any] = {"delimiter": "\t"} if suffixes == {".tsv"} else {}
+        options |= {"data_files": list(map(str, paths)), "streaming": streaming}
+        return _of_hub(name, (builder,), options, format, root, split)
+    raise ValueError(
+        f"{name}: files of {sorted(suffixes)} can't be read together: {sorted({*_JSON, *_TABLES, *_TARS})} are read."
+    )
+
+
+def _expand(name: str) -> list[str]:
+    if not has_magic(name) or Path(name).exists():
+        return [name]
+    found = sorted(glob(name, recursive=True))
+    if not found:
+        raise FileNotFoundError(f"No file matches {name!r}.")
+    return found
+
+
+def _of_hub(
+    name: str, arguments: tuple[str, ...], options: dict[str, Any], format: str, root: Path, split: str | None
+) -> Source:
+    from datasets import load_dataset
+
+    loaded = load_dataset(*arguments, **options)
+    return _of_dataset(loaded, name, format, root, split)
+
+
+def _of_folder(folder: Path, format: str, root: Path | None, split: str | None) -> Source:
+    from datasets import load_dataset, load_from_disk
+
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _of_dataset(load_from_disk(str(folder)), str(folder), format, root or folder, split)
+    metadata = [path for suffix in ("csv", "jsonl", "parquet") for path in folder.rglob(f"metadata.{suffix}")]
+    if metadata or format == "imagefolder":
+        if not metadata:
+            near = sorted(path.name for path in folder.glob("metadata*"))
+            raise ValueError(
+                f"{folder} has no metadata.csv, metadata.jsonl or metadata.parquet, exactly so called (near: {near})."
+            )
+        loaded = load_dataset("imagefolder", data_dir=str(folder), drop_labels=True)
+        return _of_dataset(loaded, str(folder), "imagefolder", root or folder, split)
+    for suffixes in (_TARS, tuple(_TABLES), _JSON):
+        files = sorted(str(path) for path in folder.iterdir() if path.name.lower().endswith(suffixes))
+        if suffixes == _JSON:
+            files = [one for one in files if Path(one).name != "dataset_info.json"]  # LLaMA-Factory's list of files
+            if len(files) > 1:
+                raise ValueError(f"{folder} has several JSON files: name those to be read, {files[:8]}.")
+        if files:
+            return open_source(files, format, root or folder, split)
+    raise ValueError(f"{folder} holds no metadata.csv or .jsonl beside its images, and no tars, parquet or JSON files.")
+
+
+def _of_dataset(loaded: Any, name: str, format: str, root: Path, split: str | None) -> Source:
+    """Of a `Dataset`, or one of several splits."""
+    if isinstance(loaded, Mapping):
+        loaded = loaded[_the_split(list(loaded), split, name)]
+    column = columns.find_column(loaded.column_names or [])
+    row_format = "" if format in ("auto", *FILE_FORMATS) else format
+    features = loaded.features
+    if column is None or features is None or not hasattr(loaded, "__len__") or not _is_images(features[column]):
+        unread = None if features is None else type(features)(unopened(features))
+        loaded = loaded if features == unread else loaded.cast(unread)
+        return Source(name, lambda: loaded, root, format, row_format)
+    texts = loaded.remove_columns(column).with_format(None)
+    counts = loaded.select_columns([column]).with_format("arrow")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        held = HeldImage()
+        for start in range(0, len(loaded), _CHUNK):
+            numbers = _lengths(counts[start : start + _CHUNK].column(column))
+            some = texts[start : start + _CHUNK] if texts.column_names else {}
+            for place, number in enumerate(numbers):
+                yield {**{key: values[place] for key, values in some.items()}, column: [held] * number}
+
+    return Source(name, rows, root, format, row_format, loaded, column)
+
+
+def _is_images(feature: Any) -> bool:
+    from datasets import Image
+
+    return isinstance(inner_feature(feature), Image)
+
+
+def _lengths(values: Any) -> list[int]:
+    """How many images each row of an Arrow column holds; nothing is read of them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        return [length or 0 for length in pc.list_value_length(values).to_pylist()]
+    return [int(valid) for valid in pc.is_valid(values).to_pylist()]
+
+
+def _the_split(names: Sequence[str], split: str | None, name: str) -> str:
+    if split is None and len(names) == 1:
+        return names[0]
+    if split not in names:
+        asked = "name one by `split=`" if split is None else f"{split!r} is none of them"
+        raise ValueError(f"{name} has the splits {list(names)}: {asked}.")
+    return split
+
+
+# --------------------------------------------------------------------------------------------------------- JSON, tars
+def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str | None) -> Source:
+    if all(path.suffix.lower() != ".json" for path in paths):
+        if split is not None:
+            raise ValueError(f"{name} has no splits, so split={split!r} can't be had of it.")
+        return Source(name, lambda: itertools.chain.from_iterable(map(_lines, paths)), root, format)
+    contents = [list(_lines(path)) if path.suffix.lower() != ".json" else _parse(path) for path in paths]
+    if all(isinstance(content, list) for content in contents):
+        rows = [row for content in contents for row in content]
+        first = rows[0] if rows else None
+        if isinstance(first, Mapping) and "image_id" in first and "caption" in first and columns.find_column(first) is None:
+            return Source(name, lambda: _clipcap_rows(rows, root), root, "coco", "captions")
+        found, made = format, rows
+    else:
+        whole: dict[str, Any] = {}
+        for path, content in zip(paths, contents, strict=True):
+            if not isinstance(content, Mapping):
+                raise ValueError(
+                    f"{path} holds a {type(content).__name__}, and the files beside it objects: is it another kind of file?"
+                )
+            whole |= content
+        found, made = _annotated(whole, name, format, root, split)
+        split = None
+    if split is not None:
+        raise ValueError(f"{name} has no splits, so split={split!r} can't be had of it.")
+    row_format = {"coco": "captions", "karpathy": "captions", "vqav2": "question_answer"}.get(found, "")
+    return Source(name, lambda: made, root, found, row_format)
+
+
+def _annotated(content: Mapping[str, Any], name: str, format: str, root: Path, split: str | None) -> tuple[str, list[Any]]:
+    """Rows of the files that are one JSON object, and their format."""
+    images = content.get("images")
+    if format in ("auto", "vqav2") and "questions" in content:
+        return "vqav2", _vqa_rows(content, name, root)
+    if format in ("auto", "karpathy") and images and isinstance(images[0], Mapping) and "sentences" in images[0]:
+        return "karpathy", _karpathy_rows(images, name, root, split)
+    if format in ("auto", "coco") and "images" in content and "annotations" in content:
+        return "coco", _coco_rows(content, name)
+    lists = [value for value in content.values() if isinstance(value, list)]
+    if format in ("auto", *ROW_FORMATS) and len(lists) == 1 and len(content) == 1:
+        return format, lists[0]
+    raise ValueError(f"{name} is an object with {sorted(content)[:8]}, not of a known format: is it another kind of file?")
+
+
+def _parse(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # an object on each line, whatever the file is called
+            return list(_lines(path))
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}: line {number} is not JSON: {error}.") from error
+
+
+def _needed(content: Any, names: tuple[str, ...], path: Any) -> None:
+    if missing := [name for name in names if name not in content]:
+        raise ValueError(f"{path} lacks {missing} (it has {sorted(content)[:8]}): is it another kind of file?")
+
+
+def _coco_rows(content: Mapping[str, Any], name: Any) -> list[dict[str, Any]]:
+    """A row for each image that has captions."""
+    _needed(content, ("images", "annotations"), name)
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    captions: dict[Any, list[str]] = {}
+    for entry in content["annotations"]:
+        captions.setdefault(entry["image_id"], []).append(entry["caption"])
+    if unknown := [index for index in captions if index not in files]:
+        raise ValueError(f"{name} has captions of images that it does not list: {unknown[:5]}.")
+    return [{"image": files[index], "captions": captions[index], "image_id": index} for index in files if index in captions]
+
+
+def _karpathy_rows(images: list[Mapping[str, Any]], name: str, root: Path, split: str | None) -> list[dict[str, Any]]:
+    """Rows of a split; COCO's `restval` is a part of train, as everybody has it who compares with others (1612.00563)."""
+    of = {"restval": "train"}
+    names = list(dict.fromkeys(of.get(one["split"], one["split"]) for one in images))
+    split = _the_split(names, split, name)
+    rows = []
+    for one in images:
+        if of.get(one["split"], one["split"]) == split:
+            file = _first_there(root, f"{one.get('filepath', '')}/{one['filename']}".lstrip("/"), one["filename"])
+            own = one.get("cocoid", one.get("imgid"))
+            rows.append({"image": file, "sentences": one["sentences"], "image_id": own})
+    return rows
+
+
+def _vqa_rows(content: Mapping[str, Any], name: Any, root: Path, file_name: str | None = None) -> list[dict[str, Any]]:
+    """A row for each question, joined on `question_id`: the two files need not be in one order."""
+    _needed(content, ("questions",), name)
+    answered = {one["question_id"]: one for one in content.get("annotations", ())}
+    missing = [one["question_id"] for one in content["questions"] if one["question_id"] not in answered]
+    if answered and missing or "annotations" in content and missing:
+        raise ValueError(f"{name} has no answers to {len(missing)} questions, the first {missing[:5]}.")
+    rows = []
+    for one in content["questions"]:
+        image = (
+            _coco_file(root, one["image_id"], content.get("data_subtype")) if file_name is None else file_name.format(**one)
+        )
+        row = {"image": image, "question": one["question"]}
+        if answered:
+            entry = answered[one["question_id"]]
+            row |= {"multiple_choice_answer": entry.get("multiple_choice_answer"), "answers": entry.get("answers")}
+        rows.append({**row, "question_id": one["question_id"], "image_id": one["image_id"]})
+    return rows
+
+
+def _clipcap_rows(rows: list[Any], root: Path) -> Iterator[Any]:
+    """Of a flat list with COCO's ids, which says no files."""
+    for row in rows:
+        yield {**row, "image": _coco_file(root, row["image_id"])} if isinstance(row, Mapping) and "image_id" in row else row
+
+
+def _coco_file(root: Path, index: Any, subset: str | None = None) -> str:
+    """COCO's name for an image: with its subset in 2014, without in 2017."""
+    if not str(index).isdigit():
+        return str(index)
+    subsets = [subset] if subset else ["train2014", "val2014"]
+    names = [f"COCO_{one}_{int(index):012d}" for one in subsets] + [f"{int(index):012d}", str(index)]
+    return _first_there(root, *(f"{folder}{one}.jpg" for one in names for folder in ("", *(f"{own}/" for own in subsets))))
+
+
+def _first_there(root: Path, *names: str) -> str:
+    return next((name for name in names if (root / name).is_file()), names[0])
+
+
+def _tar_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """Samples of tars as WebDataset writes them: neighbours that are called the same up to the first dot."""
+    for path in paths:
+        with tarfile.open(path) as tar:
+            files = (member for member in tar if member.isfile())
+            for key, members in itertools.groupby(files, key=lambda member: _key(member.name)):
+                row: dict[str, Any] = {"__key__": key}
+                for member in members:
+                    suffix, data = member.name[len(key) :].lower(), tar.extractfile(member).read()  # type: ignore[union-attr]  # a file
+                    if suffix.endswith(_IMAGES):
+                        row.setdefault("images", []).append({"bytes": data, "path": member.name})
+                    elif suffix == ".json":
+                        row["json"] = data.decode("utf-8")
+                    elif suffix in (".txt", ".text", ".caption"):
+                        row["text"] = data.decode("utf-8")
+                yield row
+
+
+def _with_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample with the fields of its JSON; images are those of the tar."""
+    fields = json.loads(row["json"]) if row.get("json") else {}
+    own = {name: value for name, value in row.items() if name != "json" and value is not None}
+    return {**{name: value for name, value in fields.items() if name not in columns.COLUMNS["image"]}, **own}
+
+
+def _on_disk(source: Source, paths: list[Path]) -> Source:
+    """Samples of tars, in the cache of `datasets`: their images are too many for memory."""
+    from datasets import Dataset, Features, Image, Value
+
+    text = Value("string")
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # told apart by, in the cache
+    features = Features({"__key__": text, "images": [Image(decode=False)], "text": text, "json": text})
+    written = Dataset.from_generator(_stamped_rows, features=features, gen_kwargs={"stamps": stamps})
+    held = _of_dataset(written, source.name, source.row_format, source.root, None)
+    return replace(held, rows=lambda: map(_with_json, held.rows()), format=source.format, row_format=source.row_format)
+
+
+def _stamped_rows(stamps: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+    for row in _tar_rows([Path(path) for path, _, _ in stamps]):
+        yield {"images": [], "text": None, "json": None, **row}
+
+
+def _key(name: str) -> str:
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}" if folder else file.partition(".")[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def load_image_text(
+    source: Any,
+    *,
+    format: str = "auto",
+    image_root: str | Path | None = None,
+    split: str | None = None,
+    on_error: str = "raise",
+    streaming: bool = False,
+) -> "Dataset | IterableDataset":
+    """
+    Image-text data of any of the field's formats, in one canonical form ([`rows`]); images stay unopened.
+
+    Args:
+        source: a file (JSON, JSON lines, parquet, csv, tar), several files (VQA v2's questions and annotations, parts of one
+            set), a glob of tars, a folder (`imagefolder` with metadata, `save_to_disk`, tars, parquet), a Hub id, a dataset of
+            `datasets`, or a list of rows.
+        format (`str`): of `FORMATS`; "auto" finds it by the fields of the first row. It is logged, and stands in
+            `info.description`.
+        image_root (`str` or `Path`, *optional*): the folder of relative paths. Defaults to the file's own folder.
+        split (`str`, *optional*): of a source with several.
+        on_error (`str`): "raise" at the first row that can't be read, with its number and field; "skip" leaves such rows out,
+            and says how many and which were the first.
+        streaming (`bool`): an `IterableDataset`, whose rows are read as they are asked for.
+
+    Returns:
+        `Dataset` with `images` and `messages`, `prompt` and `completion`, or `text`. A dataset's own column of images stays as
+        it is, `image` or `images`.
+
+    Raises:
+        ValueError: an unknown format; a row that can't be read: another type, an image that is not there, more or fewer
+            `<image>` than images; a source without any image.
+        FileNotFoundError: a source that is not there.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
+    opened = open_source(source, format, image_root, split, streaming)
+    logger.info(f"{opened.name}: read as {opened.described}.")
+    if streaming:
+        return _stream(opened, on_error)
+    if opened.tars:
+        opened = _on_disk(opened, opened.tars)
+    table = _Table()
+    kept: list[int] = []
+    skipped: list[str] = []
+    unplaced = images = 0
+    for index, read, row in opened.read():
+        if isinstance(read, RowError):
+            message = f"{name_of_row(opened.name, index, row)}: {read}"
+            if on_error == "raise":
+                raise ValueError(f"{message}.") from read
+            skipped.append(message)
+            continue
+        for one in read:
+            table.add(one)
+            kept.append(index)
+            images += len(one["images"])
+        unplaced += count_unplaced(read)
+    if skipped:
+        first = "".join(f"\n  {message}" for message in skipped[:5])
+        logger.warning(f"{opened.name}: {len(skipped)} rows were left out, the first of them:{first}")
+    if not kept:
+        raise ValueError(f"{opened.name} has no rows{' that can be read: ' + skipped[0] if skipped else ''}.")
+    if not images:
+        raise ValueError(
+            f"No row of {opened.name} has an image: they are looked for in the columns {list(columns.COLUMNS['image'])}, and "
+            "in the turns."
+        )
+    if unplaced:
+        logger.warning(
+            f"{opened.name}: {unplaced} rows have an image and no <image> that says where it stands; the processor puts it in "
+            "the first user turn."
+        )
+    return table.dataset(opened, kept)
+
+
+class _Table:
+    """Canonical rows on their way to Arrow, a chunk at a time."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.tables: list[Any] = []
+        self.facts: dict[str, list[Any]] = {name: [] for name in KEPT}
+        self.schema: Any = None
+        self.kind = ""
+        self.has_loss = self.has_answers = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.kind = self.kind or kind_of(row)
+        for name, values in self.facts.items():
+            values.append(row.get(name))
+        self.has_loss |= any("loss" in turn for turn in row.get("messages", ()))
+        self.has_answers |= "answers" in row
+        if self.kind != "messages":
+            row = {**row, self.kind: columns.as_list(row[self.kind])}
+        self.rows.append(row)
+        if len(self.rows) == _CHUNK:
+            self._flush()
+
+    def _features(self) -> dict[str, Any]:
+        from datasets import Image, Value
+
+        text = Value("string")
+        turn = {"role": text, "content": [{"type": text, "text": text}], "loss": Value("bool")}
+        kinds = {
+            "messages": {"messages": [turn]},
+            "completion": {"prompt": text, "completion": [text], "answers": [text]},
+            "text": {"text": [text]},
+        }
+        return {"images": [Image(decode=False)], **kinds[self.kind]}
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        from datasets import Features
+
+        if self.rows:
+            schema = Features(self._features()).arrow_schema
+            held = [name for name in schema.names if name != "images" or not isinstance(self._first_image(), HeldImage)]
+            self.tables.append(pa.Table.from_pylist(self.rows, schema=pa.schema([schema.field(name) for name in held])))
+            self.rows = []
+
+    def _first_image(self) -> Any:
+        return next((image for row in self.rows for image in row["images"]), None)
+
+    def dataset(self, source: Source, kept: list[int]) -> Any:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets
+
+        self._flush()
+        features = self._features()
+        held = source.dataset is not None
+        names = [name for name in features if not (held and name == "images")]
+        table = pa.concat_tables([one.select(names) for one in self.tables])
+        features = {name: features[name] for name in names}
+        if self.kind != "messages" and pc.max(pc.list_value_length(table[self.kind])).as_py() == 1:  # one text each
+            table = table.set_column(table.schema.get_field_index(self.kind), self.kind, pc.list_flatten(table[self.kind]))
+            features[self.kind] = Value("string")
+        if "answers" in features and not self.has_answers:
+            table, _ = table.drop_columns(["answers"]), features.pop("answers")
+        for name, values in self.facts.items():
+            if any(value is not None for value in values):
+                whole = all(value is None or isinstance(value, int) for value in values)
+                column = pa.array(values if whole else [None if value is None else str(value) for value in values])
+                table, features[name] = table.append_column(name, column), Value("int64" if whole else "string")
+        if self.kind == "messages" and not self.has_loss:
+            turn = dict(inner_feature(features["messages"]))
+            del turn["loss"]
+            features["messages"] = [turn]
+            table = table.set_column(names.index("messages"), "messages", _without_loss(table["messages"]))
+        info = DatasetInfo(description=f"{source.name}, read as {source.described}", features=Features(features))
+        rows = Dataset(table.cast(Features(features).arrow_schema), info=info)
+        if not held:
+            return rows
+        images = source.dataset.select_columns([source.column]).with_format(None)
+        if kept != list(range(len(images))):
+            images = images.select(kept)
+        joined = concatenate_datasets([images, rows], axis=1)
+        info.features = Features(unopened(joined.features))
+        return Dataset(joined.data, info=info)
+
+
+def _without_loss(messages: Any) -> Any:
+    """A column of turns, less that field."""
+    import pyarrow as pa
+
+    chunks = []
+    for chunk in messages.chunks:
+        turns = chunk.flatten()
+        kept = pa.StructArray.from_arrays([turns.field(name) for name in ("role", "content")], names=["role", "content"])
+        chunks.append(pa.ListArray.from_arrays(chunk.offsets, kept))
+    return pa.chunked_array(chunks)
+
+
+def _stream(source: Source, on_error: str) -> "IterableDataset":
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(_streamed_rows, gen_kwargs={"source": source, "on_error": on_error})
+
+
+def _streamed_rows(source: Source, on_error: str) -> Iterator[dict[str, Any]]:
+    for index, read, row in source.read():
+        if not isinstance(read, RowError):
+            yield from read
+        elif on_error == "raise":
+            raise ValueError(f"{name_of_row(source.name, index, row)}: {read}.") from read
 
 
 def load_coco_captions(annotations: str | Path, image_folder: str | Path) -> "Dataset":
     """
-    Captions in COCO's JSON (Lin et al. 2014, arXiv 1405.0312; `captions_*.json`).
+    Captions in COCO's JSON (Lin et al. 2014, arXiv 1405.0312; `captions_*.json`), with decoded images; [`load_image_text`]
+    reads the same file.
 
     Args:
         annotations: the JSON file: `images` with `id` and `file_name`, `annotations` with `image_id` and `caption`.
@@ -32,24 +626,15 @@ def load_coco_captions(annotations: str | Path, image_folder: str | Path) -> "Da
     Raises:
         ValueError: annotations of unknown images, or image files that aren't there.
     """
-    content = _read(annotations, ("images", "annotations"))
-    files = {image["id"]: image["file_name"] for image in content["images"]}
-    captions: dict[Any, list[str]] = {}
-    for entry in content["annotations"]:
-        captions.setdefault(entry["image_id"], []).append(entry["caption"])
-    if unknown := [index for index in captions if index not in files]:
-        raise ValueError(f"{annotations} has captions of images that it does not list: {unknown[:5]}.")
-    ids = [index for index in files if index in captions]
-    return _with_images(
-        {"image": [files[i] for i in ids], "captions": [captions[i] for i in ids], "image_id": ids}, image_folder
-    )
+    return _with_images(_coco_rows(_parse(Path(annotations)), annotations), ("captions", "image_id"), image_folder)
 
 
 def load_vqa(
     questions: str | Path, annotations: str | Path | None, image_folder: str | Path, file_name: str = "{image_id}.jpg"
 ) -> "Dataset":
     """
-    Questions and answers in the JSON of VQA v2 (Goyal et al. 2017, arXiv 1612.00837).
+    Questions and answers in the JSON of VQA v2 (Goyal et al. 2017, arXiv 1612.00837), with decoded images; [`load_image_text`]
+    reads the same files.
 
     Args:
         questions: JSON with `questions`: `question_id`, `image_id`, `question`.
@@ -65,23 +650,31 @@ def load_vqa(
     Raises:
         ValueError: questions without answers, or image files that aren't there.
     """
-    asked = _read(questions, ("questions",))["questions"]
-    content: dict[str, list[Any]] = {
-        "image": [file_name.format(image_id=one["image_id"]) for one in asked],
-        "prompt": [one["question"] for one in asked],
-    }
+    content = dict(_parse(Path(questions)))
     if annotations is not None:
-        answered = {one["question_id"]: one for one in _read(annotations, ("annotations",))["annotations"]}
-        if missing := [one["question_id"] for one in asked if one["question_id"] not in answered]:
-            raise ValueError(f"{annotations} has no answers to {len(missing)} questions, the first {missing[:5]}.")
-        entries = [answered[one["question_id"]] for one in asked]
-        content["answers"] = [[answer["answer"] for answer in entry["answers"]] for entry in entries]
-        content["answer"] = [entry["multiple_choice_answer"] for entry in entries]
-    for name in ("question_id", "image_id"):
-        content[name] = [one[name] for one in asked]
-    return _with_images(content, image_folder)
+        answers = _parse(Path(annotations))
+        _needed(answers, ("annotations",), annotations)
+        content["annotations"] = answers["annotations"]
+    rows = _vqa_rows(content, questions if annotations is None else annotations, Path(image_folder), file_name)
+    for row in rows:
+        row["prompt"] = row.pop("question")
+        if annotations is not None:
+            row["answer"], row["answers"] = row.pop("multiple_choice_answer"), [one["answer"] for one in row["answers"]]
+    answered = () if annotations is None else ("answers", "answer")
+    return _with_images(rows, ("prompt", *answered, "question_id", "image_id"), image_folder)
 
 
+def _with_images(rows: list[dict[str, Any]], names: tuple[str, ...], folder: str | Path) -> "Dataset":
+    from datasets import Dataset, Image
+
+    paths = [Path(folder) / row["image"] for row in rows]
+    if missing := sorted({str(path) for path in paths if not path.is_file()}):
+        raise ValueError(f"{len(missing)} image files are not there, the first {missing[0]}: check `image_folder`.")
+    content = {"image": list(map(str, paths)), **{name: [row[name] for row in rows] for name in names}}
+    return Dataset.from_dict(content).cast_column("image", Image())
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
 def split_by_image(
     dataset: "Dataset",
     *,
@@ -152,20 +745,4 @@ def _groups(dataset: "Dataset", image_column: str | None, key_column: str | None
     return [root(index) for index in range(len(keys))]
 
 
-def _read(path: str | Path, needed: tuple[str, ...]) -> Mapping[str, Any]:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    if missing := [name for name in needed if name not in content]:
-        raise ValueError(f"{path} lacks {missing} (it has {sorted(content)[:8]}): is it another kind of file?")
-    return content
-
-
-def _with_images(content: dict[str, list[Any]], folder: str | Path) -> "Dataset":
-    from datasets import Dataset, Image
-
-    paths = [Path(folder) / name for name in content["image"]]
-    if missing := sorted({str(path) for path in paths if not path.is_file()}):
-        raise ValueError(f"{len(missing)} image files are not there, the first {missing[0]}: check `image_folder`.")
-    return Dataset.from_dict({**content, "image": [str(path) for path in paths]}).cast_column("image", Image())
-
-
-__all__ = ["load_coco_captions", "load_vqa", "split_by_image"]
+__all__ = ["FORMATS", "Source", "load_coco_captions", "load_image_text", "load_vqa", "open_source", "split_by_image"]

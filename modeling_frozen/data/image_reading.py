@@ -4,6 +4,7 @@ worker processes for the feature cache.
 Nothing is decoded to tell images apart where their files are at hand. What is opened goes through the processor's own loader.
 """
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -106,6 +107,20 @@ def inner_feature(feature: Any) -> Any:
     """The feature of a list's elements, or the feature itself."""
     while isinstance(feature, list | tuple) or hasattr(feature, "feature"):
         feature = feature[0] if isinstance(feature, list | tuple) else feature.feature
+    return feature
+
+
+def unopened(feature: Any) -> Any:
+    """A column's type, with the bytes of images and audio left as they are."""
+    if isinstance(feature, Mapping):
+        return {name: unopened(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [unopened(inner) for inner in feature]
+    feature = copy.copy(feature)
+    if getattr(feature, "decode", None) is True:
+        feature.decode = False
+    if hasattr(feature, "feature"):
+        feature.feature = unopened(feature.feature)
     return feature
 
 
@@ -229,4 +244,4 @@ def load_in_workers(dataset: Any, workers: int, **options: Any) -> Iterable[Any]
 
 
 __all__ = ["Batches", "Digests", "Hashing", "HeldImages", "Images", "Prepare", "digest_of_image", "inner_feature",
-    "load_in_workers", "name_of", "read_image"]  # fmt: skip
+    "load_in_workers", "name_of", "read_image", "unopened"]  # fmt: skip

@@ -15,12 +15,12 @@ positions left to win; the longer rows that it makes cost attention more than th
 language models, where attention weighs most), even without the block mask. It is not built.
 """
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .collator import DataCollatorForFrozenPrefix
+from .image_reading import unopened
 
 
 if TYPE_CHECKING:
@@ -41,20 +41,6 @@ def _lengths(rows: list[Mapping[str, Any]], collator: DataCollatorForFrozenPrefi
     for (index, _), length in zip(samples, lengths, strict=True):
         of_row.setdefault(index, []).append(length)
     return [round(sum(own) / len(own)) for own in of_row.values()]
-
-
-def _unopened(feature: Any) -> Any:
-    """A column's type, with the bytes of images and audio left as they are."""
-    if isinstance(feature, Mapping):
-        return {name: _unopened(inner) for name, inner in feature.items()}
-    if isinstance(feature, list):
-        return [_unopened(inner) for inner in feature]
-    feature = copy.copy(feature)
-    if getattr(feature, "decode", None) is True:
-        feature.decode = False
-    if hasattr(feature, "feature"):
-        feature.feature = _unopened(feature.feature)
-    return feature
 
 
 def add_lengths(
@@ -95,10 +81,10 @@ def add_lengths(
             f"The dataset has a column {column!r} already: pass another name as `column=`, and to TrainingArguments as "
             "`length_column_name=`."
         )
-    unopened = dataset.with_format(None).cast(type(dataset.features)(_unopened(dataset.features)))
+    texts = dataset.with_format(None).cast(type(dataset.features)(unopened(dataset.features)))
     lengths: list[int] = []
-    for start in range(0, len(unopened), batch_size):
-        lengths += _lengths(list(unopened.select(range(start, min(start + batch_size, len(unopened))))), collator)
+    for start in range(0, len(texts), batch_size):
+        lengths += _lengths(list(texts.select(range(start, min(start + batch_size, len(texts))))), collator)
     return dataset.add_column(column, lengths)
 
 
