@@ -400,7 +400,7 @@ def test_dropped_columns_are_explained():
         ({"text": 3, "image": None}, "Row 1: column 'text' must be a string or a list"),
         ({"text": [], "image": None}, "Row 1: column 'text' must be a string or a list"),
         ({"prompt": 3, "answer": "a", "image": None}, "Row 1: column 'prompt' must be a string"),
-        ({"text": "a", "image": "gone.png"}, r"image 1 .*gone\.png"),
+        ({"text": "a", "image": "gone.png"}, r"image 0 of row 1 .*gone\.png"),
     ],
 )
 def test_wrong_rows_are_named(row, message):

@@ -5,12 +5,14 @@ batch comes. Text is tokenised in one call per batch. Masks come from where a to
 padding by length), never from its id being the pad token's: where EOS pads too, the model would never learn to stop.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -19,6 +21,7 @@ from .columns import find_column, images_of, no_image_column
 from .draws import current_epoch, draw, seeded
 from .feature_store import StoredImage
 from .image_reading import digest_of_image
+from .tally import Tally
 
 
 IGNORE_INDEX = -100
@@ -40,6 +43,8 @@ class _Example:
     add_eos: bool = True
     prompt_first: bool = False  # what truncation takes first
     after_images: bool = False  # learn nothing before the first placeholder
+    turn_ends: list[int] = field(default_factory=list)  # how many pieces there are up to the end of each assistant turn
+    cuts: list[tuple[int, dict[str, int]]] = field(default_factory=list)  # tokens and media up to there
     ids: list[int] = field(default_factory=list)
     learn: list[bool] = field(default_factory=list)
     fixed: list[bool] = field(default_factory=list)  # never cut
@@ -50,9 +55,9 @@ class DataCollatorForFrozenPrefix:
     """Collates rows of one of three kinds, also mixed in one batch (told apart by their columns, in this order):
 
     - `messages` (a chat; images inside the turns, or in an image column): assistant turns are learnt, their end token
-      with them. The template's `{% generation %}` markers are used where it has them.
-    - `prompt` and `answer` with an image column: answer and EOS are learnt. One space is put between the two where
-      neither brings any; at inference, give the processor the prompt alone.
+      with them, but for those with `"loss": false`. The template's `{% generation %}` markers are used where it has them.
+    - `prompt` and `answer` (or `completion`) with an image column: answer and EOS are learnt. One space is put between the
+      two where neither brings any; at inference, give the processor the prompt alone.
     - `text` with an image column: everything after the (first) placeholder and EOS are learnt.
 
     A model that takes videos or audio has them from the columns `video` (or `videos`) and `audio` in the same ways; a row
@@ -71,7 +76,8 @@ class DataCollatorForFrozenPrefix:
         processor: a `FrozenPrefixProcessor`.
         max_length: longest sequence with placeholders, and longest target of an encoder-decoder. Default: the
             tokenizer's `model_max_length` where it is known. Text is cut on the tokenizer's `truncation_side`,
-            placeholders never; prompts are cut before answers; a text cut on the right ends without EOS.
+            placeholders never; prompts are cut before answers; a text cut on the right ends without EOS. Of a chat whole
+            turns are cut at the end, with their images, until only the first answer is left.
         image_column: name of the image column. Default: `image`, else `images`.
         text_column, prompt_column, answer_column, messages_column: names of the others, such as
             `prompt_column="question"`.
@@ -86,6 +92,10 @@ class DataCollatorForFrozenPrefix:
             that goes through this collator; drawn as texts are. Stored images can't be changed: give it to
             [`cache_vision_features`] then.
         seed: of what is drawn.
+        train_on: "all" assistant turns of a chat, or the "last".
+        on_error: "raise" at an image that can't be opened, with its row; "skip" leaves the row out: a batch then has fewer
+            rows, and where none is left, labels that teach nothing. `tally` counts them, and the chats that were cut;
+            [`SkippedRowsCallback`] says so at the end of each epoch.
 
     Rows of [`cache_vision_features`] hold features in place of images, and no image is opened for them.
 
@@ -112,9 +122,15 @@ class DataCollatorForFrozenPrefix:
     all_texts: bool = False
     augment: Callable[[Any], Any] | None = None
     seed: int = 0
+    train_on: str = "all"
+    on_error: str = "raise"
 
     def __post_init__(self) -> None:
         tokenizer = self.processor.tokenizer
+        for name, choices in {"train_on": ("all", "last"), "on_error": ("raise", "skip")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {list(choices)}.")
+        self.tally = Tally()
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}.")
         if self.max_length is None and tokenizer.model_max_length < _UNKNOWN_LENGTH:
@@ -133,25 +149,54 @@ class DataCollatorForFrozenPrefix:
         bare, line, follows = self._tokenize(["a", "\n", "\na"])
         self._adds_space = follows[: len(line)] == line and follows[len(line) :] != bare
         self._special_tokens = _special_tokens(self.processor)
+        self._takes_strings = _takes_strings(self.processor)
 
     # ------------------------------------------------------------------------------------------------------- calls
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        examples = [self._read(index, sample) for index, sample in self._samples(rows)]
+        samples = self._samples(rows)
+        examples = self._opened(samples, [self._read(index, sample) for index, sample in samples])
+        if nothing_left := not examples:
+            examples = [_Example([("\n", True)], [], target="\n" if self.is_encoder_decoder else None)]
         self._encode(examples)
         for index, example in enumerate(examples):
             self._truncate(index, example)
+            if example.target is None and not any(example.learn):
+                raise ValueError(f"Row {index} has nothing to learn: its loss would be an unseen zero. Leave such rows out.")
         labels = self._targets(examples) if self.is_encoder_decoder else [self._labels(one) for one in examples]
         batch: dict[str, Any] = {
             "input_ids": self._stack([one.ids for one in examples], self.processor.tokenizer.pad_token_id or 0),
             "attention_mask": self._stack([[1] * len(one.ids) for one in examples], 0),
             "labels": self._stack(labels, IGNORE_INDEX),
         }
+        if nothing_left:
+            batch["labels"].fill_(IGNORE_INDEX)
         for modality in _OTHERS:
             media = [one for example in examples for one in example.others.get(modality, [])]
             if media:
                 batch.update(self.processor(**{_OTHERS[modality]: [media]}, return_tensors="pt"))
         images = [image for example in examples for image in example.images]
         return {**batch, **(self.process_images(images) if images else {})}
+
+    def _opened(self, samples: list[tuple[int, Mapping[str, Any]]], examples: list[_Example]) -> list[_Example]:
+        """Examples with their images opened, less those that have one which can't be, where they are to be left out."""
+        opened: dict[Any, Any] = {}
+        kept = []
+        for (index, row), example in zip(samples, examples, strict=True):
+            own = f" (id {row['id']!r:.60})" if row.get("id") is not None else ""
+            try:
+                for place, image in enumerate(example.images):
+                    if isinstance(image, str | os.PathLike | bytes | Mapping | Image.Image):
+                        key = image_identity(image)
+                        if key not in opened:
+                            opened[key] = load_rgb_image(image, f"image {place} of row {index}{own}")
+                        example.images[place] = opened[key]
+            except ValueError as error:
+                if self.on_error == "raise":
+                    raise
+                self.tally.add("rows left out", str(error))
+            else:
+                kept.append(example)
+        return kept
 
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
         """Model inputs of all images of the batch, in reading order. Override it to take features from elsewhere."""
@@ -207,7 +252,8 @@ class DataCollatorForFrozenPrefix:
 
     def _each_text(self, index: int, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """A row for each of its texts, in place of one with a list of them."""
-        column = self.text_column if row.get(self.answer_column) is None else self.answer_column
+        answer = self._answer_in(row)
+        column = self.text_column if row.get(answer) is None else answer
         texts, prompts = row.get(column), row.get(self.prompt_column)
         if not isinstance(texts, list | tuple) or not texts:
             return [row]
@@ -220,10 +266,13 @@ class DataCollatorForFrozenPrefix:
             )
         return [{**row, column: text, self.prompt_column: prompt} for prompt, text in zip(prompts, texts, strict=True)]
 
+    def _answer_in(self, row: Mapping[str, Any]) -> str:
+        return self.answer_column if row.get(self.answer_column) is not None else "completion"
+
     def _read(self, index: int, row: Mapping[str, Any]) -> _Example:
         if row.get(self.messages_column) is not None:
             return self._read_messages(index, row)
-        answer, text = row.get(self.answer_column), row.get(self.text_column)
+        answer, text = row.get(self._answer_in(row)), row.get(self.text_column)
         if answer is None and text is None:
             hint = f"a {self.prompt_column!r} alone has nothing to learn; " if row.get(self.prompt_column) else ""
             raise ValueError(
@@ -239,7 +288,7 @@ class DataCollatorForFrozenPrefix:
                 end = max((text.rfind(token) + len(token) for token in self._placeholders if token in text), default=0)
                 return _Example([(text[:end], False)], images, others, target=text[end:])
             return _Example([(text, True)], images, others, after_images=True)
-        prompt, answer = row.get(self.prompt_column) or "", self._draw(index, self.answer_column, answer)
+        prompt, answer = row.get(self.prompt_column) or "", self._draw(index, self._answer_in(row), answer)
         if not isinstance(prompt, str):
             raise ValueError(f"Row {index}: column {self.prompt_column!r} must be a string, got {prompt!r:.80}.")
         prompt = self._place(prompt, images, others)
@@ -290,45 +339,56 @@ class DataCollatorForFrozenPrefix:
 
     def _read_messages(self, index: int, row: Mapping[str, Any]) -> _Example:
         """A chat as pieces, cut at both ends of each assistant turn: so the prompt's tokens are those of inference."""
-        messages, media = _clean_messages(row[self.messages_column])
+        messages, media = clean_messages(row[self.messages_column])
         images, others = media.pop("image"), {name: own for name, own in media.items() if own}
         if not images:
             images = self._images(index, row, required=False)
-            messages = self._place_in_turns(messages, len(images))
+            messages = place_in_turns(self.processor, messages, len(images))
         tokenizer = self.processor.tokenizer
-        if not any(message["role"] == "assistant" for message in messages):
-            raise ValueError(f"Row {index}: its messages have no assistant turn, so there is nothing to learn.")
+        learnt = [message.pop("loss", True) for message in messages if message["role"] == "assistant"]
+        learnt = [flag and (self.train_on == "all" or i == len(learnt) - 1) for i, flag in enumerate(learnt)]
+        if not any(learnt):
+            raise ValueError(f"Row {index}: its messages have no assistant turn to learn, so there is nothing to learn.")
+        messages = [{key: value for key, value in message.items() if key != "loss"} for message in messages]
+        if not self._takes_strings:
+            messages = [_with_content_list(message) for message in messages]
         target, spans = None, list[tuple[int, int]]()
         if self.is_encoder_decoder:
-            if messages[-1]["role"] != "assistant":
-                raise ValueError(f"Row {index}: for an encoder-decoder the last message must be the assistant's.")
-            target = _plain_text(messages[-1]["content"])
+            if messages[-1]["role"] != "assistant" or not learnt[-1]:
+                raise ValueError(f"Row {index}: for an encoder-decoder the last message must be the assistant's, and learnt.")
+            target = plain_text(messages[-1]["content"])
             text = _render(self.processor, messages[:-1], add_generation_prompt=True)
         else:
             text, spans = assistant_spans(self.processor, messages, index)
+            if len(spans) != len(learnt):
+                if not all(learnt):
+                    raise ValueError(
+                        f"Row {index} has {len(learnt)} assistant turns, but the template's {{% generation %}} marks "
+                        f"{len(spans)}, so it can't be told which are not to be learnt: learn all, or give the processor a "
+                        "template that marks each turn once."
+                    )
+                learnt = [True] * len(spans)
         add_eos = False
         if spans and not text[spans[-1][1] :].strip():
             if not text[: spans[-1][1]].rstrip().endswith(tuple(_stop_tokens(self.processor))):
                 text, add_eos = text[: spans[-1][1]], True
-        pieces, last = [], 0
-        for start, end in spans:
-            pieces += [(text[last:start], False), (text[start:end], True)]
+        pieces, turn_ends, last = list[tuple[str, bool]](), list[int](), 0
+        for (start, end), flag in zip(spans, learnt, strict=False):
+            pieces += [piece for piece in ((text[last:start], False), (text[start:end], flag)) if piece[0]]
+            turn_ends.append(len(pieces))
             last = end
         # transformers' rule for rendered chats: a BOS that the template wrote is not added again.
         bos = tokenizer.special_tokens_map.get("bos_token")
         special = not (bos and text.startswith(bos))
-        return _Example([*pieces, (text[last:], False)], images, others, target, add_special_tokens=special, add_eos=add_eos)
-
-    def _place_in_turns(self, messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
-        """Images that came in a column, in the first user turn, unless the turns have placeholders already."""
-        turns = [message["content"] for message in messages]
-        if not num_images or any(_has_image(one) or self.processor.count_image_tokens(_plain_text(one)) for one in turns):
-            return messages
-        first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-        content = self.processor.place_images(_plain_text(turns[first]), num_images)
-        return [{**one, "content": content} if i == first else one for i, one in enumerate(messages)]
+        options = {"add_special_tokens": special, "add_eos": add_eos, "turn_ends": turn_ends}
+        return _Example([*pieces, (text[last:], False)], images, others, target, **options)
 
     # -------------------------------------------------------------------------------------------------- token ids
+    @property
+    def _ids_of_eos(self) -> list[int]:
+        eos = self.processor.tokenizer.eos_token_id
+        return self._after if eos is None else [eos]
+
     def _tokenize(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
         return self.processor.tokenizer(
             texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
@@ -358,7 +418,7 @@ class DataCollatorForFrozenPrefix:
         for index, example in enumerate(examples):
             ids = list(self._before) if example.add_special_tokens else []
             learn, fixed, seen = [False] * len(ids), [True] * len(ids), dict.fromkeys(["image", *_OTHERS], 0)
-            for _, learnt in example.pieces:
+            for piece, (_, learnt) in enumerate(example.pieces, start=1):
                 for token in next(rest):
                     modality, count = ids_of.get(token), 1
                     if modality is not None:
@@ -369,6 +429,8 @@ class DataCollatorForFrozenPrefix:
                     ids += [token] * count
                     learn += [learnt and modality is None] * count
                     fixed += [modality is not None] * count
+                if piece in example.turn_ends:
+                    example.cuts.append((len(ids), dict(seen)))
             for modality, media in {"image": example.images, **dict.fromkeys(_OTHERS, []), **example.others}.items():
                 if seen[modality] != len(media):
                     token = self.processor.tokens.get(modality)
@@ -383,13 +445,16 @@ class DataCollatorForFrozenPrefix:
             if example.target is not None:
                 ids += self._after if example.add_special_tokens else []
             elif example.add_eos and ids[-1:] != [eos]:
-                ids += [eos] if eos is not None else self._after
-            learn += [example.target is None] * (len(ids) - len(learn))
+                ids += self._ids_of_eos
+            ends_learnt = example.target is None and not (example.turn_ends and not example.pieces[-1][1])
+            learn += [ends_learnt] * (len(ids) - len(learn))
             fixed += [example.target is not None] * (len(ids) - len(fixed))
             example.ids, example.learn, example.fixed = ids, learn, fixed
 
     def _truncate(self, index: int, example: _Example) -> None:
         excess = len(example.ids) - self.max_length if self.max_length is not None else 0
+        if excess > 0 and len(example.cuts) > 1:
+            excess = self._cut_turns(index, example)
         if excess <= 0:
             return
         order = [i for i, fixed in enumerate(example.fixed) if not fixed]
@@ -409,6 +474,26 @@ class DataCollatorForFrozenPrefix:
         for name in ("ids", "learn", "fixed"):
             values = getattr(example, name)
             setattr(example, name, [values[i] for i in kept])
+
+    def _cut_turns(self, index: int, example: _Example) -> int:
+        """Leaves out the last turns of a chat, with their media, down to its first answer; returns what is still too much."""
+        assert self.max_length is not None
+        eos = self._ids_of_eos if example.add_eos else []
+        lengths = [length + len(eos) for length, _ in example.cuts]
+        kept = max((number for number, length in enumerate(lengths) if length <= self.max_length), default=0)
+        while not any(example.learn[: example.cuts[kept][0]]) and kept < len(lengths) - 1:
+            kept += 1  # what is learnt stands further on
+        (end, seen), rest = example.cuts[kept], len(example.cuts) - 1 - kept
+        if rest:
+            self.tally.add(
+                "chats cut", f"row {index}: {rest} of {len(lengths)} assistant turns are past max_length={self.max_length}"
+            )
+        example.ids = [*example.ids[:end], *eos]
+        example.learn = [*example.learn[:end], *[example.learn[end - 1]] * len(eos)]
+        example.fixed = [*example.fixed[:end], *[False] * len(eos)]
+        example.images = example.images[: seen["image"]]
+        example.others = {modality: media[: seen[modality]] for modality, media in example.others.items()}
+        return len(example.ids) - self.max_length
 
     def _targets(self, examples: list[_Example]) -> list[list[int]]:
         """The decoder's ids: the target as the tokenizer writes targets (language codes), with EOS at the end."""
@@ -467,7 +552,7 @@ def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------------------- chats
-def _clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+def clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     """Messages without the None that Arrow fills in, and the images, videos and audio in their turns."""
     cleaned = []
     media: dict[str, list[Any]] = {modality: [] for modality in ("image", *_OTHERS)}
@@ -491,11 +576,21 @@ def _clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[st
     return cleaned, media
 
 
+def place_in_turns(processor: Any, messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
+    """Images that came in a column, in the first user turn, unless the turns have placeholders already."""
+    turns = [message["content"] for message in messages]
+    if not num_images or any(_has_image(one) or processor.count_image_tokens(plain_text(one)) for one in turns):
+        return messages
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+    content = processor.place_images(plain_text(turns[first]), num_images)
+    return [{**one, "content": content} if i == first else one for i, one in enumerate(messages)]
+
+
 def _has_image(content: Any) -> bool:
     return not isinstance(content, str) and any(item.get("type") == "image" for item in content)
 
 
-def _plain_text(content: Any) -> str:
+def plain_text(content: Any) -> str:
     return content if isinstance(content, str) else "".join(item.get("text", "") for item in content)
 
 
@@ -534,7 +629,7 @@ def assistant_spans(processor: Any, messages: list[dict[str, Any]], index: int =
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
         )
-        return rendered[0][0], [(start, end) for start, end in rendered[1][0] if end > start]
+        return rendered[0][0], list(rendered[1][0])
 
     text = _render(processor, messages)
     turn_of = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -569,5 +664,26 @@ def assistant_spans(processor: Any, messages: list[dict[str, Any]], index: int =
 def _mark(message: dict[str, Any], strip: bool) -> dict[str, Any]:
     if message["role"] != "assistant":
         return message
-    text = _plain_text(message["content"])
-    return {**message, "content": f"{_OPEN}{text.strip() if strip else text}{_CLOSE}"}
+    if isinstance(message["content"], str):
+        return {**message, "content": f"{_OPEN}{message['content'].strip() if strip else message['content']}{_CLOSE}"}
+    items = [dict(item) for item in message["content"]]
+    for place, mark in ((0, _OPEN), (-1, _CLOSE)):
+        if not items or items[place].get("type") != "text":
+            items.insert(len(items) if place else 0, {"type": "text", "text": ""})
+        text = items[place]["text"]
+        text = (text.rstrip() if place else text.lstrip()) if strip else text
+        items[place]["text"] = text + mark if place else mark + text
+    return {**message, "content": items}
+
+
+def _with_content_list(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
+
+
+def _takes_strings(processor: Any) -> bool:
+    """Whether the chat template renders content that is a string; some take lists alone, and print nothing of a string."""
+    try:
+        return "fp-probe" in _render(processor, [{"role": "user", "content": "fp-probe"}])
+    except Exception:  # templates refuse unusual chats
+        return True

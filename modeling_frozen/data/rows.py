@@ -42,6 +42,19 @@ class RowError(ValueError):
         super().__init__(f"field {field!r} {reason}")
 
 
+class NothingToLearn(RowError):
+    """A row without a text that is learnt."""
+
+
+class MissingImage(RowError):
+    """Files of a row that are not there."""
+
+    def __init__(self, field: str, paths: list[str]):
+        names = ", ".join(map(repr, paths))
+        super().__init__(field, f"names an image that is not there: {names} (the folder of relative paths is `image_root=`)")
+        self.paths = paths
+
+
 class HeldImage:
     """Stands for an image that stays where it is, in a column of a dataset."""
 
@@ -73,9 +86,7 @@ def locate(image: Any, root: Path, field: str) -> Any:
             return {"bytes": None, "path": image}
         path = os.path.join(root, image.removeprefix("file://"))
         if not os.path.isfile(path):
-            raise RowError(
-                field, f"names an image that is not there: {image!r} (looked for {path!r}; `image_root=` is its folder)"
-            )
+            raise MissingImage(field, [path])
         return {"bytes": None, "path": path}
     if hasattr(image, "getbands") or (hasattr(image, "shape") and hasattr(image, "dtype")):  # of PIL; of numpy or torch
         import datasets
@@ -175,7 +186,7 @@ def _conversation(row: Mapping[str, Any], turns: Any, field: str, *, put_first: 
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": _string(row["system"], "system")}]})
     if not any(turn["role"] == "assistant" and turn.get("loss", True) and _has_text(turn) for turn in messages):
-        raise RowError(field, "has no assistant turn with a text to learn, so there is nothing to learn from it")
+        raise NothingToLearn(field, "has no assistant turn with a text to learn, so there is nothing to learn from it")
     column, images = _images(row, required=False)
     missing = sum(one is None for one in places)
     if missing or images:
@@ -244,7 +255,7 @@ def _question_answer(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         question += "\n" + _string(row["input"], "input")
     texts = _strings(answer, said)
     if not any(text.strip() for text in texts):
-        raise RowError(said, "is empty, so there is nothing to learn from it")
+        raise NothingToLearn(said, "is empty, so there is nothing to learn from it")
     _check_count(question.count(PLACEHOLDER), len(images), asked)
     people = _strings(row["answers"], "answers") if isinstance(row.get("answers"), list | tuple) else None
     if said == "answers":  # of several people: what most of them said
@@ -265,7 +276,7 @@ def _captions(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     _, images = _images(row, required=True)
     texts = [text for name in names for text in _strings(row[name], name)]
     if not any(text.strip() for text in texts):
-        raise RowError(names[0], "is empty, so there is nothing to learn from it")
+        raise NothingToLearn(names[0], "is empty, so there is nothing to learn from it")
     for text in texts:
         _check_count(text.count(PLACEHOLDER), len(images), names[0])
     return [{"images": images, "text": texts[0] if isinstance(row[names[0]], str) and len(names) == 1 else texts}]
@@ -324,11 +335,17 @@ def read_row(row: Any, format: str, root: Path) -> list[dict[str, Any]]:
     if not isinstance(row, Mapping):
         raise RowError("row", f"must be an object with fields, got {row!r:.80}")
     kept = {name: row[name] for name in KEPT if row.get(name) is not None}
-    column = find_column(row) or "messages"
-    return [
-        {**kept, **read, "images": [locate(image, root, column) for image in read["images"]]}
-        for read in ROW_FORMATS[format](row)
-    ]
+    column, missing = find_column(row) or "messages", list[str]()
+    rows = [{**kept, **read, "images": list(read["images"])} for read in ROW_FORMATS[format](row)]
+    for images in (read["images"] for read in rows):
+        for place, image in enumerate(images):
+            try:
+                images[place] = locate(image, root, column)
+            except MissingImage as error:
+                missing += error.paths
+    if missing:
+        raise MissingImage(column, list(dict.fromkeys(missing)))
+    return rows
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -357,5 +374,19 @@ def count_unplaced(rows: Iterable[Mapping[str, Any]]) -> int:
     )
 
 
-__all__ = ["KEPT", "PLACEHOLDER", "ROLES", "ROW_FORMATS", "HeldImage", "RowError", "count_unplaced", "find_format", "kind_of",
-    "locate", "name_of_row", "read_row"]  # fmt: skip
+__all__ = [
+    "KEPT",
+    "PLACEHOLDER",
+    "ROLES",
+    "ROW_FORMATS",
+    "HeldImage",
+    "MissingImage",
+    "NothingToLearn",
+    "RowError",
+    "count_unplaced",
+    "find_format",
+    "kind_of",
+    "locate",
+    "name_of_row",
+    "read_row",
+]

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..connectors import in_eval_mode
+from ..data.collator import clean_messages, place_in_turns, plain_text
 from ..data.columns import images_of, no_image_column
 from ..data.image_reading import digest_of_image
 from ..freezing import CONNECTING
@@ -132,13 +133,14 @@ def evaluate(
         model: a `FrozenPrefixForConditionalGeneration`; it is in eval mode meanwhile.
         processor: its `FrozenPrefixProcessor`.
         dataset: rows with an image (or a list of images; None for a row of text alone), maybe a prompt, and references.
+            Rows of `messages` are prompted with what stands before their last assistant turn, which is the reference.
         task (`str`): "captioning" (BLEU, ROUGE-L, CIDEr-D) or "vqa" (exact match, token F1, and
             VQA accuracy where every question has more than three answers).
         kinds: which of `KINDS`; "sighted" must be among them.
         image_column, prompt_column, references_column:
             Names of the columns, by default `image`, else `images`; `prompt`; and of references the first of `captions`,
-            `answers`, `references`, `answer`, `text`, `caption` that holds something: a string or number, a list of them,
-            or VQA's list of `{"answer": …}`.
+            `answers`, `references`, `answer`, `completion`, `text`, `caption` that holds something: a string or number, a list
+            of them, or VQA's list of `{"answer": …}`.
         prompt (`str`): for a dataset without a column of prompts.
         batch_size (`int`): rows of a batch; batches hold prompts of similar length.
         output_dir (`str`, *optional*):
@@ -336,9 +338,12 @@ def _read(
     for index, row in enumerate(dataset):
         if prompt_column is not None and prompt_column not in row:
             raise ValueError(f"Row {index} has no prompt column {prompt_column!r} (its columns: {sorted(row)}): name another.")
-        text = row.get(prompt_column or "prompt")
-        text = prompt if text is None else text
-        images = images_of(row, image_column)
+        images, said = images_of(row, image_column), None
+        if row.get("messages") is not None:
+            text, said, images = _chat(index, row["messages"], images, processor)
+        else:
+            text = row.get(prompt_column or "prompt")
+            text = prompt if text is None else text
         if images is None:
             raise ValueError(
                 f"Row {index} has {no_image_column(row, image_column)}: name it; a row of text alone has None in it."
@@ -350,7 +355,8 @@ def _read(
                 f"{processor.image_token}: write one per image, or none."
             )
         keys = [digest_of_image(image, known=digests, name=f"image of row {index}").hex() for image in images]
-        references = _references(index, row, references_column)
+        of = {**row, "answer": said} if said is not None and row.get("answer") is None else row
+        references = _references(index, of, references_column)
         rows.append({"index": index, "images": images, "keys": keys, "prompt": text, "references": references})
     if not rows:
         raise ValueError("The dataset has no rows to evaluate.")
@@ -359,7 +365,22 @@ def _read(
     return rows
 
 
-_REFERENCES = ("captions", "answers", "references", "answer", "text", "caption")
+def _chat(index: int, messages: Any, images: list[Any] | None, processor: Any) -> tuple[str, str, list[Any]]:
+    """The prompt of a chat, rendered up to its last assistant turn; what that says; and the images before it."""
+    turns, media = clean_messages(messages)
+    last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError(f"Row {index}: its messages have no assistant turn, which would be the reference.")
+    images = media["image"] or images or []
+    turns = place_in_turns(processor, [{**turn, "content": turn["content"]} for turn in turns], len(images))
+    text = processor.apply_chat_template(turns[:last], tokenize=False, add_generation_prompt=True)
+    bos = processor.tokenizer.special_tokens_map.get("bos_token")
+    if bos and processor.tokenizer("a")["input_ids"][:1] == [processor.tokenizer.bos_token_id]:
+        text = text.removeprefix(bos)  # the tokenizer writes it again
+    return text, plain_text(turns[last]["content"]), images
+
+
+_REFERENCES = ("captions", "answers", "references", "answer", "completion", "text", "caption")
 
 
 def _references(index: int, row: Mapping[str, Any], column: str | None) -> list[str]:

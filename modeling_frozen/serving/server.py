@@ -85,12 +85,18 @@ def main() -> None:
     """Entry point of the console script `frozen-prefix`. Its own help imports nothing; that of a command takes seconds."""
     parser = argparse.ArgumentParser(
         "frozen-prefix",
-        description="The commands of transformers, for frozen-prefix models. `frozen-prefix COMMAND --help` says more.",
+        description="The commands of transformers, for frozen-prefix models, and a check of data before training on it. "
+        "`frozen-prefix COMMAND --help` says more.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=["serve", "chat"], help="run a server of OpenAI's form, or talk to one")
+    commands = "say what is wrong with data, run a server of OpenAI's form, or talk to one"
+    parser.add_argument("command", choices=["check", "serve", "chat"], help=commands)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command")
-    parser.parse_args()
+    args = parser.parse_args()
+    if args.command == "check":
+        from ..data.checking import main as check
+
+        raise SystemExit(check(args.arguments))
     build_app()()
 
 
