@@ -131,7 +131,8 @@ def _sum_of_losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing:
 
 def _normalized(total: torch.Tensor, count: torch.Tensor | int, num_items: torch.Tensor | int | None) -> torch.Tensor:
     divisor = count if num_items is None else num_items
-    return total / (divisor.to(total.device) if torch.is_tensor(divisor) else divisor)
+    # A batch of nothing (its rows were left out, say) has a loss of 0 and teaches nothing, where 0/0 would spoil all weights.
+    return total / (divisor.to(total.device).clamp(min=1) if torch.is_tensor(divisor) else max(divisor, 1))
 
 
 # ------------------------------------------------------------------------- the head alone, by the model's own forward

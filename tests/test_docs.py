@@ -1,9 +1,14 @@
 """The pages of docs/ are true to the code: the files and names that they walk through exist."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from modeling_frozen import load_image_text
+from tests.helpers.formats import lay_out
+from tests.helpers.tiny import join
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,3 +34,30 @@ def test_each_walk_meets_six_steps_at_most() -> None:
     walks = re.split(r"^## ", ARCHITECTURE, flags=re.MULTILINE)[1:]
     assert len(walks) == 3
     assert all(1 <= len(re.findall(r"^\d+\. ", walk, flags=re.MULTILINE)) <= 6 for walk in walks)
+
+
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_the_code_on_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    _, processor = join(tmp_path)
+    monkeypatch.chdir(lay_out(tmp_path / "data"))
+    names = {"processor": processor}
+    blocks = re.findall(r"^```python\n(.+?)^```", DATA, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        exec(compile(block, "docs/data.md", "exec"), names)
+
+
+def test_each_documented_row_is_of_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = lay_out(tmp_path / "data")
+    (folder / "a.png").write_bytes((folder / "images" / "red.png").read_bytes())
+    (folder / "val2014").mkdir()
+    (folder / "val2014" / "a.png").write_bytes((folder / "images" / "red.png").read_bytes())
+    documented = re.findall(r"^\| `(\w+)` \| `(\{.+?\})`(?:;| \|)", DATA, flags=re.MULTILINE)
+    assert len(documented) == 9
+    for name, row in documented:
+        content = json.loads(row)
+        (folder / "row.json").write_text(json.dumps(content if name in ("coco", "karpathy") else [content]))
+        assert f"read as {name}" in load_image_text(folder / "row.json").info.description

@@ -162,3 +162,28 @@ def test_a_placeholder_past_the_vocabulary(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run", model, dataset("prompt-completion"), processor)
     run.train()
     assert seen(model, processor) > 0.2
+
+
+def test_assistant_turns_alone_by_our_collator(tmp_path: Path) -> None:
+    """Where TRL refuses assistant-only loss beside images, or trains on the questions too: several turns with an image, of
+    which the answers and their ends are learnt and nothing else."""
+    from modeling_frozen import load_image_text
+
+    torch.manual_seed(0)
+    model, processor = join(tmp_path, connector_type="linear")
+    chats = [
+        {"images": [row["image"]], "messages": [ASKED, {"role": "assistant", "content": row["text"]}] * 2} for row in rows(16)
+    ]
+    data = load_image_text(chats)
+    collator = DataCollatorForFrozenPrefix(processor)
+    options = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    run = trainer(tmp_path / "run", model, data, processor, collator, **options)
+    assert run.data_collator is collator
+    batch = next(iter(run.get_train_dataloader()))
+    for labels in batch["labels"]:
+        said = processor.tokenizer.decode(labels[labels != -100])
+        assert "what" not in said and said.replace(" ", "").count("square.</s>") == 2
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert seen(model, processor) > 0.2

@@ -1,0 +1,36 @@
+"""The committed samples of each format in tests/data/formats, with the images that they name."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+
+from tests.helpers.tiny import COLOURS
+
+
+SAMPLES = Path(__file__).parents[1] / "data" / "formats"
+
+
+def lay_out(folder: Path) -> Path:
+    """Samples and images in a folder, as a user has them."""
+    shutil.copytree(SAMPLES, folder, dirs_exist_ok=True)
+    (folder / "images" / "val2014").mkdir(parents=True)
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        image = Image.new("RGB", (20, 18), colour)
+        for place in ("images", "images/val2014", "imagefolder") if name in ("red", "blue") else ("images", "images/val2014"):
+            image.save(folder / place / f"{name}.png")
+        if number in (0, 2):
+            image.save(folder / "images" / f"COCO_val2014_{1 if number == 0 else 2:012d}.jpg", quality=95)
+    with tarfile.open(folder / "webdataset-0.tar", "w") as tar:
+        for key, name, suffix, text in (("0", "red", "png", "a red square ."), ("1", "blue", "jpg", "that is blue .")):
+            content = io.BytesIO()
+            Image.open(folder / "images" / f"{name}.png").save(content, "PNG" if suffix == "png" else "JPEG")
+            files = {suffix: content.getvalue(), "txt": text.encode(), "json": json.dumps({"id": f"s{key}"}).encode()}
+            for ending, data in files.items():
+                member = tarfile.TarInfo(f"part/{key}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return folder
