@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, Image
 
-from modeling_frozen import cli
 from modeling_frozen.data.checking import check_image_text, main
+from modeling_frozen.serving import server
 from tests.helpers.formats import lay_out
 from tests.helpers.tiny import join
 
@@ -104,7 +104,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     for source, code in (("llava.json", 0), ("gone.json", 1)):
         monkeypatch.setattr(sys, "argv", ["frozen-prefix", "check", str(folder / source), "--image_root", str(folder)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            server.main()
         assert ended.value.code == code
     assert "gone.json is not there" in capsys.readouterr().out
     assert main([rows_of(folder, [{"conversations": chat()["conversations"][1:]}])]) == 1  # no image anywhere

@@ -380,8 +380,8 @@ class DataCollatorForFrozenPrefix:
         # transformers' rule for rendered chats: a BOS that the template wrote is not added again.
         bos = tokenizer.special_tokens_map.get("bos_token")
         special = not (bos and text.startswith(bos))
-        options = {"add_special_tokens": special, "add_eos": add_eos, "turn_ends": turn_ends}
-        return _Example([*pieces, (text[last:], False)], images, others, target, **options)
+        pieces.append((text[last:], False))
+        return _Example(pieces, images, others, target, add_special_tokens=special, add_eos=add_eos, turn_ends=turn_ends)
 
     # -------------------------------------------------------------------------------------------------- token ids
     @property

@@ -236,7 +236,7 @@ def _lengths(values: Any) -> list[int]:
 def _the_split(names: Sequence[str], split: str | None, name: str) -> str:
     if split is None and len(names) == 1:
         return names[0]
-    if split not in names:
+    if split is None or split not in names:
         asked = "name one by `split=`" if split is None else f"{split!r} is none of them"
         raise ValueError(f"{name} has the splits {list(names)}: {asked}.")
     return split

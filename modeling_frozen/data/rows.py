@@ -177,7 +177,7 @@ def _conversation(row: Mapping[str, Any], turns: Any, field: str, *, put_first: 
             raise RowError(f"{name}.{key}", f"must be a string or a list, got {content!r:.80}")
         items, own = _items(content, f"{name}.{key}")
         places += own
-        message = {"role": ROLES[role], "content": items}
+        message: dict[str, Any] = {"role": ROLES[role], "content": items}
         if turn.get("loss") is not None:
             if turn["loss"] not in (True, False):
                 raise RowError(f"{name}.loss", f"must be true or false, got {turn['loss']!r:.80}")
@@ -220,11 +220,13 @@ def _prompt_completion(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         return _question_answer(
             {name: value for name, value in row.items() if name in ("image", "images", "prompt", "completion")}
         )
-    for name, turns in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(turns, list | tuple) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise RowError(name, f"must be a string, or a list of turns as the other one is, got {turns!r:.80}")
-    turns = [{**turn, "loss": False} if turn.get("role") == "assistant" else turn for turn in prompt]
-    return [_conversation(row, [*turns, *completion], "prompt+completion")]
+    turns: list[Mapping[str, Any]] = []
+    for name, own in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(own, list | tuple) or not all(isinstance(turn, Mapping) for turn in own):
+            raise RowError(name, f"must be a string, or a list of turns as the other one is, got {own!r:.80}")
+        is_prompt = name == "prompt"
+        turns += [{**turn, "loss": False} if is_prompt and turn.get("role") == "assistant" else turn for turn in own]
+    return [_conversation(row, turns, "prompt+completion")]
 
 
 def _cauldron(row: Mapping[str, Any]) -> list[dict[str, Any]]:
