@@ -19,7 +19,9 @@ def current_epoch() -> int | None:
     """The epoch of the accelerate data loader that is being iterated over. `None` outside of one, in workers that outlive an
     epoch (`persistent_workers`) and in those that are not forked: they do not learn of it."""
     loader = GradientState().active_dataloader
-    return None if loader is None or loader.persistent_workers else getattr(loader, "iteration", None)
+    if loader is None or loader.persistent_workers or not hasattr(loader, "iteration"):
+        return None
+    return loader.iteration + getattr(loader.dataset, "epoch_offset", 0)  # a resumed stream is counted anew
 
 
 def draw(count: int, *key: Any) -> int:

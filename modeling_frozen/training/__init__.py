@@ -1,1 +1,1 @@
-"""Training beyond `Trainer` itself: LoRA on the language model."""
+"""Training beyond `Trainer` itself: LoRA on the language model, streams that are resumed."""

@@ -1,0 +1,308 @@
+"""Streams: each row once among workers and processes, bad images and files left out by name, and resumed anywhere."""
+
+import io
+import itertools
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_frozen import DataCollatorForFrozenPrefix
+from modeling_frozen.data.streaming import RowStream, stream_rows
+from modeling_frozen.training.streaming import StreamCallback
+from tests.helpers.tiny import COLOURS, join
+
+
+ROWS = 23
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (18, 20), list(COLOURS.values())[number % len(COLOURS)]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_row(number: int, bad: tuple[int, ...] = ()) -> dict[str, Any]:
+    data = b"no image" if number in bad else png(number)
+    texts = ["a red square .", "what is that ?", "a green picture that is black .", "blue", "is a square"]
+    return {"id": number, "image": {"bytes": data, "path": f"{number}.png"}, "text": texts[number % 5 : number % 5 + 2]}
+
+
+def source(files: int = 4, rows: int = ROWS, bad: tuple[int, ...] = ()) -> datasets.IterableDataset:
+    """Rows dealt out over files of unequal length."""
+    table = datasets.Dataset.from_list([make_row(number, bad) for number in range(rows)])
+    return table.cast_column("image", datasets.Image()).to_iterable_dataset(num_shards=files)
+
+
+def ids(stream: Any, workers: int = 0, batch_size: int = 2, **options: Any) -> list[int]:
+    loader = DataLoader(stream, batch_size=batch_size, num_workers=workers, collate_fn=list, **options)
+    return [row["id"] for batch in loader for row in batch]
+
+
+def of_format(kind: str, folder: Path) -> datasets.IterableDataset:
+    """The same rows in files of a format, three of them."""
+    rows = [make_row(number) for number in range(ROWS)]
+    for part in range(3):
+        own = rows[part::3]
+        if kind == "jsonl":
+            for row in own:
+                (folder / f"{row['id']}.png").write_bytes(row["image"]["bytes"])
+            lines = [
+                json.dumps({"id": row["id"], "image": str(folder / f"{row['id']}.png"), "text": row["text"]}) for row in own
+            ]
+            (folder / f"part-{part}.jsonl").write_text("\n".join(lines))
+        elif kind == "parquet":
+            datasets.Dataset.from_list(own).to_parquet(folder / f"part-{part}.parquet")
+        else:
+            with tarfile.open(folder / f"part-{part}.tar", "w") as tar:
+                for row in own:
+                    for name, data in (("png", row["image"]["bytes"]), ("json", json.dumps({"id": row["id"]}).encode())):
+                        member = tarfile.TarInfo(f"{row['id']:04}.{name}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    builder = {"jsonl": "json", "parquet": "parquet", "tar": "webdataset"}[kind]
+    files = sorted(str(path) for path in folder.glob(f"*.{kind}"))
+    stream = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
+    if kind == "tar":
+        return stream.map(lambda row: {"id": row["json"]["id"], "image": row["png"]}, remove_columns=["png", "json"])
+    return stream
+
+
+# -------------------------------------------------------------------------------------------------------- each row once
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("files", [1, 2, 5])
+def test_each_row_comes_once(files: int, workers: int) -> None:
+    assert sorted(ids(stream_rows(source(files), buffer_size=4), workers)) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
+def test_each_row_of_a_format_comes_once(kind: str, tmp_path: Path) -> None:
+    stream = stream_rows(of_format(kind, tmp_path), buffer_size=4)
+    for workers in (0, 2):
+        assert sorted(ids(stream, workers)) == list(range(ROWS))
+    assert all(isinstance(row["image"], Image.Image) and row["image"].size == (18, 20) for row in stream)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("files", [1, 2, 3, 8])
+def test_two_processes_see_each_row_once(files: int, workers: int) -> None:
+    seen = []
+    for process in range(2):
+        loader = DataLoader(stream_rows(source(files), buffer_size=4), batch_size=2, collate_fn=list, num_workers=workers)
+        loader = prepare_data_loader(loader, num_processes=2, process_index=process, put_on_device=False)
+        assert isinstance(loader.dataset, RowStream)
+        seen.append([row["id"] for batch in loader for row in batch])
+    assert sorted(seen[0] + seen[1]) == list(range(ROWS)) and min(map(len, seen)) > 4
+
+
+def test_rows_are_shuffled_anew_in_each_epoch_and_by_the_seed() -> None:
+    stream = stream_rows(source(), buffer_size=8)
+    orders = [ids(stream)]
+    for epoch in (1, 2):
+        stream.set_epoch(epoch)
+        orders.append(ids(stream))
+    stream.set_epoch(0)
+    assert ids(stream) == orders[0]
+    orders.append(ids(stream_rows(source(), buffer_size=8, seed=1)))
+    assert len(set(map(tuple, [*orders, range(ROWS)]))) == 5
+    stream = stream_rows(source(), buffer_size=0)
+    stream.set_epoch(3)
+    assert ids(stream) == list(range(ROWS))
+
+
+def test_images_stay_encoded_in_the_buffer_and_are_opened_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(args) or real(*args, **kwargs))
+    iterator = iter(stream_rows(source(), buffer_size=16))
+    for count in range(1, 9):
+        next(iterator)
+        assert len(opened) == count
+
+
+# ---------------------------------------------------------------------------------------------------------- bad rows
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_left_out_and_ends_nothing(workers: int) -> None:
+    stream = stream_rows(source(bad=(5, 17)), buffer_size=4, on_error="skip")
+    stream.track(2, workers, 8)
+    loader = DataLoader(stream, batch_size=2, num_workers=workers, collate_fn=list)
+    batches = [[row["id"] for row in batch] for batch in loader]
+    assert sorted(itertools.chain(*batches)) == [number for number in range(ROWS) if number not in (5, 17)]
+    count, names = stream.left_out_after(len(batches))
+    assert count == len(names) == 2
+    for number in (5, 17):
+        assert any(f"id {number}:" in name and "image 0" in name and f"{number}.png" in name for name in names), names
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_named(workers: int) -> None:
+    with pytest.raises(ValueError, match=r"Row \d of shard \d, id 5: Can't open image 0 .*5\.png.*on_error=\"skip\""):
+        ids(stream_rows(source(bad=(5,)), buffer_size=4), workers)
+
+
+def test_the_image_of_several_is_named_and_missing_ones_stay() -> None:
+    good, bad = {"bytes": png(1), "path": None}, {"bytes": b"x", "path": None}
+    table = [{"images": [good, None, bad], "text": "a"}, {"images": [], "text": "b"}, {"images": None, "text": "c"}]
+    rows = datasets.Dataset.from_list(table).to_iterable_dataset()
+    with pytest.raises(ValueError, match="Row 0 of shard 0: Can't open image 2"):
+        list(stream_rows(rows, buffer_size=0))
+    left = list(stream_rows(rows, buffer_size=0, on_error="skip"))
+    assert [row["text"] for row in left] == ["b", "c"] and left[0]["images"] == [] and left[1]["images"] is None
+
+
+def test_a_file_that_breaks_off_costs_its_rest_alone(tmp_path: Path) -> None:
+    of_format("tar", tmp_path)
+    path = tmp_path / "part-1.tar"
+    path.write_bytes(path.read_bytes()[:6000])
+    files = sorted(map(str, tmp_path.glob("*.tar")))
+    rows = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True)
+    stream = stream_rows(rows.map(lambda row: {"id": row["json"]["id"]}), buffer_size=4, on_error="skip", image_column="png")
+    stream.track(2, 0, 8)
+    seen = ids(stream)
+    assert {number for number in range(ROWS) if number % 3 != 1} <= set(seen) and len(seen) == len(set(seen)) < ROWS
+    count, names = stream.left_out_after(-(-len(seen) // 2))
+    assert count == 1 and "of shard 1: its file can't be read further" in names[0]
+    with pytest.raises(ValueError, match="of shard 1: its file can't be read further"):
+        ids(stream_rows(rows, image_column="png"))
+
+
+def test_what_cant_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="on_error='ignore'"):
+        stream_rows(source(), on_error="ignore")
+    with pytest.raises(ValueError, match="buffer_size=-1"):
+        stream_rows(source(), buffer_size=-1)
+    with pytest.raises(TypeError, match="to_iterable_dataset"):
+        stream_rows(datasets.Dataset.from_list([{"text": "a"}]))
+    with pytest.raises(ValueError, match="index=2"):
+        stream_rows(source()).shard(2, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+@pytest.mark.parametrize("buffer_size", [0, 1, 4, 7, 100])
+def test_an_iterator_resumes_after_each_row(buffer_size: int) -> None:
+    for files, epoch in ((1, 0), (4, 1)):
+        make = lambda: stream_rows(source(files, bad=(5,)), buffer_size=buffer_size, on_error="skip")  # noqa: E731, B023
+        stream = make()
+        stream.set_epoch(epoch)
+        whole, states = [], [stream.state_dict()]
+        for row in stream:
+            whole.append(row["id"])
+            states.append(json.loads(json.dumps(stream.state_dict())))
+        assert len(whole) == ROWS - 1
+        for count, state in enumerate(states):
+            other = make()
+            other.set_epoch(epoch)
+            other.load_state_dict(state)
+            assert ids(other) == whole[count:]
+
+
+@pytest.mark.parametrize(("files", "workers"), [(1, 2), (4, 1), (3, 2), (4, 3)])
+def test_a_loader_with_workers_resumes_after_each_batch(files: int, workers: int) -> None:
+    def loader(state: dict | None = None, epoch: int = 1) -> tuple[Any, RowStream]:
+        stream = stream_rows(source(files, bad=(5,)), buffer_size=4, on_error="skip")
+        stream.track(2, workers, 12)
+        stream.set_epoch(epoch)
+        if state is not None:
+            stream.load_state_dict(state)
+            stream.set_epoch(state["epoch"])
+        return DataLoader(stream, batch_size=2, num_workers=workers, collate_fn=lambda rows: [r["id"] for r in rows]), stream
+
+    whole, stream = loader()
+    whole = list(whole)
+    states = [stream.state_after(count) for count in range(len(whole) + 1)]
+    assert states[-1]["epoch"] == 2 and {state["epoch"] for state in states[:-1]} == {1}
+    following = list(loader(epoch=2)[0])
+    for count, state in enumerate(states):
+        resumed, other = loader(json.loads(json.dumps(state)))
+        rest = list(resumed)
+        assert rest == (whole[count:] if count < len(whole) else following), count
+        assert other.left_out_after(len(rest))[0] == 1
+        if count % 4 == 1:  # stopped for the second time
+            assert list(loader(other.state_after(1))[0]) == (rest[1:] or following)
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def train(
+    folder: Path, model: Any, processor: Any, stop: int | None = None, resume: Path | None = None, **options: Any
+) -> dict:
+    """Two and a half epochs of a stream in which one image can't be opened."""
+    files = options.pop("files", 3)
+    stream = stream_rows(source(files, bad=(5,)), buffer_size=4, on_error="skip")
+    defaults = {
+        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_steps": 30, "save_strategy": "no", "report_to": "none",
+        "remove_unused_columns": False, "disable_tqdm": True, "use_cpu": True, "seed": 3,
+    }  # fmt: skip
+    callbacks = [] if stop is None else [Stop(stop)]
+    arguments = TrainingArguments(str(folder), **{**defaults, **options})
+    collator = DataCollatorForFrozenPrefix(processor, augment=lambda image: image.rotate(int(torch.randint(360, ()))))
+    trainer = Trainer(model, arguments, train_dataset=stream, data_collator=collator, callbacks=[*callbacks, StreamCallback()])
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "connector" in name}
+
+
+def check_resumes(stops: list[int], folder: Path, **options: Any) -> None:
+    model, processor = join(folder)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = train(folder / "whole", model, processor, **options)
+    assert any(not torch.equal(whole[name], start[name]) for name in whole)
+    for stop in stops:
+        model.load_state_dict(start)
+        train(folder / f"run-{stop}", model, processor, stop, **options)
+        model.load_state_dict(start)
+        torch.manual_seed(99)
+        resumed = train(folder / f"run-{stop}", model, processor, resume=folder / f"run-{stop}/checkpoint-{stop}", **options)
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole), stop
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_training_resumes_in_mid_epoch_at_its_end_and_in_the_second(workers: int, tmp_path: Path) -> None:
+    check_resumes([4, 11, 17], tmp_path, dataloader_num_workers=workers)
+
+
+def test_training_resumes_with_accumulated_gradients(tmp_path: Path) -> None:
+    check_resumes([3, 9], tmp_path, dataloader_num_workers=2, gradient_accumulation_steps=2, max_steps=14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_resumes_wherever_it_is_stopped(workers: int, tmp_path: Path) -> None:
+    check_resumes(list(range(1, 31)), tmp_path, dataloader_num_workers=workers, max_steps=31)
+
+
+def test_training_names_what_it_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, processor = join(tmp_path)
+    train(tmp_path, model, processor, dataloader_num_workers=2, max_steps=26)
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(told) == 2 and "1 row(s) left out of epoch 0" in told[0] and "5.png" in told[0] and "id 5" in told[0]
+
+
+def test_a_checkpoint_without_a_place_or_of_another_stream_is_refused(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    train(tmp_path, model, processor, stop=4)
+    checkpoint = tmp_path / "checkpoint-4"
+    with pytest.raises(ValueError, match="'files': 3.*'files': 2"):
+        train(tmp_path, model, processor, resume=checkpoint, files=2)
+    with pytest.raises(ValueError, match="'workers': 0.*'workers': 2"):
+        train(tmp_path, model, processor, resume=checkpoint, dataloader_num_workers=2)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["StreamCallback"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="step 4 holds no place in the stream"):
+        train(tmp_path, model, processor, resume=checkpoint)
+    with pytest.raises(ValueError, match="dataloader_in_order=False"):
+        train(tmp_path, model, processor, dataloader_in_order=False)
