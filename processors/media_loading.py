@@ -5,15 +5,18 @@ A video is a list of frames, sampled uniformly; each frame goes the way of an im
 feature extractor's rate. Nothing is decoded without a decoder that is installed; animated images need only PIL.
 """
 
+import base64
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers.audio_utils import load_audio
+from transformers.video_utils import read_video_opencv, read_video_pyav
 
 from .image_loading import load_rgb_image, to_uint8
 
@@ -117,25 +120,43 @@ def _decode(source: Any, num_frames: int, name: str) -> list[Image.Image]:
             decoder = VideoDecoder(source.read() if hasattr(source, "read") else source)
             frames = decoder.get_frames_at(sample_frames(len(decoder), num_frames)).data
         elif module == "av":
-            import av
-
-            with av.open(source) as container:
-                decoded = [frame.to_image() for frame in container.decode(video=0)]
-            frames = [decoded[index] for index in sample_frames(len(decoded), num_frames)]
+            frames = _chosen(source, num_frames, read_video_pyav, _count_frames(source))
+        elif hasattr(source, "read"):  # OpenCV reads files alone
+            with NamedTemporaryFile() as file:
+                file.write(source.read())
+                file.flush()
+                frames = _chosen(file.name, num_frames, read_video_opencv)
         else:
-            import cv2
-
-            capture = cv2.VideoCapture(source)
-            read = iter(lambda: capture.read(), None)
-            decoded = []
-            for is_there, frame in read:
-                if not is_there:
-                    break
-                decoded.append(frame[..., ::-1])
-            frames = [decoded[index] for index in sample_frames(len(decoded), num_frames)]
+            frames = _chosen(source, num_frames, read_video_opencv)
     except Exception as error:  # decoders raise what they like
         raise ValueError(f"Can't open {name} ({_shown(source)!r}) with {module}: {error}.") from error
     return [load_rgb_image(frame, f"a frame of {name}") for frame in frames]
+
+
+def _chosen(source: Any, num_frames: int, read: Callable[..., Any], total: int | None = None) -> list[np.ndarray]:
+    """The frames that are sampled, by one of transformers' readers, which keeps no others. It gives each frame once, in order,
+    and fewer than were asked for where the file says that it is longer than it is."""
+    wanted: list[int] = []
+
+    def choose(metadata: Any, **options: Any) -> list[int]:
+        wanted[:] = sample_frames(metadata.total_num_frames if total is None else total, num_frames)
+        return sorted(set(wanted))
+
+    frames = read(source, choose)[0]
+    place = {index: number for number, index in enumerate(sorted(set(wanted)))}
+    return [frames[min(place[index], len(frames) - 1)] for index in wanted]
+
+
+def _count_frames(source: Any) -> int:
+    """How many frames a film has: as it says, or, where it does not (WebM, a stream), by its packets, undecoded."""
+    import av
+
+    with av.open(source) as container:
+        stream = container.streams.video[0]
+        count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    if hasattr(source, "seek"):
+        source.seek(0)
+    return count
 
 
 def _find_decoder() -> tuple[str | None, dict[str, str]]:
@@ -159,8 +180,8 @@ def load_waveform(audio: Any, sampling_rate: int, name: str = "audio") -> np.nda
 
     Args:
         audio: waveform at that rate (list of floats, array or tensor of shape (samples,) or (channels, samples)), the
-            `{"array", "sampling_rate"}` dict of `datasets`, or path, URL or base64 string, which transformers decodes
-            with torchcodec, soundfile or librosa.
+            `{"array", "sampling_rate"}` dict of `datasets`, or path, URL, base64 string, bytes, open binary file or
+            `{"bytes", "path"}` dict of a file of any rate, which transformers decodes with torchcodec, soundfile or librosa.
         sampling_rate: samples per second that the feature extractor expects.
         name: what to call it in an error, such as "audio 3".
 
@@ -169,7 +190,8 @@ def load_waveform(audio: Any, sampling_rate: int, name: str = "audio") -> np.nda
     if isinstance(audio, Mapping):
         rate = audio.get("sampling_rate")
         if audio.get("array") is None:
-            audio = audio.get("path")
+            data = audio.get("bytes")
+            audio = data if data is not None else audio.get("path")
         else:
             audio = audio["array"]
             if rate is not None and rate != sampling_rate:
@@ -177,9 +199,13 @@ def load_waveform(audio: Any, sampling_rate: int, name: str = "audio") -> np.nda
                     f"{name} has {rate} samples per second, but the feature extractor expects {sampling_rate}: resample it, "
                     f'with datasets by `cast_column("audio", Audio(sampling_rate={sampling_rate}))`.'
                 )
-    if isinstance(audio, str | os.PathLike):
+    if hasattr(audio, "read"):
+        audio = audio.read()
+    if isinstance(audio, str | os.PathLike | bytes | bytearray | memoryview):
         try:
-            audio = load_audio(os.fspath(audio), sampling_rate=sampling_rate)
+            is_path = isinstance(audio, str | os.PathLike)
+            source = os.fspath(audio) if is_path else base64.b64encode(audio).decode()
+            audio = load_audio(source, sampling_rate=sampling_rate)
         except Exception as error:  # decoders and the network raise what they like
             raise ValueError(
                 f"Can't open {name} ({_shown(audio)!r}): {error}. Pass its waveform, or "

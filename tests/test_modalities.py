@@ -4,6 +4,8 @@ for all; so are most of these sentences."""
 import copy
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
 )
 from modeling_frozen.audio_towers import encode_audio, load_audio_tower, probe_audio_tower
+from modeling_frozen.processors.media_loading import load_waveform
 from tests.helpers import tiny
 from tests.helpers.audio_towers import AUDIO_TOWERS
 from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
@@ -525,6 +528,75 @@ def test_a_film_without_a_decoder_is_refused_with_the_way_out(tmp_path: Path, mo
         processor()(text="<video>", videos=str(tmp_path / "film.mp4"))
     with pytest.raises(ValueError, match="video 0 .*no such file"):
         processor()(text="<video>", videos=str(tmp_path / "nothing.mp4"))
+
+
+def write_film(path: Path, levels: list[int], size: tuple[int, int] = (32, 32)) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        codec = {".mp4": "mpeg4", ".webm": "libvpx"}[path.suffix]
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for level in levels:
+            frame = av.VideoFrame.from_image(Image.new("RGB", size, (level, level, level)))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("kind", [".mp4", ".webm"])  # WebM does not say how many frames it has
+def test_a_film_is_read_at_the_frames_that_are_sampled(kind: str, tmp_path: Path) -> None:
+    of, path = processor(), tmp_path / f"film{kind}"
+    write_film(path, list(range(20, 220, 5)))
+    for film in (str(path), path.read_bytes(), {"bytes": path.read_bytes(), "path": None}, open(path, "rb")):
+        out = of(text="<video> a", videos=film, return_tensors="pt")["pixel_values_videos"]
+        assert seen(out[0], of) == pytest.approx([20, 85, 150, 215], abs=4)
+    write_film(path, [40, 200])  # shorter than what is sampled
+    short = of(text="<video> a", videos=str(path), return_tensors="pt")["pixel_values_videos"]
+    assert seen(short[0], of) == pytest.approx([40, 40, 200, 200], abs=4)
+
+
+def test_films_and_images_of_one_row_go_to_their_places(tmp_path: Path) -> None:
+    of, red = processor(), Image.new("RGB", (8, 8), "red")
+    for number, level in enumerate((40, 200)):
+        write_film(tmp_path / f"{number}.mp4", [level] * 6)
+    films = [str(tmp_path / f"{number}.mp4") for number in range(2)]
+    batch = DataCollatorForFrozenPrefix(of)([{"image": red, "videos": films, "text": "<video> a <image> is <video> what"}])
+    assert batch["pixel_values"].shape[0] == 1 and batch["pixel_values_videos"].shape[0] == 2
+    assert [seen(film, of)[0] for film in batch["pixel_values_videos"]] == pytest.approx([40, 200], abs=4)
+    order = [token for token in batch["input_ids"][0].tolist() if token in (of.image_token_id, of.video_token_id)]
+    assert order == [of.video_token_id] * 3 + [of.image_token_id] * 2 + [of.video_token_id] * 3
+
+
+def test_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    """A frame of 640 x 480 takes 0.9 MB: whole, the long film would take 270 MB more."""
+    peaks = []
+    for count in (10, 300):
+        write_film(tmp_path / "film.mp4", [number % 200 for number in range(count)], size=(640, 480))
+        code = (
+            "import resource, sys; from modeling_frozen.processors.media_loading import load_video; "
+            "assert len(load_video(sys.argv[1], 4)) == 4; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "film.mp4")], capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 60, peaks
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_audio_files_of_any_rate_are_resampled(kind: str, rate: int, tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    path, of = tmp_path / f"tone.{kind}", processor()
+    tone = [np.sin(2 * np.pi * 440 * np.arange(int(rate * 0.5)) / rate) * volume for volume in (0.5, 0.3)]
+    soundfile.write(path, np.stack(tone, axis=1), rate)
+    for audio in (str(path), path, path.read_bytes(), {"bytes": path.read_bytes(), "path": None}, open(path, "rb")):
+        wave = load_waveform(audio, 16000)
+        assert wave.dtype == np.float32 and len(wave) == pytest.approx(8000, abs=2500)  # mp3 pads
+        spectrum = np.abs(np.fft.rfft(wave))
+        assert np.argmax(spectrum) * 16000 / len(wave) == pytest.approx(440, abs=4)
+        assert np.abs(wave[2000:6000]).max() == pytest.approx(0.4, abs=0.04)  # the mean of both channels
+    assert of(audio=str(path), return_tensors="pt")["input_features"].shape[-1] == len(wave)
 
 
 def test_sounds_of_every_kind_are_one_waveform() -> None:
