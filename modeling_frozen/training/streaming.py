@@ -92,6 +92,11 @@ class StreamCallback(TrainerCallback, ExportableState):
                     f'{epochs[0]}="epoch": processes reach the end of a stream at different steps and would wait for each '
                     f'other. Use {epochs[0]}="steps".'
                 )
+        if hasattr(getattr(loader.dataset, "dataset", None), "state_after"):
+            raise ValueError(
+                "This release of accelerate has every process read the whole stream and keep slices of it, so its place is "
+                "not known: `pip install -U accelerate`."
+            )
         if not hasattr(loader.dataset, "state_after"):
             raise ValueError(
                 f"StreamCallback is for streams of `stream_rows`; Trainer's loader reads a {type(loader.dataset).__name__}."
