@@ -201,11 +201,11 @@ def load_waveform(audio: Any, sampling_rate: int, name: str = "audio") -> np.nda
                 )
     if hasattr(audio, "read"):
         audio = audio.read()
-    if isinstance(audio, str | os.PathLike | bytes | bytearray | memoryview):
+    if isinstance(audio, bytes | bytearray | memoryview):
+        audio = base64.b64encode(audio).decode()  # which transformers reads as it reads a path
+    if isinstance(audio, str | os.PathLike):
         try:
-            is_path = isinstance(audio, str | os.PathLike)
-            source = os.fspath(audio) if is_path else base64.b64encode(audio).decode()
-            audio = load_audio(source, sampling_rate=sampling_rate)
+            audio = load_audio(os.fspath(audio), sampling_rate=sampling_rate)
         except Exception as error:  # decoders and the network raise what they like
             raise ValueError(
                 f"Can't open {name} ({_shown(audio)!r}): {error}. Pass its waveform, or "

@@ -44,7 +44,7 @@ class RowStream(IterableDataset):
     """
 
     def __init__(self, rows: IterableDataset, buffer_size: int, seed: int, on_error: str, image_column: str | None):
-        vars(self).update(vars(rows.shard(num_shards=1, index=0)))  # a copy of it, with an epoch of its own
+        self.__dict__.update(vars(rows.shard(num_shards=1, index=0)))  # a copy of it, with an epoch of its own
         self.source, self.buffer_size, self.seed, self.on_error = rows, buffer_size, seed, on_error
         self.image_column, self.epoch_offset = image_column, 0
         self._process = (1, 0)  # how many, which
