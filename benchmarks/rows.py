@@ -3,11 +3,11 @@
     python -m benchmarks.rows                   # 10^3, 10^4 and 10^5 rows
     python -m benchmarks.rows --rows 1000000    # one length; may be given several times
 
-Rows (an image of 32 x 24 pixels in PNG, a question and an answer) lie in parquet files, 16 for each length, of row groups of
-1000. They are read by `stream_rows` through a data loader, images opened, nothing collated. Each round is a Python of its own,
-so that peak memory is of that length alone; it is what the process and all its workers hold in memory of their own (Linux's
-Pss_Anon: what they share is counted once), above what there is before the first row. The machine's load is printed, for others
-may be at work on it.
+Rows (an image of 32 x 24 pixels in PNG, a question and an answer) lie in parquet files of at most 2000 rows, 16 or more. They
+are read by `stream_rows` through a data loader, images opened, nothing collated. Each round is a Python of its own, so that
+peak memory is of that length alone; it is what the process and all its workers hold in memory of their own (Linux's Pss_Anon:
+what they share is counted once), above what there is before the first row. The machine's load is printed, for others may be at
+work on it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from PIL import Image
 from benchmarks.timing import Report, Timing, quartiles
 
 
-FILES = 16
+FILES, MOST_ROWS = 16, 2000  # files at least, rows of one at most: pyarrow holds a good part of the file that it reads
 ENCODED = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 SCHEMA = pyarrow.schema([("image", ENCODED), ("prompt", pyarrow.string()), ("answer", pyarrow.string())])
 
@@ -77,9 +77,10 @@ def write(folder: Path, rows: int) -> str:
         buffer = io.BytesIO()
         Image.fromarray(random.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
         images.append(buffer.getvalue())
-    for number in range(FILES):
-        own = range(number * rows // FILES, (number + 1) * rows // FILES)
-        with pyarrow.parquet.ParquetWriter(folder / f"{number:03}.parquet", SCHEMA, use_dictionary=False) as file:
+    files = max(FILES, rows // MOST_ROWS)
+    for number in range(files):
+        own = range(number * rows // files, (number + 1) * rows // files)
+        with pyarrow.parquet.ParquetWriter(folder / f"{number:05}.parquet", SCHEMA, use_dictionary=False) as file:
             for start in range(own.start, own.stop, 1000):
                 part = range(start, min(start + 1000, own.stop))
                 columns = {
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--output", help="file that the figures are written to, as JSON")
     arguments = parser.parse_args()
     print("load of the machine (1, 5, 15 minutes):", *(f"{load:.2f}" for load in os.getloadavg()))
-    settings = {"workers": arguments.workers, "buffer": arguments.buffer, "files": FILES}
+    settings = {"workers": arguments.workers, "buffer": arguments.buffer}
     report = Report("A stream of rows, images opened", **settings)
     for rows in arguments.rows or (1000, 10_000, 100_000):
         with tempfile.TemporaryDirectory() as folder:
