@@ -29,7 +29,7 @@ from .cross_attention import check_decoder
 from .freezing import CONNECTING, trains
 from .parts import PARTS
 from .vision_towers import probe_vision_tower, quiet
-from .weights import tensor_digest
+from .weights import own_weights, tensor_digest, tensor_digests
 
 
 logger = logging.get_logger(__name__)
@@ -109,10 +109,15 @@ def equals_source(model: Any, part: str) -> bool:
     if "quantization" in record or getattr(model.backbones[part], "hf_quantizer", None) is not None:
         return True
     digests = model.base_model.source_digests
-    now = dict(_named_tensors(model, part))
+    now: dict[str, tuple[torch.dtype, str]] = {}
+    for module in model.modules():
+        if getattr(module, "_frozen_prefix_part", None) == part:
+            # By the names that they had when the backbone was attached, wherever they are now.
+            own = tensor_digests(module)
+            now |= {f"{module._frozen_prefix_name}.{name}".lstrip("."): digest for name, digest in own.items()}
     if not now:  # its weights were never loaded
         return True
-    if any((part, name, tensor.dtype) not in digests for name, tensor in now.items()):
+    if any((part, name, dtype) not in digests for name, (dtype, _) in now.items()):
         try:
             with quiet():
                 source = load_unrecorded(
@@ -132,37 +137,20 @@ def equals_source(model: Any, part: str) -> bool:
                 f"is unknown, and it is saved whole. {error}"
             )
             return False
-        tensors = dict(own_tensors(source))
-        for name, tensor in now.items():
+        modules = source.named_modules()
+        tensors = {f"{prefix}.{name}".lstrip("."): own for prefix, one in modules for name, own in own_weights(one)}
+        for name, (dtype, _) in now.items():
             if name in tensors:
-                digests[part, name, tensor.dtype] = tensor_digest(tensors[name].to(tensor.dtype))
+                digests[part, name, dtype] = tensor_digest(tensors[name].detach().to(dtype))
         digests[part, "names"] = set(tensors)
     # Under FSDP and DeepSpeed some tensors are elsewhere.
     complete = torch.distributed.is_initialized() or digests[part, "names"] <= now.keys()
-    return complete and all(digests.get((part, name, tensor.dtype)) == tensor_digest(tensor) for name, tensor in now.items())
+    return complete and all(digests.get((part, name, dtype)) == digest for name, (dtype, digest) in now.items())
 
 
 def is_custom_code(backbone: nn.Module) -> bool:
     """Whether its class came from a repository."""
     return type(backbone).__module__.startswith("transformers_modules.")
-
-
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers, each once, by name; without those that lie elsewhere or are no plain tensors."""
-    for prefix, inner in module.named_modules():
-        left_out = inner._non_persistent_buffers_set  # private, see `keys_of_parts`
-        for name, tensor in (*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False)):
-            if name not in left_out and type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta:
-                yield f"{prefix}.{name}".lstrip("."), tensor.detach()
-
-
-def _named_tensors(model: Any, part: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """As [`own_tensors`], by the names that they had when the backbone was attached, wherever they are now."""
-    for inner in model.modules():
-        if getattr(inner, "_frozen_prefix_part", None) == part:
-            for name, tensor in own_tensors(inner):
-                if "." not in name:
-                    yield f"{inner._frozen_prefix_name}.{name}".lstrip("."), tensor
 
 
 def keys_of_parts(model: Any, parts: set[str]) -> set[str]:
@@ -171,11 +159,7 @@ def keys_of_parts(model: Any, parts: set[str]) -> set[str]:
     for name, module in model.named_modules(remove_duplicate=False):
         if getattr(module, "_frozen_prefix_part", None) in parts:
             prefix = f"{name}." if name else ""
-            own = {"recurse": False, "remove_duplicate": False}
-            keys.update(f"{prefix}{key}" for key, _ in module.named_parameters(**own))
-            # Private: but for the whole state dict, which costs a gathering where it is sharded, nothing says so.
-            left_out = module._non_persistent_buffers_set
-            keys.update(f"{prefix}{key}" for key, _ in module.named_buffers(**own) if key not in left_out)
+            keys.update(f"{prefix}{key}" for key, _ in own_weights(module, remove_duplicate=False))
     return keys
 
 

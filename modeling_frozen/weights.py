@@ -38,11 +38,22 @@ def align_weights(module: nn.Module) -> None:
 
 def _lies_off(tensor: torch.Tensor) -> bool:
     # Other classes (quantised, sharded) lay out their bytes themselves.
-    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    plain = _is_plain(tensor) and tensor.layout is torch.strided
     return plain and tensor.device.type == "cpu" and tensor.dtype in _ADDRESS_MATTERS and tensor.data_ptr() % ALIGNMENT != 0
 
 
 _FACTOR = 0x1E3779B97F4A7C15  # any large odd number
+
+
+def own_weights(module: nn.Module, **options: bool) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of a module itself, by name; `options` are those of `named_parameters`."""
+    # Private: but for the whole state dict, which a sharded module gathers, nothing says what is persistent.
+    left_out = module._non_persistent_buffers_set
+    buffers = module.named_buffers(recurse=False, **options)
+    return [
+        *module.named_parameters(recurse=False, **options),
+        *((name, buffer) for name, buffer in buffers if name not in left_out),
+    ]
 
 
 def weights_digest(module: nn.Module, recurse: bool = True) -> str:
@@ -63,18 +74,25 @@ def weights_digest(module: nn.Module, recurse: bool = True) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for prefix, part in module.named_modules() if recurse else [("", module)]:
         with align_module_device(part):  # brings offloaded weights for a moment
-            # Private: but for the whole state dict, which a sharded module gathers, nothing says what is persistent.
-            left_out = part._non_persistent_buffers_set
-            own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-            for name, tensor in own:
-                if name not in left_out:
-                    digest.update(f"{prefix}.{name} {_describe(tensor.detach(), prefix, name)}\n".encode())
+            for name, tensor in own_weights(part):
+                digest.update(f"{prefix}.{name} {_describe(tensor.detach(), prefix, name)}\n".encode())
     return digest.hexdigest()
 
 
+def tensor_digests(module: nn.Module) -> dict[str, tuple[torch.dtype, str]]:
+    """Of each plain tensor of a module itself its dtype, and what [`weights_digest`] takes in of it. Tensors without values
+    (meta device) and those of other classes (quantised, sharded) are left out."""
+    with align_module_device(module):
+        own = [(name, tensor.detach()) for name, tensor in own_weights(module) if _is_plain(tensor) and not tensor.is_meta]
+        return {name: (tensor.dtype, tensor_digest(tensor)) for name, tensor in own}
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """As [`weights_digest`], of one plain tensor: its dtype, shape and all of its bytes."""
-    return _describe(tensor.detach(), "", "")
+    return _describe(tensor, "", "")
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, nn.Parameter)
 
 
 def _describe(tensor: torch.Tensor, prefix: str, name: str) -> str:
@@ -107,4 +125,4 @@ def _factors(device: torch.device) -> torch.Tensor:
     return (places ^ (places >> 29)) | 1
 
 
-__all__ = ["ALIGNMENT", "align_weights", "tensor_digest", "weights_digest"]
+__all__ = ["ALIGNMENT", "align_weights", "own_weights", "tensor_digest", "tensor_digests", "weights_digest"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -30,10 +31,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_merge_and_a_cast_are_saved(dtype: torch.dtype, tmp_path: Path) -> None:
     model, _ = join(tmp_path)
     tuned = get_peft_model(model, lora_config(model, r=4))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
+    fill_adapter(tuned)
     merged = tuned.merge_and_unload().to(dtype)
     merged.save_pretrained(tmp_path / "merged")
     assert saved_parts(tmp_path / "merged") == {"connector", "language_model"}
@@ -113,6 +111,19 @@ def test_no_change_is_lost(kind: str, how: str, tmp_path: Path) -> None:
             assert model.changed_parts() == {"connector"}
 
 
+@pytest.mark.parametrize("place", ["", "model.layers.0"])
+def test_weights_that_accelerate_holds_elsewhere_are_compared_too(place: str, tmp_path: Path) -> None:
+    model, _ = join(tmp_path)
+    language_model = model.model.language_model
+    offloaded = language_model.get_submodule(place)
+    weights = {name: tensor.detach().clone() for name, tensor in offloaded.state_dict().items()}
+    cpu_offload(offloaded, torch.device("cpu"), state_dict=weights)
+    assert any(parameter.is_meta for parameter in language_model.parameters())
+    assert model.changed_parts() == {"connector"}
+    weights[next(name for name in weights if "q_proj" in name)][0, 0] += 0.5
+    assert model.changed_parts() == {"connector", "text"}
+
+
 def test_another_module_in_a_backbone_is_a_change(tmp_path: Path) -> None:
     model, _ = join(tmp_path)
     model.model.language_model.lm_head = torch.nn.Linear(32, model.config.text_config.vocab_size, bias=False)
@@ -141,16 +152,26 @@ def test_where_a_backbone_can_not_be_read_any_more_it_is_saved(tmp_path: Path, c
     assert "language model" in caplog.text and "saved whole" in caplog.text
 
 
+def with_adapter(folder: Path) -> Any:
+    """A model saved as `eyes`, with an adapter that changes its answers."""
+    model, _ = join(folder)
+    model.save_pretrained(folder / "eyes")
+    model = FrozenPrefixForConditionalGeneration.from_pretrained(folder / "eyes")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    fill_adapter(model)
+    return model
+
+
+@torch.no_grad()
+def fill_adapter(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(std=0.1)
+
+
 def test_an_adapter_in_its_models_own_folder(tmp_path: Path) -> None:
     skip_where_peft_is_too_old()
-    model, _ = join(tmp_path)
-    model.save_pretrained(tmp_path / "eyes")
-    model = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "eyes")
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
+    model = with_adapter(tmp_path)
     model.save_pretrained(tmp_path / "eyes")
     again = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "eyes")
     assert torch.equal(logits(model), logits(again))
@@ -177,14 +198,7 @@ def test_the_auto_classes_load_an_adapter(loader: str, tmp_path: Path) -> None:
     import transformers
 
     skip_where_peft_is_too_old()
-    model, _ = join(tmp_path)
-    model.save_pretrained(tmp_path / "eyes")
-    model = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "eyes")
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
+    model = with_adapter(tmp_path)
     model.save_pretrained(tmp_path / "adapter")
     again = getattr(transformers, loader).from_pretrained(tmp_path / "adapter")
     own, other = (dict(m.base_model.named_parameters()) for m in (model, again))

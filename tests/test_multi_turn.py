@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, load_image_text
-from modeling_frozen.data.tally import SkippedRowsCallback
+from modeling_frozen.training.skipped_rows import SkippedRowsCallback
 from tests.helpers.formats import lay_out
 from tests.helpers.processors import CHATML, make, picture, word_tokenizer
 from tests.helpers.tiny import join

@@ -110,17 +110,17 @@ def inner_feature(feature: Any) -> Any:
     return feature
 
 
-def unopened(feature: Any) -> Any:
-    """A column's type, with the bytes of images and audio left as they are."""
+def unopened(feature: Any, kinds: type | tuple[type, ...] = object) -> Any:
+    """A column's type, with the bytes of images and audio (of `kinds`, where they are named) left as they are."""
     if isinstance(feature, Mapping):
-        return {name: unopened(inner) for name, inner in feature.items()}
+        return {name: unopened(inner, kinds) for name, inner in feature.items()}
     if isinstance(feature, list):
-        return [unopened(inner) for inner in feature]
+        return [unopened(inner, kinds) for inner in feature]
     feature = copy.copy(feature)
-    if getattr(feature, "decode", None) is True:
+    if isinstance(feature, kinds) and getattr(feature, "decode", None) is True:
         feature.decode = False
     if hasattr(feature, "feature"):
-        feature.feature = unopened(feature.feature)
+        feature.feature = unopened(feature.feature, kinds)
     return feature
 
 

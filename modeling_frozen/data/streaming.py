@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..processors import load_rgb_image
 from .columns import as_list, find_column, is_list
 from .feature_store import StoredImage
+from .image_reading import unopened
 
 
 logger = logging.get_logger(__name__)
@@ -318,23 +319,9 @@ def stream_rows(
     if not isinstance(rows, IterableDataset):
         raise TypeError(f"stream_rows takes a datasets.IterableDataset, got {type(rows).__name__}: `to_iterable_dataset()`.")
     if rows.features is not None:
-        features = Features({name: _undecoded(feature) for name, feature in rows.features.items()})
+        features = Features(unopened(rows.features, Image))
         rows = rows.cast(features) if features != rows.features else rows
     return RowStream(rows, buffer_size, seed, on_error, image_column)
-
-
-def _undecoded(feature: Any) -> Any:
-    """The feature with images left as `{"bytes", "path"}`."""
-    if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False)
-    if isinstance(feature, dict):
-        return {name: _undecoded(one) for name, one in feature.items()}
-    if isinstance(feature, list):
-        return [_undecoded(one) for one in feature]
-    if hasattr(feature, "feature"):
-        feature = copy.copy(feature)
-        feature.feature = _undecoded(feature.feature)
-    return feature
 
 
 __all__ = ["RowStream", "stream_rows"]

@@ -1,4 +1,4 @@
-"""What a client sends, checked before transformers' server reads it: fields, and the images, videos and sounds they point to.
+"""What a client sends, checked before transformers' server reads it: fields, and the images, videos and audio they point to.
 
 transformers' handlers open whatever a request names, on the server's own loop: one slow address would stop every other
 request, a path would be read from the server's disk, an address inside its network fetched. Here each request is read as a
@@ -164,7 +164,7 @@ async def _fetch_all(media: list[tuple[str, dict[str, Any], str, str]], limits: 
             _check_image(content, source)
         path = folder / f"{index}"
         path.write_bytes(content)
-        # Sounds stand under "data", as base64 alone.
+        # Audio stands under "data", as base64 alone.
         holder[key] = base64.b64encode(content).decode() if key == "data" else str(path)
 
 
@@ -240,7 +240,7 @@ def _check_image(content: bytes, source: str) -> None:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{source!r:.80} is no picture that can be read.") from error
+        raise ValueError(f"{source!r:.80} is no image that can be read.") from error
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{source!r:.80} has {width} x {height} pixels: at most {Image.MAX_IMAGE_PIXELS:,} are read.")
 
