@@ -45,13 +45,13 @@ def _lies_off(tensor: torch.Tensor) -> bool:
 _FACTOR = 0x1E3779B97F4A7C15  # any large odd number
 
 
-def own_weights(module: nn.Module, **options: bool) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of a module itself, by name; `options` are those of `named_parameters`."""
+def own_weights(module: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of a module itself, by name."""
     # Private: but for the whole state dict, which a sharded module gathers, nothing says what is persistent.
     left_out = module._non_persistent_buffers_set
-    buffers = module.named_buffers(recurse=False, **options)
+    buffers = module.named_buffers(recurse=False, remove_duplicate=remove_duplicate)
     return [
-        *module.named_parameters(recurse=False, **options),
+        *module.named_parameters(recurse=False, remove_duplicate=remove_duplicate),
         *((name, buffer) for name, buffer in buffers if name not in left_out),
     ]
 

@@ -110,7 +110,7 @@ def inner_feature(feature: Any) -> Any:
     return feature
 
 
-def unopened(feature: Any, kinds: type | tuple[type, ...] = object) -> Any:
+def unopened(feature: Any, kinds: Any = object) -> Any:
     """A column's type, with the bytes of images and audio (of `kinds`, where they are named) left as they are."""
     if isinstance(feature, Mapping):
         return {name: unopened(inner, kinds) for name, inner in feature.items()}
