@@ -54,6 +54,15 @@ def test_a_self_contained_copy_needs_no_parents(tmp_path: Path, tied: bool) -> N
     assert all(".connector." in name for name in load_file(tmp_path / "eyes" / "model.safetensors"))
 
 
+def test_a_copy_stays_whole_while_its_backbones_can_be_had(tmp_path: Path) -> None:
+    model, _ = join(tmp_path)
+    model.save_pretrained(tmp_path / "copy", include_base_models=True)
+    again = type(model).from_pretrained(tmp_path / "copy")
+    again.save_pretrained(tmp_path / "copy of copy")
+    saved = {name.split(".")[1] for name in load_file(tmp_path / "copy of copy" / "model.safetensors")}
+    assert saved == {"connector", "vision_tower", "language_model"}
+
+
 def test_a_trained_parent_is_saved_whole(tmp_path: Path) -> None:
     model, _ = join(tmp_path, trainable=("connector", "vision"))
     with torch.no_grad():

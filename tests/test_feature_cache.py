@@ -34,8 +34,8 @@ from modeling_frozen import (
 from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import StoredImage, VisionFeatures, store_key
 from modeling_frozen.data.feature_store import FeatureStore
-from modeling_frozen.vision_towers import encode_images
 from tests.helpers import fresh_python
+from tests.helpers.feature_stores import noise, tower_features
 from tests.helpers.tiny import join, rows, save_parents
 
 
@@ -54,10 +54,6 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(parents: Path) -> tuple[Model, FrozenPrefixProcessor]:
     """For the checks that change nothing in it."""
     return join(parents)
-
-
-def noise(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (18, 20, 3), dtype=np.uint8))
 
 
 def captioned(images: int = 4, captions: int = 3) -> datasets.Dataset:
@@ -80,13 +76,6 @@ def seen(model: Model) -> Iterator[list[int]]:
 
 def store(pair: tuple[Any, Any], dataset: Any, folder: Path, **options: Any) -> Any:
     return cache_vision_features(dataset, *pair, cache_dir=folder, **{"num_workers": 0, "dtype": "float32", **options})
-
-
-@torch.no_grad()
-def tower_features(pair: tuple[Any, Any], images: list[Any]) -> torch.Tensor:
-    model, processor = pair
-    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
-    return encode_images(model.model.vision_tower, pixels, num_leading_tokens=model.config.num_leading_tokens)[0]
 
 
 # --------------------------------------------------------------------------------------------------- distinct images

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from modeling_frozen import DataCollatorForFrozenPrefix, cache_vision_features
-from modeling_frozen.vision_towers import encode_images
 from tests.helpers import fresh_python
+from tests.helpers.feature_stores import noise, tower_features
 from tests.helpers.tiny import join, save_parents
 
 
@@ -36,10 +36,6 @@ def pair(parents: Path) -> tuple[Any, Any]:
     return join(parents)
 
 
-def noise(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (18, 20, 3), dtype=np.uint8))
-
-
 def images(*seeds: int) -> datasets.Dataset:
     content = {"image": [noise(seed) for seed in seeds], "text": ["a square ."] * len(seeds)}
     return datasets.Dataset.from_dict(content).cast_column("image", datasets.Image())
@@ -48,14 +44,6 @@ def images(*seeds: int) -> datasets.Dataset:
 def store(pair: tuple[Any, Any], dataset: Any, folder: Path, **options: Any) -> Any:
     options = {"num_workers": 0, "dtype": "float32", "images_per_shard": 2, "batch_size": 2, **options}
     return cache_vision_features(dataset, *pair, cache_dir=folder, **options)
-
-
-@torch.no_grad()
-def tower_features(pair: tuple[Any, Any], own: list[Any]) -> torch.Tensor:
-    model, processor = pair
-    pixels = processor(images=own, return_tensors="pt")["pixel_values"]
-    tower = model.model.vision_tower
-    return encode_images(tower, pixels.to(tower.dtype), num_leading_tokens=model.config.num_leading_tokens)[0].float()
 
 
 def loaded(rows: Any) -> torch.Tensor:
