@@ -14,7 +14,7 @@ from modeling_frozen.export.graphs import export_decode, export_image_encoder, e
 from modeling_frozen.transformers_compat import CACHE, cache_of
 from tests.helpers.families_vision import TOWERS, Tower, image_inputs, reason_to_skip, tiny_tower
 from tests.helpers.talking import QUESTION, TOKENS, picture, talking
-from tests.helpers.tiny import join, rows, text_config
+from tests.helpers.tiny import is_before, join, rows, skip_before, text_config
 
 
 # Traced for any number of images they can't be: they go over them one by one.
@@ -28,6 +28,21 @@ CAUSAL = {
     "gemma": {**ROTARY, "head_dim": 8},  # scales its embeddings
     "qwen3": {**ROTARY, "head_dim": 8},
 }
+
+
+@pytest.fixture(autouse=True)
+def exporters(request: pytest.FixtureRequest) -> None:
+    if request.function is not test_an_older_transformers_is_named:
+        skip_before("5.23.0", "exports no graph that can be saved and read back")
+
+
+def test_an_older_transformers_is_named(tmp_path: Path) -> None:
+    model = seeing(TOWERS["clip"])
+    if is_before("5.23.0"):
+        with pytest.raises(ImportError, match=r"needs transformers 5.23 or later.* is installed: pip install -U transformers"):
+            export_image_encoder(model, tmp_path, format="pt2", sample_inputs=image_inputs(TOWERS["clip"]))
+    else:
+        assert export_image_encoder(model, tmp_path, format="pt2", sample_inputs=image_inputs(TOWERS["clip"])) is not None
 
 
 def seeing(tower: Tower, connector: str = "resampler") -> FrozenPrefixForConditionalGeneration:

@@ -7,7 +7,7 @@ nothing but an ordinary language model that is fed embeddings.
     exported = export_image_encoder(model, "eyes-onnx", sample_inputs=processor(images=image, return_tensors="pt"))
     prefix = exported(pixel_values=pixel_values)["image_embeds"]
 
-Needs the extra `export`.
+Needs the extra `export`, and transformers 5.23 or later.
 """
 
 import functools
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
@@ -76,6 +77,13 @@ class ImageEncoder(nn.Module):
 def _exporter(format: str, config_kwargs: dict[str, Any]) -> tuple[Any, Any]:
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; choose one of {sorted(FORMATS)}.")
+    try:
+        from transformers.exporters import ExportedModel  # noqa: F401  # graphs as a model of their own: 5.23
+    except ImportError as error:
+        raise ImportError(
+            "Exporting needs transformers 5.23 or later, whose exporters give models that are saved, loaded and called, and "
+            f"{transformers.__version__} is installed: pip install -U transformers. {error}"
+        ) from error
     try:
         from transformers.exporters.auto import AutoExportConfig, AutoHfExporter
 
