@@ -32,6 +32,7 @@ extras = {
     "metrics": ["pycocoevalcap>=1.2"],
     "plots": ["matplotlib>=3.7"],
     "peft": ["peft>=0.19.1"],
+    "gguf": ["gguf>=0.17.1"],
     "augment": ["kornia>=0.8"],
     "search": ["datasets>=3.4.1", "faiss-cpu>=1.9", "matplotlib>=3.7"],
     # Decoders without torchcodec, whose builds follow those of torch. transformers reads sound with librosa before 5.22 and
@@ -45,7 +46,7 @@ extras = {
 extras["quickstart"] = sorted({"datasets>=3.4.1", *extras["metrics"], *extras["plots"]})
 extras["demo"] = sorted({*extras["quickstart"], "gradio>=6.0.2"})
 extras["page"] = extras["demo"]  # its name in 0.1.0
-tested = ("quickstart", "peft", "augment", "search", "video")
+tested = ("quickstart", "peft", "gguf", "augment", "search", "video")
 extras["test"] = sorted(
     {
         *(one for name in tested for one in extras[name]),

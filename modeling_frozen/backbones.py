@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .audio_towers import load_audio_tower
 from .connectors import in_eval_mode
 from .parts import PARTS
-from .transformers_compat import resolve_revision
+from .transformers_compat import dequantized, resolve_revision
 from .vision_towers import class_in, load_vision_tower, pooler_options, quiet
 
 
@@ -52,7 +53,7 @@ logger = logging.get_logger(__name__)
 HUB_OPTIONS = ("token", "cache_dir", "force_download", "local_files_only", "proxies")
 
 _WINDOWS, _WINDOW_BYTES = 16, 64
-FULL = "full:"  # how a fingerprint of all bytes begins
+FULL = "full:"  # how a fingerprint of whole files begins
 
 AutoClass = type[AutoModel] | type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM] | type[AutoModelForTextEncoding]
 # The classes that each Auto class gives, by config.
@@ -184,10 +185,13 @@ def find_feature_extractor(audio_name_or_path: str, **kwargs: Any) -> Any:
         return None
 
 
-def _weight_files(name_or_path: str, revision: str | None, **hub_options: Any) -> list[str]:
-    """Paths of the safetensors that hold a backbone's weights; empty if it has them in another format."""
+def _weight_files(name_or_path: str, revision: str | None, gguf_file: str | None, **hub_options: Any) -> list[str]:
+    """Paths of the safetensors, or the GGUF file, that hold a backbone's weights; empty if it has them in another format."""
     # Private, as transformers' own loaders do: an `OSError` is the same for what is missing and what is out of reach.
     optional = {"_raise_exceptions_for_missing_entries": False, "revision": revision, **hub_options}
+    if gguf_file is not None:
+        path = cached_file(name_or_path, gguf_file, **optional)
+        return [] if path is None else [path]
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **optional)
     single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **optional)
     if single is not None:
@@ -219,19 +223,37 @@ def refuse_pickles(files: Iterable[str]) -> None:
             ) from error
 
 
-def fingerprint(name_or_path: str, revision: str | None = None, *, full: bool = False, **hub_options: Any) -> str | None:
+def fingerprint(
+    name_or_path: str,
+    revision: str | None = None,
+    *,
+    full: bool = False,
+    gguf_file: str | None = None,
+    **hub_options: Any,
+) -> str | None:
     """
     SHA-256 over the names, dtypes and shapes of all tensors of a backbone's safetensors and over bytes of each of them:
     the whole of small tensors, evenly spread windows of large ones, so that checking a backbone costs milliseconds per
     gigabyte. Fine-tuning moves nearly every weight, so no tuned copy passes; shard boundaries don't matter. A few values
-    that were edited by hand in a large tensor may lie between the windows: `full` reads every byte, a second or so per
-    gigabyte. (On the Hub the recorded commit decides by itself what the files hold.)
+    that were edited by hand in a large tensor may lie between the windows.
+
+    Args:
+        full (`bool`, defaults to `False`):
+            Of the whole files, as they are cut into shards, and named. The Hub's cache names a file by its SHA-256, so that
+            nothing is read; in a folder every byte is, a second or so per gigabyte.
+        gguf_file (`str`, *optional*): the file that holds the weights in their stead; it is always taken whole.
 
     Returns:
-        `str`, beginning with `full:` where every byte was read; `None` for a backbone that has no safetensors.
+        `str`, beginning with `full:` for whole files; `None` for a backbone that has no such file.
     """
+    paths = _weight_files(name_or_path, revision, gguf_file, **hub_options)
+    if not paths:
+        return None
+    if full or gguf_file is not None:
+        files = "".join(f"{Path(path).name} {file_digest(path)}\n" for path in paths)
+        return f"{FULL}{hashlib.sha256(files.encode()).hexdigest()}"
     tensors: dict[str, bytes] = {}
-    for path in _weight_files(name_or_path, revision, **hub_options):
+    for path in paths:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header_size = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + header_size])
@@ -240,17 +262,26 @@ def fingerprint(name_or_path: str, revision: str | None = None, *, full: bool = 
                     continue
                 start, end = (8 + header_size + offset for offset in entry["data_offsets"])
                 digest = hashlib.sha256(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-                if full or end - start <= _WINDOWS * _WINDOW_BYTES:
+                if end - start <= _WINDOWS * _WINDOW_BYTES:
                     digest.update(data[start:end])
                 else:
                     spread = end - start - _WINDOW_BYTES
                     places = [start + window * spread // (_WINDOWS - 1) for window in range(_WINDOWS)]
                     digest.update(b"".join([data[at : at + _WINDOW_BYTES] for at in places]))
                 tensors[name] = digest.digest()
-    if not tensors:
-        return None
-    total = hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
-    return f"{FULL}{total}" if full else total
+    return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest() if tensors else None
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file. A large file of the Hub lies in the cache under that name, so it is not read."""
+    blob = Path(path).resolve()
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _context(part: str, name_or_path: str) -> str:
@@ -322,6 +353,9 @@ def load_unrecorded(
     part: str, name_or_path: str, *, config: PreTrainedConfig, headless: bool | None = False, **kwargs: Any
 ) -> PreTrainedModel:
     """One backbone by its own `from_pretrained`, as [`load_base_model`], without a record."""
+    if kwargs.get("gguf_file") is not None:
+        # Unpacked: kernels for packed weights compute other bits, each its own, and have no gradients.
+        kwargs = {**dequantized(), **kwargs}
     if part == "vision":
         return load_vision_tower(name_or_path, config=config, **kwargs)
     if part == "audio":
@@ -350,52 +384,122 @@ def load_base_model(
         headless (`bool`, *optional*, defaults to `False`):
             Of a language model: `True` loads it without its head, as what reads alone (BERT); `None` only where it has none
             or reads ahead.
-        full_fingerprint (`bool`, defaults to `False`): whether all bytes of its weights are read for the fingerprint.
+        full_fingerprint (`bool`, defaults to `False`): whether whole files are fingerprinted, see [`fingerprint`].
         kwargs: options of `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `quantization_config`,
-            `token`, …).
+            `gguf_file`, `token`, …). The weights of a GGUF file are unpacked, unless `quantization_config=GgufConfig()`.
 
     Returns:
-        The model, in eval mode, and `{"name_or_path", "revision", "dtype", "fingerprint"}`, with `"quantization"` where it
-        was quantised while loading.
+        The model, in eval mode, and its record, see [`record_of`].
 
     Raises:
         OSError: transformers' own, when the repository or folder can't be reached, with our sentence of context.
         ValueError: when weights are missing there that the model needs, or a file is named.
     """
-    if os.path.isfile(name_or_path):
-        raise ValueError(
-            f"`{name_or_path}` is a file: name the folder, or the id on the Hub, of the {PARTS[part].description}, with its "
-            "config and weights as transformers saves them."
-        )
+    gguf_file = kwargs.get("gguf_file")
+    _refuse_files(part, name_or_path, gguf_file)
     hub_options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
     # `proxies` and `force_download` mean nothing for resolving a branch to a commit.
     resolvable = {k: v for k, v in hub_options.items() if k in ("token", "cache_dir", "local_files_only")}
+    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        revision = resolve_revision(name_or_path, revision, **resolvable)
+        revision = resolve_revision(name_or_path, revision, file=gguf_file or "config.json", **resolvable)
         if config is None:
             code = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
-            config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_options, **code)
+            config = AutoConfig.from_pretrained(name_or_path, revision=revision, **gguf, **hub_options, **code)
         model = load_unrecorded(part, name_or_path, config=config, headless=headless, revision=revision, **kwargs)
     except OSError as error:
         # transformers' own error classes (gated, not found, offline …) pass through; only the sentence is ours.
         error.args = (f"{_context(part, name_or_path)} {error.args[0] if error.args else ''}", *error.args[1:])
         raise
+    hub_options.pop("force_download", None)  # the files were fetched a moment ago
+    return model, record_of(model, name_or_path, revision, full=full_fingerprint, **gguf, **hub_options)
+
+
+def _refuse_files(part: str, name_or_path: str, gguf_file: str | None) -> None:
+    what = PARTS[part].description
+    if gguf_file is not None and part != "text":
+        raise ValueError(
+            f"`{part}_gguf_file={gguf_file!r}`: transformers reads no {what} from a GGUF file, only language models."
+        )
+    is_folder = os.path.isdir(name_or_path)
+    if os.path.isfile(name_or_path) or name_or_path.endswith(".gguf") and not is_folder:
+        folder, name = os.path.split(name_or_path)
+        way_out = f' Of a GGUF file name both: "{folder or "."}", text_gguf_file="{name}".' if name.endswith(".gguf") else ""
+        raise ValueError(
+            f"`{name_or_path}` is a file: name the folder, or the id on the Hub, of the {what}, with its config and weights "
+            f"as transformers saves them.{way_out}"
+        )
+    if is_folder and gguf_file is None and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+        files = sorted(file.name for file in Path(name_or_path).glob("*.gguf"))
+        if files:
+            raise ValueError(
+                f'`{name_or_path}` holds no config.json, but {files}: name one of them, text_gguf_file="{files[0]}".'
+            )
+
+
+def record_of(
+    model: PreTrainedModel,
+    name_or_path: str,
+    revision: str | None,
+    *,
+    full: bool = False,
+    gguf_file: str | None = None,
+    **hub_options: Any,
+) -> dict[str, Any]:
+    """
+    What a config keeps of a backbone that was loaded from a place.
+
+    Returns:
+        `dict`: `name_or_path`, `revision` (commit), `dtype`, `fingerprint`; `gguf_file` where that holds the weights, and
+        `quantization`, the whole config, where it was quantised while loading.
+    """
     commit = getattr(revision, "resolved", revision)
     is_folder = os.path.isdir(name_or_path)
-    hub_options.pop("force_download", None)  # the files were fetched a moment ago
-    digest = fingerprint(name_or_path, revision, full=full_fingerprint, **hub_options)
     record = {
         "name_or_path": os.path.abspath(name_or_path) if is_folder else str(name_or_path),
         "revision": None if is_folder or commit is None else str(commit),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "fingerprint": digest,
+        "fingerprint": fingerprint(name_or_path, revision, full=full, gguf_file=gguf_file, **hub_options),
     }
+    if gguf_file is not None:
+        record["gguf_file"] = gguf_file
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.pre_quantized:
+    if quantizer is not None and is_gguf(quantizer.quantization_config) and not getattr(quantizer, "packed_modules", None):
+        # All was unpacked, but of older families of GGUF files transformers says that nothing was.
+        quantizer.remove_quantization_config(model)
+    elif quantizer is not None and (gguf_file is not None or not quantizer.pre_quantized):
         # Quantised while loading: a choice of this session, and not what lies in the backbone's repository.
-        method = quantizer.quantization_config.quant_method
-        record["quantization"] = str(getattr(method, "value", method))
-    return model, record
+        record["quantization"] = json.loads(quantizer.quantization_config.to_json_string(use_diff=False))
+    return record
+
+
+def is_gguf(quantization_config: Any) -> bool:
+    method = getattr(quantization_config, "quant_method", None)
+    return getattr(method, "value", method) == "gguf"
+
+
+def record_of_loaded(part: str, model: PreTrainedModel) -> dict[str, Any] | None:
+    """
+    The record of a backbone that the user loaded, where its weights can't be saved, or come out of a GGUF file: then
+    transformers has kept what it was loaded with. `None` for one that is saved whole.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    place = model.name_or_path
+    if quantizer is not None and place:
+        gguf_file = getattr(quantizer.quantization_config, "gguf_file", None)
+        try:
+            revision = resolve_revision(place)
+            return record_of(model, place, revision, gguf_file=gguf_file)
+        except OSError as error:
+            logger.warning(f"The {PARTS[part].description} is not at `{place}` any more, from where it was loaded. {error}")
+    if place:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / 1e6
+        logger.warning(
+            f"The {PARTS[part].description} was joined as a loaded {type(model).__name__}, which doesn't say which files it "
+            f"came from, so that a checkpoint holds it whole ({size:.1f} MB). Name its id or folder in its place "
+            f'(`{place}`; of a GGUF file with text_gguf_file="x.gguf"), and it is recorded.'
+        )
+    return None
 
 
 def verify_fingerprint(part: str, recorded: dict[str, Any], loaded: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from packaging import version
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .audio_towers import probe_audio_tower
@@ -127,6 +128,7 @@ def equals_source(model: Any, part: str) -> bool:
                     revision=record["revision"],
                     headless=model.config.text_headless,
                     dtype=record["dtype"],
+                    **gguf_of(record),
                     local_files_only=not Path(record["name_or_path"]).is_dir(),  # it was loaded from there, so it is cached
                     # Custom code that runs in this process was consented to.
                     **({"trust_remote_code": True} if is_custom_code(model.backbones[part]) else {}),
@@ -160,7 +162,16 @@ def keys_of_parts(model: Any, parts: set[str]) -> set[str]:
         if getattr(module, "_frozen_prefix_part", None) in parts:
             prefix = f"{name}." if name else ""
             keys.update(f"{prefix}{key}" for key, _ in own_weights(module, remove_duplicate=False))
+    if any(getattr(backbone, "hf_quantizer", None) is not None for backbone in model.backbones.values()):
+        # bitsandbytes adds names below a weight's: `weight.absmax`.
+        keys.update(key for key in model.state_dict() if any(stem in keys for stem in _stems(key)))
     return keys
+
+
+def _stems(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
 
 
 def keys_left_out(model: Any, saved: set[str]) -> set[str]:
@@ -179,6 +190,20 @@ def parts_to_save(model: Any) -> tuple[str, ...]:
     """What `save_pretrained` writes: the connector, and backbones that changed or have no repository or folder."""
     with_source, changed = parts_with_source(model), changed_parts(model)
     return ("connector", *(part for part in model.backbones if part in changed or part not in with_source))
+
+
+def refuse_quantized(model: Any, saved: tuple[str, ...]) -> None:
+    """
+    Raises:
+        ValueError: if a backbone that is to be written is quantised: a checkpoint of several models can't say so of one.
+    """
+    for part, backbone in model.backbones.items():
+        if part in saved and getattr(backbone, "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"The {PARTS[part].description} is quantised, and a checkpoint that holds it could not be loaded: save without "
+                "`include_base_models=True`, with which it is loaded from its own place and quantised there, or load it "
+                "unquantised first."
+            )
 
 
 def finish_weights(folder: str | Path, before: dict[Path, Any], variant: str | None = None) -> None:
@@ -310,16 +335,38 @@ def refill(
 def load_recorded(config: FrozenPrefixConfig, part: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The backbone that a config records, checked, and its record now."""
     record = getattr(config, f"{part}_base_model")
-    options = {"dtype": record["dtype"], "full_fingerprint": str(record["fingerprint"]).startswith(FULL), **kwargs}
+    full = str(record["fingerprint"]).startswith(FULL)
+    options = {"dtype": record["dtype"], "full_fingerprint": full, **gguf_of(record), **kwargs}
     if "quantization" in record and kwargs.get("quantization_config") is None:
-        logger.warning(
-            f"The connector was trained with the {PARTS[part].description} quantised by {record['quantization']}, and it is "
-            f"loaded in {record['dtype']}, with which it may write other words: pass the same `quantization_config`."
-        )
+        options |= quantization_of(part, record, kwargs.get("device_map"))
     place = {"config": getattr(config, f"{part}_config"), "revision": record["revision"]}
     module, loaded = load_base_model(part, record["name_or_path"], **place, **options)
     verify_fingerprint(part, record, loaded)
     return module, loaded
+
+
+def gguf_of(record: dict[str, Any]) -> dict[str, str]:
+    return {"gguf_file": record["gguf_file"]} if record.get("gguf_file") else {}
+
+
+def quantization_of(part: str, record: dict[str, Any], device_map: Any) -> dict[str, Any]:
+    """The option by which a backbone is quantised as it was recorded; none, with a warning, where that can't be."""
+    recorded, why = record["quantization"], "its record, of an earlier version, does not say how"
+    if isinstance(recorded, dict):
+        try:
+            config = AutoQuantizationConfig.from_dict(dict(recorded))
+            quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+            quantizer.validate_environment(device_map=device_map, weights_only=True)
+        except (ImportError, RuntimeError, ValueError) as error:
+            recorded, why = recorded.get("quant_method"), str(error)
+        else:
+            return {"quantization_config": config}
+    logger.warning(
+        f"The connector was trained with the {PARTS[part].description} quantised by {recorded}, and it is loaded in "
+        f"{record['dtype']}, with which it may write other words: {why}. Mend that, pass `quantization_config`, or name the "
+        f'place, {part}_base_model="{record["name_or_path"]}", to record it without.'
+    )
+    return {}
 
 
 def check_same_geometry(model: Any, part: str, module: PreTrainedModel, name: str) -> None:
@@ -457,7 +504,7 @@ def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: fro
 
 __all__ = [
     "Loading", "changed_parts", "dtype_plan", "finish_weights", "key_prefix", "keys_left_out", "loading",
-    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_partly_loaded", "refuse_unexpected",
+    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_partly_loaded", "refuse_quantized", "refuse_unexpected",
     "refuse_without_source", "reload_base_model", "renames_on_load", "split_part_options", "trained_parts",
     "unload_base_model", "weight_files", "while_loading",
 ]  # fmt: skip

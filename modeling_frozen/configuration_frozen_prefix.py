@@ -31,7 +31,7 @@ _TRANSFORMERS_KEYS = {
     "distributed_config", "custom_generate",
 }  # fmt: skip
 
-# What is written down of a backbone, with "quantization" where it was quantised while loading.
+# What is written down of a backbone; see `backbones.record_of` for what some have besides.
 RECORD_KEYS = ("name_or_path", "revision", "dtype", "fingerprint")
 
 # Set while a config is read from a file, whose keys are not the user's own.
@@ -51,7 +51,8 @@ class FrozenPrefixConfig(CompositeConfig):
         text_config (`PreTrainedConfig` or `dict`):
             Full config of the language model, causal or encoder-decoder.
         vision_base_model, text_base_model (`dict`, *optional*):
-            Record of each backbone: `name_or_path`, `revision` (commit), `dtype` and `fingerprint` of its safetensors.
+            Record of each backbone: `name_or_path`, `revision` (commit), `dtype` and `fingerprint` of its weights; with
+            `gguf_file` where they lie in one, and `quantization` where it was quantised while loading.
             `None` for one that has no repository or folder of its own: it is saved whole.
         connector_type (`str`, defaults to `"mlp"`):
             Exact name in `modeling_frozen.connectors.CONNECTORS`.
@@ -374,8 +375,8 @@ class FrozenPrefixConfig(CompositeConfig):
         serialized = {key: value for key, value in super().to_dict().items() if key in known}
         serialized["frozen_prefix_version"] = VERSION
         for part in PARTS:
-            if "quantization" in (getattr(self, f"{part}_base_model") or {}):
-                # Kept, it would say that the backbone's repository holds quantised weights.
+            if {"quantization", "gguf_file"}.intersection(getattr(self, f"{part}_base_model") or {}):
+                # Kept, it would say that the backbone's repository holds quantised weights; the record says how to load them.
                 sub_config = dict(serialized[f"{part}_config"])
                 sub_config.pop("quantization_config", None)
                 serialized[f"{part}_config"] = sub_config

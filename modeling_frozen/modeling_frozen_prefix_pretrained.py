@@ -20,6 +20,7 @@ from .backbones import (
     language_model_geometry,
     load_base_model,
     reads_ahead,
+    record_of_loaded,
     refuse_pickles,
     word_embedding_norm,
 )
@@ -28,11 +29,13 @@ from .checkpoints import (
     changed_parts,
     dtype_plan,
     finish_weights,
+    gguf_of,
     keys_left_out,
     loading,
     parts_to_save,
     refill,
     refuse_partly_loaded,
+    refuse_quantized,
     refuse_unexpected,
     refuse_without_source,
     reload_base_model,
@@ -247,6 +250,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                 folder of their own, are always written whole.
             args, kwargs: as `PreTrainedModel.save_pretrained`. `save_original_format` is `False` by default: names in the
                 file are those of the state dict, by which `Trainer` resumes.
+
+        Raises:
+            ValueError: for a backbone that would be written and is not loaded, or quantised.
         """
         for part in self.config.backbone_configs if include_base_models else ():
             if part not in self.backbones:
@@ -255,6 +261,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                     f'`model.load_base_model("{part}")` first.'
                 )
         saved = ("connector", *self.backbones) if include_base_models else parts_to_save(self)
+        refuse_quantized(self, saved)
         saved_before, self.config.auto_map = self.config.saved_parts, auto_map_of(self)
         variant, is_main_process = kwargs.get("variant"), kwargs.get("is_main_process", True)
         folder = Path(save_directory)
@@ -423,10 +430,11 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
 
         Args:
             vision_model_name_or_path (`str` or `PreTrainedModel`):
-                Any vision model of transformers: an id, a folder, or a loaded model (saved whole later, as it has no source).
-                `None` for a model of audio alone.
+                Any vision model of transformers: an id, a folder, or a loaded model (saved whole later, as it has no source;
+                what was quantised has the one that transformers remembers). `None` for a model of audio alone.
             text_model_name_or_path (`str` or `PreTrainedModel`):
-                Any causal or encoder-decoder language model, likewise.
+                Any causal or encoder-decoder language model, likewise. Of a GGUF file its id or folder, with
+                `text_gguf_file="name.gguf"`.
             audio_model_name_or_path (`str` or `PreTrainedModel`, *optional*):
                 Any audio encoder of transformers, or a model that it is one half of, likewise.
             image_token, video_token, audio_token (`str`, defaults to `"<image>"`, `"<video>"`, `"<audio>"`):
@@ -479,7 +487,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         hub_options = {part: {key: options[part][key] for key in HUB_OPTIONS if key in options[part]} for part in sources}
         for part, source in sources.items():
             if isinstance(source, PreTrainedModel):
-                backbones[part] = (source, None)
+                backbones[part] = (source, record_of_loaded(part, source))
                 continue
             headless = {"headless": config_options.get("text_headless", cls._text_headless)} if part == "text" else {}
             module, record = load_base_model(part, source, full_fingerprint=full_fingerprint, **headless, **options[part])
@@ -496,7 +504,8 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             del tokens["video"]
         tokens = {name: token for name, token in tokens.items() if MODALITIES[name].part in sources}
         if isinstance(sources["text"], str) and any(config_options.get(f"{name}_token_id") is None for name in tokens):
-            ids = find_placeholder_ids(sources["text"], language_model.config, list(tokens.values()), **hub_options["text"])
+            place = {**hub_options["text"], **gguf_of(backbones["text"][1] or {})}
+            ids = find_placeholder_ids(sources["text"], language_model.config, list(tokens.values()), **place)
             for name, index in zip(tokens, ids, strict=True):
                 if config_options.get(f"{name}_token_id") is None:
                     config_options[f"{name}_token_id"] = index

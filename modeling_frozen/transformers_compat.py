@@ -177,18 +177,32 @@ else:  # before 5.21
 
 
 if TYPE_CHECKING or hasattr(hub, "resolve_revision"):
-    resolve_revision = hub.resolve_revision
-else:  # before 5.18
 
-    def resolve_revision(path_or_repo_id: str, revision: str | None = None, **hub_options: Any) -> str | None:
+    def resolve_revision(
+        path_or_repo_id: str, revision: str | None = None, *, file: str = "config.json", **hub_options: Any
+    ) -> str | None:
+        """The commit that a branch or tag stands for; the revision itself of a folder, or where the Hub can't be asked."""
+        return hub.resolve_revision(path_or_repo_id, revision, **hub_options)
+
+else:  # before 5.18, which fetches a file to know it
+
+    def resolve_revision(
+        path_or_repo_id: str, revision: str | None = None, *, file: str = "config.json", **hub_options: Any
+    ) -> str | None:
         """The commit that a branch or tag stands for; the revision itself of a folder, or where the Hub can't be asked."""
         if os.path.isdir(path_or_repo_id):
             return revision
         try:
-            config = hub.cached_file(path_or_repo_id, "config.json", revision=revision, **hub_options)
+            config = hub.cached_file(path_or_repo_id, file, revision=revision, **hub_options)
         except OSError:
             return revision  # the regular way of loading says why
         return hub.extract_commit_hash(config, None) or revision
+
+
+def dequantized() -> dict[str, Any]:
+    """Options of `from_pretrained` by which the weights of a GGUF file are unpacked; before 5.18 they always are."""
+    config_class = getattr(transformers, "GgufConfig", None)
+    return {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
 
 
 # -------------------------------------------------------------------------------------------------------- language models
@@ -349,6 +363,7 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "cached_length",
+    "dequantized",
     "forward_parameters",
     "generation_cache",
     "mask_later_tokens",

@@ -282,6 +282,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ValueError(f"The model records no place of its {backbone} to take the {part} from. {way_out}")
         revision = {"revision": record["revision"]} if record.get("revision") and not os.path.isdir(name) else {}
         auto_class, file = _PARTS[part]
+        if record.get("gguf_file"):
+            file, options = record["gguf_file"], {"gguf_file": record["gguf_file"], **options}
         try:
             return auto_class.from_pretrained(name, **revision, **options)
         except (OSError, ValueError, KeyError) as error:
