@@ -412,7 +412,7 @@ def load_base_model(
         error.args = (f"{_context(part, name_or_path)} {error.args[0] if error.args else ''}", *error.args[1:])
         raise
     hub_options.pop("force_download", None)  # the files were fetched a moment ago
-    return model, record_of(model, name_or_path, revision, full=full_fingerprint, **gguf, **hub_options)
+    return model, record_of(part, model, name_or_path, revision, full=full_fingerprint, **gguf, **hub_options)
 
 
 def _refuse_files(part: str, name_or_path: str, gguf_file: str | None) -> None:
@@ -438,6 +438,7 @@ def _refuse_files(part: str, name_or_path: str, gguf_file: str | None) -> None:
 
 
 def record_of(
+    part: str,
     model: PreTrainedModel,
     name_or_path: str,
     revision: str | None,
@@ -450,19 +451,22 @@ def record_of(
     What a config keeps of a backbone that was loaded from a place.
 
     Returns:
-        `dict`: `name_or_path`, `revision` (commit), `dtype`, `fingerprint`; `gguf_file` where that holds the weights, and
-        `quantization`, the whole config, where it was quantised while loading.
+        `dict`: `name_or_path`, `revision` (commit), `dtype`, `fingerprint`; `gguf_file` where that holds the weights;
+        `processor_files`, see [`processor_files`], of a folder; and `quantization`, the whole config, where it was quantised
+        while loading.
     """
     commit = getattr(revision, "resolved", revision)
     is_folder = os.path.isdir(name_or_path)
-    record = {
+    record: dict[str, Any] = {
         "name_or_path": os.path.abspath(name_or_path) if is_folder else str(name_or_path),
         "revision": None if is_folder or commit is None else str(commit),
         "dtype": str(model.dtype).removeprefix("torch."),
         "fingerprint": fingerprint(name_or_path, revision, full=full, gguf_file=gguf_file, **hub_options),
     }
-    if gguf_file is not None:
+    if gguf_file is not None:  # which holds the tokenizer too
         record["gguf_file"] = gguf_file
+    elif is_folder and (files := processor_files(part, name_or_path)):
+        record["processor_files"] = files
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and is_gguf(quantizer.quantization_config) and not getattr(quantizer, "packed_modules", None):
         # All was unpacked, but of older families of GGUF files transformers says that nothing was.
@@ -471,6 +475,32 @@ def record_of(
         # Quantised while loading: a choice of this session, and not what lies in the backbone's repository.
         record["quantization"] = json.loads(quantizer.quantization_config.to_json_string(use_diff=False))
     return record
+
+
+_PROCESSOR_FILES = {
+    "vision": ("preprocessor_config.json", "processor_config.json"),
+    "audio": ("preprocessor_config.json", "processor_config.json"),
+    "text": (
+        "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt",
+        "tekken.json", "*.model", "*.spm", "*.tiktoken",
+    ),
+}  # fmt: skip
+
+
+def processor_files(part: str, folder: str | Path) -> dict[str, str]:
+    """Digests, by name, of the files in a backbone's folder that its tokenizer, image processor or feature extractor is made
+    of. (On the Hub the recorded commit decides what they hold.)"""
+    paths = sorted({path for pattern in _PROCESSOR_FILES[part] for path in Path(folder).glob(pattern) if path.is_file()})
+    return {path.name: file_digest(path)[:16] for path in paths}
+
+
+def changed_processor_files(part: str, record: dict[str, Any] | None) -> list[str]:
+    """Names of those files of a recorded backbone that are not as they were recorded; those of earlier versions weren't."""
+    recorded = (record or {}).get("processor_files")
+    if not record or not recorded or not os.path.isdir(record["name_or_path"]):
+        return []
+    now = processor_files(part, record["name_or_path"])
+    return sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))
 
 
 def is_gguf(quantization_config: Any) -> bool:
@@ -489,7 +519,7 @@ def record_of_loaded(part: str, model: PreTrainedModel) -> dict[str, Any] | None
         gguf_file = getattr(quantizer.quantization_config, "gguf_file", None)
         try:
             revision = resolve_revision(place)
-            return record_of(model, place, revision, gguf_file=gguf_file)
+            return record_of(part, model, place, revision, gguf_file=gguf_file)
         except OSError as error:
             logger.warning(f"The {PARTS[part].description} is not at `{place}` any more, from where it was loaded. {error}")
     if place:
@@ -547,7 +577,8 @@ def skips_padding(language_model: PreTrainedModel) -> bool:
 
 
 __all__ = [
-    "build_language_model", "find_feature_extractor", "find_image_processor", "find_placeholder_ids",
-    "fingerprint", "is_headless", "language_model_geometry", "load_base_model", "max_learned_positions",
-    "probe_language_model", "reads_ahead", "skips_padding", "text_half", "verify_fingerprint", "word_embedding_norm",
+    "build_language_model", "changed_processor_files", "find_feature_extractor", "find_image_processor",
+    "find_placeholder_ids", "fingerprint", "is_headless", "language_model_geometry", "load_base_model",
+    "max_learned_positions", "probe_language_model", "reads_ahead", "skips_padding", "text_half", "verify_fingerprint",
+    "word_embedding_norm",
 ]  # fmt: skip

@@ -23,7 +23,15 @@ from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .audio_towers import probe_audio_tower
-from .backbones import FULL, HUB_OPTIONS, language_model_geometry, load_base_model, load_unrecorded, verify_fingerprint
+from .backbones import (
+    FULL,
+    HUB_OPTIONS,
+    changed_processor_files,
+    language_model_geometry,
+    load_base_model,
+    load_unrecorded,
+    verify_fingerprint,
+)
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connector_switching import keys_of_idle_connectors
 from .cross_attention import check_decoder
@@ -200,8 +208,8 @@ def refuse_quantized(model: Any, saved: tuple[str, ...]) -> None:
     for part, backbone in model.backbones.items():
         if part in saved and getattr(backbone, "hf_quantizer", None) is not None:
             raise ValueError(
-                f"The {PARTS[part].description} is quantised, and a checkpoint that holds it could not be loaded: save without "
-                "`include_base_models=True`, with which it is loaded from its own place and quantised there, or load it "
+                f"The {PARTS[part].description} is quantised, and a checkpoint that holds it could not be loaded: save "
+                "without `include_base_models=True`, so that it is loaded from its own place and quantised again, or load it "
                 "unquantised first."
             )
 
@@ -342,6 +350,13 @@ def load_recorded(config: FrozenPrefixConfig, part: str, **kwargs: Any) -> tuple
     place = {"config": getattr(config, f"{part}_config"), "revision": record["revision"]}
     module, loaded = load_base_model(part, record["name_or_path"], **place, **options)
     verify_fingerprint(part, record, loaded)
+    if changed := changed_processor_files(part, record):
+        logger.warning(
+            f"Beside the {PARTS[part].description} at `{record['name_or_path']}` {changed} changed since the connector was "
+            "trained: a processor made from them would read otherwise. Use the one that was saved with the checkpoint, "
+            f'restore them, or pass {part}_base_model="{record["name_or_path"]}" to record them as they are.'
+        )
+        loaded["processor_files"] = record["processor_files"]
     return module, loaded
 
 
@@ -504,7 +519,7 @@ def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: fro
 
 __all__ = [
     "Loading", "changed_parts", "dtype_plan", "finish_weights", "key_prefix", "keys_left_out", "loading",
-    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_partly_loaded", "refuse_quantized", "refuse_unexpected",
-    "refuse_without_source", "reload_base_model", "renames_on_load", "split_part_options", "trained_parts",
-    "unload_base_model", "weight_files", "while_loading",
+    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_partly_loaded", "refuse_quantized",
+    "refuse_unexpected", "refuse_without_source", "reload_base_model", "renames_on_load", "split_part_options",
+    "trained_parts", "unload_base_model", "weight_files", "while_loading",
 ]  # fmt: skip

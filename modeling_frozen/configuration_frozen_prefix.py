@@ -52,7 +52,8 @@ class FrozenPrefixConfig(CompositeConfig):
             Full config of the language model, causal or encoder-decoder.
         vision_base_model, text_base_model (`dict`, *optional*):
             Record of each backbone: `name_or_path`, `revision` (commit), `dtype` and `fingerprint` of its weights; with
-            `gguf_file` where they lie in one, and `quantization` where it was quantised while loading.
+            `gguf_file` where they lie in one, `quantization` where it was quantised while loading, and `processor_files`,
+            digests of the files that its tokenizer, image processor or feature extractor is made of.
             `None` for one that has no repository or folder of its own: it is saved whole.
         connector_type (`str`, defaults to `"mlp"`):
             Exact name in `modeling_frozen.connectors.CONNECTORS`.
@@ -429,6 +430,13 @@ class FrozenPrefixConfig(CompositeConfig):
                 f"{max_positions} positions. Choose a smaller `prefix_length`, with a connector that can shorten "
                 "(`resampler`, `transformer`, `qformer`, `lstm`), or a language model with more positions."
             )
+
+    def changed_processor_files(self, part: str) -> list[str]:
+        """Of the folder that a backbone was joined from, names of files of its tokenizer, image processor or feature extractor
+        that changed since; none where the record doesn't know, or a commit of the Hub decides."""
+        from .backbones import changed_processor_files
+
+        return changed_processor_files(part, getattr(self, f"{part}_base_model"))
 
     def _validate_records(self) -> None:
         for part in PARTS:

@@ -226,18 +226,18 @@ class FrozenPrefixProcessor(ProcessorMixin):
             image_processor, tokenizer, feature_extractor: taken instead of the recorded backbone's.
             kwargs: passed on to each `from_pretrained`: `token`, `cache_dir`, `local_files_only`, …
 
-        Errors: ValueError where a backbone is not recorded or has no processor files, or where the tokenizer's
-        placeholder has another id than `config.image_token_id`.
+        Errors: ValueError where a backbone is not recorded, has no processor files, or others than when it was joined, or
+        where the tokenizer's placeholder has another id than `config.image_token_id`.
         """
         config = getattr(model, "config", model)
         media = getattr(config, "media", ("image",))
         side = "right" if config.is_encoder_decoder else "left"
         if feature_extractor is None and "audio" in media:
-            feature_extractor = cls._load_part(config.audio_base_model, "feature_extractor", kwargs)
+            feature_extractor = cls._load_part(config, "audio", "feature_extractor", kwargs)
         if image_processor is None and "image" in media:
-            image_processor = cls._load_part(config.vision_base_model, "image_processor", kwargs)
+            image_processor = cls._load_part(config, "vision", "image_processor", kwargs)
         if tokenizer is None:
-            tokenizer = cls._load_part(config.text_base_model, "tokenizer", {"padding_side": side, **kwargs})
+            tokenizer = cls._load_part(config, "text", "tokenizer", {"padding_side": side, **kwargs})
         known = tokenizer.get_added_vocab()  # before the placeholder is added to it
         processor = cls(
             image_processor,
@@ -271,15 +271,22 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return processor
 
     @staticmethod
-    def _load_part(record: Mapping[str, Any] | None, part: str, options: dict[str, Any]) -> Any:
-        """The image processor, feature extractor or tokenizer of one recorded backbone."""
-        backbone = {"image_processor": "vision tower", "feature_extractor": "audio tower"}.get(part, "language model")
+    def _load_part(config: Any, of: str, part: str, options: dict[str, Any]) -> Any:
+        """The image processor, feature extractor or tokenizer of one recorded backbone (`"vision"`, `"audio"`, `"text"`)."""
+        backbone = {"vision": "vision tower", "audio": "audio tower"}.get(of, "language model")
         way_out = "FrozenPrefixProcessor(image_processor=…, tokenizer=…, prefix_length=model.config.num_image_tokens)"
         way_out = f"Pass it: FrozenPrefixProcessor.from_model(model, {part}=…), or build {way_out}."
-        record = record or {}
+        record = getattr(config, f"{of}_base_model") or {}
         name = record.get("name_or_path")
         if not name:
             raise ValueError(f"The model records no place of its {backbone} to take the {part} from. {way_out}")
+        if changed := getattr(config, "changed_processor_files", lambda part: [])(of):
+            raise ValueError(
+                f"The {part} of the {backbone} {name!r} is not the one that the connector was trained with: {changed} changed "
+                "since. Restore them, take the processor that was saved with the checkpoint, or pass another knowingly, "
+                f"FrozenPrefixProcessor.from_model(model, {part}=…). from_pretrained(..., {of}_base_model={name!r}) records "
+                "them anew."
+            )
         revision = {"revision": record["revision"]} if record.get("revision") and not os.path.isdir(name) else {}
         auto_class, file = _PARTS[part]
         if record.get("gguf_file"):
