@@ -154,17 +154,21 @@ def word_embedding_norm(language_model: PreTrainedModel, max_rows: int = 4096) -
         return embeddings(ids[None]).float().norm(dim=-1).median().item()
 
 
-def find_placeholder_ids(text_name_or_path: str, text_config: PreTrainedConfig, tokens: list[str], **kwargs: Any) -> list[int]:
+def find_placeholder_ids(tokenizer: Any, text_config: PreTrainedConfig, tokens: list[str], **kwargs: Any) -> list[int]:
     """
-    The ids that the tokenizer of the language model gives, or would give next, to `tokens`.
+    The ids that the tokenizer of the language model, or the one at that place, gives, or would give next, to `tokens`.
 
     Large vocabularies are padded with rows that no token uses, and the next id falls into them. Where there is none it
     falls past the last row; the model then swaps it for a valid id before the lookup.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(text_name_or_path, **kwargs)
-    except Exception:  # none beside the model, or one that can't be built here: the processor will say which
+    if isinstance(tokenizer, str):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, **kwargs)
+        except Exception:  # none beside the model, or one that can't be built here: the processor will say which
+            tokenizer = None
+    if tokenizer is None:
         return [text_config.get_text_config().vocab_size + index for index in range(len(tokens))]
+    tokenizer = copy.deepcopy(tokenizer)  # which may be the user's
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
     return tokenizer.convert_tokens_to_ids(tokens)  # type: ignore[return-value]  # a list for a list
 

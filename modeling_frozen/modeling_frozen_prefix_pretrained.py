@@ -421,6 +421,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         image_token: str = "<image>",
         video_token: str = "<video>",
         audio_token: str = "<audio>",
+        tokenizer: Any = None,
         load_vision_tower: bool = True,
         full_fingerprint: bool = False,
         **kwargs: Any,
@@ -440,6 +441,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             image_token, video_token, audio_token (`str`, defaults to `"<image>"`, `"<video>"`, `"<audio>"`):
                 Placeholder of an image (video, audio clip) in texts; its id is the tokenizer's, or the next that it would
                 give. Videos are taken where `num_frames` is set.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                The language model's, for one that is joined as a loaded model; it gives the placeholders their ids, and so
+                belongs into `FrozenPrefixProcessor.from_model(model, tokenizer=…)` too. By default that of the id or folder.
             load_vision_tower (`bool`, defaults to `True`):
                 `False` records where the tower is, and leaves its weights there.
             full_fingerprint (`bool`, defaults to `False`):
@@ -503,9 +507,11 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         if config_options.get("num_frames") is None:
             del tokens["video"]
         tokens = {name: token for name, token in tokens.items() if MODALITIES[name].part in sources}
-        if isinstance(sources["text"], str) and any(config_options.get(f"{name}_token_id") is None for name in tokens):
-            place = {**hub_options["text"], **gguf_of(backbones["text"][1] or {})}
-            ids = find_placeholder_ids(sources["text"], language_model.config, list(tokens.values()), **place)
+        if any(config_options.get(f"{name}_token_id") is None for name in tokens):
+            record = backbones["text"][1] or {}
+            place = {"revision": record.get("revision"), **hub_options["text"], **gguf_of(record)}
+            source = record.get("name_or_path") if tokenizer is None else tokenizer
+            ids = find_placeholder_ids(source, language_model.config, list(tokens.values()), **place)
             for name, index in zip(tokens, ids, strict=True):
                 if config_options.get(f"{name}_token_id") is None:
                     config_options[f"{name}_token_id"] = index

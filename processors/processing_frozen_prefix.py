@@ -264,7 +264,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ValueError(
                 f"The tokenizer's {token!r} has id {own}, but the model's is {modality}_token_id={index}: {modality}s "
                 f"would go to other tokens. To mend it, {way_out}pass the tokenizer it was built with; where it was joined "
-                f"from loaded models without one, join it with {modality}_token_id={own}."
+                f"from loaded models, join it with tokenizer=… or {modality}_token_id={own}."
             )
         if "image" in media:
             processor._check_image_size(config.vision_config)

@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, CLIPVisionModel, LlamaForCausalLM
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.backbones import (
     fingerprint,
     language_model_geometry,
@@ -130,6 +132,27 @@ def test_the_placeholder_falls_into_an_unused_row(tmp_path: Path) -> None:
     model, processor = join(tmp_path)
     assert model.config.image_token_id == len(WORDS) == processor.image_token_id
     assert model.config.image_token_id < model.config.text_config.vocab_size
+
+
+def test_loaded_models_are_joined_with_their_tokenizer(tmp_path: Path) -> None:
+    tower, words = save_parents(tmp_path)
+    tokenizer, image_processor = AutoTokenizer.from_pretrained(words), AutoImageProcessor.from_pretrained(tower)
+    known = len(tokenizer)
+
+    def joined(**options: Any) -> FrozenPrefixForConditionalGeneration:
+        loaded = CLIPVisionModel.from_pretrained(tower), LlamaForCausalLM.from_pretrained(words)
+        return FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(*loaded, **options)
+
+    def processor(model: Any) -> FrozenPrefixProcessor:
+        return FrozenPrefixProcessor.from_model(model, tokenizer=tokenizer, image_processor=image_processor)
+
+    model = joined(tokenizer=tokenizer)
+    assert len(tokenizer) == known, "the user's own stays as it is"
+    assert model.config.image_token_id == len(WORDS) < model.config.text_config.vocab_size
+    assert processor(model).image_token_id == len(WORDS)
+    with pytest.raises(ValueError, match=f"join it with tokenizer=… or image_token_id={len(WORDS)}"):
+        processor(joined())
+    processor(joined(image_token_id=len(WORDS)))
 
 
 def test_geometry_and_norm_are_those_of_the_embedding_module() -> None:

@@ -607,7 +607,7 @@ def test_processor_of_a_real_model_loads_through_the_auto_class(tmp_path):
 def test_from_model_checks_the_placeholders_id(tmp_path):
     for wrong in (999, WORDS.index("dog")):
         message = rf"'<image>' has id {len(WORDS)}.*image_token_id={wrong}.*pass the tokenizer it was built"
-        message += rf" with.*join it with image_token_id={len(WORDS)}"
+        message += rf" with.*join it with tokenizer=… or image_token_id={len(WORDS)}"
         with pytest.raises(ValueError, match=message):
             FrozenPrefixProcessor.from_model(parents(tmp_path, image_token_id=wrong))
     reserved = word_tokenizer(extra_special_tokens=["<|pad_1|>"])
