@@ -8,9 +8,11 @@ machine, so that checkpoints on disk stay as small as what they learnt.
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
@@ -82,12 +84,25 @@ def write_code(folder: str | Path, auto_map: dict[str, str] | None = None) -> li
             whole.write_bytes(source.read_bytes())
             whole.replace(target)
         written.append(target)
-    # Trainer's pickle of its arguments may hold the Hub's token, and nobody needs it.
-    ignore = folder / ".gitignore"
+    ignore_training_arguments(folder)
+    return written
+
+
+def ignore_training_arguments(folder: str | Path) -> None:
+    """Keeps Trainer's pickle of its arguments, which may hold the Hub's token and which nobody needs, out of pushes."""
+    ignore = Path(folder) / ".gitignore"
     lines = ignore.read_text(encoding="utf-8").splitlines() if ignore.exists() else []
     if "training_args.bin" not in lines:
         ignore.write_text("\n".join([*lines, "training_args.bin", ""]), encoding="utf-8")
-    return written
+
+
+def prepare_for_pushes(folder: str | Path) -> None:
+    """What a folder with a saved model needs before `Trainer` pushes it, of which nothing is told to a model: it pushes its
+    output folder, or copies weights and config there from a checkpoint."""
+    folder = Path(folder)
+    ignore_training_arguments(folder.parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder)
+    if get_token() is not None:  # others can't push
+        warn_of_local_paths(folder)
 
 
 def warn_of_local_paths(folder: str | Path) -> None:
@@ -102,9 +117,9 @@ def warn_of_local_paths(folder: str | Path) -> None:
     for what, path in places.items():
         if path and (os.path.isabs(path) or os.path.exists(path)):
             logger.warning_once(
-                f"The config in {folder} names the {what} by a path of this machine, {path}, which this push publishes and "
-                "where nobody else finds it. Push that model to the Hub and load it from there, or upload a copy that holds "
-                "it, of save_pretrained(folder, include_base_models=True)."
+                f"The config names the {what} by a path of this machine, {path}, which a push publishes and where nobody else "
+                "finds it. Push that model to the Hub and load it from there, or upload a copy that holds it, of "
+                "save_pretrained(folder, include_base_models=True)."
             )
 
 

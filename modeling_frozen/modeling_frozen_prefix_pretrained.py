@@ -51,7 +51,7 @@ from .connector_switching import DEFAULT, connector_specs, load_connector, set_c
 from .connectors import Connector, Head
 from .cross_attention import GatedCrossAttention, decoder_layers
 from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
-from .hub import auto_map_of, complete_copy, complete_repository
+from .hub import auto_map_of, complete_copy, complete_repository, prepare_for_pushes
 from .parts import MODALITIES, PARTS
 from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens
 from .weights import align_weights
@@ -273,6 +273,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             self._left_out_now, self.config.saved_parts = None, saved_before
         if is_main_process:
             finish_weights(folder, before, variant)
+            prepare_for_pushes(folder)
         if include_base_models and is_main_process:
             complete_copy(folder, self)
 
