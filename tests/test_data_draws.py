@@ -1,5 +1,6 @@
 """What training draws (texts, views, augmentations) depends on seed, epoch and row, so that a resumed run is the same run."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from modeling_frozen import (
     cache_vision_features,
 )
 from modeling_frozen.data.draws import seeded
+from modeling_frozen.training.epochs import EpochCallback
 from tests.helpers.tiny import COLOURS, join
 
 
@@ -49,9 +51,9 @@ def run(folder: Path, model: Any, data: Any, collator: Any, resume: bool = False
         "per_device_train_batch_size": 2, "learning_rate": 1e-2, "num_train_epochs": 3, "save_steps": 8, "report_to": "none",
         "remove_unused_columns": False, "disable_tqdm": True, "use_cpu": True, "seed": 3, "save_strategy": "steps",
     }  # fmt: skip
-    trainer = Trainer(
-        model, TrainingArguments(str(folder), **{**defaults, **options}), train_dataset=data, data_collator=collator
-    )
+    callbacks = options.pop("callbacks", None)
+    arguments = TrainingArguments(str(folder), **{**defaults, **options})
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8") if resume else None)
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "connector" in name}
 
@@ -109,6 +111,64 @@ def test_every_epoch_draws_anew_and_seeds_draw_differently(tmp_path: Path) -> No
         torch.manual_seed(len(ids))
     assert len(ids[0]) == 8 and ids[0] == ids[1] != ids[2]
     assert len({str(one) for one in ids[0]}) > 4  # of the same two rows
+
+
+def trained_on(model: Any, folder: Path, data: Any, collator: Any, resume: bool = False, **options: Any) -> list[Any]:
+    """The batches of a run, or of what follows when it is resumed."""
+    seen: list[Any] = []
+
+    def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        images = next(kwargs[name] for name in ("pixel_values", "vision_features") if name in kwargs)
+        seen.append((kwargs["input_ids"].tolist(), images.tolist()))
+
+    hook = model.register_forward_pre_hook(see, with_kwargs=True)
+    for again in (False, True) if resume else (False,):
+        seen.clear()
+        run(folder, model, data, collator, again, **options)
+    hook.remove()
+    return seen
+
+
+LASTING = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+
+
+@pytest.mark.parametrize("kind", ["texts", "views"])
+@pytest.mark.parametrize("resume", [False, True], ids=["whole", "resumed"])
+def test_workers_that_outlive_an_epoch_draw_as_others_do(kind: str, resume: bool, tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    data = several_texts()
+    if kind == "views":
+        stored = {"augment": turned, "views": 4, "num_workers": 0}
+        data = cache_vision_features(data, model, processor, cache_dir=tmp_path / "store", dtype="float32", **stored)
+    collator = DataCollatorForFrozenPrefix(processor, augment=turned if kind == "texts" else None)
+    whole = trained_on(model, tmp_path / "none", data, collator, resume)
+    assert len(whole) == (10 if resume else 18)
+    assert trained_on(model, tmp_path / "workers", data, collator, resume, dataloader_num_workers=2) == whole
+    options = {**LASTING, "callbacks": [EpochCallback()]}
+    assert trained_on(model, tmp_path / "lasting", data, collator, resume, **options) == whole
+
+
+def test_workers_that_outlive_an_epoch_say_that_they_do_not_know_it(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    handler = logging.FileHandler(tmp_path / "log")  # what forked workers log goes there too
+    logging.getLogger("modeling_frozen").addHandler(handler)
+    trained_on(model, tmp_path / "run", several_texts(), DataCollatorForFrozenPrefix(processor), num_train_epochs=1, **LASTING)
+    logging.getLogger("modeling_frozen").removeHandler(handler)
+    assert "callbacks=[EpochCallback()]" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_workers_that_are_spawned_draw_as_others_do(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    collator = DataCollatorForFrozenPrefix(processor, augment=turned)
+    whole = trained_on(model, tmp_path / "none", several_texts(), collator)
+    method = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    try:
+        for options in ({"dataloader_num_workers": 1}, {**LASTING, "callbacks": [EpochCallback()]}):
+            assert trained_on(model, tmp_path / "spawned", several_texts(), collator, **options) == whole
+    finally:
+        torch.multiprocessing.set_start_method(method, force=True)
 
 
 def test_what_is_seeded_leaves_the_generators_alone() -> None:

@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processors import load_rgb_image
 from .columns import find_column, images_of, no_image_column
-from .draws import current_epoch, draw, seeded
+from .draws import EpochForWorkers, current_epoch, draw, seeded
 from .feature_store import StoredImage
 from .image_reading import digest_of_image
 from .tally import Tally
@@ -66,9 +66,9 @@ class DataCollatorForFrozenPrefix:
     An image column holds an image, a list of images, or None for a text-only row; every row of the last two kinds must
     have it. Texts without `<image>` get one per image where the processor puts them. `text` or `answer` may be a list
     (several captions of one image), of which one is drawn: in the data loader of `Trainer` or accelerate by `seed`, epoch
-    and texts, so that a resumed training draws the same; elsewhere, and with persistent or spawned worker processes, from
-    torch's global generator. With `all_texts` each of them is a sample, and `prompt` may be as long a list (several questions
-    about one image): the model then reads the image once for all of them.
+    and texts, so that a resumed training draws the same (with `dataloader_persistent_workers` it takes [`EpochCallback`]);
+    elsewhere from torch's global generator. With `all_texts` each of them is a sample, and `prompt` may be as long a list
+    (several questions about one image): the model then reads the image once for all of them.
 
     Use it with `TrainingArguments(remove_unused_columns=False)`, or Trainer drops the columns that it reads.
 
@@ -131,6 +131,7 @@ class DataCollatorForFrozenPrefix:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {list(choices)}.")
         self.tally = Tally()
+        self._epoch = EpochForWorkers()
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}.")
         if self.max_length is None and tokenizer.model_max_length < _UNKNOWN_LENGTH:

@@ -5,6 +5,7 @@ A global generator would be at another place: loaders read ahead, and batches th
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +14,78 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import GradientState
+from torch.utils.data import get_worker_info
+from transformers.utils import logging
 
 
-def current_epoch() -> int | None:
-    """The epoch of the accelerate data loader that is being iterated over. `None` outside of one, in workers that outlive an
-    epoch (`persistent_workers`) and in those that are not forked: they do not learn of it."""
+logger = logging.get_logger(__name__)
+
+# The epoch in memory that worker processes share, written by `EpochCallback`, for those that outlive one; and, in a worker
+# that was spawned for one epoch, that epoch.
+_told: torch.Tensor | None = None
+_own: int | None = None
+
+
+def tell_epoch(epoch: int | None) -> None:
+    """Says which epoch begins, also to workers that were started since it was said for the first time; `None`: no epoch."""
+    global _told
+    if _told is None:
+        _told = torch.full((), -1, dtype=torch.int64).share_memory_()
+    _told.fill_(-1 if epoch is None else epoch)
+
+
+class EpochForWorkers:
+    """Held by what draws in worker processes. Those that are spawned know nothing of the process that started them but what
+    they are given: with this, its epoch."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"process": os.getpid(), "told": _told, "own": _of_loader(), "outlive": _workers_outlive_epochs()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        global _told, _own
+        if os.getpid() == state["process"]:  # a copy
+            return
+        _told, _own = state["told"], state["own"]
+        if state["outlive"]:
+            _warn_where_not_told()
+
+
+def _of_loader() -> int | None:
+    """By the accelerate data loader that is being iterated over, where its workers end with the epoch."""
     loader = GradientState().active_dataloader
     if loader is None or loader.persistent_workers or not hasattr(loader, "iteration"):
         return None
     return loader.iteration + getattr(loader.dataset, "epoch_offset", 0)  # a resumed stream is counted anew
+
+
+def _workers_outlive_epochs() -> bool:
+    return getattr(GradientState().active_dataloader, "persistent_workers", False)
+
+
+def _warn_where_not_told() -> None:
+    if _told is None or _told < 0:
+        logger.warning_once(
+            "Workers that outlive an epoch (dataloader_persistent_workers=True) don't know which one it is, so what they draw "
+            "(texts, views, augmentations) can't be drawn again by a resumed run: Trainer(callbacks=[EpochCallback()]) of "
+            "modeling_frozen.training.epochs tells them."
+        )
+
+
+def current_epoch() -> int | None:
+    """The epoch of the stream that a worker reads, or of the accelerate data loader that is being iterated over. `None`
+    outside of one, and in workers that outlive an epoch (`persistent_workers`) where no [`EpochCallback`] tells them."""
+    worker = get_worker_info()
+    of_stream = getattr(worker.dataset, "epoch", None) if worker is not None else None
+    if of_stream is not None:
+        return int(of_stream)
+    epoch = _of_loader()
+    if epoch is None and worker is not None:
+        epoch = _own
+    if epoch is None and _told is not None and _told >= 0:
+        epoch = int(_told)
+    if epoch is None and worker is not None and _workers_outlive_epochs():
+        _warn_where_not_told()
+    return epoch
 
 
 def draw(count: int, *key: Any) -> int:
@@ -47,4 +111,4 @@ def _number(*key: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
-__all__ = ["current_epoch", "draw", "seeded"]
+__all__ = ["EpochForWorkers", "current_epoch", "draw", "seeded", "tell_epoch"]
