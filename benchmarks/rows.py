@@ -4,10 +4,10 @@
     python -m benchmarks.rows --rows 1000000    # one length; may be given several times
 
 Rows (an image of 32 x 24 pixels in PNG, a question and an answer) lie in parquet files of at most 2000 rows, 16 or more. They
-are read by `stream_rows` through a data loader, images opened, nothing collated. Each round is a Python of its own, so that
-peak memory is of that length alone; it is what the process and all its workers hold in memory of their own (Linux's Pss_Anon:
-what they share is counted once), above what there is before the first row. The machine's load is printed, for others may be at
-work on it.
+are read by `load_image_text(…, streaming=True)` through a data loader, images opened, nothing collated. Each round is a Python
+of its own, so that peak memory is of that length alone; it is what the process and all its workers hold in memory of their own
+(Linux's Pss_Anon: what they share is counted once), above what there is before the first row. The machine's load is printed,
+for others may be at work on it.
 """
 
 import argparse
@@ -32,10 +32,10 @@ ENCODED = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string()
 SCHEMA = pyarrow.schema([("image", ENCODED), ("prompt", pyarrow.string()), ("answer", pyarrow.string())])
 
 READ = """
-import glob, os, threading, time
-import datasets, psutil
+import threading, time
+import psutil
 from torch.utils.data import DataLoader
-from modeling_frozen.data.streaming import stream_rows
+from modeling_frozen import load_image_text
 
 def resident():
     process = psutil.Process()
@@ -48,8 +48,8 @@ def resident():
         held += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
     return held
 
-rows = datasets.load_dataset("parquet", data_files=sorted(glob.glob({files!r})), split="train", streaming=True)
-loader = DataLoader(stream_rows(rows, buffer_size={buffer}), batch_size=32, num_workers={workers}, collate_fn=list)
+rows = load_image_text({files!r}, streaming=True, buffer_size={buffer})
+loader = DataLoader(rows, batch_size=32, num_workers={workers}, collate_fn=list)
 before, peak, stop = resident(), [0], threading.Event()
 
 def watch():

@@ -15,7 +15,9 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, cache_vision_features, load_image_text
+from modeling_frozen.data.columns import as_list
 from modeling_frozen.evaluation import evaluate
+from modeling_frozen.processors import load_rgb_image
 from tests.helpers.formats import lay_out
 from tests.helpers.tiny import COLOURS, join
 
@@ -106,16 +108,13 @@ def test_a_sample_is_read_and_trained_on(folder: Path, parents: Path, name: str,
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_sample_as_a_stream_is_the_same(folder: Path, name: str) -> None:
     source, options, *_ = SAMPLES[name]
-    if name in ("captions", "Hub captions", "WebDataset", "imagefolder"):
-        pytest.skip(
-            "text is a string or a list of them, by the row, and images keep their own column, until all rows are known"
-        )
-    rows, stream = load(folder, source, **options), load(folder, source, **options, streaming=True)
-    kinds = [key for key in ("messages", "prompt", "completion") if key in rows.column_names]
+    rows, stream = load(folder, source, **options), load(folder, source, **options, streaming=True, buffer_size=0)
+    kinds = [key for key in ("messages", "prompt", "completion", "text") if key in rows.column_names]
 
     def plain(row: dict[str, Any]) -> Any:
         turns = [{**turn, "loss": turn.get("loss")} for turn in row.get("messages", [])]
-        return opened(row), turns, [row[key] for key in kinds if key != "messages"]
+        images = [load_rgb_image(image).tobytes() for image in opened(row)]
+        return images, turns, [as_list(row[key]) for key in kinds if key != "messages"]
 
     assert list(map(plain, stream)) == list(map(plain, rows))
 
@@ -326,8 +325,9 @@ def test_what_can_not_be_found_is_named(folder: Path, monkeypatch: pytest.Monkey
     (folder / "lines.json").write_text((folder / "captions.jsonl").read_text())
     assert len(load_image_text("lines.json")) == 2
     (folder / "bad.jsonl").write_text('{"image": "images/red.png", "text": "a"}\n{"image": \n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl: line 2 is not JSON"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl: row 1: .*line 2 is not JSON"):
         load_image_text("bad.jsonl")
+    assert len(load_image_text("bad.jsonl", on_error="skip")) == 1
 
 
 def test_karpathys_restval_is_train(folder: Path) -> None:

@@ -19,8 +19,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_frozen import DataCollatorForFrozenPrefix
-from modeling_frozen.data.streaming import RowStream, stream_rows
+from modeling_frozen import DataCollatorForFrozenPrefix, load_image_text
+from modeling_frozen.data.streaming import RowStream
 from modeling_frozen.training.streaming import StreamCallback
 from tests.helpers.tiny import COLOURS, join
 
@@ -46,12 +46,16 @@ def source(files: int = 4, rows: int = ROWS, bad: tuple[int, ...] = ()) -> datas
     return table.cast_column("image", datasets.Image()).to_iterable_dataset(num_shards=files)
 
 
+def stream_rows(rows: Any, **options: Any) -> RowStream:
+    return load_image_text(rows, streaming=True, **options)
+
+
 def ids(stream: Any, workers: int = 0, batch_size: int = 2, **options: Any) -> list[int]:
     loader = DataLoader(stream, batch_size=batch_size, num_workers=workers, collate_fn=list, **options)
     return [row["id"] for batch in loader for row in batch]
 
 
-def of_format(kind: str, folder: Path) -> datasets.IterableDataset:
+def of_format(kind: str, folder: Path) -> str:
     """The same rows in files of a format, three of them."""
     rows = [make_row(number) for number in range(ROWS)]
     for part in range(3):
@@ -59,25 +63,23 @@ def of_format(kind: str, folder: Path) -> datasets.IterableDataset:
         if kind == "jsonl":
             for row in own:
                 (folder / f"{row['id']}.png").write_bytes(row["image"]["bytes"])
-            lines = [
-                json.dumps({"id": row["id"], "image": str(folder / f"{row['id']}.png"), "text": row["text"]}) for row in own
-            ]
+            lines = [json.dumps({**row, "image": f"{row['id']}.png"}) for row in own]
             (folder / f"part-{part}.jsonl").write_text("\n".join(lines))
+        elif kind == "json":
+            (folder / "rows.json").write_text(json.dumps([{**row, "image": f"{row['id']}.png"} for row in rows]))
+            for row in own:
+                (folder / f"{row['id']}.png").write_bytes(row["image"]["bytes"])
         elif kind == "parquet":
             datasets.Dataset.from_list(own).to_parquet(folder / f"part-{part}.parquet")
         else:
             with tarfile.open(folder / f"part-{part}.tar", "w") as tar:
                 for row in own:
-                    for name, data in (("png", row["image"]["bytes"]), ("json", json.dumps({"id": row["id"]}).encode())):
+                    fields = json.dumps({"id": row["id"], "text": row["text"]}).encode()
+                    for name, data in (("png", row["image"]["bytes"]), ("json", fields)):
                         member = tarfile.TarInfo(f"{row['id']:04}.{name}")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
-    builder = {"jsonl": "json", "parquet": "parquet", "tar": "webdataset"}[kind]
-    files = sorted(str(path) for path in folder.glob(f"*.{kind}"))
-    stream = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
-    if kind == "tar":
-        return stream.map(lambda row: {"id": row["json"]["id"], "image": row["png"]}, remove_columns=["png", "json"])
-    return stream
+    return str(folder / f"*.{kind}")
 
 
 # -------------------------------------------------------------------------------------------------------- each row once
@@ -87,12 +89,54 @@ def test_each_row_comes_once(files: int, workers: int) -> None:
     assert sorted(ids(stream_rows(source(files), buffer_size=4), workers)) == list(range(ROWS))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
-def test_each_row_of_a_format_comes_once(kind: str, tmp_path: Path) -> None:
-    stream = stream_rows(of_format(kind, tmp_path), buffer_size=4)
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "tar"])
+def test_each_row_of_a_format_comes_once_and_is_resumed(kind: str, tmp_path: Path) -> None:
+    source = of_format(kind, tmp_path)
+    stream = stream_rows(source, buffer_size=4)
+    assert stream.source.shards.count == (1 if kind == "json" else 3)
     for workers in (0, 2):
         assert sorted(ids(stream, workers)) == list(range(ROWS))
-    assert all(isinstance(row["image"], Image.Image) and row["image"].size == (18, 20) for row in stream)
+    rows = {row["id"]: row for row in stream}
+    for number, row in rows.items():
+        assert row["text"] == make_row(number)["text"] and row["images"][0].size == (18, 20)
+    whole, states = [], []
+    for row in stream:
+        whole.append(row["id"])
+        states.append(json.loads(json.dumps(stream.state_dict())))
+    for count in (1, 7, 12, 22):
+        again = stream_rows(source, buffer_size=4)
+        again.load_state_dict(states[count - 1])
+        assert ids(again) == whole[count:]
+
+
+def test_a_row_of_several_questions_is_several_rows_and_resumed_within(tmp_path: Path) -> None:
+    make = lambda: stream_rows(  # noqa: E731
+        [
+            {"image": Image.new("RGB", (8, 8)), "question": list("abc"), "answer": [f"{n}{one}" for one in "xyz"]}
+            for n in "123"
+        ],
+        buffer_size=2,
+    )
+    whole, states, stream = [], [], make()
+    for row in stream:
+        whole.append(row["completion"])
+        states.append(stream.state_dict())
+    assert sorted(whole) == sorted(f"{n}{one}" for n in "123" for one in "xyz")
+    for count, state in enumerate(states, start=1):
+        again = make()
+        again.load_state_dict(state)
+        assert [row["completion"] for row in again] == whole[count:]
+
+
+def test_workers_that_outlive_an_epoch_read_the_next_one_as_others_do() -> None:
+    orders = []
+    for lasting in (False, True):
+        loader = DataLoader(
+            stream_rows(source(), buffer_size=4), batch_size=2, collate_fn=list, num_workers=2, persistent_workers=lasting
+        )
+        loader = prepare_data_loader(loader, put_on_device=False)
+        orders.append([[row["id"] for batch in loader for row in batch] for _ in range(3)])
+    assert orders[0] == orders[1] and len(set(map(tuple, orders[0]))) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -146,36 +190,51 @@ def test_a_bad_image_is_left_out_and_ends_nothing(workers: int) -> None:
         assert any(f"id {number}:" in name and "image 0" in name and f"{number}.png" in name for name in names), names
 
 
+def test_a_row_that_can_not_be_read_is_left_out_or_named(tmp_path: Path) -> None:
+    of_format("jsonl", tmp_path)
+    lines = (tmp_path / "part-1.jsonl").read_text().splitlines()
+    lines[1], lines[2] = lines[1][:-5], json.dumps({**json.loads(lines[2]), "text": 7})
+    lines[4] = json.dumps({**json.loads(lines[4]), "image": "gone.png"})
+    (tmp_path / "part-1.jsonl").write_text("\n".join(lines))
+    stream = stream_rows(str(tmp_path / "*.jsonl"), buffer_size=4, on_error="skip")
+    stream.track(2, 0, 8)
+    assert sorted(ids(stream)) == [number for number in range(ROWS) if number not in (4, 7, 13)]
+    count, names = stream.left_out_after(10)
+    assert count == 3 and all("of part-1.jsonl" in name for name in names)
+    for part in ("line 2 is not JSON", "id 7: field 'text' must be a string, got 7", "id 13: field 'image' names an image"):
+        assert any(part in name for name in names), names
+    with pytest.raises(ValueError, match=r"row \d of part-1\.jsonl"):
+        ids(stream_rows(str(tmp_path / "*.jsonl"), buffer_size=4))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_is_named(workers: int) -> None:
-    with pytest.raises(ValueError, match=r"Row \d of shard \d, id 5: Can't open image 0 .*5\.png.*on_error=\"skip\""):
+    with pytest.raises(ValueError, match=r"row \d of shard \d, id 5: Can't open image 0 .*5\.png.*on_error=\"skip\""):
         ids(stream_rows(source(bad=(5,)), buffer_size=4), workers)
 
 
-def test_the_image_of_several_is_named_and_missing_ones_stay() -> None:
+def test_the_image_of_several_is_named_and_missing_ones_are_left_out() -> None:
     good, bad = {"bytes": png(1), "path": None}, {"bytes": b"x", "path": None}
     table = [{"images": [good, None, bad], "text": "a"}, {"images": [], "text": "b"}, {"images": None, "text": "c"}]
     rows = datasets.Dataset.from_list(table).to_iterable_dataset()
-    with pytest.raises(ValueError, match="Row 0 of shard 0: Can't open image 2"):
+    with pytest.raises(ValueError, match="row 0 of shard 0: Can't open image 1"):
         list(stream_rows(rows, buffer_size=0))
     left = list(stream_rows(rows, buffer_size=0, on_error="skip"))
-    assert [row["text"] for row in left] == ["b", "c"] and left[0]["images"] == [] and left[1]["images"] is None
+    assert [row["text"] for row in left] == ["b", "c"] and left[0]["images"] == left[1]["images"] == []
 
 
 def test_a_file_that_breaks_off_costs_its_rest_alone(tmp_path: Path) -> None:
-    of_format("tar", tmp_path)
+    source = of_format("tar", tmp_path)
     path = tmp_path / "part-1.tar"
     path.write_bytes(path.read_bytes()[:6000])
-    files = sorted(map(str, tmp_path.glob("*.tar")))
-    rows = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True)
-    stream = stream_rows(rows.map(lambda row: {"id": row["json"]["id"]}), buffer_size=4, on_error="skip", image_column="png")
+    stream = stream_rows(source, buffer_size=4, on_error="skip")
     stream.track(2, 0, 8)
     seen = ids(stream)
     assert {number for number in range(ROWS) if number % 3 != 1} <= set(seen) and len(seen) == len(set(seen)) < ROWS
     count, names = stream.left_out_after(-(-len(seen) // 2))
-    assert count == 1 and "of shard 1: its file can't be read further" in names[0]
-    with pytest.raises(ValueError, match="of shard 1: its file can't be read further"):
-        ids(stream_rows(rows, image_column="png"))
+    assert count == 1 and "of part-1.tar: its file can't be read further" in names[0]
+    with pytest.raises(ValueError, match="of part-1.tar: its file can't be read further"):
+        ids(stream_rows(source))
 
 
 def test_what_cant_be_is_refused() -> None:
@@ -183,8 +242,6 @@ def test_what_cant_be_is_refused() -> None:
         stream_rows(source(), on_error="ignore")
     with pytest.raises(ValueError, match="buffer_size=-1"):
         stream_rows(source(), buffer_size=-1)
-    with pytest.raises(TypeError, match="to_iterable_dataset"):
-        stream_rows(datasets.Dataset.from_list([{"text": "a"}]))
     with pytest.raises(ValueError, match="index=2"):
         stream_rows(source()).shard(2, 2)
 
@@ -274,9 +331,10 @@ def check_resumes(stops: list[int], folder: Path, **options: Any) -> None:
         assert all(torch.equal(resumed[name], whole[name]) for name in whole), stop
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_training_resumes_in_mid_epoch_at_its_end_and_in_the_second(workers: int, tmp_path: Path) -> None:
-    check_resumes([4, 11, 17], tmp_path, dataloader_num_workers=workers)
+@pytest.mark.parametrize("options", [{}, {"workers": 1}, {"workers": 2}, {"workers": 2, "persistent_workers": True}])
+def test_training_resumes_in_mid_epoch_at_its_end_and_in_the_second(options: dict[str, Any], tmp_path: Path) -> None:
+    named = {"workers": "dataloader_num_workers", "persistent_workers": "dataloader_persistent_workers"}
+    check_resumes([4, 11, 17], tmp_path, **{named[name]: value for name, value in options.items()})
 
 
 def test_training_resumes_with_accumulated_gradients(tmp_path: Path) -> None:
@@ -300,7 +358,7 @@ def test_a_checkpoint_without_a_place_or_of_another_stream_is_refused(tmp_path: 
     model, processor = join(tmp_path)
     train(tmp_path, model, processor, stop=4)
     checkpoint = tmp_path / "checkpoint-4"
-    with pytest.raises(ValueError, match="'files': 3.*'files': 2"):
+    with pytest.raises(ValueError, match="'shards': 3.*'shards': 2"):
         train(tmp_path, model, processor, resume=checkpoint, files=2)
     with pytest.raises(ValueError, match="'workers': 0.*'workers': 2"):
         train(tmp_path, model, processor, resume=checkpoint, dataloader_num_workers=2)

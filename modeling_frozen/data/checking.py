@@ -12,10 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .columns import as_list, image_column
-from .formats import FORMATS, Source, open_source
+from .columns import as_list
+from .formats import FORMATS, open_source
 from .image_reading import Images
-from .rows import PLACEHOLDER, HeldImage, MissingImage, NothingToLearn, RowError, count_unplaced, name_of_row
+from .rows import PLACEHOLDER, MissingImage, NothingToLearn, RowError, count_unplaced, name_of_row
+from .sources import Source
 
 
 _FIRST = 10
@@ -152,7 +153,7 @@ def check_image_text(
 def _with_progress(rows: Iterator[Any], source: Source, shown: bool) -> Iterator[Any]:
     from tqdm.auto import tqdm
 
-    total = len(source.dataset) if source.dataset is not None else None
+    total = len(source.held.dataset) if source.held is not None else None
     return iter(tqdm(rows, desc="opening images", unit="rows", total=total, disable=not shown))
 
 
@@ -168,10 +169,10 @@ def _count(check: Check, name: str, error: RowError) -> None:
 
 def _images(source: Source, index: int, read: list[dict[str, Any]]) -> list[Any]:
     images = [image for one in read for image in one["images"]]
-    if not any(isinstance(image, HeldImage) for image in images):
+    held = source.held
+    if held is None:
         return images
-    column = image_column(source.dataset.column_names, source.column)
-    return [image for image in as_list(Images(source.dataset, column).rows(index, index + 1)[0]) if image is not None]
+    return [image for image in as_list(Images(held.dataset, held.column).rows(index, index + 1)[0]) if image is not None]
 
 
 def _open(check: Check, name: str, image: Any) -> None:

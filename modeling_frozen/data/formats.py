@@ -6,12 +6,9 @@ images unopened. Whatever `datasets` reads is read by it, except JSON, whose typ
 row, a list of them), and tars, whose samples it wants to have the same files each.
 """
 
-import itertools
 import json
 import random
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +17,14 @@ from transformers.utils import logging
 
 from . import columns
 from .image_reading import Hashing, Images, inner_feature, unopened
-from .rows import KEPT, ROW_FORMATS, HeldImage, RowError, count_unplaced, find_format, kind_of, name_of_row, read_row
+from .rows import KEPT, ROW_FORMATS, HeldImage, RowError, count_unplaced, encoded, kind_of, name_of_row
+from .sources import HeldRows, Lines, ListedRows, Source, StreamedRows, Tars, tar_rows, with_json
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
+    from datasets import Dataset, DatasetDict
+
+    from .streaming import RowStream
 
 logger = logging.get_logger(__name__)
 
@@ -34,66 +34,10 @@ FORMATS = (*ROW_FORMATS, *FILE_FORMATS)
 _JSON = (".json", ".jsonl", ".ndjson")
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 _TARS = (".tar", ".tgz", ".tar.gz")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 _CHUNK = 1000  # rows that become Arrow at a time
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
-@dataclass
-class Source:
-    """Rows as they lie in a file, a folder or a dataset, and how each is read.
-
-    Args:
-        name: as errors call it.
-        rows: gives the rows, from the first, each time it is called.
-        root: the folder of relative paths.
-        format: of `FORMATS`.
-        row_format: of `ROW_FORMATS`; found by the first row where it is not said.
-        dataset: where images stay in its column `column`; `rows` then give [`HeldImage`]s in their place.
-        tars: whose samples the rows are.
-    """
-
-    name: str
-    rows: Callable[[], Iterable[Any]]
-    root: Path
-    format: str
-    row_format: str = ""
-    dataset: Any = None
-    column: str | None = None
-    tars: list[Path] = field(default_factory=list)
-    described: str = field(default="", init=False)
-
-    def __post_init__(self) -> None:
-        if self.format in ROW_FORMATS:
-            self.row_format = self.format
-        if not self.row_format:
-            first = next(iter(self.rows()), None)
-            if first is None:
-                raise ValueError(f"{self.name} has no rows.")
-            if not isinstance(first, Mapping):
-                raise ValueError(f"{self.name}: row 0 must be an object with fields, got {first!r:.80}.")
-            self.row_format = find_format(first, self.name)
-        if self.format == "auto":
-            self.format = self.row_format
-        self.described = self.format if self.format == self.row_format else f"{self.format}, rows of {self.row_format}"
-
-    def read(self) -> Iterator[tuple[int, list[dict[str, Any]] | RowError, Any]]:
-        """For each row its number, the canonical rows of it or what is wrong with it, and the row."""
-        kind = None
-        for index, row in enumerate(self.rows()):
-            try:
-                read = read_row(row, self.row_format, self.root)
-                kind = kind or kind_of(read[0])
-                if kind_of(read[0]) != kind:
-                    raise RowError(
-                        kind, "is what the rows before this one have, and this one has not: rows of one kind are needed"
-                    )
-            except RowError as error:
-                yield index, error, row
-            else:
-                yield index, read, row
-
-
 def open_source(
     source: Any,
     format: str = "auto",
@@ -115,9 +59,9 @@ def open_source(
         raise ValueError(f"format={format!r} is unknown: choose 'auto' or one of {list(FORMATS)}.")
     root = None if image_root is None else Path(image_root)
     if hasattr(source, "column_names"):
-        return _of_dataset(source, f"the {type(source).__name__}", format, root or Path(), split)
+        return _of_dataset(source, f"the {type(source).__name__}", format, root or Path(), split, streaming)
     if isinstance(source, Sequence) and not isinstance(source, str) and source and isinstance(source[0], Mapping):
-        return Source("the list", lambda: source, root or Path(), format)
+        return Source("the list", ListedRows(source), root or Path(), format)
     several = [source] if isinstance(source, str | Path) else list(source)
     if not several or not all(isinstance(one, str | Path) for one in several):
         raise ValueError(f"A source is a file, a folder, a Hub id, a dataset or rows, or several files; got {source!r:.80}.")
@@ -130,7 +74,7 @@ def open_source(
             raise FileNotFoundError(f"{missing} is not there. A Hub id is owner/name.")
         return _of_hub(str(source), (str(source),), {"streaming": streaming}, format, root or Path(), split)
     if len(paths) == 1 and paths[0].is_dir():
-        return _of_folder(paths[0], format, root, split)
+        return _of_folder(paths[0], format, root, split, streaming)
     suffixes = {
         next((one for one in (*_JSON, *_TABLES, *_TARS) if path.name.lower().endswith(one)), path.suffix) for path in paths
     }
@@ -139,7 +83,7 @@ def open_source(
         return _of_json(paths, name, format, root, split)
     if suffixes <= set(_TARS):
         row_format = "" if format in ("auto", "webdataset") else format
-        return Source(name, lambda: map(_with_json, _tar_rows(paths)), root, "webdataset", row_format, tars=paths)
+        return Source(name, Tars(paths), root, "webdataset", row_format)
     if len(suffixes) == 1 and (builder := _TABLES.get(next(iter(suffixes)))):
         options: dict[str, Any] = {"delimiter": "\t"} if suffixes == {".tsv"} else {}
         options |= {"data_files": list(map(str, paths)), "streaming": streaming}
@@ -164,14 +108,14 @@ def _of_hub(
     from datasets import load_dataset
 
     loaded = load_dataset(*arguments, **options)
-    return _of_dataset(loaded, name, format, root, split)
+    return _of_dataset(loaded, name, format, root, split, options["streaming"])
 
 
-def _of_folder(folder: Path, format: str, root: Path | None, split: str | None) -> Source:
+def _of_folder(folder: Path, format: str, root: Path | None, split: str | None, streaming: bool) -> Source:
     from datasets import load_dataset, load_from_disk
 
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _of_dataset(load_from_disk(str(folder)), str(folder), format, root or folder, split)
+        return _of_dataset(load_from_disk(str(folder)), str(folder), format, root or folder, split, streaming)
     metadata = [path for suffix in ("csv", "jsonl", "parquet") for path in folder.rglob(f"metadata.{suffix}")]
     if metadata or format == "imagefolder":
         if not metadata:
@@ -180,7 +124,7 @@ def _of_folder(folder: Path, format: str, root: Path | None, split: str | None) 
                 f"{folder} has no metadata.csv, metadata.jsonl or metadata.parquet, exactly so called (near: {near})."
             )
         loaded = load_dataset("imagefolder", data_dir=str(folder), drop_labels=True)
-        return _of_dataset(loaded, str(folder), "imagefolder", root or folder, split)
+        return _of_dataset(loaded, str(folder), "imagefolder", root or folder, split, streaming)
     for suffixes in (_TARS, tuple(_TABLES), _JSON):
         files = sorted(str(path) for path in folder.iterdir() if path.name.lower().endswith(suffixes))
         if suffixes == _JSON:
@@ -188,49 +132,30 @@ def _of_folder(folder: Path, format: str, root: Path | None, split: str | None) 
             if len(files) > 1:
                 raise ValueError(f"{folder} has several JSON files: name those to be read, {files[:8]}.")
         if files:
-            return open_source(files, format, root or folder, split)
+            return open_source(files, format, root or folder, split, streaming)
     raise ValueError(f"{folder} holds no metadata.csv or .jsonl beside its images, and no tars, parquet or JSON files.")
 
 
-def _of_dataset(loaded: Any, name: str, format: str, root: Path, split: str | None) -> Source:
+def _of_dataset(
+    loaded: Any, name: str, format: str, root: Path, split: str | None, streaming: bool, row_format: str = ""
+) -> Source:
     """Of a `Dataset`, or one of several splits."""
     if isinstance(loaded, Mapping):
         loaded = loaded[_the_split(list(loaded), split, name)]
     column = columns.find_column(loaded.column_names or [])
-    row_format = "" if format in ("auto", *FILE_FORMATS) else format
-    features = loaded.features
-    if column is None or features is None or not hasattr(loaded, "__len__") or not _is_images(features[column]):
-        unread = None if features is None else type(features)(unopened(features))
-        loaded = loaded if features == unread else loaded.cast(unread)
-        return Source(name, lambda: loaded, root, format, row_format)
-    texts = loaded.remove_columns(column).with_format(None)
-    counts = loaded.select_columns([column]).with_format("arrow")
-
-    def rows() -> Iterator[dict[str, Any]]:
-        held = HeldImage()
-        for start in range(0, len(loaded), _CHUNK):
-            numbers = _lengths(counts[start : start + _CHUNK].column(column))
-            some = texts[start : start + _CHUNK] if texts.column_names else {}
-            for place, number in enumerate(numbers):
-                yield {**{key: values[place] for key, values in some.items()}, column: [held] * number}
-
-    return Source(name, rows, root, format, row_format, loaded, column)
+    row_format = row_format or ("" if format in ("auto", *FILE_FORMATS) else format)
+    features, has_length = loaded.features, hasattr(loaded, "__len__")
+    if has_length and not streaming and column is not None and _is_images(features[column]):
+        return Source(name, HeldRows(loaded, column), root, format, row_format)
+    unread = None if features is None else type(features)(unopened(features))
+    loaded = loaded if features == unread else loaded.cast(unread)
+    return Source(name, ListedRows(loaded) if has_length else StreamedRows(loaded), root, format, row_format)
 
 
 def _is_images(feature: Any) -> bool:
     from datasets import Image
 
     return isinstance(inner_feature(feature), Image)
-
-
-def _lengths(values: Any) -> list[int]:
-    """How many images each row of an Arrow column holds; nothing is read of them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        return [length or 0 for length in pc.list_value_length(values).to_pylist()]
-    return [int(valid) for valid in pc.is_valid(values).to_pylist()]
 
 
 def _the_split(names: Sequence[str], split: str | None, name: str) -> str:
@@ -247,13 +172,13 @@ def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str |
     if all(path.suffix.lower() != ".json" for path in paths):
         if split is not None:
             raise ValueError(f"{name} has no splits, so split={split!r} can't be had of it.")
-        return Source(name, lambda: itertools.chain.from_iterable(map(_lines, paths)), root, format)
-    contents = [list(_lines(path)) if path.suffix.lower() != ".json" else _parse(path) for path in paths]
+        return Source(name, Lines(paths), root, format)
+    contents = [list(Lines([path]).all()) if path.suffix.lower() != ".json" else _parse(path) for path in paths]
     if all(isinstance(content, list) for content in contents):
         rows = [row for content in contents for row in content]
         first = rows[0] if rows else None
         if isinstance(first, Mapping) and "image_id" in first and "caption" in first and columns.find_column(first) is None:
-            return Source(name, lambda: _clipcap_rows(rows, root), root, "coco", "captions")
+            return Source(name, ListedRows(list(_clipcap_rows(rows, root))), root, "coco", "captions")
         found, made = format, rows
     else:
         whole: dict[str, Any] = {}
@@ -268,7 +193,7 @@ def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str |
     if split is not None:
         raise ValueError(f"{name} has no splits, so split={split!r} can't be had of it.")
     row_format = {"coco": "captions", "karpathy": "captions", "vqav2": "question_answer"}.get(found, "")
-    return Source(name, lambda: made, root, found, row_format)
+    return Source(name, ListedRows(made), root, found, row_format)
 
 
 def _annotated(content: Mapping[str, Any], name: str, format: str, root: Path, split: str | None) -> tuple[str, list[Any]]:
@@ -292,18 +217,8 @@ def _parse(path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # an object on each line, whatever the file is called
-            return list(_lines(path))
+            return list(Lines([path]).all())
         raise ValueError(f"{path} is not JSON: {error}.") from error
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}: line {number} is not JSON: {error}.") from error
 
 
 def _needed(content: Any, names: tuple[str, ...], path: Any) -> None:
@@ -376,31 +291,6 @@ def _first_there(root: Path, *names: str) -> str:
     return next((name for name in names if (root / name).is_file()), names[0])
 
 
-def _tar_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """Samples of tars as WebDataset writes them: neighbours that are called the same up to the first dot."""
-    for path in paths:
-        with tarfile.open(path) as tar:
-            files = (member for member in tar if member.isfile())
-            for key, members in itertools.groupby(files, key=lambda member: _key(member.name)):
-                row: dict[str, Any] = {"__key__": key}
-                for member in members:
-                    suffix, data = member.name[len(key) :].lower(), tar.extractfile(member).read()  # type: ignore[union-attr]  # a file
-                    if suffix.endswith(_IMAGES):
-                        row.setdefault("images", []).append({"bytes": data, "path": member.name})
-                    elif suffix == ".json":
-                        row["json"] = data.decode("utf-8")
-                    elif suffix in (".txt", ".text", ".caption"):
-                        row["text"] = data.decode("utf-8")
-                yield row
-
-
-def _with_json(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample with the fields of its JSON; images are those of the tar."""
-    fields = json.loads(row["json"]) if row.get("json") else {}
-    own = {name: value for name, value in row.items() if name != "json" and value is not None}
-    return {**{name: value for name, value in fields.items() if name not in columns.COLUMNS["image"]}, **own}
-
-
 def _on_disk(source: Source, paths: list[Path]) -> Source:
     """Samples of tars, in the cache of `datasets`: their images are too many for memory."""
     from datasets import Dataset, Features, Image, Value
@@ -409,18 +299,13 @@ def _on_disk(source: Source, paths: list[Path]) -> Source:
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # told apart by, in the cache
     features = Features({"__key__": text, "images": [Image(decode=False)], "text": text, "json": text})
     written = Dataset.from_generator(_stamped_rows, features=features, gen_kwargs={"stamps": stamps})
-    held = _of_dataset(written, source.name, source.row_format, source.root, None)
-    return replace(held, rows=lambda: map(_with_json, held.rows()), format=source.format, row_format=source.row_format)
+    return Source(source.name, HeldRows(written, "images", with_json), source.root, source.format, source.row_format)
 
 
 def _stamped_rows(stamps: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
-    for row in _tar_rows([Path(path) for path, _, _ in stamps]):
-        yield {"images": [], "text": None, "json": None, **row}
-
-
-def _key(name: str) -> str:
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.partition('.')[0]}" if folder else file.partition(".")[0]
+    for path, _, _ in stamps:
+        for row in tar_rows(Path(path)):
+            yield {"images": [], "text": None, "json": None, **row}
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -432,7 +317,9 @@ def load_image_text(
     split: str | None = None,
     on_error: str = "raise",
     streaming: bool = False,
-) -> "Dataset | IterableDataset":
+    buffer_size: int = 1000,
+    seed: int = 0,
+) -> "Dataset | RowStream":
     """
     Image-text data of any of the field's formats, in one canonical form ([`rows`]); images stay unopened.
 
@@ -445,16 +332,23 @@ def load_image_text(
         image_root (`str` or `Path`, *optional*): the folder of relative paths. Defaults to the file's own folder.
         split (`str`, *optional*): of a source with several.
         on_error (`str`): "raise" at the first row that can't be read, with its number and field; "skip" leaves such rows out,
-            and says how many and which were the first.
-        streaming (`bool`): an `IterableDataset`, whose rows are read as they are asked for.
+            and says how many and which were the first. In a stream a row whose image can't be opened is one of them, and
+            [`StreamCallback`] says it.
+        streaming (`bool`): a stream, whose rows are read, and their images opened, as they are asked for. Each process and
+            each worker of a data loader reads its own files, or, where there are fewer files than readers, its own rows of
+            one; each row comes once in an epoch. Files are JSON lines, parquet, tars, or those of a Hub id; of what is read
+            whole (JSON, a dataset with a length, a list) rows are dealt out alike.
+        buffer_size (`int`): of a stream, rows that are held undecoded and shuffled among themselves, in each worker, anew in
+            each epoch, as are the files; 0 leaves rows and files in their order.
+        seed (`int`): of that shuffle.
 
     Returns:
         `Dataset` with `images` and `messages`, `prompt` and `completion`, or `text`. A dataset's own column of images stays as
-        it is, `image` or `images`.
+        it is, `image` or `images`. With `streaming` a [`RowStream`], an `IterableDataset` of such rows, images opened.
 
     Raises:
         ValueError: an unknown format; a row that can't be read: another type, an image that is not there, more or fewer
-            `<image>` than images; a source without any image.
+            `<image>` than images; a source without any image; a negative `buffer_size`.
         FileNotFoundError: a source that is not there.
     """
     if on_error not in ("raise", "skip"):
@@ -462,9 +356,11 @@ def load_image_text(
     opened = open_source(source, format, image_root, split, streaming)
     logger.info(f"{opened.name}: read as {opened.described}.")
     if streaming:
-        return _stream(opened, on_error)
-    if opened.tars:
-        opened = _on_disk(opened, opened.tars)
+        from .streaming import RowStream
+
+        return RowStream(opened, buffer_size, seed, on_error)
+    if isinstance(opened.shards, Tars):
+        opened = _on_disk(opened, opened.shards.paths)
     table = _Table()
     kept: list[int] = []
     skipped: list[str] = []
@@ -516,6 +412,7 @@ class _Table:
             values.append(row.get(name))
         self.has_loss |= any("loss" in turn for turn in row.get("messages", ()))
         self.has_answers |= "answers" in row
+        row = {**row, "images": list(map(encoded, row["images"]))}
         if self.kind != "messages":
             row = {**row, self.kind: columns.as_list(row[self.kind])}
         self.rows.append(row)
@@ -554,7 +451,7 @@ class _Table:
 
         self._flush()
         features = self._features()
-        held = source.dataset is not None
+        held = source.held
         names = [name for name in features if not (held and name == "images")]
         table = pa.concat_tables([one.select(names) for one in self.tables])
         features = {name: features[name] for name in names}
@@ -575,9 +472,9 @@ class _Table:
             table = table.set_column(names.index("messages"), "messages", _without_loss(table["messages"]))
         info = DatasetInfo(description=f"{source.name}, read as {source.described}", features=Features(features))
         rows = Dataset(table.cast(Features(features).arrow_schema), info=info)
-        if not held:
+        if held is None:
             return rows
-        images = source.dataset.select_columns([source.column]).with_format(None)
+        images = held.dataset.select_columns([held.column]).with_format(None)
         if kept != list(range(len(images))):
             images = images.select(kept)
         joined = concatenate_datasets([images, rows], axis=1)
@@ -595,20 +492,6 @@ def _without_loss(messages: Any) -> Any:
         kept = pa.StructArray.from_arrays([turns.field(name) for name in ("role", "content")], names=["role", "content"])
         chunks.append(pa.ListArray.from_arrays(chunk.offsets, kept))
     return pa.chunked_array(chunks)
-
-
-def _stream(source: Source, on_error: str) -> "IterableDataset":
-    from datasets import IterableDataset
-
-    return IterableDataset.from_generator(_streamed_rows, gen_kwargs={"source": source, "on_error": on_error})
-
-
-def _streamed_rows(source: Source, on_error: str) -> Iterator[dict[str, Any]]:
-    for index, read, row in source.read():
-        if not isinstance(read, RowError):
-            yield from read
-        elif on_error == "raise":
-            raise ValueError(f"{name_of_row(source.name, index, row)}: {read}.") from read
 
 
 def load_coco_captions(annotations: str | Path, image_folder: str | Path) -> "Dataset":

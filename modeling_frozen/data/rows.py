@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..processors import load_rgb_image
 from .columns import as_list, find_column
+from .feature_store import StoredImage
 
 
 PLACEHOLDER = "<image>"
@@ -62,7 +64,7 @@ class HeldImage:
 # ------------------------------------------------------------------------------------------------------------- images
 def locate(image: Any, root: Path, field: str) -> Any:
     """
-    An image as Arrow keeps it, unopened.
+    An image unopened, as Arrow keeps it, or as it is where it is open.
 
     Args:
         image: path (relative to `root`, or absolute), URL, data URI, base64, bytes, `{"bytes", "path"}`, PIL image or array.
@@ -74,13 +76,14 @@ def locate(image: Any, root: Path, field: str) -> Any:
     """
     if isinstance(image, HeldImage):
         return image
+    named = None
     if isinstance(image, Mapping):
-        data = image.get("bytes")
-        image = data if data is not None else image.get("path") or image.get("url")
+        data, named = image.get("bytes"), image.get("path")
+        image = data if data is not None else named or image.get("url")
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
     if isinstance(image, bytes):
-        return {"bytes": image, "path": None}
+        return {"bytes": image, "path": named}
     if isinstance(image, str) and image:
         if _ADDRESS.match(image) or len(image.rpartition("/")[2]) > _LONGEST_NAME:
             return {"bytes": None, "path": image}
@@ -88,21 +91,27 @@ def locate(image: Any, root: Path, field: str) -> Any:
         if not os.path.isfile(path):
             raise MissingImage(field, [path])
         return {"bytes": None, "path": path}
-    if hasattr(image, "getbands") or (hasattr(image, "shape") and hasattr(image, "dtype")):  # of PIL; of numpy or torch
-        import datasets
-
-        return datasets.Image().encode_example(image if hasattr(image, "getbands") else _array(image))
+    if isinstance(image, StoredImage) or _is_open(image):
+        return image
     raise RowError(field, f"must be a path, a URL, bytes or an image, or a list of them, got {image!r:.80}")
 
 
-def _array(image: Any) -> Any:
-    from ..processors import load_rgb_image
+def _is_open(image: Any) -> bool:
+    """Whether it is of PIL, or an array of numpy or torch."""
+    return hasattr(image, "getbands") or (hasattr(image, "shape") and hasattr(image, "dtype"))
 
-    return load_rgb_image(image)
+
+def encoded(image: Any) -> Any:
+    """As Arrow keeps it, where it is open."""
+    if not _is_open(image):
+        return image
+    import datasets
+
+    return datasets.Image().encode_example(image if hasattr(image, "getbands") else load_rgb_image(image))
 
 
 def _images(row: Mapping[str, Any], *, required: bool) -> tuple[str, list[Any]]:
-    column = find_column(row)
+    column = find_column([name for name in row if row[name] is not None]) or find_column(row)
     if column is None and required:
         raise RowError("image", f"(or 'images') is not there; null in it says that a row has none. Its fields: {sorted(row)}")
     return column or "images", [] if column is None else [one for one in as_list(row[column]) if one is not None]
@@ -386,6 +395,7 @@ __all__ = [
     "NothingToLearn",
     "RowError",
     "count_unplaced",
+    "encoded",
     "find_format",
     "kind_of",
     "locate",

@@ -1,5 +1,6 @@
-"""Rows as a stream: shuffled within a buffer, dealt out over processes and data loader workers, each row once, with images
-that are opened (or left out) just before their batch, and with a place that a resumed training goes on from.
+"""Rows as a stream ([`load_image_text`] with `streaming=True`): shuffled within a buffer, dealt out over processes and data
+loader workers, each row once, with images that are opened (or left out) just before their batch, and with a place that a
+resumed training goes on from.
 
 What `datasets` gives by itself falls short in three ways: its shuffle buffer is lost when a stream is resumed, an image that
 can't be opened ends the iterator, and one file keeps one worker busy however many there are.
@@ -11,43 +12,47 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Features, Image, IterableDataset
+from datasets import IterableDataset
+from datasets.iterable_dataset import ExamplesIterable
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from ..processors import load_rgb_image
-from .columns import as_list, find_column, is_list
 from .feature_store import StoredImage
-from .image_reading import unopened
+from .rows import RowError, count_unplaced
+from .sources import ListedRows, Source
 
 
 logger = logging.get_logger(__name__)
 
-_CHUNK = 16  # rows that are asked of the source at a time
 _MOST_READERS = 1024
 _NAMED = 5  # rows left out that are named at the end of an epoch
 _NAME_LENGTH = 200  # characters of such a name
 _NAME_BYTES = 4 * _NAME_LENGTH
 
 # A row, or why there is none, with the number of its shard among the reader's and of the row in its shard.
-_Item: TypeAlias = tuple[int, int, dict[str, Any] | Exception]
+_Item: TypeAlias = "tuple[int, int, dict[str, Any] | _Broken]"
 
 
 class RowStream(IterableDataset):
     """
-    A stream of rows as the collators read them; [`stream_rows`] makes it.
+    A stream of rows as the collators read them; [`load_image_text`] makes it.
 
-    `map`, `filter`, `take` and their like give plain streams of `datasets` over the rows as they lie: change rows first, then
-    call [`stream_rows`].
+    `map`, `filter`, `take` and their like give plain streams of `datasets` over the rows in their order: change rows first,
+    then call [`load_image_text`] on what comes of it.
 
     Attributes:
         epoch_offset (`int`): added to what `set_epoch` is given; for a trainer that counts epochs anew when it resumes.
     """
 
-    def __init__(self, rows: IterableDataset, buffer_size: int, seed: int, on_error: str, image_column: str | None):
-        self.__dict__.update(vars(rows.shard(num_shards=1, index=0)))  # a copy of it, with an epoch of its own
-        self.source, self.buffer_size, self.seed, self.on_error = rows, buffer_size, seed, on_error
-        self.image_column, self.epoch_offset = image_column, 0
+    def __init__(self, source: Source, buffer_size: int, seed: int, on_error: str):
+        if buffer_size < 0:
+            raise ValueError(f"buffer_size={buffer_size} must be at least 0 (0: no shuffling).")
+        if isinstance(source.shards, ListedRows):
+            source.shards = source.shards.packed()
+        self.source, self.buffer_size, self.seed, self.on_error = source, buffer_size, seed, on_error
+        self.epoch_offset = 0
+        super().__init__(ExamplesIterable(_in_order, {"source": source}))
         self._process = (1, 0)  # how many, which
         self._start: dict[str, Any] | None = None
         self._places: torch.Tensor | None = None
@@ -59,7 +64,7 @@ class RowStream(IterableDataset):
     @property
     def num_shards(self) -> int:
         """Into how many the stream can be split: more than its files, for the rows of one file can be dealt out too."""
-        return max(self.source.num_shards, _MOST_READERS)
+        return max(self.source.shards.count, _MOST_READERS)
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> "RowStream":
         """Its share of one of `num_shards` processes; each row is in one of them. accelerate's data loaders call it."""
@@ -77,7 +82,7 @@ class RowStream(IterableDataset):
         """The (shard, remainder) of a worker, in the order in which it reads them: of a shard the rows whose number has that
         remainder after division by the second value, which is 1 where there are shards for all."""
         processes, process = self._process
-        readers, shards = processes * workers, self.source.num_shards
+        readers, shards = processes * workers, self.source.shards.count
         stride = -(-readers // shards) if shards < readers else 1
         order = list(range(shards))
         if self.buffer_size:
@@ -121,9 +126,9 @@ class RowStream(IterableDataset):
                 block[order[place]] = (part, index, {})  # its bytes go as soon as it has been read
                 state["passed"] = place + 1
                 try:
-                    yield self._opened(content)
+                    yield _opened(content)
                 except _Broken as broken:
-                    what = f"Row {index} of shard {parts[part][0]}{broken}"
+                    what = f"{self.source.name}: {self.source.shards.name(parts[part][0], index)}{broken}"
                     if self.on_error == "raise":
                         raise ValueError(
                             f'{what}. on_error="skip" leaves such rows out, and counts them.'
@@ -137,44 +142,35 @@ class RowStream(IterableDataset):
         block: list[_Item] = []
         for part in range(first, len(parts)):
             for item in self._read(part, *parts[part], stride, skip if part == first else 0):
-                block.append(item)
-                if len(block) >= max(self.buffer_size, 1):
+                if len(block) >= max(self.buffer_size, 1) and item[:2] != block[-1][:2]:  # a row may be several
                     yield block
                     block = []
+                block.append(item)
         if block:
             yield block
 
     def _read(self, part: int, shard: int, rest: int, stride: int, skip: int) -> Iterator[_Item]:
-        rows = self.source.shard(num_shards=self.source.num_shards, index=shard)
         index = skip
         try:
-            # `iter`, which, unlike iteration, does not deal shards out over workers once more.
-            for chunk in (rows.skip(skip) if skip else rows).iter(batch_size=_CHUNK):
-                for values in zip(*chunk.values(), strict=True):
-                    if index % stride == rest:
-                        yield part, index, dict(zip(chunk, values, strict=True))
-                    index += 1
+            for row in self.source.shards.read(shard, skip):
+                if index % stride == rest:
+                    read = self.source.canonical(row)
+                    if isinstance(read, RowError):
+                        own = _own_name(row) if isinstance(row, Mapping) else ""
+                        yield part, index, _Broken(f"{own}: {read}")
+                    else:
+                        if count_unplaced(read):
+                            logger.warning_once(
+                                f"{self.source.name}: rows have an image and no <image> that says where it stands; the "
+                                "processor puts it in the first user turn."
+                            )
+                        for one in read:
+                            yield part, index, one
+                index += 1
         except Exception as error:  # readers, fsspec and the network raise what they like
-            yield part, index, error
-
-    def _opened(self, content: dict[str, Any] | Exception) -> dict[str, Any]:
-        if isinstance(content, Exception):
-            raise _Broken(f": its file can't be read further: {str(content) or type(content).__name__}") from content
-        column = find_column(content, self.image_column)
-        if column is None or content[column] is None:
-            return content
-        images = as_list(content[column])
-        for number, image in enumerate(images):
-            if image is None or isinstance(image, StoredImage):
-                continue
-            try:
-                images[number] = load_rgb_image(image, f"image {number}")
-            except Exception as error:  # PIL raises some twenty kinds, ZeroDivisionError for one
-                path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
-                named = "".join(f", {key} {content[key]!r}" for key in ("id", "__key__") if content.get(key) is not None)
-                reason = str(error).rstrip(".") or type(error).__name__
-                raise _Broken(f"{named}: {reason}{f' ({path})' if path and path not in reason else ''}") from error
-        return {**content, column: images if is_list(content[column]) else images[0]}
+            broken = _Broken(f": its file can't be read further: {str(error) or type(error).__name__}")
+            broken.__cause__ = error
+            yield part, index, broken
 
     # ------------------------------------------------------------------------------------ its place, in this process
     def state_dict(self) -> dict[str, Any]:
@@ -268,7 +264,36 @@ class RowStream(IterableDataset):
 
 
 class _Broken(Exception):
-    pass
+    """Why there is no row."""
+
+
+def _opened(content: dict[str, Any] | _Broken) -> dict[str, Any]:
+    if isinstance(content, _Broken):
+        raise content
+    images = list(content["images"])
+    for number, image in enumerate(images):
+        if isinstance(image, StoredImage):
+            continue
+        try:
+            images[number] = load_rgb_image(image, f"image {number}")
+        except Exception as error:  # PIL raises some twenty kinds, ZeroDivisionError for one
+            path = image.get("path") if isinstance(image, Mapping) else None
+            reason = str(error).rstrip(".") or type(error).__name__
+            named = f" ({path})" if path and path not in reason else ""
+            raise _Broken(f"{_own_name(content)}: {reason}{named}") from error
+    return {**content, "images": images}
+
+
+def _own_name(row: Mapping[str, Any]) -> str:
+    return "".join(f", {key} {row[key]!r:.60}" for key in ("id", "question_id", "__key__") if row.get(key) is not None)
+
+
+def _in_order(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    for index, read, _ in source.read():
+        if isinstance(read, RowError):
+            raise read
+        for row in read:
+            yield index, row
 
 
 def _first_place(role: int) -> dict[str, Any]:
@@ -277,51 +302,4 @@ def _first_place(role: int) -> dict[str, Any]:
     return {"role": role, "part": 0, "row": 0, "passed": 0, "left_out": 0, "first": [], "done": False}
 
 
-def stream_rows(
-    rows: IterableDataset, *, buffer_size: int = 1000, seed: int = 0, on_error: str = "raise", image_column: str | None = None
-) -> RowStream:
-    """
-    A stream to train on, of rows as they come.
-
-    Each process and each worker of a data loader reads its own files, or, where there are fewer files than readers, its own
-    rows of one; each row comes once in an epoch. Files, and rows within `buffer_size`, are shuffled anew in every epoch.
-    Images stay encoded until their row comes.
-
-    Args:
-        rows (`datasets.IterableDataset`): with the columns that [`DataCollatorForFrozenPrefix`] reads.
-        buffer_size (`int`, *optional*, defaults to 1000): rows that are held, undecoded, and shuffled among themselves, in
-            each worker; 0 leaves rows and files in their order.
-        seed (`int`, *optional*, defaults to 0): of the shuffle.
-        on_error (`str`, *optional*, defaults to `"raise"`): what is done where an image can't be opened, or a file can't be
-            read further: `"raise"` names the row; `"skip"` leaves it out. [`StreamCallback`] tells how many, and the first.
-        image_column (`str`, *optional*): defaults to `image`, else `images`.
-
-    Returns:
-        [`RowStream`], a `datasets.IterableDataset`.
-
-    Raises:
-        ValueError: an unknown `on_error`, a negative `buffer_size`.
-        TypeError: `rows` that are no stream.
-
-    Example:
-
-    ```python
-    >>> from datasets import load_dataset
-    >>> from modeling_frozen.data.streaming import stream_rows
-
-    >>> rows = load_dataset("parquet", data_files="shards/*.parquet", split="train", streaming=True)
-    >>> stream = stream_rows(rows, buffer_size=1000, on_error="skip")
-    ```"""
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error={on_error!r} is unknown: "raise" or "skip".')
-    if buffer_size < 0:
-        raise ValueError(f"buffer_size={buffer_size} must be at least 0 (0: no shuffling).")
-    if not isinstance(rows, IterableDataset):
-        raise TypeError(f"stream_rows takes a datasets.IterableDataset, got {type(rows).__name__}: `to_iterable_dataset()`.")
-    if rows.features is not None:
-        features = Features(unopened(rows.features, Image))
-        rows = rows.cast(features) if features != rows.features else rows
-    return RowStream(rows, buffer_size, seed, on_error, image_column)
-
-
-__all__ = ["RowStream", "stream_rows"]
+__all__ = ["RowStream"]

@@ -99,7 +99,8 @@ class StreamCallback(TrainerCallback, ExportableState):
             )
         if not hasattr(loader.dataset, "state_after"):
             raise ValueError(
-                f"StreamCallback is for streams of `stream_rows`; Trainer's loader reads a {type(loader.dataset).__name__}."
+                "StreamCallback is for `load_image_text(…, streaming=True)`; Trainer's loader reads a "
+                f"{type(loader.dataset).__name__}."
             )
         if not args.ignore_data_skip:
             raise ValueError("Give StreamCallback to Trainer(callbacks=[…]), or set TrainingArguments(ignore_data_skip=True).")
@@ -111,7 +112,7 @@ class StreamCallback(TrainerCallback, ExportableState):
         return {
             "processes": args.world_size,
             "workers": args.dataloader_num_workers,
-            "files": stream.source.num_shards,
+            "shards": stream.source.shards.count,
             "buffer_size": stream.buffer_size,
             "seed": stream.seed,
         }
