@@ -35,7 +35,7 @@ extras = {
     "gguf": ["gguf>=0.17.1"],
     "augment": ["kornia>=0.8"],
     "search": ["datasets>=3.4.1", "faiss-cpu>=1.9", "matplotlib>=3.7"],
-    # Decoders without torchcodec, whose builds follow those of torch. transformers reads sound with librosa before 5.22 and
+    # Decoders without torchcodec, whose builds follow those of torch. transformers reads audio with librosa before 5.22 and
     # with soundfile and soxr since; librosa brings both.
     "video": ["av>=12.0"],
     "audio": ["librosa>=0.10", "soundfile>=0.13"],
@@ -59,7 +59,7 @@ extras["slow"] = sorted({*extras["serving"], *extras["export"], "openai>=2.0", "
 setup(
     name="frozen-prefix",
     version=version,
-    description="Eyes for any frozen language model: visual prefixes for every decoder and encoder-decoder of transformers",
+    description="Images for any frozen language model: visual prefixes for every decoder and encoder-decoder of transformers",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -196,7 +196,7 @@ def main() -> dict:
     results["seconds"] = round(time.time() - begin, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    print(f"\n{len(rows)} pictures of scenes that nobody met in training  exact match   CIDEr")
+    print(f"\n{f'{len(rows)} images of scenes that nobody met in training':<53} exact match   CIDEr")
     for name in ("sighted", "blind", "random_connector"):
         print(f"{name:<53} {results[name]['exact_match']:>11.3f} {results[name]['cider']:>7.3f}")
     print(

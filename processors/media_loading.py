@@ -42,7 +42,7 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
     Args:
         video: list of frames (each a PIL image, numpy array or tensor), array or tensor of shape (frames, H, W, C) or
             (frames, C, H, W), animated PIL image (GIF, WebP, APNG), or path, bytes, open binary file or
-            `{"bytes", "path"}` dict of such an image, or, with a decoder installed, of a film.
+            `{"bytes", "path"}` dict of such an image, or, with a decoder installed, of a video.
         num_frames: how many to sample.
         name: what to call it in an error, such as "video 3".
 
@@ -148,8 +148,8 @@ def _chosen(source: Any, num_frames: int, read: Callable[..., Any], total: int |
 
 
 def _count_frames(source: Any) -> int:
-    """How many frames a film has: as it says, or, where it does not (WebM, a stream), by its packets, undecoded."""
-    # By name: transformers asks for whatever custom code imports, and nothing but films needs it.
+    """How many frames a video has: as it says, or, where it does not (WebM, a stream), by its packets, undecoded."""
+    # By name: transformers asks for whatever custom code imports, and nothing but videos needs it.
     av = importlib.import_module("av")
     with av.open(source) as container:
         stream = container.streams.video[0]

@@ -43,10 +43,10 @@ def card(folder: Path, model: Any, **options: Any) -> tuple[str, dict[str, Any]]
 
 
 def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
-    """What the first code block of a card prints, in a folder with a photo and a sound."""
+    """What the first code block of a card prints, in a folder with a photo and an audio file."""
     block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     Image.new("RGB", (30, 20), "red").save(folder / "photo.jpg")
-    with wave.open(str(folder / "sound.wav"), "wb") as file:
+    with wave.open(str(folder / "audio.wav"), "wb") as file:
         file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
         file.writeframes(bytes(3200))
     monkeypatch.chdir(folder)
@@ -66,10 +66,10 @@ def test_audio_alone_never_speaks_of_images(parents: dict[str, str], tmp_path: P
     text, data = card(tmp_path, audio_model(parents, sees=False), metrics=METRICS)
     assert not re.search(r"\bimages?\b|\beyes?\b|\bseen\b|\bpictures?\b", text.split("<!--")[0], re.IGNORECASE), text
     assert data["pipeline_tag"] == "audio-text-to-text"
-    assert "Audio input for a frozen language model. Each sound is written as 3 prefix vectors" in text
-    assert "blind (sound replaced)" in text and "| type | `resampler` |" in text
+    assert "Audio input for a frozen language model. Each audio clip is written as 3 prefix vectors" in text
+    assert "blind (audio clip replaced)" in text and "| type | `resampler` |" in text
     assert "of width 16" in text and "`audio_feature_layer=-1`" in text
-    assert "Calls without a sound are answered as by the language model alone." in text
+    assert "Calls without audio are answered as by the language model alone." in text
     assert {result["task"]["type"] for result in data["model-index"][0]["results"]} == {"audio-text-to-text"}
 
 
@@ -84,9 +84,9 @@ def test_the_code_for_audio_runs(
 def test_images_and_audio(parents: dict[str, str], tmp_path: Path) -> None:
     text, data = card(tmp_path, audio_model(parents, sees=True))
     assert data["pipeline_tag"] == "image-text-to-text"
-    said = "Each image is written as 4 prefix vectors and each sound is written as 3 prefix vectors that the language model"
+    said = "Each image is written as 4 prefix vectors and each audio clip is written as 3 prefix vectors that the language"
     assert "Image and audio input for a frozen language model." in text and said in text
-    assert "## Connector\n" in text and "## Connector of sounds\n" in text
+    assert "## Connector\n" in text and "## Connector of audio\n" in text
     assert text.count("| trained parameters |") == 1
 
 

@@ -257,7 +257,7 @@ def test_the_picture_is_what_the_tower_saw(joined: tuple[Any, Any]) -> None:
     image = Image.fromarray(torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy())
     result = attention_to_image(model, processor, image, text="a")
     expected = torch.from_numpy(np.array(image)).float() / 255
-    torch.testing.assert_close(result.picture, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(result.image, expected, atol=1e-3, rtol=0)
 
 
 # ------------------------------------------------------------------------------- from prefix vectors to places
@@ -400,7 +400,7 @@ def test_pictures_to_swap_in(joined: tuple[Any, Any]) -> None:
     # The same photo with two captions is not another picture.
     twice = sightedness(model, processor, [red, red, green], [TEXTS[0], TEXTS[0], TEXTS[1]])
     assert [len(sample.swapped) for sample in twice.samples] == [1, 1, 2]
-    with pytest.raises(ValueError, match="Text 0 has no other picture"):
+    with pytest.raises(ValueError, match="Text 0 has no other image"):
         sightedness(model, processor, [red, red], TEXTS[:2])
     with pytest.raises(ValueError, match="2 images, 1 texts"):
         sightedness(model, processor, [red, green], TEXTS[:1])

@@ -96,10 +96,10 @@ def open_source(
 def _expand(name: str) -> list[str]:
     if not has_magic(name) or Path(name).exists():
         return [name]
-    found = sorted(glob(name, recursive=True))
-    if not found:
+    paths = sorted(glob(name, recursive=True))
+    if not paths:
         raise FileNotFoundError(f"No file matches {name!r}.")
-    return found
+    return paths
 
 
 def _of_hub(
@@ -179,7 +179,7 @@ def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str |
         first = rows[0] if rows else None
         if isinstance(first, Mapping) and "image_id" in first and "caption" in first and columns.find_column(first) is None:
             return Source(name, ListedRows(list(_clipcap_rows(rows, root))), root, "coco", "captions")
-        found, made = format, rows
+        detected, made = format, rows
     else:
         whole: dict[str, Any] = {}
         for path, content in zip(paths, contents, strict=True):
@@ -188,12 +188,12 @@ def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str |
                     f"{path} holds a {type(content).__name__}, and the files beside it objects: is it another kind of file?"
                 )
             whole |= content
-        found, made = _annotated(whole, name, format, root, split)
+        detected, made = _annotated(whole, name, format, root, split)
         split = None
     if split is not None:
         raise ValueError(f"{name} has no splits, so split={split!r} can't be had of it.")
-    row_format = {"coco": "captions", "karpathy": "captions", "vqav2": "question_answer"}.get(found, "")
-    return Source(name, ListedRows(made), root, found, row_format)
+    row_format = {"coco": "captions", "karpathy": "captions", "vqav2": "question_answer"}.get(detected, "")
+    return Source(name, ListedRows(made), root, detected, row_format)
 
 
 def _annotated(content: Mapping[str, Any], name: str, format: str, root: Path, split: str | None) -> tuple[str, list[Any]]:

@@ -236,24 +236,24 @@ class RowStream(IterableDataset):
         start = self._start if self._start is not None and self._start["epoch"] == self.epoch else None
         first = start["roles"] if start else [_first_place(number) for number in range(workers)]
         ends = [place if place[0] == self.epoch and place[6] else None for place in self._places[:, -1].tolist()]
-        given, turn = [0] * workers, 0
+        taken, turn = [0] * workers, 0
 
         def is_over(worker: int) -> bool:
             end = ends[worker]
-            return end is not None and given[worker] >= end[1]
+            return end is not None and taken[worker] >= end[1]
 
         for _ in range(batches):  # as a data loader takes them: in turn, past those that have ended
             while is_over(turn % workers):
                 turn += 1
-            given[turn % workers] += 1
+            taken[turn % workers] += 1
             turn += 1
         places = []
         for worker in (number % workers for number in range(turn, turn + workers)):
             state = copy.deepcopy(first[worker])
             place = ends[worker] if is_over(worker) else None
-            if place is None and given[worker]:
-                place = self._places[worker, given[worker] % (slots - 1)].tolist()
-                if place[:2] != [self.epoch, given[worker]]:
+            if place is None and taken[worker]:
+                place = self._places[worker, taken[worker] % (slots - 1)].tolist()
+                if place[:2] != [self.epoch, taken[worker]]:
                     raise RuntimeError(f"Worker {worker} has read more than {slots - 2} batches ahead: track more of them.")
             if place is not None:
                 names = [bytes(name[name != 0].tolist()).decode(errors="ignore") for name in self._names[worker]]

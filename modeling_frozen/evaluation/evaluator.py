@@ -4,8 +4,8 @@ A language model guesses much from the words alone: Frozen answers 26.2 % of VQA
 (Tsimpoukelli et al. 2021, arXiv 2106.13884, table 1). So each split is predicted under four conditions:
 
 - *sighted*: as it is;
-- *blind*: each row with the picture of another (no row keeps its own, nor another copy of it);
-- *random_connector*: own pictures, through a connector that never trained;
+- *blind*: each row with the image of another (no row keeps its own, nor another copy of it);
+- *random_connector*: own images, through a connector that never trained;
 - *language_model*: the words of the prompt alone.
 
 Predictions go to a JSONL file as they are made, so that a run that was killed goes on where it was.

@@ -61,11 +61,11 @@ def plain_axes(axes: Any) -> Any:
     return axes
 
 
-def show_picture(axes: Any, picture: Any) -> None:
-    """A picture (a path, PIL or an array) without ticks."""
+def show_image(axes: Any, image: Any) -> None:
+    """An image (a path, PIL or an array) without ticks."""
     from ..processors import load_rgb_image
 
-    axes.imshow(load_rgb_image(picture, "picture") if not hasattr(picture, "ndim") else picture)
+    axes.imshow(load_rgb_image(image, "image") if not hasattr(image, "ndim") else image)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -196,7 +196,7 @@ def _mark_highest(axes: Any, steps: list[float], values: list[float]) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------- pictures and outputs
+# --------------------------------------------------------------------------------------------------- images and outputs
 
 
 def choose(scores: Sequence[float], each: int) -> dict[str, list[int]]:
@@ -224,10 +224,10 @@ def plot_sheet(
     title: str | None = None,
 ) -> Any:
     """
-    Pictures with what the model said of them and what was expected: the best, the middle and the worst by a score.
+    Images with what the model said of them and what was expected: the best, the middle and the worst by a score.
 
     Args:
-        images: paths, PIL pictures or arrays.
+        images: paths, PIL images or arrays.
         outputs: what the model said of each.
         references: what was expected of each; of several the first is shown.
         scores: one number for each, the higher the better (`caption_scores(...)["cider"]`).
@@ -243,7 +243,7 @@ def plot_sheet(
     if len(counts) > 1 or counts == {0}:
         raise ValueError(
             f"{len(images)} images, {len(outputs)} outputs, {len(references)} references and {len(scores)} scores: "
-            "give one of each for every picture."
+            "give one of each for every image."
         )
     groups = choose(scores, each)
     columns = max(len(group) for group in groups.values()) if each > 1 else len(groups)
@@ -255,8 +255,8 @@ def plot_sheet(
         for column, index in enumerate(group):
             place = row * columns + column + 1 if rows > 1 else row + 1
             axes = figure.add_subplot(rows, columns, place)
-            show_picture(axes, images[index])
-            axes.set_anchor("N")  # titles in one line, whatever the pictures' shapes
+            show_image(axes, images[index])
+            axes.set_anchor("N")  # titles in one line, whatever the images' shapes
             axes.set_title(f"{name}  ({score_name} {scores[index]:.2f})", fontsize=12, fontweight="bold", loc="left")
             of_one = references[index]
             expected = of_one if isinstance(of_one, str) else of_one[0]

@@ -30,12 +30,12 @@ def _device(model: Any) -> torch.device:
 
 def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_size: int = 32) -> torch.Tensor:
     """
-    Embeddings of pictures.
+    Embeddings of images.
 
     Args:
         model ([`FrozenPrefixForImageTextRetrieval`]).
         processor ([`FrozenPrefixProcessor`]).
-        images (`list`): pictures, paths, or rows of [`cache_vision_features`], for which no tower is run.
+        images (`list`): images, paths, or rows of [`cache_vision_features`], for which no tower is run.
         batch_size (`int`, defaults to 32).
 
     Returns:
@@ -137,7 +137,7 @@ def evaluate_retrieval(
     batch_size: int = 32,
 ) -> dict[str, float]:
     """
-    Recall both ways (see [`recall_at_k`]) over all pictures and all their captions together.
+    Recall both ways (see [`recall_at_k`]) over all images and all their captions together.
 
     Args:
         model, processor, images, batch_size: as [`embed_images`].

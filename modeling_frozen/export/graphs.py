@@ -117,7 +117,7 @@ def export_image_encoder(
         format (`str`, defaults to `"onnx"`): `"onnx"`, `"pt2"` (`torch.export`), `"openvino"` or `"executorch"`.
         sample_inputs (`Mapping`, *optional*):
             What the processor gives for an image; other keys than the tower's inputs are left aside. The graph takes
-            pictures of this size. Left out: random ones of the size in the tower's config, which may not be the
+            images of this size. Left out: random ones of the size in the tower's config, which may not be the
             processor's (DINOv2's says 518, its processor makes 224).
         config_kwargs: of transformers' config for the format: `opset_version`, `optimize`, `quantizer`, ….
 

@@ -1,4 +1,4 @@
-"""From which places of the picture a prefix vector comes: the connector's own attention, and the grid of the tower.
+"""From which places of the image a prefix vector comes: the connector's own attention, and the grid of the tower.
 
 Connectors that keep positions write one vector per place, so there the answer is known. Those that read all positions
 at learned queries are asked for their attention, rolled out over their layers (Abnar and Zuidema, arXiv 2005.00928,
@@ -74,8 +74,8 @@ def prefix_origins(
         if rows not in (queries, len(origins)) or columns not in (queries, positions, len(origins)):
             return None  # a middle of another build
         origins = torch.cat([0.5 * origins[:rows] + 0.5 * weights @ seen, origins[rows:]])
-    from_picture = origins[:queries, queries:][:, valid]
-    return from_picture / from_picture.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    from_image = origins[:queries, queries:][:, valid]
+    return from_image / from_image.sum(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def _record(twin: nn.Module, layers: list[tuple[torch.Tensor, bool]]) -> None:
@@ -102,9 +102,9 @@ def _record(twin: nn.Module, layers: list[tuple[torch.Tensor, bool]]) -> None:
 
 def grid_of(num_positions: int, height: int, width: int) -> tuple[int, int] | None:
     """
-    Rows and columns of a tower's positions on a picture of `height` times `width` pixels.
+    Rows and columns of a tower's positions on an image of `height` times `width` pixels.
 
-    Every tower of transformers steps over the picture in squares and lists them row by row; the step is the one that
+    Every tower of transformers steps over the image in squares and lists them row by row; the step is the one that
     gives this number of positions, rounded down (patches) or up (padded convolutions).
 
     Returns:

@@ -2,8 +2,8 @@
 
 `nearest_words` reads prefix vectors as the words they lie nearest to (ClipCap, arXiv 2111.09734, section 4).
 `attention_to_image` tells how much attention each word pays to the prefix and, where places are known, to which places
-of the picture. `sightedness` tells by how many nats a word becomes less likely when the picture is another: what the
-model does with the picture, where attention tells only what it looked at.
+of the image. `sightedness` tells by how many nats a word becomes less likely when the image is another: what the
+model does with the image, where attention tells only what it looked at.
 
 All three answer in data (see `results`), which draw their figures by `plot()`. None changes the model, so other threads may
 go on generating with it.
@@ -51,7 +51,7 @@ def _pixels(processor: Any, images: list[Any], device: Any) -> dict[str, Any]:
 
 
 def _prefixes(core: Any, processor: Any, images: list[Any], batch_size: int) -> tuple[list[torch.Tensor], list[bytes]]:
-    """One prefix per image, and what tells equal pictures apart from others."""
+    """One prefix per image, and what tells equal images apart from others."""
     prefixes, keys = [], []
     for start in range(0, len(images), batch_size):
         pixels = _pixels(processor, images[start : start + batch_size], core.device)
@@ -191,7 +191,7 @@ def attention_to_image(
         special = set(tokenizer.all_special_ids)
         kept = torch.tensor([index not in special for index in ids.tolist()], dtype=torch.bool)
         ids, weights = ids[kept], [one[:, kept] for one in weights]
-    picture, grid = _picture(processor, pixels), None
+    image, grid = _seen_image(processor, pixels), None
     origins = prefix_origins(core.connector, features, mask)
     leading = config.num_leading_tokens if config.vision_feature_select_strategy == "full" else 0
     why = None
@@ -202,10 +202,10 @@ def attention_to_image(
     else:
         spatial = pixels.get("spatial_shapes")
         count = origins.shape[1] - leading
-        grid = grid_of(count, *picture.shape[:2]) if spatial is None else tuple(spatial[0].tolist())
+        grid = grid_of(count, *image.shape[:2]) if spatial is None else tuple(spatial[0].tolist())
         if grid is None or math.prod(grid) != count:
-            grid, why = None, f"the tower's {count} positions are no grid on {tuple(picture.shape[:2])} pixels."
-    return ImageAttention(_words(tokenizer, ids), ids, weights, kind, origins, grid, leading, why, picture)
+            grid, why = None, f"the tower's {count} positions are no grid on {tuple(image.shape[:2])} pixels."
+    return ImageAttention(_words(tokenizer, ids), ids, weights, kind, origins, grid, leading, why, image)
 
 
 def _read_or_write(
@@ -299,7 +299,7 @@ def _gated_weights(
     return (scores if mask is None else scores.masked_fill(~mask.to(scores.device), -math.inf)).softmax(dim=-1)
 
 
-def _picture(processor: Any, pixels: dict[str, Any]) -> torch.Tensor:
+def _seen_image(processor: Any, pixels: dict[str, Any]) -> torch.Tensor:
     """What the tower saw, (height, width, channels) from 0 to 1: resized and cropped as the image processor does."""
     values, part = pixels["pixel_values"][0].float().cpu(), processor.image_processor
     if values.ndim == 2:  # patches (NaFlex): row by row, each of (rows, columns, channels)
@@ -332,9 +332,9 @@ def sightedness(
     batch_size: int = 16,
 ) -> Sightedness:
     """
-    The drop of each word's log-likelihood, in nats, when the picture is swapped for another.
+    The drop of each word's log-likelihood, in nats, when the image is swapped for another.
 
-    Texts are read as in training (`DataCollatorForFrozenPrefix`), each after one picture; each picture is encoded once.
+    Texts are read as in training (`DataCollatorForFrozenPrefix`), each after one image; each image is encoded once.
 
     Args:
         model: a `FrozenPrefixForConditionalGeneration`.
@@ -342,11 +342,11 @@ def sightedness(
         images: one image per text.
         texts: what is scored, word by word.
         prompts: what stands before each text and is not scored (one for all, or one each).
-        other_images: the pictures to swap in (one or several); else every other one of `images` that differs.
+        other_images: the images to swap in (one or several); else every other one of `images` that differs.
         batch_size: texts at a time.
 
     Raises:
-        ValueError: if there is no other picture, or a text has several.
+        ValueError: if there is no other image, or a text has several.
     """
     core, images = _core(model), _listed(images)
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -371,9 +371,9 @@ def sightedness(
             prefixes += more
         if not all(others):
             raise ValueError(
-                f"Text {others.index([])} has no other picture to swap in: give several different images, or `other_images`."
+                f"Text {others.index([])} has no other image to swap in: give several different images, or `other_images`."
             )
-        pairs = [(text, picture) for text, some in enumerate(others) for picture in [text, *some]]
+        pairs = [(text, image) for text, some in enumerate(others) for image in [text, *some]]
         scores = []
         for start in range(0, len(pairs), batch_size):
             chosen = pairs[start : start + batch_size]

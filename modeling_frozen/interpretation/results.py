@@ -1,4 +1,4 @@
-"""What the functions of `interpret` return, and their figures: prefixes as a table of words, attention over the picture,
+"""What the functions of `interpret` return, and their figures: prefixes as a table of words, attention over the image,
 words coloured by what they lose without it. Figures are drawn by `plot()`, which needs matplotlib (the extra `plots`).
 """
 
@@ -11,7 +11,7 @@ from unicodedata import east_asian_width
 
 import torch
 
-from ..evaluation.plots import BLUE, GREY, finish, new_figure, plain_axes, show_picture, shown
+from ..evaluation.plots import BLUE, GREY, finish, new_figure, plain_axes, show_image, shown
 
 
 def _ink(colour: Any) -> str:
@@ -72,14 +72,14 @@ def _draw_nearest_words(
     """A row per prefix vector, a column per rank, darker where the word is nearer."""
     words, values = result.words[image][:max_positions], result.similarities[image][:max_positions]
     positions, top_k = len(words), len(words[0])
-    picture = result.images[image] if result.images else None
+    shown_image = result.images[image] if result.images else None
     table_width = 1.0 + 1.15 * top_k
-    figure = new_figure(table_width + (2.6 if picture is not None else 0) + 0.9, max(2.8, 0.34 * positions + 1.2))
-    if picture is None:
+    figure = new_figure(table_width + (2.6 if shown_image is not None else 0) + 0.9, max(2.8, 0.34 * positions + 1.2))
+    if shown_image is None:
         axes = figure.add_subplot()
     else:
         left, axes = figure.subplots(1, 2, width_ratios=[2.6, table_width + 0.9])
-        show_picture(left, picture)
+        show_image(left, shown_image)
         left.set_anchor("N")
         norms = result.norms[image]
         left.set_xlabel(
@@ -125,10 +125,10 @@ class ImageAttention:
         kind: `"self"` (decoders), `"cross"` (encoder-decoders), `"gated"` (gated cross-attention).
         origins (`torch.FloatTensor` of shape `(prefix_length, positions)`, *optional*):
             See [`~connector_attention.prefix_origins`].
-        grid: rows and columns of the positions on the picture; `None` where the prefix is not spatial.
+        grid: rows and columns of the positions on the image; `None` where the prefix is not spatial.
         num_leading: positions before the grid's (class token …), with `vision_feature_select_strategy="full"`.
         why_not_spatial: the reason where `grid` is `None`.
-        picture (`torch.FloatTensor` of shape `(height, width, channels)`): what the tower saw, from 0 to 1.
+        image (`torch.FloatTensor` of shape `(height, width, channels)`): what the tower saw, from 0 to 1.
     """
 
     words: list[str]
@@ -139,7 +139,7 @@ class ImageAttention:
     grid: tuple[int, int] | None
     num_leading: int
     why_not_spatial: str | None
-    picture: torch.Tensor = field(repr=False)
+    image: torch.Tensor = field(repr=False)
 
     def by_word(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
         """Attention `(words, prefix_length)`, averaged over heads and over `layers` (an index or several; all)."""
@@ -152,7 +152,7 @@ class ImageAttention:
 
     def maps(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
         """
-        Attention laid out on the picture: `(words, rows, columns)`.
+        Attention laid out on the image: `(words, rows, columns)`.
 
         Raises:
             ValueError: if the prefix is not spatial; says why.
@@ -163,7 +163,7 @@ class ImageAttention:
         return on_positions[:, self.num_leading :].reshape(-1, *self.grid)
 
     def plot(self, path: str | Path | None = None, *, layers: int | Sequence[int] | None = None, max_words: int = 24) -> Any:
-        """Over the picture where the prefix is spatial, else bars; a matplotlib `Figure`, written to `path`."""
+        """Over the image where the prefix is spatial, else bars; a matplotlib `Figure`, written to `path`."""
         return _draw_attention(self, path, layers=layers, max_words=max_words)
 
 
@@ -174,7 +174,7 @@ def _draw_attention(
     layers: int | Sequence[int] | None = None,
     max_words: int = 24,
 ) -> Any:
-    """A picture per word with the attention over it; without places, bars over the prefix vectors."""
+    """An image per word with the attention over it; without places, bars over the prefix vectors."""
     if not result.words:
         raise ValueError("There are no words to draw: the model wrote nothing but special tokens.")
     averaged = "all layers" if layers is None else f"layer {layers}" if isinstance(layers, int) else f"layers {list(layers)}"
@@ -198,20 +198,20 @@ def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) 
     from matplotlib import colormaps
 
     titles = _titles(result, layers, max_words)
-    height, width = result.picture.shape[:2]
+    height, width = result.image.shape[:2]
     columns = min(6, len(titles) + 1)
     rows = -(-(len(titles) + 1) // columns)
     side = 2.0
     figure = new_figure(max(6.5, side * columns + 1.1), (side * height / width + 0.3) * rows + 0.75)
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False)
-    grey = result.picture.mean(dim=-1, keepdim=True).expand(-1, -1, 3)
+    grey = result.image.mean(dim=-1, keepdim=True).expand(-1, -1, 3)
     grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=0.2)  # outlines have to show through the colours
     colours, drawn = colormaps["viridis"], None
     for index, place in enumerate(axes.flat):
         place.set_axis_off()
         if index == 0:
-            place.imshow(result.picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            place.imshow(result.image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             place.set_title("what the tower saw", fontsize=10, color=GREY)
         elif index <= len(titles):
             there = result.maps(layers)[index - 1]
@@ -243,7 +243,7 @@ def _draw_bars(result: ImageAttention, title: str, layers: Any, max_words: int) 
         axes.locator_params(axis="y", nbins=2)
     all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
     reason = (result.why_not_spatial or "").rstrip(".")
-    reason = textwrap.fill(f"(no places on the picture: {reason})", 72)
+    reason = textwrap.fill(f"(no places on the image: {reason})", 72)
     all_axes[-1].set_xlabel(f"prefix vector\n{reason}", fontsize=9.5)
     figure.supylabel("% of the word's attention", fontsize=10)
     return figure
@@ -260,8 +260,8 @@ class WordSightedness:
     Args:
         words: the tokens that were scored, EOS among them where the model learns to write it.
         ids (`torch.LongTensor` of shape `(words,)`).
-        log_likelihood (`torch.FloatTensor` of shape `(words,)`): nats, with the text's own picture.
-        swapped (`torch.FloatTensor` of shape `(others, words)`): nats, with each other picture.
+        log_likelihood (`torch.FloatTensor` of shape `(words,)`): nats, with the text's own image.
+        swapped (`torch.FloatTensor` of shape `(others, words)`): nats, with each other image.
         image, prompt: as they were passed.
     """
 
@@ -274,8 +274,8 @@ class WordSightedness:
 
     @property
     def drop(self) -> torch.Tensor:
-        """Nats `(words,)` that each word loses when the picture is another, averaged over the others. Positive: its own
-        picture made it likelier; zero: the model did not use the picture; negative: it was misled."""
+        """Nats `(words,)` that each word loses when the image is another, averaged over the others. Positive: its own
+        image made it likelier; zero: the model did not use the image; negative: it was misled."""
         return self.log_likelihood - self.swapped.mean(dim=0)
 
 
@@ -301,12 +301,12 @@ class Sightedness:
         ]
 
     def plot(self, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
-        """Words coloured by their drop, beside their pictures; a matplotlib `Figure`, written to `path`."""
+        """Words coloured by their drop, beside their images; a matplotlib `Figure`, written to `path`."""
         return _draw_sightedness(self, path, max_texts=max_texts)
 
 
 def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
-    """Each text beside its picture, every word on the colour of its drop, with the number under it."""
+    """Each text beside its image, every word on the colour of its drop, with the number under it."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import TwoSlopeNorm
@@ -320,13 +320,13 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
     tops = [0.42 if sample.prompt else 0.12 for sample in samples]
     heights = [max(1.15, line * (rows[-1][0] + 1) + top) for rows, top in zip(laid, tops, strict=True)]
     figure = new_figure(width + 2.4, sum(heights) + 1.35)
-    figure.suptitle("What each word loses when the picture is another", fontsize=12)
+    figure.suptitle("What each word loses when the image is another", fontsize=12)
     all_axes = figure.subplots(len(samples), 2, squeeze=False, width_ratios=[1.7, width], height_ratios=heights)
     for (left, right), sample, rows, height, top in zip(all_axes, samples, laid, heights, tops, strict=True):
         if sample.image is None:
             left.set_axis_off()
         else:
-            show_picture(left, sample.image)
+            show_image(left, sample.image)
         right.set_axis_off()
         right.set_xlim(0, width)
         right.set_ylim(height, 0)
@@ -350,7 +350,7 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
                 color=GREY,
             )
     bar = figure.colorbar(colours, ax=all_axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
-    bar.set_label("log-likelihood with its own picture minus with others (nats per word)")
+    bar.set_label("log-likelihood with its own image minus with others (nats per word)")
     for left in all_axes[:, 0]:  # beside the first line; the bar moves them
         left.set_anchor("N")
     return finish(figure, path)

@@ -86,7 +86,7 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
 def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, list[float]]:
     """
     The scores of [`caption_metrics`] for each caption by itself, in order, for intervals and for looking at single
-    pictures. `rouge_l` and `cider` average to the corpus's scores; `bleu_n` do not, since BLEU counts over the whole
+    images. `rouge_l` and `cider` average to the corpus's scores; `bleu_n` do not, since BLEU counts over the whole
     corpus.
     """
     return _coco_scores(*_tokenized(predictions, references))[1]

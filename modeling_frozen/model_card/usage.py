@@ -12,7 +12,7 @@ from ..hub import AUTO_MAP
 
 
 # By medium: one, several, and what is done to it.
-_MEDIA = {"image": ("image", "images"), "video": ("video", "videos"), "audio": ("sound", "sounds")}
+_MEDIA = {"image": ("image", "images"), "video": ("video", "videos"), "audio": ("audio clip", "audio clips")}
 _GENERATION, _CLASSIFICATION = "AutoModelForImageTextToText", "AutoModelForSequenceClassification"
 _RETRIEVAL = "AutoModelForZeroShotImageClassification"
 
@@ -73,8 +73,8 @@ def connector_rows(config: Any, describe: Any) -> list[tuple[str, list[tuple[str
     for title, medium, prefix, arguments in (
         ("Connector", "image", "vision", config.connector_arguments if config.vision_config is not None else None),
         (
-            "Connector of sounds",
-            "sound",
+            "Connector of audio",
+            "audio clip",
             "audio",
             config.audio_connector_arguments if config.audio_config is not None else None,
         ),
@@ -106,19 +106,19 @@ def _classes(config: Any) -> str:
 def _classification(model: Any, served: list[str]) -> CardUsage:
     config = model.config
     fused = config.resolved_fused_inputs
-    names = [_MEDIA[name][0] if name != "text" else "text" for name in fused]
     only = fused[0] if len(fused) == 1 else None
     # transformers' pipelines call with one input; what needs two is filed under none of them.
     tag = f"{only}-classification" if only in ("image", "text") else None
     task = tag or f"{'audio' if 'audio' in fused else 'image'}-classification"
+    first = fused[0] if fused[0] != "text" else config.media[0]
     auto_class = "AutoModelForImageClassification" if only == "image" else _CLASSIFICATION
     kind = (config.problem_type or "single_label_classification").replace("_", " ")
     predicted = "numbers" if config.problem_type == "regression" else f"one of {config.num_labels} classes"
     predicted = f"which of {config.num_labels} classes apply" if kind.startswith("multi") else predicted
     reading = (
-        f"the embeddings of {_listed(names)}, each of norm 1, joined and put to norm 1"
-        if len(names) > 1
-        else (f"the embedding of the {names[0]}, of norm 1")
+        f"the embeddings of {_listed(fused)}, each of norm 1, joined and put to norm 1"
+        if len(fused) > 1
+        else (f"the embedding of the {fused[0]}, of norm 1")
     )
     head = [("reads", reading)]
     if "image" in fused and config.image_embedding == "tower":
@@ -139,9 +139,9 @@ def _classification(model: Any, served: list[str]) -> CardUsage:
         pipeline_tag=tag,
         task_type=task,
         task_name=task.replace("-", " ").title(),
-        medium=names[0] if names[0] != "text" else _MEDIA[config.media[0]][0],
-        media=_MEDIA[fused[0] if fused[0] != "text" else config.media[0]][1],
-        summary=f"A classifier that predicts {predicted} from {_listed(names)}, on a frozen vision tower and language model.",
+        medium=_MEDIA[first][0],
+        media=_MEDIA[first][1],
+        summary=f"A classifier that predicts {predicted} from {_listed(fused)}, on a frozen vision tower and language model.",
         limits=f"A class may be wrong, or guessed from {guess}: read every score beside its blind baseline, and do not "
         "rely on a decision that nobody can check.",
         head=tuple(head),
@@ -182,7 +182,7 @@ def _generation(model: Any, served: list[str]) -> CardUsage:
         medium=_MEDIA[medium][0],
         media=_MEDIA[medium][1],
         summary=f"{media_inputs(config).capitalize()} input for a frozen language model.",
-        limits=f"What it says of {'an image' if medium == 'image' else 'a sound'} may be wrong, or guessed from the words of "
+        limits=f"What it says of an {_MEDIA[medium][0]} may be wrong, or guessed from the words of "
         "the question alone: read every score beside its blind baseline, and do not rely on an answer that nobody can check.",
         answers_text=generates,
     )
@@ -214,10 +214,10 @@ def use_block(model: Any, usage: CardUsage, source: str, first: str, options: st
         return "\n".join(lines)
     media, token = "", ""
     if takes_image:
-        lines.append('image = Image.open("photo.jpg")  # any picture')
+        lines.append('image = Image.open("photo.jpg")  # any image')
         media, token = "images=image, ", "<image>"
     elif takes_audio:
-        media, token = 'audio="sound.wav", ', "<audio>"
+        media, token = 'audio="audio.wav", ', "<audio>"
     if hasattr(model, "classifier"):
         arguments = media + ('text="what goes with it", ' if "text" in fused else "")
         lines.append(f'logits = model(**processor({arguments}return_tensors="pt")).logits[0]')

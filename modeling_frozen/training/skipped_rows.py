@@ -24,10 +24,10 @@ class SkippedRowsCallback(TrainerCallback):
         self.seen = 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = self.collator.tally.read(self.seen)
-        self.seen += len(found)
-        for kind, count in Counter(kind for kind, _ in found).items():
-            first = "".join(f"\n  {what}" for one, what in [pair for pair in found if pair[0] == kind][: self.first])
+        skipped = self.collator.tally.read(self.seen)
+        self.seen += len(skipped)
+        for kind, count in Counter(kind for kind, _ in skipped).items():
+            first = "".join(f"\n  {what}" for one, what in [pair for pair in skipped if pair[0] == kind][: self.first])
             logger.warning(f"{kind}: {count} in epoch {state.epoch:.2f}, the first of them:{first}")
 
 
