@@ -170,6 +170,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As transformers', and its code with it (where a model's config lies there already, the model's too), so that the
         folder can be pushed as it is: `Trainer` does so with its output folder. Its checkpoints stay small."""
+        # By name, as transformers' own `get_last_checkpoint` finds them: `Trainer` calls this with nothing but the folder, and
+        # writes what else would tell a checkpoint from its output folder (optimizer, `trainer_state.json`) afterwards.
         if push_to_hub or not re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
             try:
                 from modeling_frozen.hub import AUTO_MAP, write_code
