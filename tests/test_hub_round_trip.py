@@ -1,4 +1,4 @@
-"""Push, pull, trust: through the wire, each step in a process of its own, against the Hub server of `hub_server`."""
+"""Push, pull, trust: through the wire, each step in a process of its own, against `benchmarks/loopback_hub`."""
 
 import json
 from pathlib import Path

@@ -318,7 +318,7 @@ print(json.dumps({
             assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
 
     def test_runs_from_the_command_line(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "tests.helpers.hub_server", "--port", "0", "--root", str(tmp_path)]
+        command = [sys.executable, "-m", "benchmarks.loopback_hub.server", "--port", "0", "--root", str(tmp_path)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None

@@ -52,7 +52,7 @@ class Hub:
     def start(self) -> None:
         """Starts the server; after `stop()` on the same port, with all it held."""
         port = self.endpoint.rpartition(":")[2] or "0"
-        command = [sys.executable, "-m", "tests.helpers.hub_server", "--port", port, "--root", str(self.root)]
+        command = [sys.executable, "-m", "benchmarks.loopback_hub.server", "--port", port, "--root", str(self.root)]
         command += ["--page-size", str(self.page_size), "--until-eof"]
         # It ends when the pipe does: with this process, however that may end.
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
@@ -109,7 +109,8 @@ class Hub:
         how: str = "close",
         times: int | None = 1,
     ) -> None:
-        """Drops the connection of the next `times` requests whose "METHOD /path?query" matches; see `hub_wire.py`.
+        """Drops the connection of the next `times` requests whose "METHOD /path?query" matches; see
+        `benchmarks/loopback_hub/wire.py`.
 
         The client tries an LFS PUT six times (23 s), a download six times (5 s) but once under how="reset", and a
         commit once: `times=None` cuts until `mend()`.

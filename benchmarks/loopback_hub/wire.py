@@ -1,4 +1,4 @@
-"""The wire of the test Hub of `hub_server.py`: connections that count bytes and can be cut, routing, the admin API.
+"""The wire of the loopback Hub of `server.py`: connections that count bytes and can be cut, routing, the admin API.
 
 The admin API needs no token and is never counted:
 
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.helpers.hub_store import HubError, Repo, Store
+from benchmarks.loopback_hub.store import HubError, Repo, Store
 
 
 class Cut(Exception):

@@ -1,4 +1,4 @@
-"""What the test Hub of `hub_server.py` holds: accounts, repositories, commits and contents, and who may see them.
+"""What the loopback Hub of `server.py` holds: accounts, repositories, commits and contents, and who may see them.
 
 Every commit is a snapshot `{path: file}` with a 40-hex id. Contents lie by their SHA-256 under `ROOT/blobs`, all else
 in `ROOT/state.json`, so a server that is stopped and started again on the same folder goes on where it was.
@@ -131,6 +131,32 @@ class Store:
                 file.write(data)
             os.replace(file.name, self.blobs / sha256)
         return {"size": len(data), "oid": git_oid(data), "sha256": sha256, "lfs": False}
+
+    def put_folder(self, kind: str, repo_id: str, folder: Path) -> str:
+        """Makes `folder` what lies on the main branch of a public repository ("models" or "datasets"), and returns its commit:
+        the one before where nothing changed, so that what was recorded stays true."""
+        tree = {".gitattributes": self.put(GITATTRIBUTES.encode())}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            tree[name] = self.put(path.read_bytes())
+            tree[name]["lfs"] = self.is_lfs(tree, name, tree[name]["size"])
+            if tree[name]["lfs"]:
+                tree[name]["oid"] = git_oid(lfs_pointer(tree[name]["sha256"], tree[name]["size"]))
+        with self.lock:
+            repo = self.repos.get(f"{kind}/{repo_id}")
+            if repo is None:
+                repo = self.new_repo(kind, repo_id, private=False)
+                self.repos[f"{kind}/{repo_id}"] = repo
+            head = repo["refs"].get("refs/heads/main")
+            if head is None or repo["commits"][head]["tree"] != tree:
+                head = self.commit(repo, "refs/heads/main", tree, "as it lies in a folder", "", repo_id.split("/")[0])
+        return head
+
+    @staticmethod
+    def new_repo(kind: str, repo_id: str, *, private: bool) -> Repo:
+        """A repository without a commit."""
+        return {"kind": kind, "id": repo_id, "private": private, "gated": False, "granted": [], "created": now(),
+                "refs": {}, "commits": {}, "lfs": [], "discussions": []}  # fmt: skip
 
     def get(self, file: dict[str, Any]) -> bytes:
         return (self.blobs / file["sha256"]).read_bytes()

@@ -1,13 +1,13 @@
-"""A small Hub on loopback, so that tests go through the real huggingface_hub client and a real wire.
+"""A small Hub on the loopback, so that tests and commands go through the real huggingface_hub client and a real wire.
 
 It speaks the HTTP API that huggingface_hub 2.4 uses: accounts, repositories, commits (regular and LFS files),
 branches, tags, revisions, listings, downloads with ranges, private and gated repositories, pull requests.
-`hub_store.py` is what lies behind it; `hub_wire.py` has the admin API by which tests count bytes and cut the wire.
+`store.py` is what lies behind it; `wire.py` has the admin API by which tests count bytes and cut the wire.
 
-    python -m tests.helpers.hub_server --port 0 --root DIR        prints its endpoint and serves until it is ended
+    python -m benchmarks.loopback_hub.server --port 0 --root DIR        prints its endpoint and serves until it is ended
 
 Clients need HF_ENDPOINT, HF_TOKEN (`hf_me` writes as "me", `hf_you` as "you") and HF_HUB_DISABLE_XET=1 before they
-import huggingface_hub; `hub_fixtures.py` starts them so.
+import huggingface_hub; `tests/helpers/hub_fixtures.py` and `benchmarks/real_parents.py` start them so.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.helpers.hub_store import (
+from benchmarks.loopback_hub.store import (
     GITATTRIBUTES,
     HEX64,
     REPO_NAME,
@@ -39,7 +39,7 @@ from tests.helpers.hub_store import (
     lfs_pointer,
     now,
 )
-from tests.helpers.hub_wire import API, REV, WEB, HubServer, WireHandler, route
+from benchmarks.loopback_hub.wire import API, REV, WEB, HubServer, WireHandler, route
 
 
 class Handler(WireHandler):
@@ -79,8 +79,7 @@ class Handler(WireHandler):
             if f"{kind}/{repo_id}" in store.repos:
                 raise HubError(409, f"You already created this {kind[:-1]} repo", url=url)
             private = asked.get("visibility") == "private" or bool(asked.get("private"))
-            repo = {"kind": kind, "id": repo_id, "private": private, "gated": False, "granted": [], "created": now(),
-                    "refs": {}, "commits": {}, "lfs": [], "discussions": []}  # fmt: skip
+            repo = store.new_repo(kind, repo_id, private=private)
             tree = {".gitattributes": store.put(GITATTRIBUTES.encode())}
             store.commit(repo, "refs/heads/main", tree, "initial commit", "", self.user["name"])
             store.repos[f"{kind}/{repo_id}"] = repo
