@@ -75,9 +75,7 @@ class Demo:
     def prompt(self, question: str, as_chat: bool) -> str:
         if not as_chat:
             return question
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        text = self.processor.apply_chat_template([turn], add_generation_prompt=True)
-        return text.removeprefix(self.processor.tokenizer.bos_token or "")  # the processor puts it before every prompt
+        return self.processor.chat_prompt(question or "Describe the photo.")
 
     def stream(self, image: Image.Image, prompt: str, max_new_tokens: int, first_sentence: bool) -> Iterator[str]:
         """The answer, as far as it has been written."""

@@ -9,7 +9,7 @@ that call reaches us too. Only this folder and public packages are imported: a c
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -657,6 +657,23 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """As transformers', by a template that places images (videos, audio) as it places text."""
         conversation = without_empty_contents(conversation)
         return super().apply_chat_template(conversation, self.template_of(chat_template), *args, **kwargs)
+
+    def chat_prompt(self, conversation: str | Sequence[Mapping[str, Any]], images: int = 1) -> str:
+        """
+        A chat as a plain prompt, up to where the assistant answers: for `processor(text=…)`, rows with `prompt` and
+        `evaluate(prompt=…)`. What the tokenizer puts before every text itself is not in it.
+
+        Args:
+            conversation: the turns, as for `apply_chat_template`; or what one user asks about `images` images before it.
+        """
+        if isinstance(conversation, str):
+            content = [{"type": "image"}] * images + [{"type": "text", "text": conversation}]
+            conversation = [{"role": "user", "content": content}]
+        text = self.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+        bos = self.tokenizer.special_tokens_map.get("bos_token")
+        if bos and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            return text.removeprefix(bos)
+        return text
 
     # ------------------------------------------------------------------------------------------------ videos and audio
     def to_dict(self) -> dict[str, Any]:

@@ -373,11 +373,7 @@ def _chat(index: int, messages: Any, images: list[Any] | None, processor: Any) -
         raise ValueError(f"Row {index}: its messages have no assistant turn, which would be the reference.")
     images = media["image"] or images or []
     turns = place_in_turns(processor, [{**turn, "content": turn["content"]} for turn in turns], len(images))
-    text = processor.apply_chat_template(turns[:last], tokenize=False, add_generation_prompt=True)
-    bos = processor.tokenizer.special_tokens_map.get("bos_token")
-    if bos and processor.tokenizer("a")["input_ids"][:1] == [processor.tokenizer.bos_token_id]:
-        text = text.removeprefix(bos)  # the tokenizer writes it again
-    return text, plain_text(turns[last]["content"]), images
+    return processor.chat_prompt(turns[:last]), plain_text(turns[last]["content"]), images
 
 
 _REFERENCES = ("captions", "answers", "references", "answer", "completion", "text", "caption")
