@@ -75,6 +75,9 @@ class FrozenPrefixConfig(CompositeConfig):
             (see `modeling_frozen.cross_attention.check_cross_attention`).
         num_leading_tokens, num_positions, vision_width, embedding_dim, text_hidden_size, text_num_layers (`int`, *optional*):
             Geometry of the two backbones, probed by [`from_vision_text_configs`]; the last two for cross-attention alone.
+        vision_grid (`list[int]` or `"variable"`, *optional*):
+            Rows and columns of the tower's positions, for connectors that read them as a grid; `"variable"` where each image
+            has its own (NaFlex), `None` where they are no grid. Probed as well.
         image_token_id (`int`, *optional*):
             Id of the placeholder in `input_ids`; `num_image_tokens` of them are one image's. Defaults to one past
             the vocabulary. The language model is never resized for it.
@@ -178,6 +181,7 @@ class FrozenPrefixConfig(CompositeConfig):
     num_leading_tokens: int | None = None
     num_positions: int | None = None
     vision_width: int | None = None
+    vision_grid: list[int] | tuple[int, ...] | str | None = None
     embedding_dim: int | None = None
     text_hidden_size: int | None = None
     text_num_layers: int | None = None
@@ -239,6 +243,8 @@ class FrozenPrefixConfig(CompositeConfig):
             "contrastive_loss_config", "unlocked_layers",
         ):  # fmt: skip
             setattr(self, name, dict(getattr(self, name) or {}))
+        if isinstance(self.vision_grid, tuple):
+            self.vision_grid = list(self.vision_grid)
         self.trainable = tuple(self.trainable)
         self.fused_inputs = None if self.fused_inputs is None else tuple(self.fused_inputs)
         self.saved_parts = None if self.saved_parts is None else tuple(self.saved_parts)
@@ -297,6 +303,7 @@ class FrozenPrefixConfig(CompositeConfig):
         return {
             "vision_width": width,
             "embedding_dim": self.embedding_dim,
+            "grid": None if prefix else self.vision_grid,
             **{key: getattr(self, prefix + key) for key in keys},
         }
 
@@ -428,7 +435,7 @@ class FrozenPrefixConfig(CompositeConfig):
             raise ValueError(
                 f"A prefix of {self.prefix_length} vectors leaves no room for words: the language model has "
                 f"{max_positions} positions. Choose a smaller `prefix_length`, with a connector that can shorten "
-                "(`resampler`, `transformer`, `qformer`, `lstm`), or a language model with more positions."
+                "(`resampler`, `avg_pool`, `pixel_shuffle`, …), or a language model with more positions."
             )
 
     def changed_processor_files(self, part: str) -> list[str]:
@@ -455,7 +462,7 @@ class FrozenPrefixConfig(CompositeConfig):
         ids = self.placeholder_ids
         if len(set(ids.values())) < len(ids):
             raise ValueError(f"The placeholders {ids} share an id, so they can't be distinguished: give each its own.")
-        readers = [name for name, connector in CONNECTORS.items() if connector.reads_positions]
+        readers = [name for name, kind in CONNECTORS.items() if kind.reads_positions and not kind.reads_grid]
         if self.num_frames is not None:
             if self.num_frames < 1 or self.vision_config is None:
                 raise ValueError(
@@ -465,7 +472,7 @@ class FrozenPrefixConfig(CompositeConfig):
             if self.video_pooling == "connector" and self.connector_type not in readers:
                 raise ValueError(
                     f"`video_pooling='connector'` lets the connector read all frames as one sequence, but "
-                    f"`connector_type={self.connector_type!r}` keeps positions: take one of {readers}, or "
+                    f"`connector_type={self.connector_type!r}` does not: take one of {readers}, or "
                     "`video_pooling='mean'`."
                 )
         if self.audio_width is None or self.embedding_dim is None:
@@ -572,6 +579,7 @@ class FrozenPrefixConfig(CompositeConfig):
             ValueError: where the two can't be joined (see the class).
         """
         from .backbones import probe_language_model
+        from .connectors import norm_of_each_layer
         from .vision_towers import probe_vision_tower, vision_half
 
         if vision_config is None and audio_config is None:
@@ -590,6 +598,10 @@ class FrozenPrefixConfig(CompositeConfig):
             kwargs.setdefault("num_leading_tokens", geometry.num_leading_tokens)
             kwargs.setdefault("num_positions", geometry.num_positions)
             kwargs.setdefault("vision_width", geometry.vision_width)
+            kwargs.setdefault("vision_grid", geometry.grid)
+            kwargs["connector_config"] = norm_of_each_layer(
+                kwargs.get("connector_type", cls.connector_type), kwargs.get("connector_config"), geometry.layer_widths
+            )
         if audio_config is not None:
             from .audio_towers import audio_half, probe_audio_tower
 

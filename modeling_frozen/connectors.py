@@ -5,15 +5,16 @@ A connector maps tower features (images, positions, vision_width) to a prefix (i
 the space of the language model's word embeddings. It is all that trains by default, and all that a checkpoint holds.
 
 All but `identity` are one frame with another middle: features are masked, cast, normalised (so that any tower's
-scale works), *mixed* by the subclass, and mapped to the prefix by one linear layer, which `set_output_norm` scales. Two
-kinds of middle: those that keep the positions (identity, linear, mlp) and those that read them all and write at
-`prefix_length` learned queries (transformer, resampler, qformer, lstm).
+scale works), *mixed* by the subclass, and mapped to the prefix by one linear layer, which `set_output_norm` scales. Three
+kinds of middle: those that keep the positions (identity, linear, mlp); those that read them all and write at
+`prefix_length` learned queries (transformer, resampler, qformer, lstm); and those that read them as a grid and write a smaller
+grid, row by row (avg_pool, pixel_shuffle, c_abstractor).
 """
 
 import difflib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,12 +26,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # No connector needs as many; a config that asks for millions would be built for hours.
 MAX_LAYERS = 1000
+# What a connector must know of its place, beside its own options; `grid` may be left out.
+GEOMETRY = ("num_positions", "vision_width", "embedding_dim", "prefix_length", "grid")
+
+
+class GroupedLayerNorm(nn.LayerNorm):
+    """A LayerNorm over each of `groups` equal parts of the width, so that none of several concatenated layers rules."""
+
+    def __init__(self, width: int, groups: int, eps: float):
+        super().__init__(width, eps=eps)
+        self.groups = groups
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        parts = input.unflatten(-1, (self.groups, -1))
+        return nn.functional.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight + self.bias
 
 
 def fill_layers(module: nn.Module) -> None:
     """(Re)initialises linear layers, norms and attention; what is marked as loaded stays as it is."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
             init.lecun_normal_(layer.weight)  # keeps the variance, whatever the widths
             if layer.bias is not None:
                 init.zeros_(layer.bias)
@@ -61,7 +76,11 @@ class Connector(nn.Module):
         embedding_dim (`int`): width of the language model's word embeddings.
         prefix_length (`int`, *optional*): prefix vectors per image; `None` means one per position, for connectors that keep
             positions.
+        grid (`tuple[int, int]` or `"variable"`, *optional*):
+            Rows and columns of the positions, for connectors that read a grid; `"variable"` where each image has its own.
         input_norm (`bool`, defaults to `True`): LayerNorm on the features; without it the tower's own scale comes through.
+        input_norm_groups (`int`, defaults to 1):
+            Equal parts of the width that are normalised each for itself: as many as layers of the tower are concatenated.
         position_embedding (`bool`, defaults to `False`): learned embeddings added to the features, for towers whose features
             do not hold their place (convolutional maps) before connectors that read positions as a set; needs
             `num_positions`.
@@ -69,8 +88,12 @@ class Connector(nn.Module):
         output_dropout (`float`, defaults to 0.0): dropout on the prefix.
     """
 
-    #: whether the prefix has its own length (learned queries) or one vector per position
+    #: whether the prefix has its own length (learned queries, a smaller grid) or one vector per position
     reads_positions = False
+    #: whether positions must be a grid
+    reads_grid = False
+    #: options that are two numbers, rows and columns
+    pairs: tuple[str, ...] = ()
     _frozen_prefix_initialized = False
 
     def __init__(
@@ -80,15 +103,22 @@ class Connector(nn.Module):
         vision_width: int,
         embedding_dim: int,
         prefix_length: int | None,
+        grid: Sequence[int] | str | None = None,
         input_norm: bool = True,
+        input_norm_groups: int = 1,
         position_embedding: bool = False,
         input_dropout: float = 0.0,
         output_dropout: float = 0.0,
     ):
         super().__init__()
         self.num_positions, self.vision_width, self.embedding_dim = num_positions, vision_width, embedding_dim
-        self.prefix_length = self.resolve_prefix_length(num_positions, prefix_length)
-        self.input_norm = nn.LayerNorm(vision_width, eps=1e-6) if input_norm else nn.Identity()
+        self.grid = grid if grid is None or isinstance(grid, str) else (grid[0], grid[1])
+        self.prefix_length = prefix_length
+        self.input_norm: nn.Module = nn.Identity()
+        if input_norm and input_norm_groups > 1:
+            self.input_norm = GroupedLayerNorm(vision_width, input_norm_groups, eps=1e-6)
+        elif input_norm:
+            self.input_norm = nn.LayerNorm(vision_width, eps=1e-6)
         self.positions: nn.Parameter | None = None
         if position_embedding:
             self.positions = nn.Parameter(torch.empty(num_positions, vision_width))  # type: ignore[arg-type]  # see `check`
@@ -108,12 +138,14 @@ class Connector(nn.Module):
         for klass in reversed(cls.__mro__):
             if "__init__" in vars(klass) and issubclass(klass, Connector):
                 for name, parameter in inspect.signature(klass.__init__).parameters.items():
-                    if parameter.default is not inspect.Parameter.empty:
+                    if parameter.default is not inspect.Parameter.empty and name not in GEOMETRY:
                         options[name] = parameter.default
         return options
 
     @classmethod
-    def resolve_prefix_length(cls, num_positions: int | None, prefix_length: int | None) -> int | None:
+    def resolve_prefix_length(
+        cls, num_positions: int | None, prefix_length: int | None, grid: Any = None, options: dict[str, Any] | None = None
+    ) -> int | None:
         """Prefix vectors per image; None only where the tower's positions vary and the connector keeps them.
 
         Raises:
@@ -132,8 +164,8 @@ class Connector(nn.Module):
             raise ValueError(
                 f"prefix_length={prefix_length}: the connector {cls._name()!r} writes one prefix vector per position, "
                 f"and the tower gives num_positions={num_positions}; leave prefix_length out, pool the tower's output "
-                "(vision_feature_select_strategy='pooled') before 'linear' or 'mlp', or choose a connector with a "
-                "length of its own: 'transformer', 'resampler', 'qformer', 'lstm'."
+                "(vision_feature_select_strategy='pooled') before 'linear' or 'mlp', or choose a connector with a length of "
+                f"its own: {', '.join(repr(name) for name, kind in CONNECTORS.items() if kind.reads_positions)}."
             )
         return prefix_length
 
@@ -149,6 +181,7 @@ class Connector(nn.Module):
         vision_width: int,
         embedding_dim: int,
         prefix_length: int | None,
+        grid: Sequence[int] | str | None = None,
         **options: Any,
     ) -> int | None:
         """Checks all values together, without building anything, and returns the resolved prefix length.
@@ -163,7 +196,11 @@ class Connector(nn.Module):
         kinds = {**dict.fromkeys(sizes), **dict.fromkeys(widths, 1), **cls.options()}
         for name, default in kinds.items():  # the kind of a default is the kind of the value
             value = {**sizes, **widths, **values}[name]
-            if isinstance(default, bool):
+            if name in cls.pairs:
+                pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_positive_int, value))
+                if not pair and value is not None:
+                    problems.append(f"{name}={value!r} must be a pair of positive whole numbers, rows and columns")
+            elif isinstance(default, bool):
                 if not isinstance(value, bool):
                     problems.append(f"{name}={value!r} must be True or False")
             elif isinstance(default, float):
@@ -174,6 +211,9 @@ class Connector(nn.Module):
         if not problems:
             if values.get("num_layers", 0) > MAX_LAYERS:
                 problems.append(f"num_layers={values['num_layers']} must be at most {MAX_LAYERS}")
+            groups = values.get("input_norm_groups", 1)
+            if vision_width % groups:
+                problems.append(f"input_norm_groups={groups} must divide the features' width, {vision_width}")
             width, heads = values.get("hidden_size"), values.get("num_heads")
             if heads is not None and width % heads:
                 problems.append(f"num_heads={heads} must divide hidden_size={width}; change one of the two")
@@ -189,7 +229,7 @@ class Connector(nn.Module):
                 )
         if problems:
             raise ValueError(f"The connector {cls._name()!r} can't be built: {'; '.join(problems)}.")
-        return cls.resolve_prefix_length(num_positions, prefix_length)
+        return cls.resolve_prefix_length(num_positions, prefix_length, grid, values)
 
     def _prepare(
         self, features: torch.Tensor, attention_mask: torch.Tensor | None, frames: int = 1
@@ -222,7 +262,13 @@ class Connector(nn.Module):
             )
         return features, attention_mask
 
-    def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None, frames: int = 1) -> torch.Tensor:
+    def forward(
+        self,
+        features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        frames: int = 1,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Writes the prefix.
 
@@ -233,6 +279,8 @@ class Connector(nn.Module):
                 that keep positions write a learned constant there.
             frames (`int`, defaults to 1):
                 How many frames of a video the positions hold, one after another, for connectors that read them.
+            spatial_shapes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+                Rows and columns of each image, for connectors that read a grid, where images differ in it (NaFlex).
 
         Returns:
             `torch.Tensor` of shape `(images, prefix_length, embedding_dim)`, in the connector's dtype.
@@ -245,12 +293,18 @@ class Connector(nn.Module):
             hidden = hidden + self.positions.repeat(frames, 1)
         if frames > 1:  # most connectors read positions as a set, which has no time in it
             hidden = hidden + _code_of_time(frames, hidden).repeat_interleave(hidden.shape[1] // frames, dim=0)
-        prefix = self.output(self._mix(self.input_dropout(hidden), attention_mask))
+        hidden = self.input_dropout(hidden)
+        mixed = self._mix_grid(hidden, spatial_shapes) if self.reads_grid else self._mix(hidden, attention_mask)
+        prefix = self.output(mixed)
         # Not `len`: exported, it would make a constant of the number of images.
         return self.output_dropout(prefix.reshape(features.shape[0], -1, self.embedding_dim))
 
     def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The middle: (images, positions, vision_width) to (images, positions or prefix_length, any width)."""
+        raise NotImplementedError
+
+    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
+        """The same of connectors that read a grid."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -265,6 +319,13 @@ class Connector(nn.Module):
 
     def _reset_own(self) -> None:
         """For parameters that are no layer's, or start otherwise."""
+
+    def grid_for(self, images: int, positions: int) -> dict[str, torch.Tensor]:
+        """For features that are no image's: the keyword by which they have a grid, where each image has its own."""
+        if not self.reads_grid or self.grid != "variable":
+            return {}
+        rows = next(number for number in range(math.isqrt(positions), 0, -1) if positions % number == 0)
+        return {"spatial_shapes": torch.tensor([[rows, positions // rows]]).expand(images, -1)}
 
     @torch.no_grad()
     def set_output_norm(self, norm: float) -> None:
@@ -286,7 +347,7 @@ class Connector(nn.Module):
         generator = torch.Generator().manual_seed(0)
         shape = (max(16, 512 // positions), positions, self.vision_width)
         features = torch.randn(shape, generator=generator, device="cpu").to(weight.device)
-        prefix = self.eval()(features)
+        prefix = self.eval()(features, **self.grid_for(len(features), positions))
         for module, training in modes.items():
             module.training = training
         scale = norm / prefix.float().norm(dim=-1).mean()
@@ -315,7 +376,13 @@ class IdentityConnector(Connector):
     def options(cls) -> dict[str, Any]:
         return {}
 
-    def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None, frames: int = 1) -> torch.Tensor:
+    def forward(
+        self,
+        features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        frames: int = 1,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return self._prepare(features, attention_mask, frames)[0]
 
     def set_output_norm(self, norm: float) -> None:
@@ -639,6 +706,241 @@ class LSTMConnector(_Reader):
                     weight[:, -1] = torch.cat([-spread, spread, torch.zeros(2 * size, device=weight.device)])
 
 
+class _GridConnector(Connector):
+    """Connectors that read the positions as a grid and write a smaller grid, row by row."""
+
+    reads_positions = reads_grid = True
+    prefix_length: int
+
+    @classmethod
+    def _need_grid(cls, num_positions: int | None, grid: Any) -> None:
+        if grid is None:
+            raise ValueError(
+                f"The connector {cls._name()!r} reads the tower's positions as a grid of rows and columns, and these "
+                f"(num_positions={num_positions}) are none: a pooled vector, learned queries, or leading tokens kept among "
+                "them by vision_feature_select_strategy='full'. Take 'default' as strategy, or a connector that needs no "
+                "grid, such as 'resampler'."
+            )
+        if grid != "variable" and math.prod(grid) != num_positions:
+            raise ValueError(f"grid={tuple(grid)} has {math.prod(grid)} places, for num_positions={num_positions}.")
+
+    def _grids(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        """Maps (images, rows, columns, width): one of all images, or where each has its own grid one of each."""
+        if self.grid != "variable":
+            yield hidden.unflatten(1, self.grid)  # type: ignore[arg-type]  # a pair: checked when it was built
+            return
+        if spatial_shapes is None or spatial_shapes.shape != (hidden.shape[0], 2):
+            shape = None if spatial_shapes is None else tuple(spatial_shapes.shape)
+            raise ValueError(
+                f"spatial_shapes of shape {shape}: this connector reads grids, which differ by image, so it needs "
+                f"({hidden.shape[0]}, 2) of them, rows and columns: pass what the image processor gives by this name."
+            )
+        for one, (rows, columns) in zip(hidden, spatial_shapes.tolist(), strict=True):
+            if rows * columns > hidden.shape[1]:
+                raise ValueError(
+                    f"spatial_shapes holds {rows} rows and {columns} columns, more than the {hidden.shape[1]} positions."
+                )
+            yield one[: rows * columns].unflatten(0, (rows, columns))[None]
+
+
+class _Pool(_GridConnector):
+    """What has a pooled grid as output: `prefix_length` vectors in a square, or `output_size`, rows and columns."""
+
+    pairs = ("output_size",)
+
+    def __init__(self, *, output_size: Sequence[int] | None = None, **common: Any):
+        super().__init__(**common)
+        self.output_size = self._output_size(self.prefix_length, output_size)
+
+    @classmethod
+    def _output_size(cls, prefix_length: int | None, output_size: Sequence[int] | None) -> tuple[int, int]:
+        if output_size is None:
+            side = math.isqrt(prefix_length or 0)
+            if prefix_length is None or side * side != prefix_length:
+                raise ValueError(
+                    f"prefix_length={prefix_length}: the connector {cls._name()!r} writes a grid of vectors, so it needs a "
+                    "square number of them (16, 64, 144 …), or connector_config={'output_size': (rows, columns)}."
+                )
+            return side, side
+        rows, columns = output_size
+        if prefix_length not in (None, rows * columns):
+            raise ValueError(
+                f"prefix_length={prefix_length} and output_size={tuple(output_size)}, which makes {rows * columns} vectors: "
+                "leave one of the two out, or make them agree."
+            )
+        return rows, columns
+
+    @classmethod
+    def resolve_prefix_length(
+        cls, num_positions: int | None, prefix_length: int | None, grid: Any = None, options: dict[str, Any] | None = None
+    ) -> int | None:
+        cls._need_grid(num_positions, grid)
+        size = cls._output_size(prefix_length, (options or {}).get("output_size"))
+        if grid != "variable" and (size[0] > grid[0] or size[1] > grid[1]):
+            raise ValueError(
+                f"The connector {cls._name()!r} would pool a grid of {tuple(grid)} rows and columns to {size}, which is larger: "
+                "choose a smaller prefix_length (or output_size), or a tower of smaller patches."
+            )
+        return math.prod(size)
+
+    def _pool(self, grids: torch.Tensor) -> torch.Tensor:
+        """(images, rows, columns, width) to (images, output rows, output columns, width): adaptive average pooling as torch's
+        (each output the mean from floor(i n / m) to ceil((i + 1) n / m)), as two products that any exporter knows."""
+        rows, columns = (_mean_of_ranges(grids.shape[axis], self.output_size[axis - 1], grids) for axis in (1, 2))
+        return torch.einsum("or,nrcw,pc->nopw", rows, grids, columns)
+
+
+def _mean_of_ranges(length: int, parts: int, like: torch.Tensor) -> torch.Tensor:
+    weights = torch.zeros(parts, length)
+    for part in range(parts):
+        start, end = part * length // parts, -(-(part + 1) * length // parts)
+        weights[part, start:end] = 1 / (end - start)
+    return weights.to(like.device, like.dtype)
+
+
+class AvgPoolConnector(_Pool):
+    """Adaptive average pooling of the grid, then two layers with GELU: DeCo (arXiv 2405.20985).
+
+    Args:
+        output_size (`tuple[int, int]`, *optional*): rows and columns of the prefix; `None` for a square of `prefix_length`.
+        hidden_size (`int`, *optional*): width of the hidden layer; `None` for `embedding_dim`.
+        dropout (`float`, defaults to 0.0): after the GELU.
+    """
+
+    def __init__(self, *, hidden_size: int | None = None, dropout: float = 0.0, **common: Any):
+        super().__init__(**common)
+        width = hidden_size or self.embedding_dim
+        self.hidden = nn.Sequential(nn.Linear(self.vision_width, width), nn.GELU(), nn.Dropout(dropout))
+        self._add_output(width)
+        self.reset_parameters()
+
+    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
+        pooled = torch.cat([self._pool(grids).flatten(1, 2) for grids in self._grids(hidden, spatial_shapes)])
+        # Means are the smaller the more neighbours differ, which differs by tower: the layer gets unit scale from any.
+        return self.hidden(nn.functional.layer_norm(pooled, pooled.shape[-1:]))
+
+
+class PixelShuffleConnector(_GridConnector):
+    """Squares of `scale_factor` times `scale_factor` neighbours become one vector, by their channels, which is mapped by one
+    linear layer, or two: Idefics3 (arXiv 2408.12637), InternVL 1.5 (arXiv 2404.16821).
+
+    Args:
+        scale_factor (`int`, defaults to 2): side of a square; must divide rows and columns of the grid.
+        hidden_size (`int`, *optional*): width of a hidden layer with GELU; `None` for none, as in Idefics3.
+        dropout (`float`, defaults to 0.0): before the last layer.
+    """
+
+    def __init__(self, *, scale_factor: int = 2, hidden_size: int | None = None, dropout: float = 0.0, **common: Any):
+        super().__init__(**common)
+        self.scale_factor = scale_factor
+        rows, columns = self.grid  # type: ignore[misc]  # a pair: checked before
+        self.prefix_length = (rows // scale_factor) * (columns // scale_factor)
+        width = self.vision_width * scale_factor**2
+        self.hidden: nn.Module = nn.Dropout(dropout)
+        if hidden_size is not None:
+            self.hidden = nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout))
+        self._add_output(hidden_size or width)
+        self.reset_parameters()
+
+    @classmethod
+    def resolve_prefix_length(
+        cls, num_positions: int | None, prefix_length: int | None, grid: Any = None, options: dict[str, Any] | None = None
+    ) -> int | None:
+        cls._need_grid(num_positions, grid)
+        scale = (options or {}).get("scale_factor", 2)
+        if grid == "variable":
+            raise ValueError(
+                f"The connector {cls._name()!r} takes squares of {scale} x {scale} positions together, and this tower's "
+                "images have grids of any rows and columns, which the squares need not divide: take 'avg_pool', "
+                "'c_abstractor' or 'resampler'."
+            )
+        if grid[0] % scale or grid[1] % scale:
+            raise ValueError(
+                f"scale_factor={scale} must divide the tower's grid of {grid[0]} rows and {grid[1]} columns: choose another, "
+                "or 'avg_pool', which pools any grid."
+            )
+        length = (grid[0] // scale) * (grid[1] // scale)
+        if prefix_length not in (None, length):
+            raise ValueError(
+                f"prefix_length={prefix_length}: with scale_factor={scale} the connector {cls._name()!r} writes {length} vectors "
+                f"of a grid of {grid[0]} x {grid[1]}; leave prefix_length out, or choose another scale_factor."
+            )
+        return length
+
+    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
+        (grids,) = self._grids(hidden, spatial_shapes)
+        side = self.scale_factor
+        # (images, rows / s, s, columns / s, s, width): the square's own rows and columns go to its channels.
+        squares = grids.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+        return self.hidden(squares.flatten(3).flatten(1, 2))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (images, channels, rows, columns)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+class ConvolutionBlock(GradientCheckpointingLayer):
+    """A residual block of RegNet (arXiv 2003.13678) with squeeze-and-excitation, depthwise, SiLU and LayerNorm as Honeybee has
+    it: 1 x 1, 3 x 3 in each channel, excitation, 1 x 1."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        squeezed = max(1, channels // 4)
+        self.expand = nn.Conv2d(channels, channels, 1, bias=False)
+        self.expand_norm = ChannelNorm(channels)
+        self.spatial = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.spatial_norm = ChannelNorm(channels)
+        self.squeeze = nn.Conv2d(channels, squeezed, 1)
+        self.excite = nn.Conv2d(squeezed, channels, 1)
+        self.project = nn.Conv2d(channels, channels, 1, bias=False)
+        self.project_norm = ChannelNorm(channels)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.silu(self.expand_norm(self.expand(maps)))
+        hidden = nn.functional.silu(self.spatial_norm(self.spatial(hidden)))
+        squeezed = nn.functional.silu(self.squeeze(hidden.mean(dim=(2, 3), keepdim=True)))
+        hidden = hidden * self.excite(squeezed).sigmoid()
+        return nn.functional.silu(maps + self.project_norm(self.project(hidden)))
+
+
+class CAbstractorConnector(_Pool):
+    """Residual convolutions, average pooling of the grid, residual convolutions, then two layers: Honeybee's C-Abstractor
+    (arXiv 2312.06742).
+
+    Args:
+        output_size (`tuple[int, int]`, *optional*): rows and columns of the prefix; `None` for a square of `prefix_length`.
+        hidden_size (`int`, defaults to 512): channels of the convolutions.
+        num_layers (`int`, defaults to 3): blocks before the pooling, and as many behind it.
+        dropout (`float`, defaults to 0.0): in the last two layers, after the SiLU.
+    """
+
+    def __init__(self, *, hidden_size: int = 512, num_layers: int = 3, dropout: float = 0.0, **common: Any):
+        super().__init__(**common)
+        self.project = nn.Linear(self.vision_width, hidden_size)
+        self.before = nn.ModuleList(ConvolutionBlock(hidden_size) for _ in range(num_layers))
+        self.after = nn.ModuleList(ConvolutionBlock(hidden_size) for _ in range(num_layers))
+        self.hidden = nn.Sequential(
+            nn.LayerNorm(hidden_size), nn.Linear(hidden_size, self.embedding_dim), nn.SiLU(), nn.Dropout(dropout)
+        )
+        self._add_output(self.embedding_dim)
+        self.reset_parameters()
+
+    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
+        pooled = []
+        for grids in self._grids(self.project(hidden), spatial_shapes):
+            maps = grids.movedim(-1, 1)
+            for block in self.before:
+                maps = block(maps)
+            pooled.append(self._pool(maps.movedim(1, -1)))
+        maps = torch.cat(pooled).movedim(-1, 1)
+        for block in self.after:
+            maps = block(maps)
+        return self.hidden(maps.movedim(1, -1).flatten(1, 2))
+
+
 CONNECTORS: dict[str, type[Connector]] = {
     "identity": IdentityConnector,
     "linear": LinearConnector,
@@ -647,6 +949,9 @@ CONNECTORS: dict[str, type[Connector]] = {
     "resampler": ResamplerConnector,
     "qformer": QFormerConnector,
     "lstm": LSTMConnector,
+    "avg_pool": AvgPoolConnector,
+    "pixel_shuffle": PixelShuffleConnector,
+    "c_abstractor": CAbstractorConnector,
 }
 
 
@@ -666,6 +971,7 @@ def check_connector(
     vision_width: int,
     embedding_dim: int,
     prefix_length: int | None,
+    grid: Sequence[int] | str | None = None,
     connector_config: dict[str, Any] | None = None,
 ) -> int | None:
     """
@@ -690,6 +996,7 @@ def check_connector(
         "vision_width": vision_width,
         "embedding_dim": embedding_dim,
         "prefix_length": prefix_length,
+        "grid": grid,
     }
     for name in options:
         if name in geometry:
@@ -705,8 +1012,19 @@ def check_connector(
 
 def build_connector(connector_type: str, *, connector_config: dict[str, Any] | None = None, **geometry: Any) -> Connector:
     """Checks the specification, of the same arguments as [`check_connector`], and builds the connector, initialised."""
-    check_connector(connector_type, connector_config=connector_config, **geometry)
+    geometry["prefix_length"] = check_connector(connector_type, connector_config=connector_config, **geometry)
     return CONNECTORS[connector_type](**geometry, **(connector_config or {}))
+
+
+def norm_of_each_layer(
+    connector_type: str, connector_config: dict[str, Any] | None, layer_widths: Sequence[int]
+) -> dict[str, Any] | None:
+    """`connector_config` for features of several layers: each has its own norm, unless it is set there or widths differ."""
+    options = CONNECTORS[connector_type].options() if connector_type in CONNECTORS else {}
+    several = len(layer_widths) > 1 and len(set(layer_widths)) == 1
+    if not several or "input_norm_groups" not in options:
+        return connector_config
+    return {"input_norm_groups": len(layer_widths), **(connector_config or {})}
 
 
 def draws(module: nn.Module) -> bool:

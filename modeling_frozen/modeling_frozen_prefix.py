@@ -320,8 +320,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         index = None if image_index is None else _checked_index(image_index, len(features)).to(features.device)
         if index is not None and draws(self.connector):
             # Dropout falls on each use by itself, as if the image had been encoded for each.
-            features, mask, index = features[index], None if mask is None else mask[index.to(mask.device)], None
-        prefix = self.write_prefix(features, mask)
+            features, mask = features[index], None if mask is None else mask[index.to(mask.device)]
+            spatial_shapes = None if spatial_shapes is None else spatial_shapes[index.to(spatial_shapes.device)]
+            index = None
+        prefix = self.write_prefix(features, mask, spatial_shapes)
         return prefix_output(prefix if index is None else _repeated(prefix, index), outputs)
 
     @can_return_tuple
@@ -443,19 +445,24 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         if modality not in self.config.media:
             raise ValueError(f"This model takes {list(self.config.media)}, and no {modality}: {MODALITIES[modality].way_out}.")
 
-    def write_prefix(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def write_prefix(
+        self, features: torch.Tensor, mask: torch.Tensor | None = None, spatial_shapes: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """
         Runs the connector.
 
         Args:
             features (`torch.Tensor` of shape `(num_images, positions, vision_width)`): of the tower.
             mask (`torch.BoolTensor` of shape `(num_images, positions)`, *optional*): valid positions.
+            spatial_shapes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+                Rows and columns of each image's positions, for connectors that read a grid where each image has its own.
 
         Returns:
             `list[torch.Tensor]`: one prefix `(prefix_length, embedding_dim)` per image; with cross-attention
             `(1, prefix_length * embedding_dim)`, for transformers' `generate` counts one row per placeholder.
         """
-        prefix: Iterable[torch.Tensor] = self._connect(self.connector, features, attention_mask=mask)
+        grids = {"spatial_shapes": spatial_shapes} if self.connector.reads_grid else {}
+        prefix: Iterable[torch.Tensor] = self._connect(self.connector, features, attention_mask=mask, **grids)
         if mask is not None and not self.connector.reads_positions and self.config.num_positions != 1:
             prefix = [vectors[valid] for vectors, valid in zip(prefix, mask, strict=True)]
         return self._by_placeholder(prefix)
@@ -639,7 +646,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             parameter = next(part.parameters())
             positions = part.num_positions or part.prefix_length or 1
             features = torch.zeros(1, positions, part.vision_width, dtype=parameter.dtype, device=parameter.device)
-            total = total + part(features).sum().to(getattr(total, "device", parameter.device)) * 0.0
+            total = (
+                total
+                + part(features, **part.grid_for(1, positions)).sum().to(getattr(total, "device", parameter.device)) * 0.0
+            )
         return total
 
     # -------------------------------------------------------------------------------------------------- the language model

@@ -34,6 +34,7 @@ from .transformers_compat import forward_parameters
 
 
 SELECT_STRATEGIES = ("default", "full", "pooled")
+VARIABLE = "variable"  # of grids: each image has its own
 _HALVES = ("vision_config", "image_config")  # the names of the vision sub-config in dual models
 _OUTPUT_FLAGS = ("output_hidden_states", "output_attentions")  # taken through **kwargs by most towers
 _HUB_OPTIONS = (
@@ -52,11 +53,17 @@ class VisionGeometry:
             layer.
         num_positions (`int`): vectors per image after selection; the most there can be where images differ in length.
         vision_width (`int`): length of each vector (the sum over layers where several are concatenated).
+        grid (`tuple[int, int]` or `"variable"`, *optional*):
+            Rows and columns of the positions, which stand row by row; `"variable"` where each image has its own (NaFlex), and
+            `None` where positions are no grid: pooled vectors, learned queries, leading tokens among them.
+        layer_widths (`tuple[int, ...]`): the width of each layer, in the order in which they are concatenated.
     """
 
     num_leading_tokens: int
     num_positions: int
     vision_width: int
+    grid: tuple[int, int] | str | None = None
+    layer_widths: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------------- which config, which class, how to build and load
@@ -447,7 +454,7 @@ def probe_vision_tower(
             tower = AutoModel.from_config(vision_config, **trust).eval()
     else:
         tower = _meta_tower(vision_config, vision_tower_class(vision_config))
-    axes, leading = _compare_sizes(tower, layers)
+    axes, leading, follows = _compare_sizes(tower, layers)
     if len(set(leading)) > 1:
         raise ValueError(
             f"vision_feature_layer={layers} has layers with different numbers of leading tokens ({leading}): choose"
@@ -464,7 +471,38 @@ def probe_vision_tower(
         width_axis=lambda index: axes[layers.index(index)],
         use_pooler=not pooler_options(type(tower)),
     )
-    return VisionGeometry(leading[0], features.shape[1], features.shape[2])
+    grid: tuple[int, int] | str | None = None
+    kept = leading[0] if select_strategy == "full" else 0
+    if select_strategy != "pooled" and follows and not kept:
+        states = _layer_states(output, layers[0])
+        if len(shape) == 2:
+            grid = VARIABLE
+        elif states.ndim == 4:
+            rows, columns = states.movedim(axes[0], -1).shape[1:3]
+            grid = (rows, columns)
+        else:
+            grid = grid_of(features.shape[1], *shape[-2:])
+    widths = tuple(_layer_states(output, index).shape[axis] for index, axis in zip(layers, axes, strict=True))
+    # A tower's own pooling may give another width than its layers have.
+    widths = widths if sum(widths) == features.shape[2] else ()
+    return VisionGeometry(leading[0], features.shape[1], features.shape[2], grid, widths)
+
+
+def grid_of(num_positions: int, height: int, width: int) -> tuple[int, int] | None:
+    """
+    Rows and columns of a tower's positions on an image of `height` times `width` pixels.
+
+    Every tower of transformers steps over the image in squares and lists them row by row; the step is the one that
+    gives this number of positions, rounded down (patches) or up (padded convolutions).
+
+    Returns:
+        (rows, columns), or None where no step gives this number.
+    """
+    for step in range(1, max(height, width) + 1):
+        for rows, columns in ((height // step, width // step), (-(-height // step), -(-width // step))):
+            if rows * columns == num_positions:
+                return rows, columns
+    return None
 
 
 @contextmanager
@@ -503,8 +541,9 @@ def _run_on_meta(
             ) from error
 
 
-def _compare_sizes(tower: PreTrainedModel, layers: list[int]) -> tuple[list[int], list[int]]:
-    """For each layer: the axis that holds the width, and the number of leading tokens (see the top of this file)."""
+def _compare_sizes(tower: PreTrainedModel, layers: list[int]) -> tuple[list[int], list[int], bool]:
+    """For each layer: the axis that holds the width, and the number of leading tokens (see the top of this file); and whether
+    all have more positions on a larger image."""
     # Where a stride does not divide the side, the count is off: then a side with more powers of two is tried.
     for stride in (32, 64, 128):
         side = math.lcm(stride, *_pair(getattr(tower.config, "patch_size", 1) or 1))
@@ -516,7 +555,8 @@ def _compare_sizes(tower: PreTrainedModel, layers: list[int]) -> tuple[list[int]
         leading = [_leading_tokens(*(shape[1] for shape in of)) if len(of[0]) == 3 else 0 for of in of_layer]
         counts = [count for count in leading if count is not None]
         if len(counts) == len(leading):
-            return [_width_axis(*of[:2]) for of in of_layer], counts
+            follows = all(math.prod(of[0]) != math.prod(of[1]) for of in of_layer)
+            return [_width_axis(*of[:2]) for of in of_layer], counts, follows
     index = leading.index(None)
     raise ValueError(
         f"The leading tokens of {type(tower).__name__} at vision_feature_layer={layers[index]} can't be counted: images"

@@ -1,16 +1,20 @@
 """Connectors: each keeps the same promises (shapes, masks, gradients, norms, meta build), and errors show the way."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_frozen.connectors import CONNECTORS, Connector, build_connector, check_connector
+from modeling_frozen.connectors import CONNECTORS, Connector, ConvolutionBlock, build_connector, check_connector
 from tests.helpers.tiny import skip_where_torch_traces_no_forward
 
 
 IMAGES, POSITIONS, WIDTH, DIM, LENGTH = 3, 6, 12, 20, 4
 READERS = ["transformer", "resampler", "qformer", "lstm"]
+GRID = (4, 6)
+GRIDS = ["avg_pool", "pixel_shuffle", "c_abstractor"]
 SMALL = {
     "identity": {},
     "linear": {},
@@ -19,12 +23,17 @@ SMALL = {
     "resampler": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
     "qformer": {"hidden_size": 16, "num_layers": 2, "num_heads": 2},
     "lstm": {"hidden_size": 16, "num_layers": 2},
+    "avg_pool": {},
+    "pixel_shuffle": {},
+    "c_abstractor": {"hidden_size": 16, "num_layers": 1},
 }
 # name of the case -> connector, what differs from the plain specification
 CASES = {name: (name, {}) for name in CONNECTORS}
-CASES |= {f"{name}-positions": (name, {"position_embedding": True}) for name in ("mlp", *READERS)}
+CASES |= {f"{name}-positions": (name, {"position_embedding": True}) for name in ("mlp", *READERS, *GRIDS)}
+CASES |= {f"{name}-layers": (name, {"input_norm_groups": 2}) for name in ("linear", "resampler", "avg_pool")}
+CASES |= {"pixel_shuffle-mlp": ("pixel_shuffle", {"hidden_size": 16}), "avg_pool-wide": ("avg_pool", {"output_size": [1, 4]})}
 CASES |= {f"{name}-pooled": (name, {"num_positions": 1, "prefix_length": LENGTH}) for name in ("linear", "mlp")}
-CASES |= {f"{name}-variable": (name, {"num_positions": None}) for name in CONNECTORS}
+CASES |= {f"{name}-variable": (name, {"num_positions": None}) for name in CONNECTORS if name not in GRIDS}
 CASES |= {"linear-bare": ("linear", {"input_norm": False})}
 TRAINED = [case for case in CASES if not case.startswith("identity")]
 
@@ -32,10 +41,11 @@ TRAINED = [case for case in CASES if not case.startswith("identity")]
 def spec(case, **changes):
     name, differs = CASES[case]
     values = {
-        "num_positions": POSITIONS,
+        "num_positions": math.prod(GRID) if name in GRIDS else POSITIONS,
         "vision_width": WIDTH,
         "embedding_dim": WIDTH if name == "identity" else DIM,
-        "prefix_length": LENGTH if name in READERS else None,
+        "prefix_length": LENGTH if name in (*READERS, "avg_pool", "c_abstractor") else None,
+        "grid": GRID if name in GRIDS else None,
     }
     changed = {**differs, **changes}
     options = {**SMALL[name], **{key: value for key, value in changed.items() if key not in values}}
@@ -57,14 +67,14 @@ def trained(connector):
 
 
 def inputs(case, images=IMAGES, seed=1):
-    positions = 1 if case.endswith("pooled") else POSITIONS
+    positions = spec(case)["num_positions"] or POSITIONS
     return torch.randn(images, positions, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_shape_and_independence_of_the_batch(case):
     connector, features = build(case), inputs(case)
-    length = LENGTH if case.endswith("pooled") or case.split("-")[0] in READERS else POSITIONS
+    length = LENGTH if case.endswith("pooled") or case.split("-")[0] in (*READERS, "avg_pool", "c_abstractor") else POSITIONS
     prefix = connector(features)
     assert prefix.shape == (IMAGES, length, WIDTH if case.startswith("identity") else DIM)
     assert check_connector(**spec(case)) == connector.prefix_length
@@ -91,6 +101,75 @@ def test_every_position_matters(case):
         changed = features.clone()
         changed[:, position] = inputs(case, seed=2)[:, position]
         assert ((connector(changed) - before).abs().amax(dim=(1, 2)) > 1e-4).all(), position
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (4, 8), (8, 4)])
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids_are_written_row_by_row(name, grid):
+    # What merged along a line, or turned rows and columns about, would light another vector.
+    rows, columns = grid
+    options = {} if name == "pixel_shuffle" else {"output_size": (rows // 2, columns // 2)}
+    connector = build(name, num_positions=rows * columns, grid=grid, prefix_length=None, **options)
+    for module in connector.modules():
+        if isinstance(module, ConvolutionBlock):  # random convolutions blur: their part is made small
+            nn.init.constant_(module.project_norm.weight, 0.3)
+    generator = torch.Generator().manual_seed(4)
+    dark = torch.randn(8, rows, columns, WIDTH, generator=generator)
+    for row in range(0, rows, 2):
+        for column in range(0, columns, 2):
+            lit = dark.clone()
+            lit[:, row : row + 2, column : column + 2] += 5 * torch.randn(8, 2, 2, WIDTH, generator=generator)
+            change = (connector(lit.flatten(1, 2)) - connector(dark.flatten(1, 2))).norm(dim=-1).mean(dim=0)
+            assert change.argmax().item() == (row // 2) * (columns // 2) + column // 2, (row, column)
+
+
+@pytest.mark.parametrize("name", ["avg_pool", "c_abstractor"])
+def test_each_image_has_its_own_grid(name):
+    connector = trained(build(name, num_positions=24, grid="variable"))
+    grids = [(4, 6), (2, 5), (6, 3)]
+    alone = [trained(build(name, num_positions=math.prod(grid), grid=grid)) for grid in grids]
+    features = torch.randn(3, 24, WIDTH, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[position < math.prod(grid) for position in range(24)] for grid in grids])
+    prefix = connector(features.masked_fill(~mask[..., None], float("nan")), mask, spatial_shapes=torch.tensor(grids))
+    assert prefix.shape == (3, LENGTH, DIM)
+    for row, (grid, one) in enumerate(zip(grids, alone, strict=True)):
+        one.load_state_dict(connector.state_dict())
+        torch.testing.assert_close(one(features[row : row + 1, : math.prod(grid)])[0], prefix[row])
+    for wrong, message in (
+        (None, "spatial_shapes of shape None: this connector reads grids, which differ by image"),
+        (torch.tensor([[4, 6]]), r"spatial_shapes of shape \(1, 2\): .* needs \(3, 2\)"),
+        (torch.tensor([[5, 6], *grids[1:]]), "5 rows and 6 columns, more than the 24 positions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            connector(features, spatial_shapes=wrong)
+
+
+def test_pooling_is_that_of_torch():
+    for grid, size in (((7, 7), (3, 3)), ((5, 9), (2, 4)), ((24, 24), (12, 12)), ((3, 3), (3, 3))):
+        connector = build("avg_pool", num_positions=math.prod(grid), grid=grid, output_size=size, prefix_length=None)
+        features = torch.randn(2, *grid, WIDTH)
+        expected = nn.functional.adaptive_avg_pool2d(features.movedim(-1, 1), size).movedim(1, -1)
+        torch.testing.assert_close(connector._pool(features), expected)
+
+
+def test_pixel_shuffle_is_idefics3s():
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+
+    connector = build("pixel_shuffle", num_positions=64, grid=(8, 8), scale_factor=4, input_norm=False)
+    features = torch.randn(2, 64, WIDTH)
+    expected = Idefics3Connector.pixel_shuffle(None, features, 4)
+    torch.testing.assert_close(connector(features), connector.output(expected))
+
+
+def test_layers_are_normalised_each_for_itself():
+    soft, loud = torch.randn(2, POSITIONS, WIDTH // 2), torch.randn(2, POSITIONS, WIDTH // 2) * 1000
+    connector = trained(build("linear-layers"))
+    features = torch.cat([soft, loud], dim=-1)
+    softer = connector(torch.cat([soft * 50 + 3, loud], dim=-1))
+    torch.testing.assert_close(connector(features), softer, rtol=1e-3, atol=1e-3)
+    weight, bias = connector.input_norm.weight, connector.input_norm.bias
+    parts = [nn.functional.layer_norm(part, (WIDTH // 2,), eps=1e-6) for part in (soft, loud)]
+    torch.testing.assert_close(connector(features), connector.output(torch.cat(parts, dim=-1) * weight + bias))
 
 
 def test_lstm_hears_the_first_of_many_positions():
@@ -252,7 +331,7 @@ def test_features_are_cast_to_the_connectors_dtype(case, dtype):
 @pytest.mark.parametrize("name", [name for name in CONNECTORS if name != "identity"])
 def test_autocast(name):
     connector, features = build(name).train(), inputs(name)
-    mask = torch.ones(IMAGES, POSITIONS, dtype=torch.bool)
+    mask = torch.ones(features.shape[:2], dtype=torch.bool)
     mask[0, 3:] = False
     with torch.autocast("cpu", torch.bfloat16):
         prefix = connector(features, mask)
@@ -264,7 +343,7 @@ def test_compiles_without_a_graph_break(name):
     if name == "qformer":  # is transformers' own
         skip_where_torch_traces_no_forward()
     connector, features = build(name), inputs(name)
-    mask = torch.ones(IMAGES, POSITIONS, dtype=torch.bool)
+    mask = torch.ones(features.shape[:2], dtype=torch.bool)
     mask[0, 3:] = False
     torch._dynamo.reset()
     compiled = torch.compile(connector, fullgraph=True, backend="aot_eager")
@@ -348,6 +427,34 @@ def test_positions_are_a_set_without_position_embeddings(name):
         (
             {"connector_type": "mlp", "prefix_length": 4},
             r"prefix_length=4: the connector 'mlp' .* num_positions=6; leave",
+        ),
+        ({"connector_config": {"input_norm_groups": 5}}, r"input_norm_groups=5 must divide the features' width, 12"),
+        ({"connector_type": "avg_pool"}, r"'avg_pool' reads .* as a grid .* \(num_positions=6\) are none: .*'default'"),
+        ({"connector_type": "avg_pool", "grid": (2, 4)}, r"grid=\(2, 4\) has 8 places, for num_positions=6"),
+        ({"connector_type": "avg_pool", "grid": (2, 3), "prefix_length": 6}, r"prefix_length=6: .* a square number of them"),
+        (
+            {"connector_type": "avg_pool", "grid": (2, 3), "prefix_length": 9},
+            r"grid of \(2, 3\) .* to \(3, 3\), which is larger",
+        ),
+        (
+            {"connector_type": "c_abstractor", "grid": (2, 3), "connector_config": {"output_size": [2, 3]}},
+            r"prefix_length=4 and output_size=\(2, 3\), which makes 6 vectors",
+        ),
+        (
+            {"connector_type": "avg_pool", "grid": (2, 3), "connector_config": {"output_size": [2]}},
+            r"output_size=\[2\] must be a pair of positive whole numbers, rows and columns",
+        ),
+        (
+            {"connector_type": "pixel_shuffle", "grid": (2, 3), "prefix_length": None},
+            r"scale_factor=2 must divide the tower's grid of 2 rows and 3 columns",
+        ),
+        (
+            {"connector_type": "pixel_shuffle", "grid": (2, 4), "num_positions": 8},
+            r"prefix_length=4: with scale_factor=2 .* writes 2 vectors of a grid of 2 x 4",
+        ),
+        (
+            {"connector_type": "pixel_shuffle", "grid": "variable", "prefix_length": None},
+            r"grids of any rows and columns, which the squares need not divide",
         ),
         ({"connector_type": "identity", "prefix_length": None}, r"vision_width=12 and embedding_dim=20 must be equal"),
         (

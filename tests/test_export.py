@@ -14,7 +14,7 @@ from modeling_frozen.export.graphs import export_decode, export_image_encoder, e
 from modeling_frozen.transformers_compat import CACHE, cache_of
 from tests.helpers.families_vision import TOWERS, Tower, image_inputs, reason_to_skip, tiny_tower
 from tests.helpers.talking import QUESTION, TOKENS, picture, talking
-from tests.helpers.tiny import is_before, join, rows, skip_before, text_config
+from tests.helpers.tiny import is_before, join, length_of_its_own, rows, skip_before, text_config
 
 
 # Traced for any number of images they can't be: they go over them one by one.
@@ -47,7 +47,7 @@ def test_an_older_transformers_is_named(tmp_path: Path) -> None:
 
 def seeing(tower: Tower, connector: str = "resampler") -> FrozenPrefixForConditionalGeneration:
     torch.manual_seed(0)
-    options: dict[str, Any] = {"prefix_length": 3} if CONNECTORS[connector].reads_positions else {}
+    options: dict[str, Any] = length_of_its_own(connector)
     language_model = LlamaForCausalLM(text_config())
     if connector == "identity":
         language_model = LlamaForCausalLM(text_config(hidden_size=tiny_tower(tower).config.hidden_size))

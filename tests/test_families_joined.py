@@ -7,7 +7,7 @@ from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGenera
 from modeling_frozen.connectors import CONNECTORS
 from tests.helpers.families_text import DECODERS, FAMILIES, VOCAB_SIZE, text_config
 from tests.helpers.families_vision import TOWERS, image_inputs, reason_to_skip, tiny_tower, vision_config
-from tests.helpers.tiny import skip_where_torch_traces_no_forward
+from tests.helpers.tiny import length_of_its_own, skip_where_torch_traces_no_forward
 
 
 SMALL = {"hidden_size": 16, "num_layers": 1}
@@ -16,17 +16,17 @@ OPTIONS = {
     "transformer": {**SMALL, "num_heads": 2},
     "qformer": {**SMALL, "num_heads": 2},
     "lstm": SMALL,
+    "c_abstractor": SMALL,
 }
 
 
 def join(tower: str, family: str, connector: str) -> FrozenPrefixForConditionalGeneration:
-    reads = connector in OPTIONS
     config = FrozenPrefixConfig.from_vision_text_configs(
         vision_config(TOWERS[tower]),
         text_config(family),
         connector_type=connector,
         connector_config=OPTIONS.get(connector, {}),
-        prefix_length=3 if reads else None,
+        **length_of_its_own(connector),
     )
     torch.manual_seed(0)
     model = FrozenPrefixForConditionalGeneration(config)

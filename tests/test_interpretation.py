@@ -14,8 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.connectors import build_connector
 from modeling_frozen.cross_attention import GatedCrossAttentionBlock
-from modeling_frozen.interpretation.connector_attention import grid_of, prefix_origins
+from modeling_frozen.interpretation.connector_attention import prefix_origins
 from modeling_frozen.interpretation.interpret import _gated_weights, attention_to_image, nearest_words, sightedness
+from modeling_frozen.vision_towers import grid_of
 from tests.helpers.families_text import language_model
 from tests.helpers.tiny import COLOURS, WORDS, join, rows, save_parents, tokenizer
 

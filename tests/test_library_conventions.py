@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
 from modeling_frozen.connectors import CONNECTORS
 from tests.helpers.library_suites import LEFT_OUT, SUITES
-from tests.helpers.tiny import WORDS, join, rows, save_parents, text_config, vision_config
+from tests.helpers.tiny import WORDS, join, length_of_its_own, rows, save_parents, text_config, vision_config
 
 
 Model = FrozenPrefixForConditionalGeneration
@@ -174,7 +174,6 @@ def test_what_trains_stays_in_fp32_and_is_named(tmp_path: Path, dtype: torch.dty
 @pytest.mark.parametrize("connector_type", [name for name in CONNECTORS if name != "identity"])
 def test_every_tensor_of_a_connector_is_initialised(connector_type: str) -> None:
     """Tensors are made empty and filled later: one that is forgotten holds whatever lay in memory."""
-    length = {} if connector_type in ("linear", "mlp") else {"prefix_length": 3}
     made = []
     for filling in (float("nan"), 1e30):
         real = torch.empty
@@ -187,7 +186,7 @@ def test_every_tensor_of_a_connector_is_initialised(connector_type: str) -> None
         torch.empty = empty
         try:
             config = FrozenPrefixConfig.from_vision_text_configs(
-                vision_config(), text_config(), connector_type=connector_type, **length
+                vision_config(), text_config(), connector_type=connector_type, **length_of_its_own(connector_type)
             )
             made.append(FrozenPrefixModel(config).connector.state_dict())
         finally:

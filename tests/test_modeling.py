@@ -24,7 +24,7 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
 )
 from modeling_frozen.connectors import CONNECTORS
-from tests.helpers.tiny import join, rows, save_parents, text_config, vision_config
+from tests.helpers.tiny import join, length_of_its_own, rows, save_parents, text_config, vision_config
 
 
 Model = FrozenPrefixForConditionalGeneration
@@ -156,8 +156,7 @@ def test_resizing_the_vocabulary_is_refused(joined) -> None:
 
 @pytest.mark.parametrize("connector_type", CONNECTORS)
 def test_every_connector_starts_at_the_norm_of_words(tmp_path: Path, connector_type: str) -> None:
-    length = {} if connector_type in ("identity", "linear", "mlp") else {"prefix_length": 3}
-    model, processor = join(tmp_path, connector_type=connector_type, **length)
+    model, processor = join(tmp_path, connector_type=connector_type, **length_of_its_own(connector_type))
     words = model.get_input_embeddings().weight.norm(dim=-1).median()
     batch = inputs(processor, ["a", "a"], [[row["image"]] for row in rows(2)])
     prefix = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)

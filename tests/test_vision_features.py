@@ -28,6 +28,8 @@ OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 def build(family: str = "llama", connector: str = "mlp", **options: Any) -> FrozenPrefixForConditionalGeneration:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     options = {"connector_config": CONNECTOR_SIZES.get(connector, {}), "prefix_length": LENGTH, **options}
+    if connector == "pixel_shuffle":
+        options["prefix_length"] = None
     tower = options.pop("tower", None) or CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
     config = FrozenPrefixConfig.from_vision_text_configs(tower, text_config(family), connector_type=connector, **options)
     torch.manual_seed(0)

@@ -278,7 +278,7 @@ def test_an_unknown_strategy_is_refused_with_the_choices():
 def test_images_of_different_length_come_with_a_mask():
     row = TOWERS["siglip2_naflex"]
     geometry = probe_vision_tower(vision_config(row))
-    assert geometry == VisionGeometry(0, 16, 16)
+    assert geometry == VisionGeometry(0, 16, 16, "variable", (16,))
     features, mask, _ = encode(tiny_tower(row), image_inputs(row), geometry)
     assert mask.dtype == torch.bool and mask.sum(1).tolist() == [16, 12]
     alone = {name: value[1:] for name, value in image_inputs(row).items()}
@@ -397,7 +397,7 @@ def test_a_size_that_the_tower_does_not_take_is_refused_unless_it_interpolates()
     with pytest.raises(ValueError, match=r"\(1, 3, 48, 48\).*interpolate_pos_encoding=True"):
         probe_vision_tower(config, image_processor=processor)
     geometry = probe_vision_tower(config, image_processor=processor, interpolate_pos_encoding=True)
-    assert geometry == VisionGeometry(1, 36, 16)
+    assert geometry == VisionGeometry(1, 36, 16, (6, 6), (16,))
 
 
 def test_models_that_do_not_see_are_refused():
@@ -446,7 +446,7 @@ AutoModel.register(LastMapConfig, LastMap)
 
 
 def test_maps_with_the_width_last_and_sizes_among_timms_arguments():
-    assert probe_vision_tower(LastMapConfig()) == VisionGeometry(0, 49, 7)
+    assert probe_vision_tower(LastMapConfig()) == VisionGeometry(0, 49, 7, (7, 7), (7,))
     model, pixels = build_vision_tower(LastMapConfig()), torch.randn(2, 3, 224, 224)
     assert model.patches.out_channels == 7  # as many as rows and columns: the shape alone can't tell
     expected = model.patches(pixels).flatten(2).transpose(1, 2)

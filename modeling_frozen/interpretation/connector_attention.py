@@ -100,21 +100,4 @@ def _record(twin: nn.Module, layers: list[tuple[torch.Tensor, bool]]) -> None:
             module.register_forward_hook(keep("crossattention" in name))
 
 
-def grid_of(num_positions: int, height: int, width: int) -> tuple[int, int] | None:
-    """
-    Rows and columns of a tower's positions on an image of `height` times `width` pixels.
-
-    Every tower of transformers steps over the image in squares and lists them row by row; the step is the one that
-    gives this number of positions, rounded down (patches) or up (padded convolutions).
-
-    Returns:
-        (rows, columns), or None where no step gives this number.
-    """
-    for step in range(1, max(height, width) + 1):
-        for rows, columns in ((height // step, width // step), (-(-height // step), -(-width // step))):
-            if rows * columns == num_positions:
-                return rows, columns
-    return None
-
-
-__all__ = ["grid_of", "prefix_origins", "twin_of"]
+__all__ = ["prefix_origins", "twin_of"]

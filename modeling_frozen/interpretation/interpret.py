@@ -22,7 +22,8 @@ from ..connectors import in_eval_mode
 from ..data.collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..parts import MODALITIES
-from .connector_attention import grid_of, prefix_origins, twin_of
+from ..vision_towers import grid_of
+from .connector_attention import prefix_origins, twin_of
 from .results import ImageAttention, NearestWords, Sightedness, WordSightedness
 
 

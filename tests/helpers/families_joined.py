@@ -19,6 +19,7 @@ CONNECTOR_SIZES: dict[str, dict[str, Any]] = {
     "resampler": {"hidden_size": 16, "num_heads": 2, "num_layers": 1},
     "qformer": {"hidden_size": 16, "num_heads": 2, "num_layers": 2},
     "lstm": {"hidden_size": 16},
+    "c_abstractor": {"hidden_size": 16, "num_layers": 1},
 }
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from modeling_frozen.connectors import CONNECTORS
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
@@ -68,6 +69,14 @@ def join(folder: Path, **options: Any) -> tuple[FrozenPrefixForConditionalGenera
     options = {"connector_type": "mlp", **options}
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(str(tower), str(words), **options)
     return model, FrozenPrefixProcessor.from_model(model)
+
+
+def length_of_its_own(connector_type: str, length: int = 3) -> dict[str, int]:
+    """The option by which this connector writes a short prefix; none for one whose length follows from the tower."""
+    connector = CONNECTORS[connector_type]
+    if not connector.reads_positions or connector_type == "pixel_shuffle":
+        return {}
+    return {"prefix_length": 4 if connector.reads_grid else length}
 
 
 def is_before(release: str) -> bool:
