@@ -307,6 +307,11 @@ class Connector(nn.Module):
         """The same of connectors that read a grid."""
         raise NotImplementedError
 
+    def origins_on_grid(self, rows: int, columns: int) -> torch.Tensor | None:
+        """Of those: how much of each prefix vector comes from each place, (prefix_length, rows * columns); `None` where that
+        can't be said."""
+        return None
+
     def reset_parameters(self) -> None:
         """(Re)initialises every parameter, also after `to_empty()`; tensors marked as loaded are left as they are."""
         if all(parameter.is_meta for parameter in self.parameters()):
@@ -778,7 +783,7 @@ class _Pool(_GridConnector):
         size = cls._output_size(prefix_length, (options or {}).get("output_size"))
         if grid != "variable" and (size[0] > grid[0] or size[1] > grid[1]):
             raise ValueError(
-                f"The connector {cls._name()!r} would pool a grid of {tuple(grid)} rows and columns to {size}, which is larger: "
+                f"The connector {cls._name()!r} would pool a grid of {tuple(grid)} to {size} rows and columns, which is more: "
                 "choose a smaller prefix_length (or output_size), or a tower of smaller patches."
             )
         return math.prod(size)
@@ -814,6 +819,10 @@ class AvgPoolConnector(_Pool):
         self._add_output(width)
         self.reset_parameters()
 
+    def origins_on_grid(self, rows: int, columns: int) -> torch.Tensor | None:
+        places = torch.eye(rows * columns).unflatten(1, (rows, columns))[..., None]
+        return self._pool(places).flatten(1).T
+
     def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
         pooled = torch.cat([self._pool(grids).flatten(1, 2) for grids in self._grids(hidden, spatial_shapes)])
         # Means are the smaller the more neighbours differ, which differs by tower: the layer gets unit scale from any.
@@ -833,8 +842,6 @@ class PixelShuffleConnector(_GridConnector):
     def __init__(self, *, scale_factor: int = 2, hidden_size: int | None = None, dropout: float = 0.0, **common: Any):
         super().__init__(**common)
         self.scale_factor = scale_factor
-        rows, columns = self.grid  # type: ignore[misc]  # a pair: checked before
-        self.prefix_length = (rows // scale_factor) * (columns // scale_factor)
         width = self.vision_width * scale_factor**2
         self.hidden: nn.Module = nn.Dropout(dropout)
         if hidden_size is not None:
@@ -862,17 +869,24 @@ class PixelShuffleConnector(_GridConnector):
         length = (grid[0] // scale) * (grid[1] // scale)
         if prefix_length not in (None, length):
             raise ValueError(
-                f"prefix_length={prefix_length}: with scale_factor={scale} the connector {cls._name()!r} writes {length} vectors "
-                f"of a grid of {grid[0]} x {grid[1]}; leave prefix_length out, or choose another scale_factor."
+                f"prefix_length={prefix_length}: with scale_factor={scale} the connector {cls._name()!r} writes {length} "
+                f"vectors of a grid of {grid[0]} x {grid[1]}; leave prefix_length out, or choose another scale_factor."
             )
         return length
 
     def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
         (grids,) = self._grids(hidden, spatial_shapes)
+        return self.hidden(self._gather(grids))
+
+    def _gather(self, grids: torch.Tensor) -> torch.Tensor:
         side = self.scale_factor
         # (images, rows / s, s, columns / s, s, width): the square's own rows and columns go to its channels.
         squares = grids.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
-        return self.hidden(squares.flatten(3).flatten(1, 2))
+        return squares.flatten(3).flatten(1, 2)
+
+    def origins_on_grid(self, rows: int, columns: int) -> torch.Tensor | None:
+        places = torch.eye(rows * columns).unflatten(1, (rows, columns))[..., None]
+        return self._gather(places).mean(dim=-1).T
 
 
 class ChannelNorm(nn.LayerNorm):

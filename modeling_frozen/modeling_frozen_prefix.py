@@ -317,13 +317,14 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             features, mask, outputs = self._encode_pixels(pixel_values, options, kwargs)
         else:
             raise ValueError("You must specify exactly one of pixel_values or vision_features")
+        grids: torch.Tensor | None = spatial_shapes
         index = None if image_index is None else _checked_index(image_index, len(features)).to(features.device)
         if index is not None and draws(self.connector):
             # Dropout falls on each use by itself, as if the image had been encoded for each.
             features, mask = features[index], None if mask is None else mask[index.to(mask.device)]
-            spatial_shapes = None if spatial_shapes is None else spatial_shapes[index.to(spatial_shapes.device)]
+            grids = None if grids is None else grids[index.to(grids.device)]
             index = None
-        prefix = self.write_prefix(features, mask, spatial_shapes)
+        prefix = self.write_prefix(features, mask, grids)
         return prefix_output(prefix if index is None else _repeated(prefix, index), outputs)
 
     @can_return_tuple

@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Siglip2ImageProcessorPil, Trainer, TrainingArguments
 
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
@@ -35,8 +35,9 @@ from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import StoredImage, VisionFeatures, store_key
 from modeling_frozen.data.feature_store import FeatureStore
 from tests.helpers import fresh_python
+from tests.helpers.families_vision import TOWERS, tiny_tower, vision_config
 from tests.helpers.feature_stores import noise, tower_features
-from tests.helpers.tiny import join, rows, save_parents
+from tests.helpers.tiny import join, rows, save_parents, text_config, tokenizer
 
 
 PICTURE = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
@@ -743,3 +744,29 @@ def test_another_tower_in_the_old_ones_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has fingerprint"):
         model.load_base_model("vision")
     assert model.model.vision_tower is None
+
+
+def test_grids_of_their_own_are_stored(tmp_path: Path) -> None:
+    """What each image's own grid is goes with its features, so that connectors that read grids train from the store."""
+    tower = TOWERS["siglip2_naflex"]
+    patch = vision_config(tower).patch_size
+    processor = Siglip2ImageProcessorPil(patch_size=patch, max_num_patches=16)
+    torch.manual_seed(0)
+    model = Model.from_vision_text_pretrained(
+        tiny_tower(tower), LlamaForCausalLM(text_config()), connector_type="avg_pool", prefix_length=1, image_token_id=17
+    ).eval()
+    assert model.config.vision_grid == "variable"
+    sizes = [(4 * patch, 4 * patch), (8 * patch, 2 * patch), (3 * patch, 2 * patch)]
+    images = [noise(number).resize(size) for number, size in enumerate(sizes)]
+    joined = FrozenPrefixProcessor(image_processor=processor, tokenizer=tokenizer(), prefix_length=1)
+    dataset = datasets.Dataset.from_list([{"image": image, "text": "a square ."} for image in images])
+    out = store((model, joined), dataset, tmp_path, batch_size=3)
+    inputs = processor(images=images, return_tensors="pt")
+    assert [row["image"].grid() for row in out] == [tuple(one) for one in inputs["spatial_shapes"].tolist()]
+    assert len({row["image"].grid() for row in out}) > 1
+    batch = DataCollatorForFrozenPrefix(joined)(list(out))
+    assert torch.equal(batch["spatial_shapes"], inputs["spatial_shapes"])
+    names = ("vision_features", "vision_features_mask", "spatial_shapes", "image_index")
+    stored = model.get_image_features(**{name: batch[name] for name in names if name in batch}).pooler_output
+    fresh = model.get_image_features(**inputs).pooler_output
+    torch.testing.assert_close(torch.stack(stored), torch.stack(fresh), atol=1e-5, rtol=1e-4)

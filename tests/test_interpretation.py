@@ -337,6 +337,20 @@ def test_rollout_through_other_connectors_by_hand() -> None:
     torch.testing.assert_close(prefix_origins(connector, features), share(origins))
 
 
+def test_origins_on_a_grid() -> None:
+    sizes = {"num_positions": 16, "vision_width": 8, "embedding_dim": 8, "grid": (2, 8)}
+    quarters = torch.kron(torch.eye(4), torch.full((1, 2), 0.25)).repeat(1, 2)  # both rows, two columns each
+    for name, options in (("avg_pool", {"output_size": (1, 4)}), ("pixel_shuffle", {})):
+        connector = build_connector(name, **sizes, prefix_length=4, connector_config=options).eval()
+        torch.testing.assert_close(prefix_origins(connector, torch.randn(1, 16, 8)), quarters)
+    blurred = build_connector("c_abstractor", **sizes, prefix_length=1).eval()
+    assert prefix_origins(blurred, torch.randn(1, 16, 8)) is None
+    own = build_connector("avg_pool", **{**sizes, "grid": "variable"}, prefix_length=1).eval()
+    expected = torch.full((1, 6), 1 / 6)
+    there = torch.arange(16)[None] < 6
+    torch.testing.assert_close(prefix_origins(own, torch.randn(1, 16, 8), there, torch.tensor([[2, 3]])), expected)
+
+
 def test_the_grid_of_positions() -> None:
     assert grid_of(196, 224, 224) == (14, 14)
     assert grid_of(14 * 28, 224, 448) == (14, 28)

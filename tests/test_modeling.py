@@ -1,6 +1,7 @@
 """The model: what is frozen, how prefix and words meet, and what is refused by name."""
 
 import copy
+import json
 import threading
 from pathlib import Path
 
@@ -335,3 +336,36 @@ def test_ids_or_embeddings_not_both(joined) -> None:
         model(
             torch.ones(1, 2, dtype=torch.long), pixel_values=torch.zeros(1, 3, 16, 16), mm_encoder_outputs={"image": encoded}
         )
+
+
+@pytest.mark.parametrize("connector_type", ["avg_pool", "pixel_shuffle", "c_abstractor"])
+def test_connectors_on_grids_come_back_and_are_switched(connector_type: str, tmp_path: Path) -> None:
+    model, processor = join(tmp_path, connector_type=connector_type, **length_of_its_own(connector_type))
+    assert model.config.vision_grid == [2, 2]
+    model.save_pretrained(tmp_path / "eyes")
+    batch = inputs(processor, ["a"], [[rows(1)[0]["image"]]])
+    for loaded in (Model.from_pretrained(tmp_path / "eyes"), AutoModelForImageTextToText.from_pretrained(tmp_path / "eyes")):
+        assert loaded.config.vision_grid == [2, 2]
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    other, its_processor = join(tmp_path, connector_type="mlp")
+    plain = other(**inputs(its_processor, ["a"], [[rows(1)[0]["image"]]])).logits
+    other.load_connector(tmp_path / "eyes", "grid")
+    other.set_connector("grid")
+    assert torch.equal(other(**batch).logits, model(**batch).logits)
+    other.set_connector("default")
+    assert torch.equal(other(**inputs(its_processor, ["a"], [[rows(1)[0]["image"]]])).logits, plain)
+
+
+def test_each_of_several_layers_has_a_norm_of_its_own(tmp_path: Path) -> None:
+    several, _ = join(tmp_path, vision_feature_layer=[0, -2, -1])
+    assert several.config.connector_config == {"input_norm_groups": 3}
+    assert several.model.connector.input_norm.groups == 3
+    one_norm, _ = join(tmp_path, vision_feature_layer=[0, -2, -1], connector_config={"input_norm_groups": 1})
+    assert type(one_norm.model.connector.input_norm) is torch.nn.LayerNorm
+    # A checkpoint from before says nothing of groups, and has one norm over all.
+    several.save_pretrained(tmp_path / "eyes")
+    config = json.loads((tmp_path / "eyes" / "config.json").read_text())
+    assert config["connector_config"] == {"input_norm_groups": 3}
+    del config["connector_config"]
+    (tmp_path / "eyes" / "config.json").write_text(json.dumps(config))
+    assert type(Model.from_pretrained(tmp_path / "eyes").model.connector.input_norm) is torch.nn.LayerNorm

@@ -130,7 +130,7 @@ def test_dropout_falls_on_each_use_by_itself(connector: str) -> None:
     assert torch.equal(same[0], same[2])
 
 
-@pytest.mark.parametrize("connector", ["resampler", "mlp"])
+@pytest.mark.parametrize("connector", ["resampler", "mlp", "avg_pool", "c_abstractor"])
 @torch.no_grad()
 def test_positions_may_vary(connector: str) -> None:
     """A tower of variable patches: masked positions have no influence, and connectors that keep positions drop them."""
@@ -146,6 +146,10 @@ def test_positions_may_vary(connector: str) -> None:
     assert torch.equal(features["vision_features_mask"], there)
     whole = model.get_image_features(pixels, pixel_attention_mask=there.long(), spatial_shapes=sides).pooler_output
     features["vision_features"] = features["vision_features"].masked_fill(~there[..., None], 7.0)
+    if model.model.connector.reads_grid:
+        with pytest.raises(ValueError, match="reads grids, which differ by image, so it needs"):
+            model.get_image_features(**features)
+        features["spatial_shapes"] = sides
     again = model.get_image_features(**features, image_index=torch.tensor([1, 0, 1])).pooler_output
     assert [len(one) for one in again] == ([6, 4, 6] if connector == "mlp" else [4, 4, 4])
     for mine, its in zip(again, (whole[1], whole[0], whole[1]), strict=True):

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -539,3 +541,37 @@ def test_weights_that_a_repository_lacks_are_an_error(tmp_path):
     deeper = ViTConfig(**{**TOWERS["vit"].options, "num_hidden_layers": 3})
     with pytest.raises(ValueError, match=r"lacks \d+ weights of ViTModel .*would be random"):
         load_vision_tower(str(tmp_path), config=deeper)
+
+
+@pytest.mark.parametrize(
+    ("family", "grid"),
+    [
+        ("clip", (4, 4)),
+        ("siglip", (4, 4)),
+        ("dinov2_with_registers", (4, 4)),
+        ("deit", (4, 4)),
+        ("swin", None),
+        ("resnet", None),
+        ("convnextv2", None),
+        ("siglip2_naflex", "variable"),
+    ],
+)
+def test_the_grid_is_probed(family: str, grid: Any) -> None:
+    config = vision_config(TOWERS[family])
+    geometry = probe_vision_tower(config)
+    if grid is None:  # maps: as the tower itself gives them
+        side = getattr(config, "image_size", 224) if family == "swin" else 224
+        maps = tiny_tower(TOWERS[family])(torch.randn(1, 3, side, side)).last_hidden_state
+        grid = (math.isqrt(maps.shape[1]),) * 2 if maps.ndim == 3 else tuple(maps.shape[2:])
+    assert geometry.grid == grid
+    assert grid == "variable" or math.prod(grid) == geometry.num_positions
+    assert probe_vision_tower(config, select_strategy="pooled").grid is None
+    leading = geometry.num_leading_tokens
+    assert probe_vision_tower(config, select_strategy="full").grid == (None if leading else grid)
+
+
+def test_the_grid_follows_the_image_processor() -> None:
+    wide = CLIPImageProcessorPil(size={"height": 64, "width": 128}, do_center_crop=False)
+    geometry = probe_vision_tower(vision_config(TOWERS["resnet"]), image_processor=wide)
+    assert geometry.grid is not None and geometry.grid[1] == 2 * geometry.grid[0]
+    assert math.prod(geometry.grid) == geometry.num_positions

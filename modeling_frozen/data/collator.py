@@ -527,15 +527,16 @@ def image_identity(image: Any) -> Any:
 
 def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
     """Stored images as `vision_features` (images, positions, vision_width), padded to the longest, and, where positions
-    vary, `vision_features_mask` (images, positions).
+    vary, `vision_features_mask` (images, positions), and `spatial_shapes` (images, 2) of those that are grids.
 
     Raises:
         ValueError: if one can't be read, with its number among `images`; if they are of several stores.
     """
-    loaded = []
+    loaded, grids = [], []
     for number, image in enumerate(images):
         try:
             loaded.append(image.load())
+            grids.append(None if loaded[-1][1] is None else image.grid())
         except ValueError as error:
             raise ValueError(f"Image {number} of the batch: {error}") from error
     features = [one for one, _ in loaded]
@@ -546,7 +547,9 @@ def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
     if all(mask is None and len(one) == length for one, mask in loaded):
         return {"vision_features": torch.stack(features)}
     masks = [torch.ones(len(one), dtype=torch.bool) if mask is None else mask for one, mask in loaded]
+    known = [grid for grid in grids if grid is not None]
     return {
+        **({"spatial_shapes": torch.tensor(known)} if len(known) == len(images) else {}),
         "vision_features": torch.stack([nn.functional.pad(one, (0, 0, 0, length - len(one))) for one in features]),
         "vision_features_mask": torch.stack([nn.functional.pad(mask, (0, length - len(mask))) for mask in masks]),
     }

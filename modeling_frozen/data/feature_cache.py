@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
-from ..vision_towers import encode_images
+from ..vision_towers import VARIABLE, encode_images
 from ..weights import weights_digest
 from . import columns
 from .columns import as_list
@@ -248,6 +248,8 @@ def store_key(
         "dtype": dtype,
         "views": views,
     }
+    if config.vision_grid == VARIABLE:
+        key["grids"] = True  # earlier stores know none
     if augment is not None:
         key["augment"] = {"function": _digest_of_function(augment), "plain_view": plain_view, "seed": seed}
     return key
@@ -375,8 +377,8 @@ class _Work:
                 self.store.writer(self.images_per_shard) as writer,
                 tqdm(total=len(own), desc=title, unit="image", disable=self.processes.rank != 0) as bar,
             ):
-                for digests, names, features, mask in self._run(tower, loader, device):
-                    writer.add(digests, features, mask, names)
+                for digests, names, features, mask, grids in self._run(tower, loader, device):
+                    writer.add(digests, features, mask, names, grids)
                     bar.update(len(digests))
         finally:
             if moves:
@@ -384,10 +386,11 @@ class _Work:
 
     def _run(
         self, tower: PreTrainedModel, loader: Iterable[Any], device: torch.device
-    ) -> Iterator[tuple[list[bytes], list[str], torch.Tensor, torch.Tensor | None]]:
+    ) -> Iterator[tuple[list[bytes], list[str], torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
         """Features on the host; those of a batch come when a GPU is at work on the next."""
         config, waiting = self.model.config, None
         for digests, names, inputs in loader:
+            grids = inputs.get("spatial_shapes") if config.vision_grid == VARIABLE else None
             inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
             features, mask, _ = encode_images(
                 tower,
@@ -399,7 +402,7 @@ class _Work:
             )
             features, mask = features.to(self.store.dtype), None if mask is None else mask.cpu()
             if device.type != "cuda":
-                yield digests, names, features.cpu(), mask
+                yield digests, names, features.cpu(), mask, grids
                 continue
             on_host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features, non_blocking=True)
             event = torch.cuda.Event()
@@ -407,7 +410,7 @@ class _Work:
             if waiting is not None:
                 waiting[1].synchronize()
                 yield waiting[0]
-            waiting = (digests, names, on_host, mask), event
+            waiting = (digests, names, on_host, mask, grids), event
         if waiting is not None:
             waiting[1].synchronize()
             yield waiting[0]

@@ -26,6 +26,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 _KEY_FILE = "key.json"
 _ROWS = 1 << 24  # an index is shard * _ROWS + row
+_FIRST_OF_ROW = (
+    2  # in a mask, where each image has its own grid: a real position that begins a row of it; other real ones are 1
+)
 _SECONDS = 120  # a slow tower's shards are closed after so long, or a killed run would lose hours
 _DISK = "See to the disk, and run `cache_vision_features` again"
 _AGAIN = "Run `cache_vision_features` again, on the dataset with the images"
@@ -51,6 +54,10 @@ class StoredImage:
         """Reads `features` (positions, vision_width), in the dtype of the store, and `mask` (positions,), bool, or `None`
         where all positions are real."""
         return open_store(self.store).read(self.digest, self.view, self.index)
+
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the positions, where each image has its own (NaFlex)."""
+        return open_store(self.store).grid(self.digest, self.view, self.index)
 
 
 @functools.lru_cache(maxsize=64)
@@ -155,13 +162,7 @@ class FeatureStore:
         Raises:
             ValueError: if the image is not in the store, or its shard is damaged.
         """
-        record = self._record(index) if index >= 0 else None
-        if record is None or record["digest"] != digest:
-            index = self.indices().get(digest, -1)
-            record = self._record(index) if index >= 0 else None
-        if record is None or record["digest"] != digest or not 0 <= view < self.views:
-            what = f"View {view} of image {digest.hex()}" if self.views > 1 else f"Image {digest.hex()}"
-            raise ValueError(f"{what} is not in the store `{self.folder}`. {_AGAIN}.")
+        index, record = self._find(digest, view, index)
         data, size = record["features"], self.width * self.dtype.itemsize
         mask = None if record["mask"] is None else record["mask"].reshape(self.views, -1).astype(bool)
         if mask is None:
@@ -180,6 +181,22 @@ class FeatureStore:
         features = torch.zeros(len(valid), self.width, dtype=self.dtype)
         features[valid] = values
         return features, valid
+
+    def grid(self, digest: bytes, view: int = 0, index: int = -1) -> tuple[int, int] | None:
+        """As [`StoredImage.grid`]; the arguments and errors are those of `read`."""
+        mask = self._find(digest, view, index)[1]["mask"]
+        rows = 0 if mask is None else int((mask.reshape(self.views, -1)[view] == _FIRST_OF_ROW).sum())
+        return (rows, int(mask.reshape(self.views, -1)[view].astype(bool).sum()) // rows) if rows else None
+
+    def _find(self, digest: bytes, view: int, index: int) -> tuple[int, dict[str, Any]]:
+        record = self._record(index) if index >= 0 else None
+        if record is None or record["digest"] != digest:
+            index = self.indices().get(digest, -1)
+            record = self._record(index) if index >= 0 else None
+        if record is None or record["digest"] != digest or not 0 <= view < self.views:
+            what = f"View {view} of image {digest.hex()}" if self.views > 1 else f"Image {digest.hex()}"
+            raise ValueError(f"{what} is not in the store `{self.folder}`. {_AGAIN}.")
+        return index, record
 
     def _record(self, index: int) -> dict[str, Any] | None:
         """What is stored at an index, where it lies in the memory map; `None` if there is nothing."""
@@ -224,7 +241,12 @@ class ShardWriter:
         self.close()
 
     def add(
-        self, digests: list[bytes], features: torch.Tensor, mask: torch.Tensor | None, names: list[str] | None = None
+        self,
+        digests: list[bytes],
+        features: torch.Tensor,
+        mask: torch.Tensor | None,
+        names: list[str] | None = None,
+        grids: torch.Tensor | None = None,
     ) -> None:
         """
         Writes images with all their views.
@@ -234,6 +256,7 @@ class ShardWriter:
             features: (images * views, positions, vision_width), on the host; stored in the store's dtype.
             mask: (images * views, positions), true at real positions; others are not stored.
             names: what errors call the images. Defaults to their digests.
+            grids: (images * views, 2), rows and columns of the real positions, where each image has its own.
 
         Raises:
             ValueError: if a feature is not finite.
@@ -261,7 +284,7 @@ class ShardWriter:
                 else f"The tower gives NaN or infinity for {name}, and nothing can be learnt from that: leave it out, or run "
                 "the tower in float32."
             )
-        masks = [None] * images if mask is None else [one.numpy().astype(np.uint8) for one in mask.view(images, -1)]
+        masks = [None] * images if mask is None else list(_with_rows(mask, grids).view(images, -1).numpy())
         sums = [
             _checksum(digests[i // store.views], masks[i // store.views], data[ends[i] : ends[i + 1]])
             for i in range(images * store.views)
@@ -321,6 +344,15 @@ class ShardWriter:
             f"A shard of features could not be written to `{self.store.folder}` ({error}). It was dropped, with {count} "
             f"images in it; finished shards are kept. {_DISK}."
         ) from error
+
+
+def _with_rows(mask: torch.Tensor, grids: torch.Tensor | None) -> torch.Tensor:
+    """A mask in bytes, with the beginnings of rows marked."""
+    marked = mask.to(torch.uint8)
+    for one, real, (_, columns) in zip(marked, mask, [] if grids is None else grids.tolist(), strict=grids is not None):
+        places = real.nonzero()[:, 0]
+        one[places[::columns]] = _FIRST_OF_ROW
+    return marked
 
 
 def _checksum(digest: bytes, mask: np.ndarray | None, data: np.ndarray) -> bytes:

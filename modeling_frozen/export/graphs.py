@@ -23,7 +23,7 @@ from transformers import Cache, PreTrainedModel
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from ..transformers_compat import cache_of
-from ..vision_towers import _default_shape, encode_images
+from ..vision_towers import VARIABLE, _default_shape, encode_images
 
 
 # Name here -> transformers'. ".pt2" is the file that torch.export writes.
@@ -135,6 +135,12 @@ def export_image_encoder(
         raise ValueError("This model has no vision tower to export, or it is not loaded.")
     if model.training:
         raise ValueError("The model is in train mode, and dropout would go into the graph: call model.eval() first.")
+    connector = _core(model).connector
+    if connector.reads_grid and connector.grid == VARIABLE:
+        raise ValueError(
+            f"The connector {model.config.connector_type!r} reads grids that differ by image, one by one, which no graph for "
+            "any number of images can do: export a model with another connector, such as 'resampler'."
+        )
     exporter, export_config = _exporter(format, config_kwargs)
     if sample_inputs is None:
         shape = _default_shape(tower)

@@ -37,7 +37,10 @@ def twin_of(module: _Module, *shared: nn.Module | None) -> _Module:
 
 @torch.no_grad()
 def prefix_origins(
-    connector: Connector, features: torch.Tensor, attention_mask: torch.Tensor | None = None
+    connector: Connector,
+    features: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    spatial_shapes: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """
     How much of each prefix vector of one image comes from each position of the tower.
@@ -46,16 +49,21 @@ def prefix_origins(
         connector: of the model.
         features: (1, positions, vision_width), as the tower gives them.
         attention_mask: (1, positions), true at valid positions; only these are in the answer.
+        spatial_shapes: (1, 2), rows and columns, where each image has its own grid.
 
     Returns:
         (prefix_length, valid positions), rows that sum to one: the identity for connectors that keep positions, the
-        attention rollout for those that attend; None for a single pooled position and for connectors that do neither.
+        mean over its part of the grid for those that pool or gather it, the attention rollout for those that attend; None for
+        a single pooled position and for connectors that do none of these.
     """
     valid = torch.ones(features.shape[1], dtype=torch.bool) if attention_mask is None else attention_mask[0].bool().cpu()
     if features.shape[1] == 1:
         return None
     if not connector.reads_positions:
         return torch.eye(int(valid.sum()))
+    if connector.reads_grid:
+        grid: Any = connector.grid if spatial_shapes is None else spatial_shapes[0].tolist()
+        return connector.origins_on_grid(*grid)
     positions, queries = features.shape[1], connector.prefix_length
     if queries is None:
         return None

@@ -184,7 +184,7 @@ def attention_to_image(
         features, mask, _ = core._encode_pixels(
             pixels["pixel_values"], {name: value for name, value in pixels.items() if name != "pixel_values"}, {}
         )
-        encoded = _encoded(core.write_prefix(features, mask))
+        encoded = _encoded(core.write_prefix(features, mask, pixels.get("spatial_shapes")))
         inputs, queries, ids = _read_or_write(model, processor, image, prompt, text, encoded, generate_kwargs)
         columns = (inputs["input_ids"][0] == config.image_token_id).nonzero()[:, 0]
         weights, kind = _attentions(model, {**inputs, "mm_encoder_outputs": encoded}, queries, columns)
@@ -193,7 +193,7 @@ def attention_to_image(
         kept = torch.tensor([index not in special for index in ids.tolist()], dtype=torch.bool)
         ids, weights = ids[kept], [one[:, kept] for one in weights]
     image, grid = _seen_image(processor, pixels), None
-    origins = prefix_origins(core.connector, features, mask)
+    origins = prefix_origins(core.connector, features, mask, pixels.get("spatial_shapes"))
     leading = config.num_leading_tokens if config.vision_feature_select_strategy == "full" else 0
     why = None
     if features.shape[1] == 1:
