@@ -121,9 +121,13 @@ class Connector(nn.Module):
             self.input_norm = nn.LayerNorm(vision_width, eps=1e-6)
         self.positions: nn.Parameter | None = None
         if position_embedding:
-            self.positions = nn.Parameter(torch.empty(num_positions, vision_width))  # type: ignore[arg-type]  # see `check`
+            self.positions = nn.Parameter(torch.empty(self._num_read(), vision_width))  # type: ignore[arg-type]  # see `check`
         self.input_dropout = nn.Dropout(input_dropout)
         self.output_dropout = nn.Dropout(output_dropout)
+
+    def _num_read(self) -> int | None:
+        """Positions behind `read`."""
+        return self.num_positions
 
     def _add_output(self, hidden_size: int) -> None:
         """Last line but one of a subclass's constructor: the linear map from its middle to the embedding space."""
@@ -249,10 +253,15 @@ class Connector(nn.Module):
             # Filled even where attention skips them: 0 * inf of a padded patch would be NaN.
             features = features.masked_fill(~attention_mask[..., None], 0)
         positions, one_size = features.shape[1], "give images of the size that the model was built for"
-        if self.positions is not None and positions != len(self.positions) * frames:
+        if self.positions is not None and not self.reads_grid and positions != len(self.positions) * frames:
             raise ValueError(
                 f"The tower gave {positions} positions where this connector has position embeddings for "
                 f"{self.num_positions}; {one_size}."
+            )
+        if self.reads_grid and isinstance(self.grid, tuple) and positions not in (math.prod(self.grid), self._num_read()):
+            raise ValueError(
+                f"The tower gave {positions} positions where this connector reads a grid of {self.grid[0]} rows and "
+                f"{self.grid[1]} columns; {one_size}."
             )
         expected = 1 if self.num_positions == 1 else self.prefix_length or positions
         if not self.reads_positions and positions != expected:
@@ -288,7 +297,7 @@ class Connector(nn.Module):
         features, attention_mask = self._prepare(features, attention_mask, frames)
         if features.shape[0] == 0:  # attention can't reshape nothing
             return self.output.weight.new_zeros(0, self.prefix_length or features.shape[1], self.embedding_dim)
-        hidden = self.input_norm(features.to(self.output.weight.dtype))
+        hidden = self.input_norm(self.read(features.to(self.output.weight.dtype), spatial_shapes))
         if self.positions is not None:
             hidden = hidden + self.positions.repeat(frames, 1)
         if frames > 1:  # most connectors read positions as a set, which has no time in it
@@ -298,6 +307,11 @@ class Connector(nn.Module):
         prefix = self.output(mixed)
         # Not `len`: exported, it would make a constant of the number of images.
         return self.output_dropout(prefix.reshape(features.shape[0], -1, self.embedding_dim))
+
+    def read(self, features: torch.Tensor, spatial_shapes: torch.Tensor | None = None) -> torch.Tensor:
+        """What the connector makes of features before anything in it that trains: (images, positions, vision_width), as they
+        are but for `avg_pool`, which needs no more than the means; the arguments are those of `forward`."""
+        return features
 
     def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The middle: (images, positions, vision_width) to (images, positions or prefix_length, any width)."""
@@ -823,10 +837,16 @@ class AvgPoolConnector(_Pool):
         places = torch.eye(rows * columns).unflatten(1, (rows, columns))[..., None]
         return self._pool(places).flatten(1).T
 
+    def _num_read(self) -> int | None:
+        return self.prefix_length
+
+    def read(self, features: torch.Tensor, spatial_shapes: torch.Tensor | None = None) -> torch.Tensor:
+        if features.shape[1] == self.prefix_length and features.shape[1] != self.num_positions:
+            return features  # pooled when they were stored
+        return torch.cat([self._pool(grids).flatten(1, 2) for grids in self._grids(features, spatial_shapes)])
+
     def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
-        pooled = torch.cat([self._pool(grids).flatten(1, 2) for grids in self._grids(hidden, spatial_shapes)])
-        # Means are the smaller the more neighbours differ, which differs by tower: the layer gets unit scale from any.
-        return self.hidden(nn.functional.layer_norm(pooled, pooled.shape[-1:]))
+        return self.hidden(hidden)
 
 
 class PixelShuffleConnector(_GridConnector):

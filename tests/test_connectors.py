@@ -434,7 +434,7 @@ def test_positions_are_a_set_without_position_embeddings(name):
         ({"connector_type": "avg_pool", "grid": (2, 3), "prefix_length": 6}, r"prefix_length=6: .* a square number of them"),
         (
             {"connector_type": "avg_pool", "grid": (2, 3), "prefix_length": 9},
-            r"grid of \(2, 3\) to \(3, 3\), which is more",
+            r"grid of \(2, 3\) to \(3, 3\) rows and columns, which is more",
         ),
         (
             {"connector_type": "c_abstractor", "grid": (2, 3), "connector_config": {"output_size": [2, 3]}},

@@ -278,7 +278,8 @@ def test_an_augmentation_that_was_rewritten_is_another(
         ({"plain_view": True}, "pass `augment`"),
         ({"views": 0}, "views=0"),
         ({"images_per_shard": 0}, "images_per_shard must be"),
-        ({"dtype": "int8"}, "'int8': features are stored in one of bfloat16"),
+        ({"dtype": "int4"}, "'int4': features are stored in one of bfloat16"),
+        ({"pool": True}, "'avg_pool' reads, and this model's connector is 'mlp', which reads every position"),
         ({"image_column": "photo"}, "no image column 'photo' .*'image', 'text'"),
     ],
 )
@@ -770,3 +771,37 @@ def test_grids_of_their_own_are_stored(tmp_path: Path) -> None:
     stored = model.get_image_features(**{name: batch[name] for name in names if name in batch}).pooler_output
     fresh = model.get_image_features(**inputs).pooler_output
     torch.testing.assert_close(torch.stack(stored), torch.stack(fresh), atol=1e-5, rtol=1e-4)
+
+
+def test_eight_bits_with_a_scale_for_each_position(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    out = store(pair, captioned(images=3, captions=1), tmp_path, dtype="int8")
+    wanted = tower_features(pair, [noise(seed) for seed in range(3)])
+    positions, width = wanted[0].shape
+    for row, own in zip(out, wanted, strict=True):
+        features, mask = row["image"].load()
+        assert mask is None and features.dtype == torch.float32
+        step = own.abs().amax(dim=-1, keepdim=True) / 127
+        assert ((features - own).abs() <= step / 2 * 1.001).all()
+        assert (features - own).abs().max() > 0
+    shards = sum(path.stat().st_size for path in Path(out[0]["image"].store).glob("*.arrow"))
+    plain = store(pair, captioned(images=3, captions=1), tmp_path, dtype="float32")
+    assert Path(plain[0]["image"].store) != Path(out[0]["image"].store)
+    in_full = sum(path.stat().st_size for path in Path(plain[0]["image"].store).glob("*.arrow"))
+    assert in_full - shards >= 3 * positions * (3 * width - 4) - 3 * 8  # Arrow pads to eight bytes
+
+
+def test_means_alone_are_stored_for_a_connector_that_reads_no_more(tmp_path: Path) -> None:
+    model, processor = join(tmp_path, connector_type="avg_pool", prefix_length=1)
+    dataset = captioned(images=3, captions=1)
+    pooled, whole = (store((model, processor), dataset, tmp_path / "store", pool=pool) for pool in (True, False))
+    assert [len(row["image"].load()[0]) for row in (pooled[0], whole[0])] == [1, 4]
+    collator = DataCollatorForFrozenPrefix(processor)
+    losses = [model(**collator(list(rows))).loss for rows in (pooled, whole)]
+    torch.testing.assert_close(*losses)
+    for row, other in zip(pooled, whole, strict=True):
+        torch.testing.assert_close(row["image"].load()[0][0], other["image"].load()[0].mean(dim=0))
+    wider, its_processor = join(tmp_path, connector_type="avg_pool", connector_config={"output_size": [1, 2]})
+    again = store((wider, its_processor), dataset, tmp_path / "store", pool=True)
+    assert again[0]["image"].store != pooled[0]["image"].store
+    with pytest.raises(ValueError, match="gave 1 positions where this connector reads a grid of 2 rows and 2 columns"):
+        wider.get_image_features(vision_features=pooled[0]["image"].load()[0][None])

@@ -95,6 +95,7 @@ def cache_vision_features(
     augment: Callable[[Any], Any] | None = None,
     plain_view: bool = False,
     seed: int = 0,
+    pool: bool = False,
     images_per_shard: int = 1000,
     device: str | torch.device | None = None,
 ) -> Any:
@@ -115,7 +116,8 @@ def cache_vision_features(
         batch_size (`int`, defaults to 32): views per call of the tower.
         num_workers (`int`, *optional*):
             Processes that decode and preprocess. Defaults to the cores of this machine, at most 8, shared by its processes.
-        dtype (`"bfloat16"`, `"float16"` or `"float32"`): of what is stored.
+        dtype (`"bfloat16"`, `"float16"`, `"float32"` or `"int8"`):
+            Of what is stored; `"int8"` with a scale (float32) for each position, and read as float32.
         views (`int`, defaults to 1):
             Augmented views stored of each image. Each read draws one: in `Trainer` by image and epoch, so that a resumed
             training draws the same; elsewhere from torch's global generator.
@@ -124,6 +126,9 @@ def cache_vision_features(
             global generators) depend on `seed`, the image and the number of the view alone.
         plain_view (`bool`, defaults to `False`): the first of the views is the image as it is.
         seed (`int`, defaults to 0): of the augmentation.
+        pool (`bool`, defaults to `False`):
+            Store the means that the connector `avg_pool` reads, in place of all positions: `prefix_length` vectors
+            an image. Only connectors with the same pooling can train from such a store.
         images_per_shard (`int`, defaults to 1000): images per file; what a killed run may have to do again.
         device (*optional*):
             Where the tower runs. Defaults to where it is, or to the accelerator where there is one and the tower is on the
@@ -133,12 +138,12 @@ def cache_vision_features(
         `datasets.Dataset`: the same rows. In the image column stand [`StoredImage`]s (indices into a memory map), which
         [`DataCollatorForFrozenPrefix`] turns into `vision_features`. `select`, `shuffle`, `train_test_split`, pickling and
         dataloader workers work as ever. A format (`with_format("torch")`) is taken off, for stored images are no tensors yet.
-        On disk an image takes positions * vision_width values per view.
+        On disk an image takes positions * vision_width values per view (with `pool`, prefix_length * vision_width).
 
     Raises:
-        ValueError: for a tower that trains; for an augmentation without views, or views without augmentation; for images
-            that are missing from the store where the tower is not loaded; for an image that can't be opened, that changes
-            meanwhile, or whose features are not finite, with its row.
+        ValueError: for a tower that trains; for `pool` with another connector; for an augmentation without views, or views
+            without augmentation; for images that are missing from the store where the tower is not loaded; for an image that
+            can't be opened, that changes meanwhile, or whose features are not finite, with its row.
         OSError: if a shard can't be written.
 
     Example:
@@ -166,7 +171,7 @@ def cache_vision_features(
     _refuse_trained_tower(model)
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix").expanduser()
     tower_digest = _tower_digest(model, cache_dir)
-    key = store_key(model, processor, dtype, views, augment, plain_view, seed, tower_digest=tower_digest)
+    key = store_key(model, processor, dtype, views, augment, plain_view, seed, pool, tower_digest=tower_digest)
     store = FeatureStore.for_key(cache_dir, key)
     prepare = Prepare(processor, views, augment, plain_view, seed)
     work = _Work(model, prepare, store, batch_size, num_workers, images_per_shard, device)
@@ -231,11 +236,12 @@ def store_key(
     augment: Any = None,
     plain_view: bool = False,
     seed: int = 0,
+    pool: bool = False,
     *,
     tower_digest: str,
 ) -> dict[str, Any]:
     """All that features depend on beside the image: the tower (id, commit, fingerprint, dtype, all its weights), layer and
-    selection, what the image processor does, the stored dtype, and the augmentation."""
+    selection, what the image processor does, the stored dtype, the augmentation, and the pooling."""
     config, image_processor = model.config, processor.image_processor
     key = {
         "format": _FORMAT,
@@ -250,9 +256,21 @@ def store_key(
     }
     if config.vision_grid == VARIABLE:
         key["grids"] = True  # earlier stores know none
+    if pool:
+        key["pool"] = list(_pooling_connector(model).output_size)
     if augment is not None:
         key["augment"] = {"function": _digest_of_function(augment), "plain_view": plain_view, "seed": seed}
     return key
+
+
+def _pooling_connector(model: FrozenPrefixPreTrainedModel) -> Any:
+    connector = cast(FrozenPrefixModel, model.base_model).connector
+    if model.config.connector_type != "avg_pool":
+        raise ValueError(
+            f"`pool=True` stores the means that the connector 'avg_pool' reads, and this model's connector is "
+            f"{model.config.connector_type!r}, which reads every position: leave `pool` out."
+        )
+    return connector
 
 
 def _tower_record(model: FrozenPrefixPreTrainedModel) -> dict[str, Any]:
@@ -400,6 +418,8 @@ class _Work:
                 num_leading_tokens=cast(int, config.num_leading_tokens),
                 **inputs,
             )
+            if "pool" in self.store.key:
+                features, mask, grids = _pooling_connector(self.model).read(features.float(), grids), None, None
             features, mask = features.to(self.store.dtype), None if mask is None else mask.cpu()
             if device.type != "cuda":
                 yield digests, names, features.cpu(), mask, grids

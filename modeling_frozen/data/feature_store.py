@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What features are stored as: how they are read. int8 has a scale for each position, a float32.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.float32}
 
 _KEY_FILE = "key.json"
 _ROWS = 1 << 24  # an index is shard * _ROWS + row
@@ -94,6 +95,8 @@ class FeatureStore:
         self.key: dict[str, Any] = json.loads(text)
         self.dtype = DTYPES[self.key["dtype"]]
         self.width, self.views = self.key["vision_width"], self.key["views"]
+        self.is_scaled = self.key["dtype"] == "int8"
+        self.bytes_of_position = self.width + 4 if self.is_scaled else self.width * self.dtype.itemsize
         self._tables: dict[int, Any] = {}
         self._indices: dict[bytes, int] = {}
         self._indexed: set[int] = set()
@@ -163,24 +166,39 @@ class FeatureStore:
             ValueError: if the image is not in the store, or its shard is damaged.
         """
         index, record = self._find(digest, view, index)
-        data, size = record["features"], self.width * self.dtype.itemsize
+        data = record["features"]
         mask = None if record["mask"] is None else record["mask"].reshape(self.views, -1).astype(bool)
         if mask is None:
             ends = np.arange(self.views + 1) * (len(data) // self.views)
         else:
-            ends = np.cumsum([0, *mask.sum(-1)]) * size
+            ends = np.cumsum([0, *mask.sum(-1)]) * self.bytes_of_position
         data = data[ends[view] : ends[view + 1]]
         if _checksum(digest, record["mask"], data) != record["checksums"][8 * view : 8 * view + 8].tobytes():
             raise self._damaged(index // _ROWS, f"the bytes of image {digest.hex()} are not those that were written")
         copy = torch.empty(len(data), dtype=torch.uint8)  # numpy promises no address; products depend on it
         copy.numpy()[:] = data
-        values = copy.view(self.dtype).view(-1, self.width)
+        values = self._unpack(copy)
         if mask is None:
             return values, None
         valid = torch.from_numpy(mask[view])
         features = torch.zeros(len(valid), self.width, dtype=self.dtype)
         features[valid] = values
         return features, valid
+
+    def pack(self, features: torch.Tensor) -> torch.Tensor:
+        """(positions, vision_width) in the dtype that is read, to (positions, bytes)."""
+        if not self.is_scaled:
+            return features.contiguous().view(torch.uint8)
+        scales = features.abs().amax(dim=-1, keepdim=True) / 127
+        numbers = (features / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+        return torch.cat([scales.contiguous().view(torch.uint8), numbers.view(torch.uint8)], dim=-1)
+
+    def _unpack(self, data: torch.Tensor) -> torch.Tensor:
+        if not self.is_scaled:
+            return data.view(self.dtype).view(-1, self.width)
+        data = data.view(-1, self.bytes_of_position)
+        scales = data[:, :4].contiguous().view(torch.float32)
+        return data[:, 4:].contiguous().view(torch.int8).to(torch.float32) * scales
 
     def grid(self, digest: bytes, view: int = 0, index: int = -1) -> tuple[int, int] | None:
         """As [`StoredImage.grid`]; the arguments and errors are those of `read`."""
@@ -253,7 +271,7 @@ class ShardWriter:
 
         Args:
             digests: of the images' contents.
-            features: (images * views, positions, vision_width), on the host; stored in the store's dtype.
+            features: (images * views, positions, vision_width), on the host; stored as the store's key says.
             mask: (images * views, positions), true at real positions; others are not stored.
             names: what errors call the images. Defaults to their digests.
             grids: (images * views, 2), rows and columns of the real positions, where each image has its own.
@@ -272,8 +290,8 @@ class ShardWriter:
         else:
             counts = mask.sum(-1).numpy()
             features = features[mask]
-        data = features.view(torch.uint8).numpy().reshape(-1)
-        ends = np.cumsum([0, *counts]) * store.width * store.dtype.itemsize
+        data = store.pack(features.flatten(0, -2)).numpy().reshape(-1)
+        ends = np.cumsum([0, *counts]) * store.bytes_of_position
         if not features.isfinite().all():
             finite = features.flatten(0, -2).isfinite().all(-1).split(counts.tolist())
             name = names[next(i for i, one in enumerate(finite) if not one.all()) // store.views]
