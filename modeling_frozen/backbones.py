@@ -6,12 +6,13 @@ decides what is recorded of a backbone and refuses one that is not what the conn
 """
 
 import copy
+import functools
 import hashlib
 import json
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
+    AttentionInterface,
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
@@ -353,6 +355,26 @@ def reads_ahead(language_model: PreTrainedModel) -> bool:
     return not torch.allclose(first[0], first[1], atol=1e-4, rtol=1e-3)
 
 
+class AttentionOfAll(str):
+    """An `attn_implementation` that was chosen for the whole model: a part that can't have it keeps its own."""
+
+
+def takes_attention(part: str, model: str, attn_implementation: str, choose: Callable[[], Any]) -> Any:
+    """
+    What `choose` gives, or `None`, said in the log, where this part has no such attention (a convolutional tower has none).
+
+    Raises:
+        ValueError: transformers' own, for a name that no model knows.
+    """
+    try:
+        return choose()
+    except ValueError as error:
+        if attn_implementation not in ("eager", *AttentionInterface().valid_keys()):
+            raise
+        logger.info(f"The {PARTS[part].description} {model} keeps its own attention, not {attn_implementation!r}: {error}")
+        return None
+
+
 def load_unrecorded(
     part: str, name_or_path: str, *, config: PreTrainedConfig, headless: bool | None = False, **kwargs: Any
 ) -> PreTrainedModel:
@@ -360,6 +382,17 @@ def load_unrecorded(
     if kwargs.get("gguf_file") is not None:
         # Unpacked: kernels for packed weights compute other bits, each its own, and have no gradients.
         kwargs = {**dequantized(), **kwargs}
+    attention = kwargs.pop("attn_implementation", None)
+    if attention is None and config._attn_implementation is not None:
+        # An Auto class writes what is chosen for all into every config.
+        attention = AttentionOfAll(config._attn_implementation)
+    if isinstance(attention, AttentionOfAll):
+        kwargs["attn_implementation"] = str(attention)
+        load = functools.partial(load_unrecorded, part, name_or_path, config=config, headless=headless, **kwargs)
+        if (model := takes_attention(part, name_or_path, attention, load)) is not None:
+            return model
+        config._attn_implementation = attention = None
+    kwargs["attn_implementation"] = attention
     if part == "vision":
         return load_vision_tower(name_or_path, config=config, **kwargs)
     if part == "audio":

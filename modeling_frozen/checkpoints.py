@@ -26,6 +26,7 @@ from .audio_towers import probe_audio_tower
 from .backbones import (
     FULL,
     HUB_OPTIONS,
+    AttentionOfAll,
     changed_processor_files,
     language_model_geometry,
     load_base_model,
@@ -256,6 +257,8 @@ def split_part_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 value = kwargs[shared]
                 if shared == "attn_implementation" and isinstance(value, dict):
                     value = value.get(f"{part}_config", value.get(""))
+                elif shared == "attn_implementation":
+                    value = AttentionOfAll(value)
                 elif shared == "device_map" and isinstance(value, dict):
                     value = device_map_of(part, value)
                 if value is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all frozen-prefix models share. What trains is decided in `freezing`, what is saved and comes back in `checkpoints`."""
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from .backbones import (
     reads_ahead,
     record_of_loaded,
     refuse_pickles,
+    takes_attention,
     word_embedding_norm,
 )
 from .checkpoints import (
@@ -633,6 +635,16 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         if modality is None and self.config.is_encoder_decoder:
             return self.base_model.language_model.get_encoder()
         return super().get_encoder(modality)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; of one name for all, a backbone that has no such attention keeps its own, which is logged."""
+        if isinstance(attn_implementation, str):
+            for part, backbone in self.backbones.items():
+                choose = functools.partial(backbone.set_attn_implementation, attn_implementation, *args, **kwargs)
+                takes_attention(part, type(backbone).__name__, attn_implementation, choose)
+            own = {f"{part}_config": backbone.config._attn_implementation for part, backbone in self.backbones.items()}
+            attn_implementation = {"": attn_implementation, **own}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any

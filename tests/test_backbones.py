@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, CLIPVisionModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    MobileNetV2Config,
+    MobileNetV2ImageProcessorPil,
+    MobileNetV2Model,
+)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
@@ -173,3 +183,32 @@ def test_learned_positions_are_distinguished_from_computed_ones(family: str, pos
 @pytest.mark.parametrize(("family", "skips"), [("mamba", True), ("mamba2", True), ("rwkv", False)])
 def test_recurrent_models_are_asked_whether_they_skip_padding(family: str, skips: bool) -> None:
     assert skips_padding(language_model(family)) is skips
+
+
+def test_one_attention_for_all_is_given_to_the_parts_that_have_it(tmp_path: Path) -> None:
+    """A convolutional tower has no attention to choose, so transformers' own model refuses every choice but "eager"."""
+    save_parents(tmp_path)
+    torch.manual_seed(0)
+    MobileNetV2Model(MobileNetV2Config(image_size=32, depth_multiplier=0.35)).save_pretrained(tmp_path / "mobile")
+    MobileNetV2ImageProcessorPil().save_pretrained(tmp_path / "mobile")
+    parents = (str(tmp_path / "mobile"), str(tmp_path / "words"))
+    options = {"connector_type": "mlp", "vision_feature_select_strategy": "pooled", "prefix_length": 2}
+    join = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained
+    model = join(*parents, **options, attn_implementation="sdpa")
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    model.save_pretrained(tmp_path / "eyes")
+    for cls in (FrozenPrefixForConditionalGeneration, AutoModelForImageTextToText):
+        loaded = cls.from_pretrained(tmp_path / "eyes", attn_implementation="sdpa")
+        assert loaded.model.language_model.config._attn_implementation == "sdpa"
+        assert loaded.model.vision_tower.config._attn_implementation == "eager"
+    eager = join(*parents, **options, attn_implementation="eager")
+    assert eager.model.language_model.config._attn_implementation == "eager"
+    eager.set_attn_implementation("sdpa")
+    assert eager.model.language_model.config._attn_implementation == "sdpa"
+    assert eager.model.vision_tower.config._attn_implementation == "eager"
+    # What is meant for one part, or is no attention at all, is refused as in transformers.
+    with pytest.raises(ValueError, match="MobileNetV2Model does not support"):
+        join(*parents, **options, vision_attn_implementation="sdpa")
+    for choose in (eager.set_attn_implementation, lambda name: join(*parents, **options, attn_implementation=name)):
+        with pytest.raises(ValueError, match='`attn_implementation="sdpo"` is not supported'):
+            choose("sdpo")
