@@ -6,6 +6,7 @@ once, on the meta device, by `from_vision_text_configs`, and stored, so that bui
 """
 
 import difflib
+import math
 from collections.abc import Collection
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -61,6 +62,10 @@ class FrozenPrefixConfig(CompositeConfig):
             Keyword arguments of that connector, for example `{"num_layers": 4, "dropout": 0.1}`.
         prefix_length (`int`, *optional*):
             Number of prefix vectors per image. Left out, per-position connectors take the tower's positions.
+        prefix_lengths (`list[int]`, *optional*):
+            Lengths that one connector writes, the longest of them its `prefix_length` (Matryoshka: arXiv 2405.17430,
+            2405.19315): by its first queries, or a coarser grid. In training one is drawn a batch; else the model follows
+            the placeholders, of which the processor writes `prefix_length=` an image.
         vision_feature_layer (`int` or `list[int]`, defaults to -1):
             Which hidden states of the tower are read; several are concatenated along the width.
         vision_feature_select_strategy (`"default"`, `"full"` or `"pooled"`, defaults to `"default"`):
@@ -174,6 +179,7 @@ class FrozenPrefixConfig(CompositeConfig):
     connector_type: str = "mlp"
     connector_config: dict | None = None
     prefix_length: int | None = None
+    prefix_lengths: list[int] | tuple[int, ...] | None = None
     fusion: Literal["prefix", "cross_attention"] = "prefix"
     cross_attention_config: dict | None = None
     vision_feature_layer: int | list[int] = -1
@@ -417,6 +423,7 @@ class FrozenPrefixConfig(CompositeConfig):
             raise ValueError(f"`image_token_id={self.image_token_id}` is negative; token ids start at 0.")
         if self.prefix_length is not None and self.prefix_length < 1:
             raise ValueError(f"`prefix_length={self.prefix_length}` leaves no prefix vector; it must be at least 1.")
+        self._validate_lengths()
         from .losses import check_loss_config
 
         check_loss_config(self.loss_config or {})
@@ -444,6 +451,34 @@ class FrozenPrefixConfig(CompositeConfig):
         from .backbones import changed_processor_files
 
         return changed_processor_files(part, getattr(self, f"{part}_base_model"))
+
+    def _validate_lengths(self) -> None:
+        if self.prefix_lengths is None:
+            return
+        from .connectors import CONNECTORS
+
+        self.prefix_lengths = lengths = sorted(set(self.prefix_lengths))
+        if not lengths or min(lengths) < 1 or self.prefix_length not in (None, lengths[-1]):
+            raise ValueError(
+                f"`prefix_lengths={lengths}` must be lengths of at least 1, the longest of them `prefix_length`, which is "
+                f"{self.prefix_length}: leave `prefix_length` out."
+            )
+        self.prefix_length = lengths[-1]
+        kind = CONNECTORS.get(self.connector_type)
+        if kind is None:
+            return  # said with the choices below
+        if not kind.takes_lengths or self.fusion == "cross_attention":
+            able = [name for name, one in CONNECTORS.items() if one.takes_lengths]
+            raise ValueError(
+                f"`prefix_lengths={lengths}` needs a connector that can write shorter prefixes than its own, one of {able}, "
+                f"with `fusion='prefix'`; this is {self.connector_type!r} with {self.fusion!r}."
+            )
+        wrong = [length for length in lengths if math.isqrt(length) ** 2 != length]
+        if kind.reads_grid and (wrong or "output_size" in (self.connector_config or {})):
+            raise ValueError(
+                f"`prefix_lengths={lengths}` of the connector {self.connector_type!r} must be squares (1, 4, 16 …), and go "
+                f"without `output_size`: {wrong or self.connector_config} does not fit."
+            )
 
     def _validate_records(self) -> None:
         for part in PARTS:

@@ -19,8 +19,8 @@ from .connectors import build_connector
 
 # What a config holds of its connector, and not of the backbones.
 CONNECTOR_KEYS = (
-    "connector_type", "connector_config", "prefix_length", "vision_feature_layer", "vision_feature_select_strategy",
-    "num_leading_tokens", "num_positions", "vision_width", "vision_grid",
+    "connector_type", "connector_config", "prefix_length", "prefix_lengths", "vision_feature_layer",
+    "vision_feature_select_strategy", "num_leading_tokens", "num_positions", "vision_width", "vision_grid",
 )  # fmt: skip
 DEFAULT = "default"
 

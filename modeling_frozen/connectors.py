@@ -94,6 +94,8 @@ class Connector(nn.Module):
     reads_grid = False
     #: options that are two numbers, rows and columns
     pairs: tuple[str, ...] = ()
+    #: whether it can write a shorter prefix than its own, by its first queries or a coarser grid
+    takes_lengths = False
     _frozen_prefix_initialized = False
 
     def __init__(
@@ -277,6 +279,7 @@ class Connector(nn.Module):
         attention_mask: torch.Tensor | None = None,
         frames: int = 1,
         spatial_shapes: torch.Tensor | None = None,
+        prefix_length: int | None = None,
     ) -> torch.Tensor:
         """
         Writes the prefix.
@@ -290,34 +293,43 @@ class Connector(nn.Module):
                 How many frames of a video the positions hold, one after another, for connectors that read them.
             spatial_shapes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
                 Rows and columns of each image, for connectors that read a grid, where images differ in it (NaFlex).
+            prefix_length (`int`, *optional*):
+                A shorter prefix than the connector's own: its first queries, or a coarser grid. As from a connector of that
+                length with the same weights.
 
         Returns:
             `torch.Tensor` of shape `(images, prefix_length, embedding_dim)`, in the connector's dtype.
         """
         features, attention_mask = self._prepare(features, attention_mask, frames)
+        length = prefix_length or self.prefix_length
         if features.shape[0] == 0:  # attention can't reshape nothing
-            return self.output.weight.new_zeros(0, self.prefix_length or features.shape[1], self.embedding_dim)
-        hidden = self.input_norm(self.read(features.to(self.output.weight.dtype), spatial_shapes))
+            return self.output.weight.new_zeros(0, length or features.shape[1], self.embedding_dim)
+        hidden = self.input_norm(self.read(features.to(self.output.weight.dtype), spatial_shapes, length))
         if self.positions is not None:
             hidden = hidden + self.positions.repeat(frames, 1)
         if frames > 1:  # most connectors read positions as a set, which has no time in it
             hidden = hidden + _code_of_time(frames, hidden).repeat_interleave(hidden.shape[1] // frames, dim=0)
         hidden = self.input_dropout(hidden)
-        mixed = self._mix_grid(hidden, spatial_shapes) if self.reads_grid else self._mix(hidden, attention_mask)
+        if self.reads_grid:
+            mixed = self._mix_grid(hidden, spatial_shapes, length)
+        else:
+            mixed = self._mix(hidden, attention_mask, length)
         prefix = self.output(mixed)
         # Not `len`: exported, it would make a constant of the number of images.
         return self.output_dropout(prefix.reshape(features.shape[0], -1, self.embedding_dim))
 
-    def read(self, features: torch.Tensor, spatial_shapes: torch.Tensor | None = None) -> torch.Tensor:
+    def read(
+        self, features: torch.Tensor, spatial_shapes: torch.Tensor | None = None, length: int | None = None
+    ) -> torch.Tensor:
         """What the connector makes of features before anything in it that trains: (images, positions, vision_width), as they
         are but for `avg_pool`, which needs no more than the means; the arguments are those of `forward`."""
         return features
 
-    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, length: int | None) -> torch.Tensor:
         """The middle: (images, positions, vision_width) to (images, positions or prefix_length, any width)."""
         raise NotImplementedError
 
-    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
+    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None, length: int | None) -> torch.Tensor:
         """The same of connectors that read a grid."""
         raise NotImplementedError
 
@@ -401,6 +413,7 @@ class IdentityConnector(Connector):
         attention_mask: torch.Tensor | None = None,
         frames: int = 1,
         spatial_shapes: torch.Tensor | None = None,
+        prefix_length: int | None = None,
     ) -> torch.Tensor:
         return self._prepare(features, attention_mask, frames)[0]
 
@@ -419,7 +432,7 @@ class LinearConnector(Connector):
         self._add_output(self.vision_width)
         self.reset_parameters()
 
-    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, length: int | None) -> torch.Tensor:
         return hidden
 
 
@@ -440,14 +453,14 @@ class MLPConnector(Connector):
         self._add_output(width)
         self.reset_parameters()
 
-    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, length: int | None) -> torch.Tensor:
         return self.hidden(hidden)
 
 
 class _Reader(Connector):
     """Connectors that read all positions and write at `prefix_length` learned queries."""
 
-    reads_positions = True
+    reads_positions = takes_lengths = True
     prefix_length: int
 
     def _add_queries(self, hidden_size: int) -> None:
@@ -530,12 +543,14 @@ class TransformerConnector(_Reader):
         self.norm = nn.LayerNorm(hidden_size)
         self._add_queries(hidden_size)
 
-    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        hidden = torch.cat([self.queries.expand(hidden.shape[0], -1, -1), self.project(hidden)], dim=1)
-        padding = None if attention_mask is None else nn.functional.pad(~attention_mask, (self.prefix_length, 0))
+    def _mix(  # type: ignore[override]  # has always a length
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, length: int
+    ) -> torch.Tensor:
+        hidden = torch.cat([self.queries[:length].expand(hidden.shape[0], -1, -1), self.project(hidden)], dim=1)
+        padding = None if attention_mask is None else nn.functional.pad(~attention_mask, (length, 0))
         for layer in self.layers:
             hidden = layer(hidden, src_key_padding_mask=padding)
-        return self.norm(hidden[:, : self.prefix_length])
+        return self.norm(hidden[:, :length])
 
 
 class ResamplerLayer(GradientCheckpointingLayer):
@@ -594,9 +609,11 @@ class ResamplerConnector(_Reader):
         self.norm = nn.LayerNorm(hidden_size)
         self._add_queries(hidden_size)
 
-    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        context, queries = self.project(hidden), self.queries.expand(hidden.shape[0], -1, -1)
-        padding = None if attention_mask is None else nn.functional.pad(~attention_mask, (self.prefix_length, 0))
+    def _mix(  # type: ignore[override]  # has always a length
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, length: int
+    ) -> torch.Tensor:
+        context, queries = self.project(hidden), self.queries[:length].expand(hidden.shape[0], -1, -1)
+        padding = None if attention_mask is None else nn.functional.pad(~attention_mask, (length, 0))
         for layer in self.layers:
             queries = layer(queries, context, padding)
         return self.norm(queries)
@@ -643,9 +660,11 @@ class QFormerConnector(_Reader):
         )
         self._add_queries(hidden_size)
 
-    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _mix(  # type: ignore[override]  # has always a length
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, length: int
+    ) -> torch.Tensor:
         return self.qformer(
-            query_embeds=self.queries.expand(hidden.shape[0], -1, -1),
+            query_embeds=self.queries[:length].expand(hidden.shape[0], -1, -1),
             encoder_hidden_states=hidden,
             encoder_attention_mask=attention_mask,
         ).last_hidden_state
@@ -701,18 +720,20 @@ class LSTMConnector(_Reader):
         self.norm = nn.LayerNorm(hidden_size)
         self._add_queries(hidden_size)
 
-    def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _mix(  # type: ignore[override]  # has always a length
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, length: int
+    ) -> torch.Tensor:
         hidden = self.project(hidden)
         valid = hidden.new_ones(*hidden.shape[:2], 1)
         if attention_mask is not None:
             order = attention_mask.int().argsort(dim=1, stable=True)[..., None]
             valid = attention_mask[..., None].gather(1, order).to(hidden.dtype)
             hidden = hidden.gather(1, order.expand_as(hidden)) * valid
-        hidden = torch.cat([hidden, self.queries.to(hidden.dtype).expand(hidden.shape[0], -1, -1)], dim=1)
-        valid = nn.functional.pad(valid, (0, 0, 0, self.prefix_length), value=1.0)
+        hidden = torch.cat([hidden, self.queries[:length].to(hidden.dtype).expand(hidden.shape[0], -1, -1)], dim=1)
+        valid = nn.functional.pad(valid, (0, 0, 0, length), value=1.0)
         for layer in self.layers:
             hidden = self.dropout(layer(hidden, valid))
-        return self.norm(hidden[:, -self.prefix_length :])
+        return self.norm(hidden[:, -length:])
 
     def _reset_own(self) -> None:
         super()._reset_own()
@@ -766,6 +787,7 @@ class _Pool(_GridConnector):
     """What has a pooled grid as output: `prefix_length` vectors in a square, or `output_size`, rows and columns."""
 
     pairs = ("output_size",)
+    takes_lengths = True
 
     def __init__(self, *, output_size: Sequence[int] | None = None, **common: Any):
         super().__init__(**common)
@@ -802,10 +824,11 @@ class _Pool(_GridConnector):
             )
         return math.prod(size)
 
-    def _pool(self, grids: torch.Tensor) -> torch.Tensor:
+    def _pool(self, grids: torch.Tensor, length: int | None = None) -> torch.Tensor:
         """(images, rows, columns, width) to (images, output rows, output columns, width): adaptive average pooling as torch's
         (each output the mean from floor(i n / m) to ceil((i + 1) n / m)), as two products that any exporter knows."""
-        rows, columns = (_mean_of_ranges(grids.shape[axis], self.output_size[axis - 1], grids) for axis in (1, 2))
+        size = self.output_size if length in (None, self.prefix_length) else self._output_size(length, None)
+        rows, columns = (_mean_of_ranges(grids.shape[axis], size[axis - 1], grids) for axis in (1, 2))
         return torch.einsum("or,nrcw,pc->nopw", rows, grids, columns)
 
 
@@ -840,12 +863,19 @@ class AvgPoolConnector(_Pool):
     def _num_read(self) -> int | None:
         return self.prefix_length
 
-    def read(self, features: torch.Tensor, spatial_shapes: torch.Tensor | None = None) -> torch.Tensor:
-        if features.shape[1] == self.prefix_length and features.shape[1] != self.num_positions:
-            return features  # pooled when they were stored
-        return torch.cat([self._pool(grids).flatten(1, 2) for grids in self._grids(features, spatial_shapes)])
+    def read(
+        self, features: torch.Tensor, spatial_shapes: torch.Tensor | None = None, length: int | None = None
+    ) -> torch.Tensor:
+        if features.shape[1] == self.prefix_length and features.shape[1] != self.num_positions:  # pooled when they were stored
+            if length in (None, self.prefix_length):
+                return features
+            raise ValueError(
+                f"These features were stored as the {self.prefix_length} means of `pool=True`, of which no prefix of {length} "
+                "vectors can be made: store all positions."
+            )
+        return torch.cat([self._pool(grids, length).flatten(1, 2) for grids in self._grids(features, spatial_shapes)])
 
-    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
+    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None, length: int | None) -> torch.Tensor:
         return self.hidden(hidden)
 
 
@@ -894,7 +924,7 @@ class PixelShuffleConnector(_GridConnector):
             )
         return length
 
-    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
+    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None, length: int | None) -> torch.Tensor:
         (grids,) = self._grids(hidden, spatial_shapes)
         return self.hidden(self._gather(grids))
 
@@ -962,13 +992,13 @@ class CAbstractorConnector(_Pool):
         self._add_output(self.embedding_dim)
         self.reset_parameters()
 
-    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> torch.Tensor:
+    def _mix_grid(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None, length: int | None) -> torch.Tensor:
         pooled = []
         for grids in self._grids(self.project(hidden), spatial_shapes):
             maps = grids.movedim(-1, 1)
             for block in self.before:
                 maps = block(maps)
-            pooled.append(self._pool(maps.movedim(1, -1)))
+            pooled.append(self._pool(maps.movedim(1, -1), length))
         maps = torch.cat(pooled).movedim(-1, 1)
         for block in self.after:
             maps = block(maps)

@@ -215,7 +215,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             raise ValueError("`encode_prefix` needs `input_ids` (from the processor), or `images` or `text` with `processor`.")
         ids: torch.Tensor = input_ids
         mask = self._mask_of(ids, attention_mask)
-        encoded = self.model.encode(take_media(inputs), inputs.pop("mm_encoder_outputs", None))
+        encoded = self.model.encode(take_media(inputs), inputs.pop("mm_encoder_outputs", None), ids)
         inputs.pop("mm_token_type_ids", None)
         if inputs:
             raise TypeError(f"`encode_prefix` takes words and media, and not {sorted(inputs)}.")
@@ -231,10 +231,12 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
 
     # ------------------------------------------------------------------------------------------ encoding before the first step
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_multimodal_encoder_kwargs_for_generation(
+        self, model_kwargs: dict[str, Any], input_ids: torch.Tensor | None = None
+    ) -> dict[str, Any]:
         # transformers' own knows images and videos.
         media = take_media(model_kwargs)
-        model_kwargs["mm_encoder_outputs"] = self.model.encode(media, model_kwargs.get("mm_encoder_outputs"))
+        model_kwargs["mm_encoder_outputs"] = self.model.encode(media, model_kwargs.get("mm_encoder_outputs"), input_ids)
         return model_kwargs
 
     def _expand_multimodal_outputs(
@@ -259,7 +261,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         if model_kwargs.get("encoder_outputs") is not None:
             return model_kwargs
-        model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        ids = None if inputs_tensor.is_floating_point() else inputs_tensor
+        model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs, ids)
         self._refuse_placeholders_alone(inputs_tensor, model_kwargs)
         if not self.config.is_encoder_decoder:
             return self._without_what_is_cached(inputs_tensor, model_kwargs)

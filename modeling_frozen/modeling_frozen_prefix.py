@@ -274,6 +274,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         vision_features: torch.FloatTensor | None = None,
         vision_features_mask: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
+        prefix_length: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -292,6 +293,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             image_index (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 For every image in reading order its row in `pixel_values` or `vision_features`, so that an image that
                 stands in several places is encoded once. Left out, each row stands once, in order.
+            prefix_length (`int`, *optional*): one of `config.prefix_lengths`; the longest by default.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is a list of one tensor `(prefix_length, embedding_dim)` per
@@ -299,9 +301,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             `None` where features were passed. Pass it on as `mm_encoder_outputs={"image": output}`.
 
         Raises:
-            ValueError: for neither or both of `pixel_values` and `vision_features`, features of another width, or an
-            index out of range.
+            ValueError: for neither or both of `pixel_values` and `vision_features`, features of another width, an index out
+            of range, or a length that the model was not made for.
         """
+        self._check_length(prefix_length)
         features: torch.Tensor
         outputs: ModelOutput | None = None
         if vision_features is not None and pixel_values is None:
@@ -324,7 +327,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             features, mask = features[index], None if mask is None else mask[index.to(mask.device)]
             grids = None if grids is None else grids[index.to(grids.device)]
             index = None
-        prefix = self.write_prefix(features, mask, grids)
+        prefix = self.write_prefix(features, mask, grids, prefix_length)
         return prefix_output(prefix if index is None else _repeated(prefix, index), outputs)
 
     @can_return_tuple
@@ -446,8 +449,33 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         if modality not in self.config.media:
             raise ValueError(f"This model takes {list(self.config.media)}, and no {modality}: {MODALITIES[modality].way_out}.")
 
+    def _check_length(self, prefix_length: int | None) -> None:
+        allowed: Sequence[int | None] = self.config.prefix_lengths or [self.config.prefix_length]
+        if prefix_length is not None and prefix_length not in allowed:
+            raise ValueError(
+                f"A prefix of {prefix_length} vectors an image, and this model writes {' or '.join(map(str, allowed))}: pass "
+                "`prefix_length=` of these to the processor, or join a model with others in `prefix_lengths`."
+            )
+
+    def _length_of_placeholders(self, input_ids: torch.Tensor | None, inputs: dict[str, Any], source: str) -> dict[str, int]:
+        """The length that the placeholders stand for, where the model writes several."""
+        if not self.config.prefix_lengths or input_ids is None:
+            return {}
+        images = len(inputs["image_index"] if "image_index" in inputs else inputs[source])
+        placeholders = int(input_ids.eq(self.config.image_token_id or 0).sum())
+        if placeholders % images or placeholders // images not in self.config.prefix_lengths:
+            raise ValueError(
+                f"`input_ids` hold {placeholders} image placeholders for {images} images, where each image has the same "
+                f"number of them, one of {self.config.prefix_lengths}."
+            )
+        return {"prefix_length": placeholders // images}
+
     def write_prefix(
-        self, features: torch.Tensor, mask: torch.Tensor | None = None, spatial_shapes: torch.Tensor | None = None
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        prefix_length: int | None = None,
     ) -> list[torch.Tensor]:
         """
         Runs the connector.
@@ -457,12 +485,15 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             mask (`torch.BoolTensor` of shape `(num_images, positions)`, *optional*): valid positions.
             spatial_shapes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 Rows and columns of each image's positions, for connectors that read a grid where each image has its own.
+            prefix_length (`int`, *optional*): a shorter length than the connector's own.
 
         Returns:
             `list[torch.Tensor]`: one prefix `(prefix_length, embedding_dim)` per image; with cross-attention
             `(1, prefix_length * embedding_dim)`, for transformers' `generate` counts one row per placeholder.
         """
-        grids = {"spatial_shapes": spatial_shapes} if self.connector.reads_grid else {}
+        grids: dict[str, Any] = {"spatial_shapes": spatial_shapes} if self.connector.reads_grid else {}
+        if prefix_length is not None:
+            grids["prefix_length"] = prefix_length
         prefix: Iterable[torch.Tensor] = self._connect(self.connector, features, attention_mask=mask, **grids)
         if mask is not None and not self.connector.reads_positions and self.config.num_positions != 1:
             prefix = [vectors[valid] for vectors, valid in zip(prefix, mask, strict=True)]
@@ -541,7 +572,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         return mask.unsqueeze(-1)
 
     def encode(
-        self, media: dict[str, Any], mm_encoder_outputs: Mapping[str, ModelOutput | None] | None = None
+        self,
+        media: dict[str, Any],
+        mm_encoder_outputs: Mapping[str, ModelOutput | None] | None = None,
+        input_ids: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """
         Encodes what there is of each modality.
@@ -549,6 +583,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         Args:
             media (`dict`): what there is of `MEDIA_INPUTS`.
             mm_encoder_outputs (`dict`, *optional*): what was encoded before, by modality.
+            input_ids (`torch.LongTensor`, *optional*):
+                With the placeholders, by whose number the length of the prefix is known where a model writes several.
 
         Returns:
             `dict`: outputs of `get_image_features`, `get_video_features`, `get_audio_features` by modality.
@@ -567,6 +603,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             if len(sources) > 1:
                 raise ValueError(f"You cannot specify both {' and '.join(sources)} at the same time")
             self._require(name)
+            if name == "image":
+                inputs.update(self._length_of_placeholders(input_ids, inputs, sources[0]))
             encoded[name] = getattr(self, f"get_{name}_features")(return_dict=True, **inputs)
         return encoded
 
@@ -588,7 +626,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         words = words_of(input_ids, inputs_embeds)
-        encoded = self.encode(media, mm_encoder_outputs)
+        encoded = self.encode(media, mm_encoder_outputs, input_ids)
         idle, merges = self._idle_parts(set(encoded)), self.cross_attention is None
         prefixes: dict[str, Any] = {}
         if encoded and not merges:
@@ -848,7 +886,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         may_share = plan.may_share and position_ids is None and cache is None and "image_index" in media
         if may_share and input_ids is not None and plan.path is not None and plan.learnt is not None:
             index = media["image_index"]
-            encoded, media = self.model.encode(media, mm_encoder_outputs), {}
+            encoded, media = self.model.encode(media, mm_encoder_outputs, input_ids), {}
             lengths = [len(vectors) for vectors in encoded["image"].pooler_output]
             shared = find_shared_start(self.model, input_ids, attention_mask, lengths, index, plan.path, plan.learnt)
             skipped = 0 if shared is None or self.config.is_encoder_decoder else shared.length

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """FrozenPrefixProcessor: the vision tower's image processor and the language model's tokenizer behind one call.
 
-Chat templates are in `chat_templates`, the opening of images in `image_loading`, of videos and audio in `media_loading`. The
-processor has no `__call__` of its own: everything is done in the hooks of `ProcessorMixin`, so that what transformers adds to
-that call reaches us too. Only this folder and public packages are imported: a checkpoint carries these files as custom code.
+Chat templates are in `chat_templates`, the opening of images in `image_loading`, of videos and audio in `media_loading`.
+Everything is done in the hooks of `ProcessorMixin`, so that what transformers adds to its `__call__` reaches us too; ours says
+how long the prefixes are. Only this folder and public packages are imported: a checkpoint carries these files as custom code.
 """
 
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -44,6 +46,9 @@ _PARTS: dict[str, tuple[Any, str]] = {
     "tokenizer": (AutoTokenizer, "tokenizer_config.json"),
 }
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+
+# The length of prefixes that a call asked for.
+_length_of_call: ContextVar[int | None] = ContextVar("length_of_call", default=None)
 
 # Above this, a tokenizer's model_max_length means "not known" (transformers uses the same bound).
 _UNKNOWN_LENGTH = int(1e20)
@@ -95,6 +100,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
         tokenizer: the language model's tokenizer. `image_token` is added to it as a special token where it is not in
             the vocabulary; the language model is never resized.
         prefix_length: placeholders per image, `model.config.num_image_tokens`.
+        prefix_lengths: numbers of them that a call may ask for, `processor(..., prefix_length=16)`: the model's
+            `config.prefix_lengths`.
         image_token: the placeholder.
         image_position: "start" or "end".
         is_encoder_decoder: whether the language model is one: then prompts are padded on the right, and
@@ -130,6 +137,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         video_token: str | None = None,
         audio_token: str | None = None,
         text_headless: bool = False,
+        prefix_lengths: list[int] | None = None,
         **kwargs,
     ):
         if prefix_length is not None and (not isinstance(prefix_length, int) or prefix_length < 1):
@@ -146,7 +154,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         else:
             self._parts = ("tokenizer", "feature_extractor")
         super().__init__(**{name: parts[name] for name in self._parts}, chat_template=chat_template, **kwargs)
-        self.prefix_length = prefix_length
+        self.prefix_length, self.prefix_lengths = prefix_length, prefix_lengths
         has_vision = "image_processor" in self._parts
         self.image_token = image_token if has_vision else None
         self.num_frames = num_frames if has_vision else None
@@ -256,6 +264,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             video_token=video_token,
             audio_token=audio_token,
             text_headless=bool(getattr(config, "text_headless", False)),
+            prefix_lengths=getattr(config, "prefix_lengths", None),
         )
         for modality, token in processor.tokens.items():
             own, index = getattr(processor, f"{modality}_token_id"), getattr(config, f"{modality}_token_id")
@@ -393,7 +402,32 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """
         if self.prefix_length is None:
             raise ValueError("The processor has no prefix_length: pass it prefix_length=model.config.num_image_tokens.")
-        return self.prefix_length
+        return _length_of_call.get() or self.prefix_length
+
+    @contextmanager
+    def with_length(self, prefix_length: int | None) -> Iterator[None]:
+        """Inside, this thread writes so many placeholders an image; `None` leaves it as it is.
+
+        Raises:
+            ValueError: the model does not write prefixes of this length.
+        """
+        lengths = self.prefix_lengths or [self.prefix_length]
+        if prefix_length is not None and prefix_length not in lengths:
+            raise ValueError(
+                f"prefix_length={prefix_length}: the model of this processor writes prefixes of "
+                f"{' or '.join(map(str, lengths))} vectors. Take one of these, or join a model with others in prefix_lengths."
+            )
+        before = _length_of_call.set(prefix_length or _length_of_call.get())
+        try:
+            yield
+        finally:
+            _length_of_call.reset(before)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, *, prefix_length: int | None = None, **kwargs):
+        """As transformers'. `prefix_length` (`int`, *optional*): placeholders per image, one of `prefix_lengths`; the
+        processor's own by default."""
+        with self.with_length(prefix_length):
+            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.tokens["image"] * self.num_image_tokens(image_inputs, image_idx)

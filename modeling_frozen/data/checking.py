@@ -209,7 +209,8 @@ class _Reader:
         from .collator import DataCollatorForFrozenPrefix
 
         self.check = check
-        self.collator = DataCollatorForFrozenPrefix(FrozenPrefixProcessor.from_pretrained(model))
+        processor = FrozenPrefixProcessor.from_pretrained(model)
+        self.collator = DataCollatorForFrozenPrefix(processor, prefix_length=processor.prefix_length)
         check.positions = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
         check.max_length = self.collator.max_length
         self.limit = min((one for one in (check.positions, check.max_length) if one is not None), default=None)

@@ -92,6 +92,8 @@ class DataCollatorForFrozenPrefix:
             that goes through this collator; drawn as texts are. Stored images can't be changed: give it to
             [`cache_vision_features`] then.
         seed: of what is drawn.
+        prefix_length: of a model with several `prefix_lengths`, the one to train on (or to evaluate at). By default one is
+            drawn for each batch, by its texts and the epoch.
         train_on: "all" assistant turns of a chat, or the "last".
         on_error: "raise" at an image that can't be opened, with its row; "skip" leaves the row out: a batch then has fewer
             rows, and where none is left, labels that teach nothing. `tally` counts them, and the chats that were cut;
@@ -122,6 +124,7 @@ class DataCollatorForFrozenPrefix:
     all_texts: bool = False
     augment: Callable[[Any], Any] | None = None
     seed: int = 0
+    prefix_length: int | None = None
     train_on: str = "all"
     on_error: str = "raise"
 
@@ -158,9 +161,11 @@ class DataCollatorForFrozenPrefix:
         examples = self._opened(samples, [self._read(index, sample) for index, sample in samples])
         if nothing_left := not examples:
             examples = [_Example([("\n", True)], [], target="\n" if self.is_encoder_decoder else None)]
-        self._encode(examples)
+        with self.processor.with_length(self._length_of(examples)):
+            self._encode(examples)
+            for index, example in enumerate(examples):
+                self._truncate(index, example)
         for index, example in enumerate(examples):
-            self._truncate(index, example)
             if example.target is None and not any(example.learn):
                 raise ValueError(f"Row {index} has nothing to learn: its loss would be an unseen zero. Leave such rows out.")
         labels = self._targets(examples) if self.is_encoder_decoder else [self._labels(one) for one in examples]
@@ -177,6 +182,12 @@ class DataCollatorForFrozenPrefix:
                 batch.update(self.processor(**{_OTHERS[modality]: [media]}, return_tensors="pt"))
         images = [image for example in examples for image in example.images]
         return {**batch, **(self.process_images(images) if images else {})}
+
+    def _length_of(self, examples: list[_Example]) -> int | None:
+        lengths = getattr(self.processor, "prefix_lengths", None)
+        if self.prefix_length is not None or not lengths:
+            return self.prefix_length
+        return lengths[draw(len(lengths), "length", self.seed, [example.pieces for example in examples])]
 
     def _opened(self, samples: list[tuple[int, Mapping[str, Any]]], examples: list[_Example]) -> list[_Example]:
         """Examples with their images opened, less those that have one which can't be, where they are to be left out."""

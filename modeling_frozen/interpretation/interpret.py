@@ -214,7 +214,9 @@ def _read_or_write(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Model inputs that hold prompt and answer, the places that wrote each word of the answer, and these words' ids."""
     if text is not None:
-        batch = DataCollatorForFrozenPrefix(processor)([{"image": image, "prompt": prompt, "answer": text}])
+        batch = DataCollatorForFrozenPrefix(processor, prefix_length=processor.prefix_length)(
+            [{"image": image, "prompt": prompt, "answer": text}]
+        )
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         labels = batch["labels"]
         if not model.config.is_encoder_decoder:
@@ -361,7 +363,7 @@ def sightedness(
         {"image": image, "text": text} if prompt is None else {"image": image, "prompt": prompt, "answer": text}
         for image, prompt, text in zip(images, asked, texts, strict=True)
     ]
-    batch = DataCollatorForFrozenPrefix(processor)(rows)
+    batch = DataCollatorForFrozenPrefix(processor, prefix_length=processor.prefix_length)(rows)
     with torch.no_grad(), in_eval_mode(model):
         prefixes, keys = _prefixes(core, processor, images, batch_size)
         if other_images is None:
