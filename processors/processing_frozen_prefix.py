@@ -26,6 +26,7 @@ from transformers.utils import cached_file, logging
 
 from .chat_templates import DEFAULT_CHAT_TEMPLATE, with_media
 from .image_loading import load_rgb_image
+from .image_tiles import DEFAULTS, TilesKwargs, checked, count_tiles, cut_tiles
 from .media_loading import IS_ONE, load_video, load_waveform, one_range
 from .processing_compat import (
     CONTROL_TOKEN_END,
@@ -68,6 +69,7 @@ FrozenPrefixVideosKwargs = TypedDict(  # type: ignore[misc]  # the keys of anoth
 class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
     """Keywords of a call: transformers' own, for text, images, videos, audio and `return_mm_token_type_ids`."""
 
+    images_kwargs: TilesKwargs
     videos_kwargs: FrozenPrefixVideosKwargs  # type: ignore[misc]  # as transformers' own processors narrow them
 
 
@@ -100,6 +102,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
         tokenizer: the language model's tokenizer. `image_token` is added to it as a special token where it is not in
             the vocabulary; the language model is never resized.
         prefix_length: placeholders per image, `model.config.num_image_tokens`.
+        tiles: how images are cut into tiles of the tower's size, where a call does not say it: a dict of
+            `crop_to_patches`, `min_patches`, `max_patches`, `use_thumbnail` (see `image_tiles`). An image then has
+            `prefix_length` placeholders for each of its tiles. Not at all by default.
         prefix_lengths: numbers of them that a call may ask for, `processor(..., prefix_length=16)`: the model's
             `config.prefix_lengths`.
         image_token: the placeholder.
@@ -138,6 +143,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         audio_token: str | None = None,
         text_headless: bool = False,
         prefix_lengths: list[int] | None = None,
+        tiles: dict[str, Any] | None = None,
         **kwargs,
     ):
         if prefix_length is not None and (not isinstance(prefix_length, int) or prefix_length < 1):
@@ -155,6 +161,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
             self._parts = ("tokenizer", "feature_extractor")
         super().__init__(**{name: parts[name] for name in self._parts}, chat_template=chat_template, **kwargs)
         self.prefix_length, self.prefix_lengths = prefix_length, prefix_lengths
+        # Not each by itself: tools ask no keyword of both call and constructor.
+        self.tiles = None if tiles is None else checked(tiles)
         has_vision = "image_processor" in self._parts
         self.image_token = image_token if has_vision else None
         self.num_frames = num_frames if has_vision else None
@@ -234,11 +242,18 @@ class FrozenPrefixProcessor(ProcessorMixin):
         Args:
             model: a frozen-prefix model or its config.
             image_processor, tokenizer, feature_extractor: taken instead of the recorded backbone's.
-            kwargs: passed on to each `from_pretrained`: `token`, `cache_dir`, `local_files_only`, …
+            kwargs: `crop_to_patches` and the other three of `tiles`; all else goes on to each `from_pretrained`: `token`,
+                `cache_dir`, `local_files_only`, …
 
         Errors: ValueError where a backbone is not recorded, has no processor files, or others than when it was joined, or
         where the tokenizer's placeholder has another id than `config.image_token_id`.
         """
+        tiles = {name: kwargs.pop(name) for name in DEFAULTS if name in kwargs}
+        if tiles.get("crop_to_patches") and getattr(model, "config", model).fusion == "cross_attention":
+            raise ValueError(
+                "crop_to_patches=True makes several tiles of an image, and with fusion='cross_attention' words see the last "
+                "image before them alone, here the last tile: leave it out, or join with fusion='prefix'."
+            )
         config = getattr(model, "config", model)
         media = getattr(config, "media", ("image",))
         side = "right" if config.is_encoder_decoder else "left"
@@ -265,6 +280,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             audio_token=audio_token,
             text_headless=bool(getattr(config, "text_headless", False)),
             prefix_lengths=getattr(config, "prefix_lengths", None),
+            tiles=tiles or None,
         )
         for modality, token in processor.tokens.items():
             own, index = getattr(processor, f"{modality}_token_id"), getattr(config, f"{modality}_token_id")
@@ -402,7 +418,43 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """
         if self.prefix_length is None:
             raise ValueError("The processor has no prefix_length: pass it prefix_length=model.config.num_image_tokens.")
-        return _length_of_call.get() or self.prefix_length
+        tiles = (image_inputs or {}).get("num_patches")
+        return (_length_of_call.get() or self.prefix_length) * (1 if tiles is None else int(tiles[image_idx]))
+
+    def tile_options(self, images_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """How images are cut into tiles in a call with these keywords."""
+        given = {name: value for name in DEFAULTS if (value := (images_kwargs or {}).get(name)) is not None}
+        return checked({**(self.tiles or {}), **given})
+
+    @property
+    def crop_to_patches(self) -> bool:
+        """Whether images are cut into tiles, where a call does not say it."""
+        return bool(self.tile_options()["crop_to_patches"])
+
+    def count_tiles(self, image: Any, options: Mapping[str, Any] | None = None) -> int:
+        """How many tiles an opened image has; `options` as of [`tile_options`]."""
+        options = self.tile_options() if options is None else options
+        if not options["crop_to_patches"]:
+            return 1
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"crop_to_patches=True cuts tiles from images as they are opened, and here is a {type(image).__name__}: give "
+                "images, paths or arrays that are rescaled, or leave it out. Features in a store are of whole images."
+            )
+        return count_tiles(image.height, image.width, self._tile_size(), options)
+
+    def _tile_size(self) -> tuple[int, int]:
+        """Height and width of what the image processor makes."""
+        if not hasattr(self, "_tile"):
+            pixel_values = self.image_processor(Image.new("RGB", (512, 512)), return_tensors="pt")["pixel_values"]
+            if pixel_values.ndim != 4:
+                raise ValueError(
+                    f"crop_to_patches=True needs images of one size for the tower, and "
+                    f"{type(self.image_processor).__name__} keeps each image's own: its max_num_patches is the way to see "
+                    "more of a large image."
+                )
+            self._tile = (int(pixel_values.shape[-2]), int(pixel_values.shape[-1]))
+        return self._tile
 
     @contextmanager
     def with_length(self, prefix_length: int | None) -> Iterator[None]:
@@ -436,8 +488,26 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """Placeholders and patches (one) per image of the given (height, width) sizes."""
         if image_sizes is None:
             return MultiModalData()
-        numbers = [self.num_image_tokens(image_idx=index) for index in range(len(image_sizes))]
-        return MultiModalData(num_image_tokens=numbers, num_image_patches=[1] * len(image_sizes))
+        options = self.tile_options(kwargs)
+        tile = self._tile_size() if options["crop_to_patches"] else (1, 1)
+        tiles = [count_tiles(height, width, tile, options) for height, width in image_sizes]
+        numbers = [self.num_image_tokens({"num_patches": tiles}, index) for index in range(len(image_sizes))]
+        return MultiModalData(num_image_tokens=numbers, num_image_patches=tiles)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+        options = self.tile_options(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in DEFAULTS}
+        if not options["crop_to_patches"]:
+            return super()._process_images(images, **kwargs)
+        tile, part = self._tile_size(), self.image_processor
+        resample = kwargs.get("resample", getattr(part, "resample", None))
+        tiles = [cut_tiles(image, tile, options, resample) for image in images]
+        # They have their size.
+        for name in ("do_resize", "do_center_crop", "do_pad"):
+            if hasattr(part, name):
+                kwargs[name] = False
+        made = {**part([one for own in tiles for one in own], **kwargs), "num_patches": list(map(len, tiles))}
+        return made, [self.replace_image_token(made, index) for index in range(len(images))]
 
     def num_tokens(self, modality: str) -> int:
         """Placeholders of one image, video or audio input."""
@@ -453,7 +523,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        return ["token_type_ids"]  # GPT-2 would add word embeddings for them
+        # GPT-2 would add word embeddings for the first; the second is said by the placeholders.
+        return ["token_type_ids", "num_patches"]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -505,8 +576,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 media[modality] = self._media_per_text(modality, media.get(modality), text), True
                 counts = [len(own) for own in media[modality][0]]
                 placed = [self.place_images(sample, count, modality) for sample, count in zip(placed, counts, strict=True)]
+            tiles = self._count_tiles(media, rescale, merged["images_kwargs"], len(text))
             length = self._max_length(merged["text_kwargs"])
-            final = placed if length is None else self._truncate(placed, length, merged["text_kwargs"])
+            final = placed if length is None else self._truncate(placed, length, merged["text_kwargs"], tiles)
             wants_mask = kwargs.get("return_offsets_mapping") and kwargs.get("return_text_replacement_offsets")
             if wants_mask and final != text:
                 for index, (before, after) in enumerate(zip(text, final, strict=True)):
@@ -520,6 +592,16 @@ class FrozenPrefixProcessor(ProcessorMixin):
         images = self._load_images(flat.get("image", []), rescale, merged["images_kwargs"].get("input_data_format"))
         videos, audio = self._load_videos(flat.get("video", [])), self._load_audio(flat.get("audio", []))
         return images or None, text, videos or None, audio or None
+
+    def _count_tiles(self, media: dict[str, Any], rescale: bool | None, images_kwargs: Any, texts: int) -> list[int]:
+        """How many tiles each text's images have beyond one each; opens the images if any are cut."""
+        options = self.tile_options(images_kwargs)
+        if not options["crop_to_patches"] or "image" not in media:
+            return [0] * texts
+        nested = media["image"][0]
+        opened = [self._load_images(own, rescale, images_kwargs.get("input_data_format")) for own in nested]
+        media["image"] = (opened, True)
+        return [sum(self.count_tiles(image, options) - 1 for image in own) for own in opened]
 
     @staticmethod
     def _texts(text: Any) -> list[str]:
@@ -611,7 +693,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             length = self.tokenizer.model_max_length
         return length
 
-    def _truncate(self, text: list[str], max_length: int, options: Mapping[str, Any]) -> list[str]:
+    def _truncate(self, text: list[str], max_length: int, options: Mapping[str, Any], tiles: Sequence[int]) -> list[str]:
         """Cut each text at a token's border, so that it fits with its placeholders, all of which stay.
 
         Images whose place was cut off move to the cut, in order. The tokenizer's truncation then has nothing to do.
@@ -622,16 +704,20 @@ class FrozenPrefixProcessor(ProcessorMixin):
         present = [modality for modality in self.tokens if any(self.count_image_tokens(one, modality) for one in text)]
         extra = {modality: self.num_tokens(modality) - 1 for modality in present}
 
-        def lengths(samples: list[str]) -> list[int]:
+        def lengths(samples: list[str], tiles: Sequence[int]) -> list[int]:
             ids = self.tokenizer(samples, **options)["input_ids"]
             return [
-                len(one) + sum(more * self.count_image_tokens(text, modality) for modality, more in extra.items())
-                for one, text in zip(ids, samples, strict=True)
+                len(one)
+                + sum(more * self.count_image_tokens(text, modality) for modality, more in extra.items())
+                + (own * self.num_image_tokens() if own else 0)
+                for one, text, own in zip(ids, samples, tiles, strict=True)
             ]
 
         return [
-            sample if length <= max_length else self._cut(index, sample, max_length, options, lengths)
-            for index, (sample, length) in enumerate(zip(text, lengths(text), strict=True))
+            sample
+            if length <= max_length
+            else self._cut(index, sample, max_length, options, lambda one, own=own: lengths(one, [own]))
+            for index, (sample, length, own) in enumerate(zip(text, lengths(text, tiles), tiles, strict=True))
         ]
 
     @property
@@ -650,7 +736,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         smallest = keep(len(text) if left else 0)
         if (needed := lengths([smallest])[0]) > max_length:
             counts = {modality: self.count_image_tokens(text, modality) for modality in self.tokens}
-            placeholders = sum(count * self.num_tokens(modality) for modality, count in counts.items() if count)
+            placeholders = needed - len(self.tokenizer([smallest], **options)["input_ids"][0]) + sum(counts.values())
             held = " and ".join(f"{count} {modality}s" for modality, count in counts.items() if count) or "0 images"
             raise ValueError(
                 f"Sample {index}: its {held} take {placeholders} placeholders, {needed} tokens with the "

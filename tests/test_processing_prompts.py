@@ -202,7 +202,7 @@ def test_a_model_joined_from_loaded_ones_is_told_how_to_join(tmp_path: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(words)
     parts = {"tokenizer": tokenizer, "image_processor": image_processor()}
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(*loaded)
-    with pytest.raises(ValueError, match=rf"join it with image_token_id={len(tiny.WORDS)}\."):
+    with pytest.raises(ValueError, match=rf"join it with tokenizer=… or image_token_id={len(tiny.WORDS)}\."):
         FrozenPrefixProcessor.from_model(model, **parts)
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(*loaded, image_token_id=len(tiny.WORDS))
     processor = FrozenPrefixProcessor.from_model(model, **{**parts, "tokenizer": AutoTokenizer.from_pretrained(words)})

@@ -217,8 +217,11 @@ class DataCollatorForFrozenPrefix:
             places: dict[Any, int] = {}
             order = [places.setdefault(image_identity(image), len(places)) for image in images]
             distinct = {place: image for place, image in zip(order, images, strict=True)}
-            index = torch.tensor(order) if len(distinct) < len(images) else None
             images = [distinct[place] for place in range(len(distinct))]
+            if len(distinct) < len(order):
+                tiles = [self.processor.count_tiles(image) for image in images]
+                starts = [sum(tiles[:place]) for place in range(len(tiles))]
+                index = torch.tensor([starts[place] + tile for place in order for tile in range(tiles[place])])
         stored = sum(isinstance(image, StoredImage) for image in images)
         if stored not in (0, len(images)):
             raise ValueError(
@@ -437,6 +440,8 @@ class DataCollatorForFrozenPrefix:
                         at = {"image_idx": number + seen["image"]}
                         is_image = modality == "image"
                         count = self.processor.num_image_tokens(**at) if is_image else self.processor.num_tokens(modality)
+                        if is_image and seen["image"] < len(example.images):
+                            count *= self.processor.count_tiles(example.images[seen["image"]])
                         seen[modality] += 1
                     ids += [token] * count
                     learn += [learnt and modality is None] * count

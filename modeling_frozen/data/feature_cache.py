@@ -167,6 +167,11 @@ def cache_vision_features(
             f"A dataset of type {type(dataset).__name__} can't be stored: give a `datasets.Dataset` or `IterableDataset`; "
             "`Dataset.from_list(rows)` makes one."
         )
+    if processor.crop_to_patches:
+        raise ValueError(
+            "A store holds features of whole images, and this processor cuts them into tiles (crop_to_patches=True): train "
+            "from the images, or with a processor that does not."
+        )
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's
     _refuse_trained_tower(model)
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix").expanduser()

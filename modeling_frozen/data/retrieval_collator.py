@@ -60,6 +60,10 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
             images.append(image)
             texts.append(self._draw(index, self.text_column, row[self.text_column]))
             ids.append(_image_id(index, row.get(self.image_id_column), digest))
+        if self.processor.crop_to_patches:
+            raise ValueError(
+                "crop_to_patches=True makes several tiles of an image, and an image is matched by one embedding: leave it out."
+            )
         limits = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
         encoded = self.processor.tokenizer(
             texts,

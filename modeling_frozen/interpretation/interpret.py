@@ -181,6 +181,11 @@ def attention_to_image(
         raise ValueError(f"{type(model).__name__} writes no words: give the FrozenPrefixForConditionalGeneration.")
     with torch.no_grad(), in_eval_mode(model):
         pixels = _pixels(processor, [image], device)
+        if len(pixels["pixel_values"]) != 1:
+            raise ValueError(
+                f"This processor cuts the image into {len(pixels['pixel_values'])} tiles (crop_to_patches=True), and the map "
+                "is of one: draw it with a processor that does not."
+            )
         features, mask, _ = core._encode_pixels(
             pixels["pixel_values"], {name: value for name, value in pixels.items() if name != "pixel_values"}, {}
         )

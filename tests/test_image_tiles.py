@@ -1,0 +1,218 @@
+"""Images in tiles: as transformers cuts them, counted alike by processor, collator and model, wherever an image goes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil
+from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as got_ocr2
+
+from modeling_frozen import (
+    DataCollatorForFrozenPrefix,
+    DataCollatorForFrozenPrefixRetrieval,
+    FrozenPrefixForConditionalGeneration,
+    FrozenPrefixProcessor,
+)
+from modeling_frozen.data.feature_cache import cache_vision_features
+from modeling_frozen.interpretation import attention_to_image
+from modeling_frozen.processors.image_tiles import count_tiles, cut_tiles, tile_grid
+from tests.helpers.tiny import join, rows, tokenizer
+
+
+Model = FrozenPrefixForConditionalGeneration
+TILES: dict[str, Any] = {"crop_to_patches": True, "max_patches": 6}
+SIZES = [(16, 16), (1, 1), (1, 400), (400, 1), (32, 32), (33, 32), (31, 32), (32, 64), (48, 32), (20, 70), (17, 16)]
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    generator = np.random.default_rng(seed + 1000 * height + width)
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def tiled(folder: Path, **options: Any) -> tuple[Model, FrozenPrefixProcessor]:
+    sizes = {"connector_type": "resampler", "prefix_length": 2, "connector_config": {"hidden_size": 16, "num_heads": 2}}
+    model, processor = join(folder, **{**sizes, **options})
+    return model.eval(), FrozenPrefixProcessor.from_model(model, **TILES)
+
+
+def test_the_grid_is_that_of_transformers() -> None:
+    for bounds in ((1, 12), (1, 1), (2, 6), (3, 3), (1, 40)):
+        for height, width in [*SIZES, (4000, 1), (1, 4000), (1080, 1920), (768, 1024), (447, 448), (449, 448), (896, 448)]:
+            for tile in ((448, 448), (16, 16), (224, 336)):
+                columns, rows = got_ocr2.get_optimal_tiled_canvas((height, width), tile, *bounds)
+                assert tile_grid(height, width, tile, *bounds) == (rows, columns), (height, width, tile, bounds)
+
+
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_tiles_are_those_of_transformers(thumbnail: bool) -> None:
+    size = {"height": 16, "width": 16}
+    theirs = got_ocr2.GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=6)  # always with a thumbnail
+    options = {**TILES, "min_patches": 1, "use_thumbnail": thumbnail}
+    for height, width in SIZES:
+        image = noise(height, width)
+        made = theirs(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        made = made if thumbnail or len(made) == 1 else made[:-1]
+        own = [np.asarray(tile).transpose(2, 0, 1) for tile in cut_tiles(image, (16, 16), options, theirs.resample)]
+        assert len(own) == len(made) == count_tiles(height, width, (16, 16), options), (height, width)
+        np.testing.assert_array_equal(np.stack(own), made, err_msg=str((height, width)))
+
+
+@torch.no_grad()
+def test_processor_and_model_count_alike(tmp_path: Path) -> None:
+    model, processor = tiled(tmp_path)
+    images = [noise(*size) for size in SIZES]
+    texts = ["a <image> square", *["<image> is <image> what"] * 5, "a square ."]
+    nested = [images[:1], *(images[start : start + 2] for start in range(1, 11, 2)), []]
+    inputs = processor(images=nested, text=texts, padding=True, return_tensors="pt")
+    tiles = [processor.count_tiles(image) for image in images]
+    assert max(tiles) == 7 and min(tiles) == 1
+    assert len(inputs["pixel_values"]) == sum(tiles) and "num_patches" not in inputs
+    held = (inputs["input_ids"] == processor.image_token_id).sum(dim=1).tolist()
+    first = iter(tiles)
+    assert held == [2 * sum(next(first) for _ in own) for own in nested]
+    whole = model(**inputs).logits[:, -1]
+    for row, (own, text) in enumerate(zip(nested, texts, strict=True)):
+        alone = processor(images=own or None, text=text, return_tensors="pt")
+        torch.testing.assert_close(model(**alone).logits[0, -1], whole[row], atol=1e-5, rtol=1e-4)
+    numbers = processor._get_num_multimodal_tokens([list(size) for size in SIZES])
+    assert numbers["num_image_patches"] == tiles and numbers["num_image_tokens"] == [2 * count for count in tiles]
+
+
+@torch.no_grad()
+def test_each_tile_is_read_in_its_place(tmp_path: Path) -> None:
+    model, processor = tiled(tmp_path, connector_type="mlp", prefix_length=None, connector_config={})
+    image = noise(32, 48)
+    inputs = processor(images=image, return_tensors="pt")
+    assert len(inputs["pixel_values"]) == 7  # two rows, three columns, the thumbnail
+    tile = image.crop((32, 16, 48, 32))  # the second row's third
+    alone = processor(images=tile, crop_to_patches=False, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(inputs["pixel_values"][5], alone)
+    bright = np.array(image)
+    bright[16:32, 32:48] = 255
+    lit = processor(images=Image.fromarray(bright), return_tensors="pt")
+    change = [
+        (one - other).norm().item()
+        for one, other in zip(
+            model.get_image_features(lit["pixel_values"]).pooler_output,
+            model.get_image_features(inputs["pixel_values"]).pooler_output,
+            strict=True,
+        )
+    ]
+    assert [number > 1e-4 for number in change] == [False] * 5 + [True, True]
+
+
+@torch.no_grad()
+def test_generation_beams_chats_and_prefix_caches(tmp_path: Path) -> None:
+    model, processor = tiled(tmp_path)
+    image = noise(32, 48)
+    inputs = processor(images=image, text="a <image> square", return_tensors="pt")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(**inputs, **options)
+    batch = processor(
+        images=[[noise(16, 16)], [image]], text=["<image> is", "a <image> square"], padding=True, return_tensors="pt"
+    )
+    assert torch.equal(model.generate(**batch, **options)[1, -4:], plain[0, -4:])
+    assert torch.equal(model.generate(**inputs, **options, cache_implementation="static")[0], plain[0])
+    alone = model.generate(**inputs, **options, num_beams=3)
+    assert torch.equal(model.generate(**batch, **options, num_beams=3)[1, -4:], alone[0, -4:])
+    question = torch.tensor([[7]])
+    together = {**inputs, "input_ids": torch.cat([inputs["input_ids"], question], dim=1)}
+    del together["attention_mask"]
+    continued = model.generate(input_ids=question, prefix_cache=model.encode_prefix(**inputs), **options)
+    assert torch.equal(continued[:, -4:], model.generate(**together, **options)[:, -4:])
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what ?"}]}]
+    made = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert (made["input_ids"] == processor.image_token_id).sum() == 14 and len(made["pixel_values"]) == 7
+
+
+def test_training_rows_hold_tiles_too(tmp_path: Path) -> None:
+    model, processor = tiled(tmp_path)
+    wide, small = noise(32, 48), noise(16, 16)
+    data = [{"image": image, "text": "a square ."} for image in (wide, small, wide)]
+    batch = DataCollatorForFrozenPrefix(processor)(data)
+    assert (batch["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [14, 2, 14]
+    assert len(batch["pixel_values"]) == 8  # each image once
+    assert batch["image_index"].tolist() == [*range(7), 7, *range(7)]
+    separate = DataCollatorForFrozenPrefix(processor, share_images=False)(data)
+    assert len(separate["pixel_values"]) == 15
+    torch.testing.assert_close(model(**batch).loss, model(**separate).loss)
+    model.train()(**batch).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.model.connector.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="take 15 positions that are never cut"):
+        DataCollatorForFrozenPrefix(processor, max_length=15)(data[:1])
+
+
+def test_truncation_counts_tiles(tmp_path: Path) -> None:
+    _, processor = tiled(tmp_path)
+    image, text = noise(32, 48), "<image> a square that is what"
+    for length in (16, 18):
+        ids = processor(images=image, text=text, truncation=True, max_length=length, return_tensors="pt")["input_ids"]
+        assert ids.shape[1] == length and (ids == processor.image_token_id).sum() == 14
+    with pytest.raises(ValueError, match="its 1 images take 14 placeholders, 15 tokens with the"):
+        processor(images=image, text=text, truncation=True, max_length=14)
+
+
+def test_options_of_a_call_and_of_what_was_saved(tmp_path: Path) -> None:
+    model, processor = tiled(tmp_path)
+    processor.save_pretrained(tmp_path / "saved")
+    loaded = FrozenPrefixProcessor.from_pretrained(tmp_path / "saved")
+    assert loaded.tile_options() == {"crop_to_patches": True, "min_patches": 1, "max_patches": 6, "use_thumbnail": True}
+    image = noise(32, 48)
+    for options, count in (
+        ({}, 7),
+        ({"use_thumbnail": False}, 6),
+        ({"max_patches": 2}, 3),
+        ({"min_patches": 1, "max_patches": 1}, 1),
+        ({"crop_to_patches": False}, 1),
+    ):
+        inputs = loaded(images=image, text="<image>", return_tensors="pt", **options)
+        assert len(inputs["pixel_values"]) == count
+        assert (inputs["input_ids"] == loaded.image_token_id).sum() == 2 * count
+    plain = FrozenPrefixProcessor.from_model(model)
+    assert len(plain(images=image, return_tensors="pt")["pixel_values"]) == 1
+
+
+def test_with_a_prefix_of_several_lengths(tmp_path: Path) -> None:
+    model, processor = tiled(tmp_path, prefix_length=None, prefix_lengths=[1, 3])
+    inputs = processor(images=noise(32, 48), text="a <image> square", prefix_length=1, return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 7
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_where_there_are_no_tiles(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    model, processor = tiled(tmp_path)
+    with pytest.raises(ValueError, match="A store holds features of whole images"):
+        cache_vision_features(datasets.Dataset.from_list(rows(2)), model, processor, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="an image is matched by one embedding"):
+        DataCollatorForFrozenPrefixRetrieval(processor)([{"image": noise(16, 32), "text": "a square"}] * 2)
+    with pytest.raises(ValueError, match="cuts the image into 7 tiles"):
+        attention_to_image(model, processor, noise(32, 48), "<image> what")
+    with pytest.raises(ValueError, match="here is a ndarray"):
+        processor(images=np.zeros((32, 48, 3), np.float32), text="<image>", do_rescale=False)
+    for options in ({"min_patches": 0}, {"min_patches": 3, "max_patches": 2}):
+        with pytest.raises(ValueError, match="1 <= min_patches <= max_patches"):
+            processor(images=noise(16, 16), **options)
+    whole = FrozenPrefixProcessor(
+        image_processor=Siglip2ImageProcessorPil(patch_size=8), tokenizer=tokenizer(), prefix_length=1, tiles=TILES
+    )
+    with pytest.raises(ValueError, match="its max_num_patches is the way"):
+        whole(images=noise(16, 16))
+    with pytest.raises(ValueError, match=r"Tiles have no option \['max_tiles'\]"):
+        FrozenPrefixProcessor(CLIPImageProcessorPil(), tokenizer(), tiles={"max_tiles": 3})
+    gated, _ = join(tmp_path / "gated", connector_type="resampler", prefix_length=2, fusion="cross_attention")
+    with pytest.raises(ValueError, match="here the last tile"):
+        FrozenPrefixProcessor.from_model(gated, **TILES)
+
+
+def test_tiles_are_not_resized_again(tmp_path: Path) -> None:
+    """Of a processor that resizes to more than it crops, tiles would lose their borders."""
+    cropping = CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
+    processor = FrozenPrefixProcessor(image_processor=cropping, tokenizer=tokenizer(), prefix_length=1, tiles=TILES)
+    image = noise(16, 32)
+    first = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    exact = cropping(image.crop((0, 0, 16, 16)), do_resize=False, do_center_crop=False, return_tensors="pt")
+    torch.testing.assert_close(first, exact["pixel_values"][0])
