@@ -2,8 +2,9 @@
 """Makes the model type `frozen-prefix` known to the Auto classes of transformers, without importing them.
 
 The documented way, `AutoConfig.register` and the like, wants the classes themselves: that would import torch, our models and
-our processor, four seconds, with this package; and transformers reads no entry points and takes no names. So each module of Auto classes is told the names of our classes right after it
-was imported itself: at once if it has been, else by a finder of imports.
+our processor, four seconds, with this package; and transformers takes no names for classes, nor reads entry points. So our
+classes' names go into each module of Auto classes right after it was imported itself: at once if it has been, else by a finder
+of imports.
 """
 
 import importlib.abc
