@@ -63,6 +63,7 @@ def weights_digest(module: nn.Module, recurse: bool = True) -> str:
 
     Args:
         module (`nn.Module`): its weights may lie on any devices, and be offloaded by accelerate.
+            Where they are sharded over processes, all of these must call this.
         recurse (`bool`, defaults to `True`): with the weights of its submodules.
 
     Returns:
@@ -99,7 +100,9 @@ def _describe(tensor: torch.Tensor, prefix: str, name: str) -> str:
     if tensor.is_meta:
         raise ValueError(f"`{prefix}.{name}` is on the meta device, so it has no values: load or initialise the module first.")
     described = f"{tensor.dtype} {tuple(tensor.shape)}"
-    if hasattr(tensor, "__tensor_flatten__"):  # quantised or sharded: of several tensors
+    if hasattr(tensor, "full_tensor"):  # sharded: each process has a part, and all of them come here together
+        tensor = tensor.full_tensor()
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised: of several tensors
         inner = (f"{key} {_describe(getattr(tensor, key), prefix, name)}" for key in tensor.__tensor_flatten__()[0])
         return f"{described} [{'; '.join(inner)}]"
     return f"{described} {_checksum(tensor)}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -83,3 +84,21 @@ def test_half_parents_shard_with_a_whole_connector(tmp_path: Path) -> None:
     half = run(tmp_path, "fsdp_half", 2, processes=2)
     assert half["kind"] == "FSDP" and half["losses"][0] > half["losses"][-2]
     assert {tensor.dtype for tensor in last(tmp_path, "fsdp_half2").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("way", ["evaluated", "fsdp_evaluated"])
+def test_processes_share_the_rows_of_an_evaluation(tmp_path: Path, way: str) -> None:
+    """Each takes its part, where the model is not sharded over them; the main one writes; the numbers are those of one."""
+    save_parents(tmp_path)
+    single = run(tmp_path, "evaluated", 2, processes=1)["results"]
+    lines = (tmp_path / "evaluated2" / "evaluation" / "predictions.jsonl").read_text().splitlines()
+    shutil.rmtree(tmp_path / "evaluated2")
+    both = run(tmp_path, way, 2, processes=2)["results"]
+    written = (tmp_path / f"{way}2" / "evaluation" / "predictions.jsonl").read_text().splitlines()
+    assert len(single) == 1 and len(both) == 2
+    assert single[0]["rows"] == [8, 0] and len(set(single[0]["predictions"]["sighted"])) > 1
+    for one in both:
+        assert one["scores"] == single[0]["scores"] and one["predictions"] == single[0]["predictions"]
+    assert [one["rows"] for one in both] == ([[6, 0], [2, 0]] if way == "evaluated" else [[8, 0], [8, 0]])
+    outputs = [[(line["kind"], line["row"], line["output"]) for line in map(json.loads, some)] for some in (lines, written)]
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 14

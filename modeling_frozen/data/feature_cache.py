@@ -29,6 +29,7 @@ from .columns import as_list
 from .draws import draw
 from .feature_store import DTYPES, FeatureStore, StoredImage, remove_leftovers, temporary_path, write_whole
 from .image_reading import Batches, Digests, Hashing, HeldImages, Images, Prepare, inner_feature, load_in_workers, name_of
+from .processes import Processes
 
 
 try:
@@ -316,30 +317,6 @@ def _digest_of_function(function: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------- the tower
 
 
-class _Processes:
-    """This process among those that run the same program, whether or not they met already."""
-
-    def __init__(self) -> None:
-        distributed = torch.distributed
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState
-
-            PartialState()  # lets them meet
-        together = distributed.is_available() and distributed.is_initialized()
-        self.rank, self.count = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-        self.here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
-
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [value] * self.count
-        if self.count > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
-
-    def does(self, digest: bytes) -> bool:
-        # By content: what is done already may look different to each process, while others write.
-        return int.from_bytes(digest[:8], "little") % self.count == self.rank
-
-
 class _Work:
     """The tower, the store, and who does what."""
 
@@ -354,7 +331,7 @@ class _Work:
         device: Any,
     ):
         self.model, self.prepare, self.store, self.images_per_shard = model, prepare, store, images_per_shard
-        self.processes = _Processes()
+        self.processes = Processes()
         self.images_per_batch = max(1, batch_size // store.views)
         if num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,6 +11,7 @@ A language model guesses much from the words alone: Frozen answers 26.2 % of VQA
 Predictions go to a JSONL file as they are made, so that a run that was killed goes on where it was.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from ..connectors import in_eval_mode
 from ..data.collator import clean_messages, place_in_turns, plain_text
 from ..data.columns import images_of, no_image_column
 from ..data.image_reading import digest_of_image
+from ..data.processes import Processes
 from ..freezing import CONNECTING
 from ..metrics.scores import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
 from ..weights import weights_digest
@@ -124,6 +127,7 @@ def evaluate(
     postprocess: Callable[[str], str] = str.strip,
     seed: int = 0,
     num_resamples: int = 1000,
+    distributed: bool = False,
     **generate_kwargs: Any,
 ) -> Evaluation:
     """
@@ -150,6 +154,8 @@ def evaluate(
         postprocess: makes of the generated text what is scored.
         seed (`int`): of the shuffle, the random connector and the bootstrap.
         num_resamples (`int`): bootstrap resamples (Efron 1979); 0 for no intervals.
+        distributed (`bool`): whether all processes of torch.distributed call this, with the same arguments. They share the
+            batches, unless the model itself is sharded over them, have the same result, and the first one writes.
         generate_kwargs: as for `generate`; `do_sample=False` unless a `generation_config` is among them.
 
     Returns:
@@ -174,19 +180,23 @@ def evaluate(
     sampled = bool(generate_kwargs.get("do_sample", used.do_sample))
     rows = _read(processor, dataset, image_column, prompt_column, references_column, prompt)
     settings = {"prompt": prompt, "seed": seed, "generate": generate_kwargs}
-    folder = None if output_dir is None else Path(output_dir)
-    if folder is None:
-        log = _PredictionLog(None, "", rows, postprocess)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = _PredictionLog(folder / "predictions.jsonl", _run_of(model, processor, rows, settings), rows, postprocess)
+    folder, processes = None if output_dir is None else Path(output_dir), Processes(alone=not distributed)
+    run, path = "", None
+    if folder is not None:
+        run = _run_of(model, processor, rows, settings)
+        if processes.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "predictions.jsonl"
+    log = _PredictionLog(path, run, rows, postprocess)
+    log.outputs = processes.gather(log.outputs)[0]
+    predict = functools.partial(_predict, model, processor, processes, log, batch_size, generate_kwargs)
     images_of = _images_of_others(rows, seed) if "blind" in kinds else list(range(len(rows)))
     predictions: dict[str, list[str]] = {}
     known: dict[tuple[str, ...], str] = {}  # the output for the same images and prompt
     for kind in kinds:
         if kind == "random_connector":
             with random_connectors(model, seed):
-                predictions[kind] = _predict(model, processor, rows, kind, log, {}, batch_size, generate_kwargs)
+                predictions[kind] = predict(kind, rows, {})
             continue
         seen = rows
         if kind == "blind":
@@ -194,7 +204,7 @@ def evaluate(
             seen = [{**row, "images": other["images"], "keys": other["keys"]} for row, other in pairs]
         if kind == "language_model":
             seen = [{**row, "images": [], "keys": []} for row in rows]
-        predictions[kind] = _predict(model, processor, seen, kind, log, {} if sampled else known, batch_size, generate_kwargs)
+        predictions[kind] = predict(kind, seen, {} if sampled else known)
 
     references = [row["references"] for row in rows]
     over_all, by_row = TASKS[task]
@@ -211,7 +221,7 @@ def evaluate(
         }
     intervals = bootstrap(single, num_resamples, seed) if num_resamples else {}
     result = Evaluation(task, scores, intervals, predictions, references, [row["prompt"] for row in rows], settings)
-    if folder is not None:
+    if folder is not None and processes.rank == 0:
         (folder / "results.json").write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
     return result
 
@@ -289,7 +299,7 @@ class EvaluationCallback(TrainerCallback):
         trainer.add_callback(EvaluationCallback(trainer, processor, dataset["validation"], task="captioning"))
 
     The scores join those of `Trainer.evaluate` as `eval_cider`, `eval_blind_cider` and so on, so that
-    `metric_for_best_model="cider"` works. `callback.results` holds the last [`Evaluation`].
+    `metric_for_best_model="cider"` works. `callback.results` holds the last [`Evaluation`]. Several processes share the work.
 
     Args:
         trainer: the Trainer whose model is evaluated.
@@ -298,7 +308,7 @@ class EvaluationCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, processor: Any, dataset: Any, **options: Any):
         self.trainer, self.processor, self.dataset = trainer, processor, dataset
-        self.options = {"kinds": ("sighted", "blind"), "num_resamples": 0, **options}
+        self.options = {"kinds": ("sighted", "blind"), "num_resamples": 0, "distributed": True, **options}
         self.results: Evaluation | None = None
 
     def on_evaluate(
@@ -513,12 +523,13 @@ def _line(entry: dict[str, Any]) -> bytes:
 def _predict(
     model: Any,
     processor: Any,
-    rows: list[dict[str, Any]],
-    kind: str,
+    processes: Processes,
     log: _PredictionLog,
-    memory: dict[tuple[str, ...], str],
     batch_size: int,
     generate_kwargs: dict[str, Any],
+    kind: str,
+    rows: list[dict[str, Any]],
+    memory: dict[tuple[str, ...], str],
 ) -> list[str]:
     """Predictions of each row, in order. `memory` spares outputs for the same images and prompt as before."""
     todo: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -534,17 +545,26 @@ def _predict(
     length = {key: len(processor.tokenizer(key[0])["input_ids"]) for key in todo}
     order = sorted(todo, key=lambda key: (-length[key], len(key)))
     # Rows that are generated, and the time left by their mean time: copies cost nothing, and a batch comes at once.
-    bar = tqdm(total=len(order), desc=kind, unit="row", smoothing=0, disable=not todo)
-    for start in range(0, len(order), batch_size):
-        keys = order[start : start + batch_size]
-        batch = [todo[key][0] for key in keys]
-        for key, output in zip(keys, _generate(model, processor, batch, generate_kwargs), strict=True):
+    bar = tqdm(total=len(order), desc=kind, unit="row", smoothing=0, disable=not todo or processes.rank > 0)
+    # A batch for each process at a time; all have the same where each holds but a part of the model.
+    shares, rank = (1, 0) if _is_sharded(model) else (processes.count, processes.rank)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for start in range(0, len(batches), shares):
+        at_once = batches[start : start + shares]
+        own = [todo[key][0] for keys in at_once[rank : rank + 1] for key in keys]
+        outputs = processes.gather(_generate(model, processor, own, generate_kwargs) if own else [])[:shares]
+        for key, output in zip(chain(*at_once), chain(*outputs), strict=True):
             memory[key] = output
             for row in todo[key]:
                 log.add(kind, row, output)
-        bar.update(len(keys))
+        bar.update(sum(map(len, at_once)))
     bar.close()
     return log.predictions(kind, rows)
+
+
+def _is_sharded(model: Any) -> bool:
+    """Whether a process holds but a part of the model, so that all must call it together: FSDP, DeepSpeed, tensor parallel."""
+    return any(hasattr(one, "ds_id") or hasattr(one, "full_tensor") for one in model.parameters())
 
 
 @torch.no_grad()

@@ -3,21 +3,24 @@
     python -m accelerate.commands.launch … -m tests.helpers.distributed_run FOLDER WAY BATCH_SIZE
 
 FOLDER holds the tiny parents. WAY is `plain`, `fsdp` (FSDP2, by Trainer and accelerate), `fsdp_half` (with parents in bf16 and
-the connector in fp32) or `fsdp_resumed` (`fsdp`, from its checkpoint in mid-training). Some rows have no picture, and stand so
+the connector in fp32), `fsdp_resumed` (`fsdp`, from its checkpoint in mid-training), `evaluated` or `fsdp_evaluated` (no
+training, but `Trainer.evaluate` with `EvaluationCallback`, twice into one folder). Some rows have no picture, and stand so
 that in some steps one process, or both, see none.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix
-from tests.helpers.tiny import join, rows
+from modeling_frozen.evaluation import EvaluationCallback
+from tests.helpers.tiny import captioned_rows, join, rows
 
 
 def data() -> list[dict]:
@@ -53,6 +56,36 @@ def arguments(output: Path, batch_size: int, fsdp: bool) -> TrainingArguments:
     return made
 
 
+def evaluate_twice(trainer: Trainer, processor: Any, output: Path, batch_size: int) -> None:
+    """Writes the scores and predictions of each process, and the rows that each one generated, by call."""
+    with torch.no_grad():  # so that different images get different words
+        for parameter in trainer.model.model.connector.parameters():
+            parameter.mul_(4)
+    rows, generate = [], trainer.model.generate
+
+    def counted(**inputs: Any) -> torch.Tensor:
+        rows[-1] += len(inputs["input_ids"])
+        return generate(**inputs)
+
+    if trainer.is_fsdp_enabled:  # which Trainer prepares for training alone
+        trainer.args.max_steps, trainer.args.learning_rate = 1, 0.0
+        trainer.train()
+    trainer.model.generate = counted
+    callback = EvaluationCallback(
+        trainer, processor, captioned_rows(7), output_dir=output / "evaluation", max_new_tokens=6, batch_size=batch_size
+    )
+    trainer.add_callback(callback)
+    scores = []
+    for _ in range(2):
+        rows.append(0)
+        scores.append({name: value for name, value in trainer.evaluate().items() if "cider" in name})
+    result = {"scores": scores, "predictions": callback.results.predictions, "rows": rows}
+    results = gather_object([result])
+    if trainer.is_world_process_zero():
+        kind = trainer.accelerator.distributed_type.value
+        (output / "result.json").write_text(json.dumps({"kind": kind, "results": results}))
+
+
 def main(folder: Path, way: str, batch_size: int) -> None:
     torch.manual_seed(0)
     options = {"dtype": torch.bfloat16} if way == "fsdp_half" else {}
@@ -62,8 +95,11 @@ def main(folder: Path, way: str, batch_size: int) -> None:
         model=model,
         args=arguments(output, batch_size, fsdp="fsdp" in way),
         train_dataset=data(),
+        eval_dataset=data(),
         data_collator=DataCollatorForFrozenPrefix(processor),
     )
+    if "evaluated" in way:
+        return evaluate_twice(trainer, processor, output, batch_size)
     resumed = str(folder / f"fsdp{batch_size}" / "checkpoint-3") if way == "fsdp_resumed" else None
     trainer.train(resume_from_checkpoint=resumed)
     trainer.save_model(str(output / "last"))
@@ -76,10 +112,10 @@ def main(folder: Path, way: str, batch_size: int) -> None:
             "gradients": [entry["grad_norm"] for entry in logged],
         }
         (output / "result.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
