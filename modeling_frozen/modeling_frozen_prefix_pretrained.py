@@ -176,6 +176,13 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         setattr(self.config, f"{part}_config", module.config)
         setattr(self.config, f"{part}_base_model", record)
 
+    def post_init(self) -> None:
+        # What trains is made in fp32 too, where transformers sees to it in loading alone: `from_config` may ask for any dtype.
+        for name in self._keep_in_fp32_modules_strict or ():
+            if isinstance(part := getattr(self, name, None), nn.Module):
+                part.float()
+        super().post_init()
+
     def init_weights(self) -> None:
         # Attached backbones bring their weights: what `post_init` gathers of them then initialises nothing.
         if not self._is_assembled:

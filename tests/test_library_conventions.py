@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoModelForZeroShotImageClassification,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
@@ -31,7 +37,10 @@ FUSIONS = [{}, {"fusion": "cross_attention", "cross_attention_config": {"num_hea
 # ------------------------------------------------------------------------------------------------- transformers' suites
 
 # Cases that must have passed, so that a suite which asks nothing is noticed.
-AT_LEAST = {"Images": 95, "ImagesAndAudio": 105, "CrossAttention": 93, "EncoderDecoder": 86, "Config": 1, "ImageProcessor": 33}
+AT_LEAST = {
+    "Images": 95, "ImagesAndAudio": 105, "CrossAttention": 93, "EncoderDecoder": 86, "Config": 1, "ImageProcessor": 33,
+    "ClipLlama": 92, "ClipT5": 85, "SiglipGpt2": 90, "Dinov2Gpt2": 88, "VitQwen3": 95,
+}  # fmt: skip
 
 
 def library_tests() -> Path | None:
@@ -169,6 +178,23 @@ def test_what_trains_stays_in_fp32_and_is_named(tmp_path: Path, dtype: torch.dty
         for name, tensor in model.state_dict().items():
             trains = name.split(".")[1] in kept
             assert tensor.dtype == (torch.float32 if trains else dtype), name
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "own", "options"),
+    [
+        *((AutoModelForImageTextToText, "model.", options) for options in FUSIONS),
+        (AutoModelForZeroShotImageClassification, "contrastive_head", {}),
+        (AutoModelForSequenceClassification, "classifier", {}),
+    ],
+)
+def test_what_trains_is_made_in_fp32(auto_class: type, own: str, options: dict) -> None:
+    config = FrozenPrefixConfig.from_vision_text_configs(vision_config(), text_config(), connector_type="mlp", **options)
+    made = auto_class.from_config(config, dtype=torch.float16).state_dict()
+    parts = ("model.vision_tower.", "model.language_model.")
+    assert {tensor.dtype for name, tensor in made.items() if name.startswith(parts)} == {torch.float16}
+    assert {tensor.dtype for name, tensor in made.items() if not name.startswith(parts)} == {torch.float32}
+    assert any(name.startswith(own) for name in made)
 
 
 @pytest.mark.parametrize("connector_type", [name for name in CONNECTORS if name != "identity"])
