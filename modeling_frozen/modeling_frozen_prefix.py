@@ -81,18 +81,8 @@ def _repeated(prefix: list[torch.Tensor], index: torch.Tensor) -> list[torch.Ten
 
 
 @dataclass
-class FrozenPrefixModelOutputWithPast(AnyCacheName, BaseModelOutputWithPast):
-    """
-    Output of `FrozenPrefixModel`.
-
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`):
-            Of the language model (for encoder-decoders: of its decoder).
-        cache (or, before transformers 5.24, past_key_values; read it by either name), hidden_states, attentions, …:
-            as the language model gives them.
-        image_hidden_states, video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
-            The prefix vectors `(sum of prefix lengths, embedding_dim)` as the language model read them.
-    """
+class _FurtherOutputs:
+    """What both outputs have beyond those of a causal language model."""
 
     decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -106,7 +96,22 @@ class FrozenPrefixModelOutputWithPast(AnyCacheName, BaseModelOutputWithPast):
 
 
 @dataclass
-class FrozenPrefixCausalLMOutputWithPast(AnyCacheName, CausalLMOutputWithPast):
+class FrozenPrefixModelOutputWithPast(_FurtherOutputs, AnyCacheName, BaseModelOutputWithPast):
+    """
+    Output of `FrozenPrefixModel`.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`):
+            Of the language model (for encoder-decoders: of its decoder).
+        cache (or, before transformers 5.24, past_key_values; read it by either name), hidden_states, attentions, …:
+            as the language model gives them.
+        image_hidden_states, video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
+            The prefix vectors `(sum of prefix lengths, embedding_dim)` as the language model read them.
+    """
+
+
+@dataclass
+class FrozenPrefixCausalLMOutputWithPast(_FurtherOutputs, AnyCacheName, CausalLMOutputWithPast):
     """
     Output of `FrozenPrefixForConditionalGeneration`.
 
@@ -119,16 +124,6 @@ class FrozenPrefixCausalLMOutputWithPast(AnyCacheName, CausalLMOutputWithPast):
         image_hidden_states, video_hidden_states, audio_hidden_states (`torch.FloatTensor`, *optional*):
             The prefix vectors `(sum of prefix lengths, embedding_dim)` as the language model read them.
     """
-
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    video_hidden_states: torch.FloatTensor | None = None
-    audio_hidden_states: torch.FloatTensor | None = None
 
 
 class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
