@@ -112,15 +112,6 @@ def _stand_in(name: str, **attributes: Any) -> None:
         sys.modules[name] = module
 
 
-def _sibling(name: str) -> Any:
-    """A module of our own tests, whose package's name is taken."""
-    spec = importlib.util.spec_from_file_location(f"frozen_{name}", ROOT / "tests" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 _SIZES = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -219,7 +210,12 @@ def model_suite(name: str, **options: Any) -> type[unittest.TestCase]:
 
 
 def config_suite(name: str) -> type[unittest.TestCase]:
+    import transformers
+
     from modeling_frozen import FrozenPrefixConfig
+
+    # It reads the package from the folder of the tests, where the distribution has none.
+    transformers.utils.direct_transformers_import = lambda *_: transformers
     from tests.test_configuration_common import ConfigTester
 
     class Suite(unittest.TestCase):
@@ -242,9 +238,8 @@ def config_suite(name: str) -> type[unittest.TestCase]:
 
 def processor_suite(name: str) -> type[unittest.TestCase]:
     from modeling_frozen.processors import FrozenPrefixProcessor
+    from tests.helpers import processors as own
     from tests.test_processing_common import ProcessorTesterMixin
-
-    own = _sibling("test_processing")
 
     class Suite(ProcessorTesterMixin, unittest.TestCase):
         processor_class = FrozenPrefixProcessor
@@ -307,8 +302,8 @@ class _Result(unittest.TestResult):
 def main(folder: str, suite: str, results: str, *only: str) -> None:
     here = str(Path(__file__).parent)
     sys.path[:] = [folder, *(path for path in sys.path if path not in ("", here)), str(ROOT)]
-    package = types.ModuleType("tests")  # by hand: the distribution's has no `__init__.py`, so ours would go before it
-    package.__path__ = [str(Path(folder) / "tests")]
+    package = types.ModuleType("tests")  # both packages of this name, by hand: the distribution's has no `__init__.py`
+    package.__path__ = [str(Path(folder) / "tests"), str(ROOT / "tests")]
     sys.modules["tests"] = package
     stand_ins = {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})}
     _stand_in("tests.exporters")
