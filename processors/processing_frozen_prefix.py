@@ -67,8 +67,10 @@ FrozenPrefixVideosKwargs = TypedDict(  # type: ignore[misc]  # the keys of anoth
 
 
 class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
-    """Keywords of a call: transformers' own, for text, images, videos, audio and `return_mm_token_type_ids`."""
+    """Keywords of a call: transformers' own, for text, images, videos, audio and `return_mm_token_type_ids`; those of tiles;
+    and `prefix_length`, placeholders per image, one of the processor's `prefix_lengths`."""
 
+    prefix_length: int | None
     images_kwargs: TilesKwargs
     videos_kwargs: FrozenPrefixVideosKwargs  # type: ignore[misc]  # as transformers' own processors narrow them
 
@@ -475,10 +477,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
         finally:
             _length_of_call.reset(before)
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, *, prefix_length: int | None = None, **kwargs):
-        """As transformers'. `prefix_length` (`int`, *optional*): placeholders per image, one of `prefix_lengths`; the
-        processor's own by default."""
-        with self.with_length(prefix_length):
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """As transformers', with the keywords of [`FrozenPrefixProcessorKwargs`]."""
+        with self.with_length(kwargs.pop("prefix_length", None)):
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
