@@ -34,6 +34,7 @@ class Arguments:
     prompt_column: str | None = None
     references_column: str | None = None
     prompt: str = field(default="", metadata={"help": "For a dataset without a column of prompts."})
+    chat: bool = field(default=False, metadata={"help": "Ask the prompt in the language model's chat format."})
     rows: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
     batch_size: int = 16
     max_new_tokens: int = 30
@@ -50,16 +51,17 @@ def first_sentence(text: str) -> str:
 
 def score(args: Arguments, name: str, folder: Path, dataset: Any) -> Evaluation:
     model = AutoModelForImageTextToText.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(name)
     return evaluate(
         model,
-        AutoProcessor.from_pretrained(name),
+        processor,
         dataset,
         task=args.task,
         kinds=args.kinds,
         image_column=args.image_column,
         prompt_column=args.prompt_column,
         references_column=args.references_column,
-        prompt=args.prompt,
+        prompt=processor.chat_prompt(args.prompt) if args.chat else args.prompt,
         batch_size=args.batch_size,
         output_dir=folder,
         postprocess=first_sentence if args.first_sentence else str.strip,

@@ -9,6 +9,7 @@ checkpoint (`eyes`), `results.json`, `predictions.jsonl`, `training.png` and `sh
 data set is of any form that `load_image_text` reads, with the splits train, validation and test.
 """
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from modeling_frozen import (
     cache_vision_features,
     load_image_text,
 )
+from modeling_frozen.data.augmentation import PhotoAugmentation
 from modeling_frozen.evaluation import evaluate
 from modeling_frozen.evaluation.plots import plot_sheet, plot_training
 from modeling_frozen.metrics import caption_scores
@@ -38,6 +40,8 @@ class Arguments:
     prompt: str = "Describe the photo."
     question: str = field(default="What is the dog doing?", metadata={"help": "Asked about the first photos at the end."})
     prefix_length: int = 10
+    connector_config: str = field(default="{}", metadata={"help": "Options of the connector, as JSON."})
+    crops: int = field(default=0, metadata={"help": "Random crops of each training photo, beside the photo itself."})
     steps: int = 480
     photos_per_step: int = 4
     learning_rate: float = 3e-3
@@ -67,13 +71,15 @@ def main(arguments: list[str] | None = None) -> None:
         args.vision,
         args.text,
         connector_type="mlp",
+        connector_config=json.loads(args.connector_config),
         prefix_length=args.prefix_length,
         vision_feature_select_strategy="pooled",  # one vector for a photo, from which the connector writes the whole prefix
     )
     processor = FrozenPrefixProcessor.from_model(model)
+    crops = {"views": args.crops + 1, "augment": PhotoAugmentation(), "plain_view": True} if args.crops else {}
     seen = {
-        split: cache_vision_features(read(args, processor, split), model, processor, cache_dir=out / "features")
-        for split in ("train", "validation")
+        split: cache_vision_features(read(args, processor, split), model, processor, cache_dir=out / "features", **options)
+        for split, options in (("train", crops), ("validation", {}))
     }
     collator = DataCollatorForFrozenPrefix(processor, all_texts=True)
     trainer = Trainer(

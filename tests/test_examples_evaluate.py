@@ -28,6 +28,9 @@ def test_scores_go_from_the_script_into_the_card(tmp_path: Path, capsys: pytest.
     one = evaluate_checkpoint.main(["--model", str(tmp_path / "seed-0"), *common])
     assert one["rows"] == 6 and set(one["sighted"]) >= {"cider", "bleu_4", "rouge_l"}
     assert json.loads((tmp_path / "out" / "results.json").read_text())["blind"] == pytest.approx(one["blind"])
+    evaluate_checkpoint.main(["--model", str(tmp_path / "seed-0"), *common, "--chat", "--prompt", "what is"])
+    asked = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["prompt"]
+    assert asked == processor.chat_prompt("what is") == "User: <image>what is\nAssistant:"
     both = evaluate_checkpoint.main(["--model", str(tmp_path / "seed-0"), str(tmp_path / "seed-1"), *common])
     assert both["seeds"][0]["sighted"] == pytest.approx(one["sighted"])
     assert "mean ± standard deviation over 2 checkpoints" in capsys.readouterr().out

@@ -358,11 +358,15 @@ def test_datasets_keep_their_images_where_they_are(folder: Path, parents: Path) 
     singles.save_to_disk(folder / "saved")
     DatasetDict({"train": singles, "test": singles.select([1])}).save_to_disk(folder / "splits")
     singles.to_parquet(folder / "rows.parquet")
+    (folder / "repository" / "data").mkdir(parents=True)  # as repositories of the Hub are laid out
+    singles.to_parquet(folder / "repository" / "data" / "train-00000-of-00001.parquet")
+    singles.select([1]).to_parquet(folder / "repository" / "data" / "test-00000-of-00001.parquet")
     for source, options in (
         (singles, {}),
         (folder / "saved", {}),
         (folder / "splits", {"split": "train"}),
         (folder / "rows.parquet", {}),
+        (folder / "repository", {"split": "train"}),
     ):
         rows = load_image_text(source, **options)
         assert rows.column_names == ["image", "text"] and rows["text"] == ["a square ."] * 2

@@ -133,6 +133,8 @@ def _of_folder(folder: Path, format: str, root: Path | None, split: str | None, 
                 raise ValueError(f"{folder} has several JSON files: name those to be read, {files[:8]}.")
         if files:
             return open_source(files, format, root or folder, split, streaming)
+    if any(folder.rglob("*.parquet")):  # as repositories of the Hub are laid out, whose splits `datasets` knows
+        return _of_hub(str(folder), (str(folder),), {"streaming": streaming}, format, root or folder, split)
     raise ValueError(f"{folder} holds no metadata.csv or .jsonl beside its images, and no tars, parquet or JSON files.")
 
 
