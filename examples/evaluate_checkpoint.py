@@ -1,9 +1,9 @@
 """Scores a checkpoint on a split, beside the scores that it gets without looking.
 
-    python examples/evaluate_checkpoint.py --model ID_OR_FOLDER --dataset ID_OR_FOLDER --task captioning --output_dir scores
-    python examples/evaluate_checkpoint.py --model seed-0 seed-1 seed-2 --dataset ID_OR_FOLDER --task vqa --output_dir scores
+    python examples/evaluate_checkpoint.py --model ID_OR_FOLDER --dataset DATASET --task captioning --output_dir scores
+    python examples/evaluate_checkpoint.py --model seed-0 seed-1 seed-2 --dataset DATASET --task vqa --output_dir scores
 
-The dataset has an image column, maybe a column of prompts, and one of references (captions or answers). Beside the model as
+The dataset is whatever `load_image_text` reads: images with captions, or with prompts and answers. Beside the model as
 it is (*sighted*) stand the same model with shuffled pictures (*blind*), with a *random connector*, and the *language model*
 alone; brackets hold 95 % bootstrap intervals over rows, and with several checkpoints (of several seeds) the table gives mean
 and standard deviation. `predictions.jsonl` is written row by row: a run that was stopped goes on where it was. A model card
@@ -16,23 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-import modeling_frozen  # noqa: F401  (registers the model type)
+from modeling_frozen import load_image_text
 from modeling_frozen.evaluation import KINDS, Evaluation, evaluate, over_seeds, table_over_seeds
 
 
 @dataclass
 class Arguments:
     model: list[str] = field(metadata={"help": "Checkpoints: Hub ids or folders; several are taken as seeds of one recipe."})
-    dataset: str = field(metadata={"help": "Hub id or folder, for load_dataset."})
-    split: str = "test"
+    dataset: list[str] = field(metadata={"help": "Any form of load_image_text, or several files of one set."})
+    split: str | None = field(default=None, metadata={"help": "Of a dataset with several."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of relative image paths; default: the file's."})
     task: str = field(default="captioning", metadata={"help": "'captioning' or 'vqa'."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    image_column: str | None = None
-    prompt_column: str | None = None
-    references_column: str | None = None
     prompt: str = field(default="", metadata={"help": "For a dataset without a column of prompts."})
     chat: bool = field(default=False, metadata={"help": "Ask the prompt in the language model's chat format."})
     rows: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
@@ -58,9 +55,6 @@ def score(args: Arguments, name: str, folder: Path, dataset: Any) -> Evaluation:
         dataset,
         task=args.task,
         kinds=args.kinds,
-        image_column=args.image_column,
-        prompt_column=args.prompt_column,
-        references_column=args.references_column,
         prompt=processor.chat_prompt(args.prompt) if args.chat else args.prompt,
         batch_size=args.batch_size,
         output_dir=folder,
@@ -74,7 +68,8 @@ def score(args: Arguments, name: str, folder: Path, dataset: Any) -> Evaluation:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
-    dataset = load_dataset(args.dataset, split=args.split)
+    source = args.dataset[0] if len(args.dataset) == 1 else args.dataset
+    dataset = load_image_text(source, split=args.split, image_root=args.image_root)
     if args.rows is not None:
         dataset = dataset.select(range(min(args.rows, len(dataset))))
     several = len(args.model) > 1

@@ -1,13 +1,14 @@
 """Finds pictures by words and words by pictures, and recommends pictures by those that somebody liked.
 
     python examples/search.py --output_dir search_output
-    python examples/search.py --vision ID_OR_FOLDER --text ID_OR_FOLDER --data ID_OR_FOLDER      (real parents, real photos)
-    python examples/search.py --model ID_OR_FOLDER --data ID_OR_FOLDER                              (a trained retrieval model)
+    python examples/search.py --vision ID_OR_FOLDER --text ID_OR_FOLDER --dataset DATASET      (real parents, real photos)
+    python examples/search.py --model ID_OR_FOLDER --dataset DATASET                              (a trained retrieval model)
 
-By default everything is made here: two tiny parents that never met (`shapes.py`), pictures of scenes, and a retrieval model
-that learns which sentence belongs to which picture. Its gallery holds scenes that nobody met in training. Embeddings go into
-a FAISS index through `datasets`, which is saved and loaded again. Written to `--output_dir`: the retrieval model, the gallery
-with its index, `results.json`, and `sheet.png`. Needs `pip install "frozen-prefix[search]"`.
+DATASET is whatever `load_image_text` reads: photos with captions, in the splits train and test, or without: then a tenth of
+the photos is held out. By default everything is made here: two tiny parents that never met (`shapes.py`), pictures of scenes,
+and a retrieval model that learns which sentence belongs to which picture. Its gallery holds scenes that nobody met.
+Embeddings go into a FAISS index through `datasets`, which is saved and loaded again. Written to `--output_dir`: the retrieval
+model, the gallery with its index, `results.json`, and `sheet.png`. Needs `pip install "frozen-prefix[search]"`.
 """
 
 import json
@@ -20,7 +21,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, load_from_disk
+from own_data import read_splits
 from PIL import ImageOps
 from shapes import draw, split_scenes, train_language_model, train_tower
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -40,9 +42,10 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "A trained retrieval model: Hub id or folder."})
     vision: str | None = field(default=None, metadata={"help": "A real vision tower: Hub id or folder."})
     text: str | None = field(default=None, metadata={"help": "A real text model: Hub id or folder."})
-    data: str | None = field(default=None, metadata={"help": "Photos with captions, splits train and test: id or folder."})
-    image_column: str = "image"
-    caption_column: str = field(default="captions", metadata={"help": "Column of a caption, or a list of them."})
+    dataset: list[str] | None = field(
+        default=None, metadata={"help": "Photos with captions in any form of load_image_text, or several files of one set."}
+    )
+    image_root: str | None = field(default=None, metadata={"help": "Folder of relative image paths; default: the file's."})
     trainable: list[str] = field(default_factory=lambda: ["connector", "text"])
     tower_steps: int = field(default=1000, metadata={"help": "Steps of training for the tiny tower."})
     language_model_steps: int = field(default=110, metadata={"help": "Steps of training for the tiny language model."})
@@ -56,8 +59,11 @@ class Arguments:
 
 def make_rows(args: Arguments) -> tuple[Dataset, Dataset]:
     """Pictures with their sentences: to learn from, and to search among."""
-    if args.data is not None:
-        splits = load_dataset(args.data).rename_columns({args.image_column: "image", args.caption_column: "text"})
+    if args.dataset is not None:
+        splits = read_splits(args.dataset, ("train", "test"), args.image_root, args.seed)
+        for name, rows in splits.items():
+            texts = [sum(some, []) for some in rows["answers"]]
+            splits[name] = rows.select_columns(["image"]).add_column("text", texts)
         return splits["train"], splits["test"].select(range(min(args.gallery, len(splits["test"]))))
     rng, (known, new) = random.Random(args.seed), split_scenes()
     chosen = [rng.choice(known) for _ in range(1500)], new[: args.gallery]
@@ -159,13 +165,13 @@ def main() -> dict:
     results |= evaluate_retrieval(model, processor, gallery["image"], each)
 
     # Somebody likes three pictures of one kind; what is recommended is like them.
-    if args.data is None:
+    if args.dataset is None:
         colours = [several[0].split()[2] for several in each]
         liked = [row for row, colour in enumerate(colours) if colour == "red"][:3]
     else:
         liked = search(pictures, embed_texts(model, processor, captions[:1]), 3)[0]
     offered = recommend(pictures, seen, liked, 5)
-    if args.data is None:
+    if args.dataset is None:
         rest = [colour for row, colour in enumerate(colours) if row not in liked]
         results["recommended_of_the_liked_colour"] = float(np.mean([colours[row] == "red" for row in offered]))
         results["chance_of_that"] = rest.count("red") / len(rest)

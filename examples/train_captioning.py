@@ -2,8 +2,9 @@
 
     python examples/train_captioning.py --vision TOWER --text MODEL --dataset DATASET --output_dir out --seeds 0 1 2
 
-TOWER, MODEL and DATASET are Hub ids or folders. The dataset has the splits train, validation and test, an image column
-and a column with one or several captions; rows without a caption are left out. The tower runs once per photo and crop, then
+TOWER and MODEL are Hub ids or folders; DATASET is whatever `load_image_text` reads (a Hub id, a folder, COCO's or Karpathy's
+file, LLaVA's JSON, …), with the splits train, validation and test, or without: then a tenth of its images each is held out.
+Rows have one image, and one or several captions. The tower runs once per photo and crop, then
 the connector trains from its features with `Trainer`, and the epoch of the lowest validation loss is kept. The test split
 is captioned from the photos themselves by `generate()` and scored four times: *sighted*; *blind*, where the photos are
 shuffled so that none keeps its own; with a *random connector*, which never trained; and by the *language model* alone.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
+from own_data import read_splits
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -44,9 +45,10 @@ SCORES = ("cider", "bleu_4", "rouge_l")
 class Arguments:
     vision: str = field(metadata={"help": "Vision tower: Hub id or folder."})
     text: str = field(metadata={"help": "Language model: Hub id or folder."})
-    dataset: str = field(metadata={"help": "Captioned images: Hub id or folder, for load_dataset."})
-    image_column: str = "image"
-    captions_column: str = "captions"
+    dataset: list[str] = field(
+        metadata={"help": "Captioned images in any form of load_image_text, or several files of one set."}
+    )
+    image_root: str | None = field(default=None, metadata={"help": "Folder of relative image paths; default: the file's."})
     connector: str = "mlp"
     connector_config: str = field(
         default='{"hidden_size": 64, "input_dropout": 0.5, "dropout": 0.3}',
@@ -119,13 +121,11 @@ def tidy(caption: str) -> str:
     return f" {words.rstrip(' .')}."
 
 
-def read_split(dataset: Any, split: str, args: Arguments) -> tuple[Any, list[list[str]]]:
-    """Rows with a photo, and the captions of each, a list."""
-    rows = dataset[split]
-    captions = [[one] if isinstance(one, str) else list(one or []) for one in rows[args.captions_column]]
-    kept = [index for index, some in enumerate(captions) if some]
-    photos = rows.select(kept).select_columns([args.image_column]).rename_columns({args.image_column: "image"})
-    return photos, [captions[index] for index in kept]
+def read(source: list[str], args: Arguments, *splits: str) -> dict[str, tuple[Any, list[list[str]]]]:
+    """Of each split rows with a photo, and the captions of each, a list."""
+    rows = read_splits(source, splits, args.image_root)
+    captions = {split: [sum(some, []) for some in rows[split]["answers"]] for split in splits}
+    return {split: (rows[split].select_columns(["image"]), captions[split]) for split in splits}
 
 
 def store_features(model: Any, processor: Any, photos: Any, folder: Path, crops: int = 0) -> Any:
@@ -209,7 +209,7 @@ def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[
 
 def show(folder: Path, model: Any, processor: Any, args: Arguments) -> None:
     """The best, the middle and the worst caption of a test split, by CIDEr, as they came out, and what words owe to photos."""
-    photos, people = read_split(load_dataset(args.show), "test", args)
+    photos, people = read([args.show], args, "train", "test")["test"]
     written = caption(model, processor, photos, people, args, kinds=("sighted",), num_resamples=0).predictions["sighted"]
     images, score = photos["image"][:], caption_scores(written, people)["cider"]
     plot_sheet(images, written, people, score, folder / "sheet.png", score_name="CIDEr")
@@ -227,8 +227,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args, training = HfArgumentParser((Arguments, CaptioningTrainingArguments)).parse_args_into_dataclasses(arguments)
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    dataset = load_dataset(args.dataset)
-    data: dict[str, Any] = {split: read_split(dataset, split, args) for split in ("train", "validation", "test")}
+    data: dict[str, Any] = read(args.dataset, args, "train", "validation", "test")
     model, processor = build(args)
     data["features"] = {
         split: store_features(model, processor, photos, output_dir / "features", args.views if split == "train" else 0)

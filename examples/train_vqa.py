@@ -5,11 +5,11 @@
     python examples/train_vqa.py --vision TOWER --text MODEL --dataset DATASET --template "Question: {} Answer:"
     torchrun --nproc_per_node 2 examples/train_vqa.py                     (on two processes)
 
-A dataset has the splits train and test, an image column, and `question` and `answer` columns (or `questions` and `answers`,
-lists of as many questions about the picture). Every picture is encoded once and then read from the store. The test split is
-answered four times: sighted, blind (pictures shuffled), with a random connector, and by the language model alone. Into
-`--output_dir` go `results.json`, `predictions.jsonl`, the checkpoint, `training.png`, `sheet.png` (pictures with answers), and
-`sightedness.png` (what each word of the answers owes to the picture).
+DATASET is whatever `load_image_text` reads (a Hub id, a folder, VQA v2's two files, LLaVA's JSON, …), rows with one image, in
+the splits train and test, or without: then a tenth of its images is held out. Every picture is encoded once and then read from
+the store. The test split is answered four times: sighted, blind (pictures shuffled), with a random connector, and by the
+language model alone. Into `--output_dir` go `results.json`, `predictions.jsonl`, the checkpoint, `training.png`, `sheet.png`
+(pictures with answers), and `sightedness.png` (what each word of the answers owes to the picture).
 """
 
 import random
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, Features, Image, Value, load_dataset
+from datasets import Dataset, Features, Image, Value
+from own_data import read_splits
 from shapes import QUESTIONS, draw, split_scenes, train_language_model, train_tower
 from tiny_world import ExampleTrainingArguments
 from transformers import HfArgumentParser, Trainer, set_seed
@@ -41,7 +42,10 @@ from modeling_frozen.metrics import exact_match
 class Arguments:
     vision: str | None = field(default=None, metadata={"help": "Vision tower: Hub id or folder; made here by default."})
     text: str | None = field(default=None, metadata={"help": "Language model: Hub id or folder; made here by default."})
-    dataset: str | None = field(default=None, metadata={"help": "Hub id or folder, for load_dataset; made here by default."})
+    dataset: list[str] | None = field(
+        default=None, metadata={"help": "Any form of load_image_text, or several files of one set; made here by default."}
+    )
+    image_root: str | None = field(default=None, metadata={"help": "Folder of relative image paths; default: the file's."})
     template: str = field(default="{}", metadata={"help": "The prompt; {} stands for the question."})
     rows: int = field(default=6000, metadata={"help": "Questions to train on, at most."})
     test_rows: int = field(default=400, metadata={"help": "Questions to be scored, at most."})
@@ -65,22 +69,19 @@ def made_here(count: int, held_out: bool, seed: int) -> Iterable[dict[str, Any]]
         yield {
             "image": draw(scene, rng),
             "questions": questions,
-            "answers": [scene.answer(one).removesuffix(" .") for one in questions],
+            "answers": [[scene.answer(one).removesuffix(" .")] for one in questions],
         }
 
 
-def one_question_a_row(dataset: Any, args: Arguments, limit: int, seed: int) -> Dataset:
+def one_question_a_row(dataset: Dataset, args: Arguments, limit: int, seed: int) -> Dataset:
     """Rows `image`, `prompt`, `answer`: `limit` of them, drawn at random."""
-    questions = "questions" if "questions" in dataset.column_names else "question"
-    answers = "answers" if "answers" in dataset.column_names else "answer"
     pairs = []
-    for index, (asked, said) in enumerate(zip(dataset[questions], dataset[answers], strict=True)):
-        some = zip(asked, said, strict=True) if isinstance(asked, list) else [(asked, said)]
-        pairs += [(index, args.template.format(one), answer) for one, answer in some]
+    for index, (asked, said) in enumerate(zip(dataset["questions"], dataset["answers"], strict=True)):
+        pairs += [(index, args.template.format(one), answers) for one, answers in zip(asked, said, strict=True)]
     pairs = random.Random(seed).sample(pairs, min(limit, len(pairs)))
     rows = dataset.select([index for index, _, _ in pairs]).select_columns(["image"])
     rows = rows.add_column("prompt", [prompt for _, prompt, _ in pairs])
-    return rows.add_column("answer", [answer for _, _, answer in pairs])
+    return rows.add_column("answer", [answers for _, _, answers in pairs])
 
 
 def parents(args: Arguments, folder: Path, seed: int) -> tuple[str, str]:
@@ -97,9 +98,9 @@ def parents(args: Arguments, folder: Path, seed: int) -> tuple[str, str]:
 def read(args: Arguments, seed: int) -> dict[str, Dataset]:
     limits = {"train": args.rows, "test": args.test_rows}
     if args.dataset is not None:
-        loaded = load_dataset(args.dataset)
+        loaded = read_splits(args.dataset, list(limits), args.image_root, seed)
         return {split: one_question_a_row(loaded[split], args, limit, seed) for split, limit in limits.items()}
-    columns = Features({"image": Image(), "questions": [Value("string")], "answers": [Value("string")]})
+    columns = Features({"image": Image(), "questions": [Value("string")], "answers": [[Value("string")]]})
     made = {}
     for split, limit in limits.items():
         generator = partial(made_here, -(-limit // len(QUESTIONS)), split == "test", seed)

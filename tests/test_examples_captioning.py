@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 import train_captioning as example
@@ -75,7 +76,7 @@ def test_the_checkpoint_is_the_connector_and_loads(run: tuple[dict, Path]) -> No
 def test_features_are_those_of_the_model(dataset: str, run: tuple[dict, Path], tmp_path: Path) -> None:
     args = example.Arguments(**{**run[0]["arguments"]})
     model, processor = example.build(args)
-    photos, _ = example.read_split(example.load_dataset(dataset), "test", args)
+    photos, _ = example.read([dataset], args, "train", "test")["test"]
     stored = example.store_features(model, processor, photos, tmp_path)
     features = torch.stack([row["image"].load()[0] for row in stored])
     pixels = processor(images=photos["image"][:], return_tensors="pt")["pixel_values"]
@@ -94,6 +95,20 @@ def test_the_prefix_starts_as_words(run: tuple[dict, Path]) -> None:
     start = model.model.connector.output.bias.view(4, -1)
     distance = torch.cdist(start, words)
     assert distance.min(dim=1).values.max() < 1e-5
+
+
+def test_a_folder_of_captions_without_splits_is_read(tmp_path: Path) -> None:
+    for number in range(12):
+        PIL.Image.new("RGB", (20, 18), (20 * number, 90, 30)).save(tmp_path / f"{number}.png")
+    lines = [f"{number}.png,that is {number} ." for number in range(12)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    args = example.Arguments(vision="", text="", dataset=[str(tmp_path)])
+    data = example.read(args.dataset, args, "train", "validation", "test")
+    assert [len(photos) for photos, _ in data.values()] == [10, 1, 1]
+    captions = [one for _, some in data.values() for (one,) in some]
+    assert sorted(captions) == sorted(line.partition(",")[2] for line in lines)
+    photos, ((caption,), *_) = data["train"]
+    assert photos[0]["image"].getpixel((0, 0))[0] == 20 * int(caption.split()[2])
 
 
 def test_tidy() -> None:

@@ -330,6 +330,18 @@ def test_what_can_not_be_found_is_named(folder: Path, monkeypatch: pytest.Monkey
     assert len(load_image_text("bad.jsonl", on_error="skip")) == 1
 
 
+@pytest.mark.parametrize("place", ["", "data"])
+def test_files_of_a_folder_are_of_the_splits_in_their_names(folder: Path, place: str) -> None:
+    (folder / "set" / place).mkdir(parents=True, exist_ok=True)
+    for name, texts in {"train-00000-of-00002": "ab", "train-00001-of-00002": "c", "val-00000-of-00001": "d"}.items():
+        rows = [{"image": Image.new("RGB", (8, 8)), "text": text} for text in texts]
+        Dataset.from_list(rows).to_parquet(folder / "set" / place / f"{name}.parquet")
+    assert load_image_text(folder / "set", split="train")["text"] == ["a", "b", "c"]
+    assert [row["text"] for row in load_image_text(folder / "set", split="validation", streaming=True)] == ["d"]
+    with pytest.raises(ValueError, match=r"has the splits \['train', 'validation'\]: name one by `split=`"):
+        load_image_text(folder / "set")
+
+
 def test_karpathys_restval_is_train(folder: Path) -> None:
     options: dict[str, Any] = {"image_root": folder / "images"}
     assert load_image_text(folder / "karpathy.json", split="train", **options)["image_id"] == [7, 3]

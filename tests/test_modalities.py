@@ -1,7 +1,6 @@
 """Videos and sounds, put through what a user would say of them. Towers, connectors and placeholders are the same idea
 for all; so are most of these sentences."""
 
-import copy
 import functools
 import json
 import subprocess
@@ -29,8 +28,9 @@ from modeling_frozen import (
 from modeling_frozen.audio_towers import encode_audio, load_audio_tower, probe_audio_tower
 from modeling_frozen.processors.media_loading import load_waveform
 from tests.helpers import tiny
-from tests.helpers.audio_towers import AUDIO_TOWERS
+from tests.helpers.audio_towers import AUDIO_TOWERS, save_audio_tower
 from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
+from tests.helpers.films import write_film
 
 
 PREFIX, FRAMES, SOUND = 2, 3, 3
@@ -373,14 +373,6 @@ def test_a_model_without_videos_and_sounds_does_not_mention_them(tmp_path: Path)
 # -------------------------------------------------------------------------------------------------- any audio tower
 
 
-def save_audio_tower(folder: Path, kind: str) -> str:
-    config, model_class, extractor = AUDIO_TOWERS[kind]
-    torch.manual_seed(1)
-    model_class(copy.deepcopy(config)).save_pretrained(folder)
-    extractor().save_pretrained(folder)
-    return str(folder)
-
-
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(int(16000 * seconds)).astype(np.float32)
 
@@ -528,18 +520,6 @@ def test_a_film_without_a_decoder_is_refused_with_the_way_out(tmp_path: Path, mo
         processor()(text="<video>", videos=str(tmp_path / "film.mp4"))
     with pytest.raises(ValueError, match="video 0 .*no such file"):
         processor()(text="<video>", videos=str(tmp_path / "nothing.mp4"))
-
-
-def write_film(path: Path, levels: list[int], size: tuple[int, int] = (32, 32)) -> None:
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
-        codec = {".mp4": "mpeg4", ".webm": "libvpx"}[path.suffix]
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for level in levels:
-            frame = av.VideoFrame.from_image(Image.new("RGB", size, (level, level, level)))
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
 
 
 @pytest.mark.parametrize("kind", [".mp4", ".webm"])  # WebM does not say how many frames it has

@@ -12,14 +12,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..processors import load_rgb_image
+from ..processors.media_loading import load_video, load_waveform
 from .columns import as_list
 from .formats import FORMATS, open_source
 from .image_reading import Images
-from .rows import PLACEHOLDER, MissingImage, NothingToLearn, RowError, count_unplaced, name_of_row
+from .rows import MARKS, MEDIA, PLACEHOLDER, MissingFile, NothingToLearn, RowError, count_unplaced, name_of_row
 from .sources import Source
 
 
 _FIRST = 10
+_RATE = 16000  # of sounds that are opened
 _BATCH = 256  # rows that are tokenised at a time
 
 
@@ -44,7 +47,7 @@ class Check:
     Args:
         name (`str`), format (`str`): the source, and what it was read as.
         rows (`int`): in the source; those of questions about one image are counted as one.
-        images (`Counter`): how many rows have so many images.
+        images (`Counter`), others (`dict`): how many rows have so many images; so many of the others, by column.
         unplaced (`int`): chats with an image and no `<image>`, which the processor then puts.
         missing, broken ([`Faults`]): files that aren't there; images that can't be opened, where they were.
         unreadable ([`Faults`]): rows of a wrong type, kind or count.
@@ -59,6 +62,7 @@ class Check:
     format: str
     rows: int = 0
     images: Counter[int] = field(default_factory=Counter)
+    others: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in list(MEDIA.values())[1:]})
     unplaced: int = 0
     missing: Faults = field(default_factory=Faults)
     broken: Faults = field(default_factory=Faults)
@@ -74,12 +78,18 @@ class Check:
     def fails(self) -> bool:
         """Whether a training on it would fail."""
         faults = (self.missing, self.broken, self.unreadable, self.nothing_to_learn, self.too_long)
-        return any(one.count for one in faults) or not any(self.images)
+        return any(one.count for one in faults) or not self._has_media
+
+    @property
+    def _has_media(self) -> bool:
+        return any(any(counts) for counts in (self.images, *self.others.values()))
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.format}", f"rows: {self.rows}"]
         lines += [f"  with {number} images: {count}" for number, count in sorted(self.images.items())]
-        if not any(self.images):
+        for column, counts in self.others.items():
+            lines += [f"  with {number} {column}: {count}" for number, count in sorted(counts.items()) if any(counts)]
+        if not self._has_media:
             lines.append("  no row has an image: is their column called 'image' or 'images'?")
         if self.unplaced:
             lines.append(f"  with an image and no {PLACEHOLDER}, which the processor then puts: {self.unplaced}")
@@ -89,7 +99,7 @@ class Check:
             lengths = f"median {middle}, 99 % at most {high}, longest {ordered[-1]}"
             lines.append(f"tokens of a row: {lengths}; positions: {self.positions}")
         names = {
-            "images that are not there": self.missing,
+            "files that are not there": self.missing,
             "images that can't be opened": self.broken,
             "rows that can't be read": self.unreadable,
             "rows with nothing to learn": self.nothing_to_learn,
@@ -135,11 +145,16 @@ def check_image_text(
             _count(check, name, read)
             continue
         check.images[max(len(one["images"]) for one in read)] += 1
+        for column, counts in check.others.items():
+            counts[max(len(one.get(column, ())) for one in read)] += 1
         check.unplaced += count_unplaced(read)
         check.drawn = check.drawn or _drawn(read[0])
         if open_images:
             for image in _images(opened, index, read):
-                _open(check, name, image)
+                _open(check, "image", image, name)
+            for modality, column in MEDIA.items():
+                for media in [media for one in read for media in one.get(column, ()) if modality != "image"]:
+                    _open(check, modality, media, name)
         if reader is not None:
             batch += [(name, one) for one in read]
             if len(batch) >= _BATCH:
@@ -158,7 +173,7 @@ def _with_progress(rows: Iterator[Any], source: Source, shown: bool) -> Iterator
 
 
 def _count(check: Check, name: str, error: RowError) -> None:
-    if isinstance(error, MissingImage):
+    if isinstance(error, MissingFile):
         for path in error.paths:
             check.missing.add(f"{name}: {path}")
     elif isinstance(error, NothingToLearn):
@@ -175,11 +190,15 @@ def _images(source: Source, index: int, read: list[dict[str, Any]]) -> list[Any]
     return [image for image in as_list(Images(held.dataset, held.column).rows(index, index + 1)[0]) if image is not None]
 
 
-def _open(check: Check, name: str, image: Any) -> None:
-    from ..processors import load_rgb_image
-
+def _open(check: Check, modality: str, media: Any, name: str) -> None:
+    what = f"{'an' if modality == 'image' else 'a'} {modality} of {name}"
     try:
-        load_rgb_image(image, f"an image of {name}")
+        if modality == "image":
+            load_rgb_image(media, what)
+        elif modality == "video":
+            load_video(media, 2, what)  # the first frame and the last
+        else:
+            load_waveform(media, _RATE, what)
     except ValueError as error:
         check.broken.add(str(error))
 
@@ -189,11 +208,11 @@ def _drawn(row: Mapping[str, Any]) -> str:
     if "messages" not in row:
         text = next(as_list(row[name])[0] for name in ("completion", "text") if name in row)
         prompt = row.get("prompt", "")
-        images = PLACEHOLDER * (len(row["images"]) if PLACEHOLDER not in prompt + text else 0)
-        return f"{images}{prompt}«{text}»"
+        media = [mark * len(row.get(MEDIA[name], ())) for name, mark in MARKS.items() if mark not in prompt + text]
+        return f"{''.join(media)}{prompt}«{text}»"
     lines = []
     for turn in row["messages"]:
-        text = "".join(PLACEHOLDER if item["type"] == "image" else item["text"] for item in turn["content"])
+        text = "".join(MARKS.get(item["type"], item["text"]) for item in turn["content"])
         learnt = turn["role"] == "assistant" and turn.get("loss", True)
         lines.append(f"{turn['role']}: {f'«{text}»' if learnt else text}")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processors import load_rgb_image
+from ..processors.media_loading import load_video, load_waveform
 from .columns import find_column, images_of, no_image_column
 from .draws import EpochForWorkers, current_epoch, draw, seeded
 from .feature_store import StoredImage
@@ -202,6 +203,9 @@ class DataCollatorForFrozenPrefix:
                         if key not in opened:
                             opened[key] = load_rgb_image(image, f"image {place} of row {index}{own}")
                         example.images[place] = opened[key]
+                for modality, media in example.others.items():
+                    for place, one in enumerate(media):
+                        media[place] = self._open(modality, one, f"{modality} {place} of row {index}{own}")
             except ValueError as error:
                 if self.on_error == "raise":
                     raise
@@ -209,6 +213,11 @@ class DataCollatorForFrozenPrefix:
             else:
                 kept.append(example)
         return kept
+
+    def _open(self, modality: str, media: Any, name: str) -> Any:
+        if modality == "video":
+            return load_video(media, self.processor.num_frames, name)
+        return load_waveform(media, self.processor.feature_extractor.sampling_rate, name)
 
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
         """Model inputs of all images of the batch, in reading order. Override it to take features from elsewhere."""
@@ -355,10 +364,18 @@ class DataCollatorForFrozenPrefix:
     def _read_messages(self, index: int, row: Mapping[str, Any]) -> _Example:
         """A chat as pieces, cut at both ends of each assistant turn: so the prompt's tokens are those of inference."""
         messages, media = clean_messages(row[self.messages_column])
-        images, others = media.pop("image"), {name: own for name, own in media.items() if own}
+        images, in_turns = media.pop("image"), {name: own for name, own in media.items() if own}
+        others = {**self._others(row), **in_turns}
+        for modality in _OTHERS:
+            if modality not in self.processor.tokens and any(_has_item(one.get("content"), modality) for one in messages):
+                raise ValueError(
+                    f"Row {index} has {modality} in its turns, and the processor takes {list(self.processor.tokens)} alone."
+                )
         if not images:
             images = self._images(index, row, required=False)
             messages = place_in_turns(self.processor, messages, len(images))
+        for modality in set(others) - set(in_turns):
+            messages = place_in_turns(self.processor, messages, len(others[modality]), modality)
         tokenizer = self.processor.tokenizer
         learnt = [message.pop("loss", True) for message in messages if message["role"] == "assistant"]
         learnt = [flag and (self.train_on == "all" or i == len(learnt) - 1) for i, flag in enumerate(learnt)]
@@ -596,18 +613,24 @@ def clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str
     return cleaned, media
 
 
-def place_in_turns(processor: Any, messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Images that came in a column, in the first user turn, unless the turns have placeholders already."""
+def place_in_turns(
+    processor: Any, messages: list[dict[str, Any]], count: int, modality: str = "image"
+) -> list[dict[str, Any]]:
+    """Images (films, sounds) that came in a column, in the first user turn, unless the turns have placeholders already."""
     turns = [message["content"] for message in messages]
-    if not num_images or any(_has_image(one) or processor.count_image_tokens(plain_text(one)) for one in turns):
+    if not count or any(_has_item(one, modality) or processor.count_image_tokens(plain_text(one), modality) for one in turns):
         return messages
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-    content = processor.place_images(plain_text(turns[first]), num_images)
+    own, items = turns[first], [{"type": modality}] * count
+    if isinstance(own, str) or all(item.get("type") == "text" for item in own):
+        content: Any = processor.place_images(plain_text(own), count, modality)
+    else:
+        content = [*own, *items] if processor.image_position == "end" else [*items, *own]
     return [{**one, "content": content} if i == first else one for i, one in enumerate(messages)]
 
 
-def _has_image(content: Any) -> bool:
-    return not isinstance(content, str) and any(item.get("type") == "image" for item in content)
+def _has_item(content: Any, modality: str) -> bool:
+    return not isinstance(content, str) and any(item.get("type") == modality for item in content or ())
 
 
 def plain_text(content: Any) -> str:

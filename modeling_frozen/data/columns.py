@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-COLUMNS = {"image": ("image", "images"), "video": ("video", "videos"), "audio": ("audio",)}
+COLUMNS = {"image": ("image", "images"), "video": ("video", "videos"), "audio": ("audio", "audios")}
 
 
 def find_column(columns: Iterable[str], name: str | None = None, modality: str = "image") -> str | None:

@@ -8,6 +8,7 @@ row, a list of them), and tars, whose samples it wants to have the same files ea
 
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from . import columns
 from .image_reading import Hashing, Images, inner_feature, unopened
-from .rows import KEPT, ROW_FORMATS, HeldImage, RowError, count_unplaced, encoded, kind_of, name_of_row
+from .rows import KEPT, MEDIA, ROW_FORMATS, HeldImage, RowError, count_unplaced, encoded, kind_of, name_of_row
 from .sources import HeldRows, Lines, ListedRows, Source, StreamedRows, Tars, tar_rows, with_json
 
 
@@ -34,10 +35,19 @@ FORMATS = (*ROW_FORMATS, *FILE_FORMATS)
 _JSON = (".json", ".jsonl", ".ndjson")
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 _TARS = (".tar", ".tgz", ".tar.gz")
+_SPLIT = re.compile(r"(?:^|[-._])(train|validation|valid|val|dev|test)(?:[-._]|$)")  # in a file's name
 _CHUNK = 1000  # rows that become Arrow at a time
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
+class SplitError(ValueError):
+    """A split that must be named, or is not there; `splits` are those that are."""
+
+    def __init__(self, message: str, splits: Sequence[str] = ()):
+        super().__init__(message)
+        self.splits = list(splits)
+
+
 def open_source(
     source: Any,
     format: str = "auto",
@@ -126,16 +136,36 @@ def _of_folder(folder: Path, format: str, root: Path | None, split: str | None, 
         loaded = load_dataset("imagefolder", data_dir=str(folder), drop_labels=True)
         return _of_dataset(loaded, str(folder), "imagefolder", root or folder, split, streaming)
     for suffixes in (_TARS, tuple(_TABLES), _JSON):
-        files = sorted(str(path) for path in folder.iterdir() if path.name.lower().endswith(suffixes))
+        places = (folder, folder / "data")  # where repositories of the Hub have them
+        files = sorted(str(one) for place in places if place.is_dir() for one in place.iterdir() if _ends(one, suffixes))
         if suffixes == _JSON:
             files = [one for one in files if Path(one).name != "dataset_info.json"]  # LLaMA-Factory's list of files
-            if len(files) > 1:
-                raise ValueError(f"{folder} has several JSON files: name those to be read, {files[:8]}.")
+        if files and (splits := _by_split(files)):
+            files, split = splits[_the_split(list(splits), split, str(folder))], None
+        if suffixes == _JSON and len(files) > 1:
+            raise ValueError(f"{folder} has several JSON files: name those to be read, {files[:8]}.")
         if files:
             return open_source(files, format, root or folder, split, streaming)
     if any(folder.rglob("*.parquet")):  # as repositories of the Hub are laid out, whose splits `datasets` knows
         return _of_hub(str(folder), (str(folder),), {"streaming": streaming}, format, root or folder, split)
     raise ValueError(f"{folder} holds no metadata.csv or .jsonl beside its images, and no tars, parquet or JSON files.")
+
+
+def _ends(path: Path, suffixes: Sequence[str]) -> bool:
+    return path.name.lower().endswith(tuple(suffixes))
+
+
+def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
+    """Files by the split that their names say; none where one of them says none."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        said = _SPLIT.search(Path(file).name.lower())
+        if said is None:
+            return {}
+        splits.setdefault({"val": "validation", "valid": "validation", "dev": "validation"}.get(said[1], said[1]), []).append(
+            file
+        )
+    return splits
 
 
 def _of_dataset(
@@ -165,7 +195,7 @@ def _the_split(names: Sequence[str], split: str | None, name: str) -> str:
         return names[0]
     if split is None or split not in names:
         asked = "name one by `split=`" if split is None else f"{split!r} is none of them"
-        raise ValueError(f"{name} has the splits {list(names)}: {asked}.")
+        raise SplitError(f"{name} has the splits {list(names)}: {asked}.", names)
     return split
 
 
@@ -173,7 +203,7 @@ def _the_split(names: Sequence[str], split: str | None, name: str) -> str:
 def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str | None) -> Source:
     if all(path.suffix.lower() != ".json" for path in paths):
         if split is not None:
-            raise ValueError(f"{name} has no splits, so split={split!r} can't be had of it.")
+            raise SplitError(f"{name} has no splits, so split={split!r} can't be had of it.")
         return Source(name, Lines(paths), root, format)
     contents = [list(Lines([path]).all()) if path.suffix.lower() != ".json" else _parse(path) for path in paths]
     if all(isinstance(content, list) for content in contents):
@@ -193,7 +223,7 @@ def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str |
         detected, made = _annotated(whole, name, format, root, split)
         split = None
     if split is not None:
-        raise ValueError(f"{name} has no splits, so split={split!r} can't be had of it.")
+        raise SplitError(f"{name} has no splits, so split={split!r} can't be had of it.")
     row_format = {"coco": "captions", "karpathy": "captions", "vqav2": "question_answer"}.get(detected, "")
     return Source(name, ListedRows(made), root, detected, row_format)
 
@@ -345,8 +375,9 @@ def load_image_text(
         seed (`int`): of that shuffle.
 
     Returns:
-        `Dataset` with `images` and `messages`, `prompt` and `completion`, or `text`. A dataset's own column of images stays as
-        it is, `image` or `images`. With `streaming` a [`RowStream`], an `IterableDataset` of such rows, images opened.
+        `Dataset` with `images` (and `videos`, `audios`, where the source has such) and `messages`, `prompt` and `completion`,
+        or `text`. A dataset's own column of images stays as it is, `image` or `images`. With `streaming` a [`RowStream`], an
+        `IterableDataset` of such rows, images opened.
 
     Raises:
         ValueError: an unknown format; a row that can't be read: another type, an image that is not there, more or fewer
@@ -366,7 +397,7 @@ def load_image_text(
     table = _Table()
     kept: list[int] = []
     skipped: list[str] = []
-    unplaced = images = 0
+    unplaced = media = 0
     for index, read, row in opened.read():
         if isinstance(read, RowError):
             message = f"{name_of_row(opened.name, index, row)}: {read}"
@@ -375,19 +406,19 @@ def load_image_text(
             skipped.append(message)
             continue
         for one in read:
-            table.add(one)
+            table.add(one, name_of_row(opened.name, index, row))
             kept.append(index)
-            images += len(one["images"])
+            media += sum(len(one[name]) for name in MEDIA.values() if name in one)
         unplaced += count_unplaced(read)
     if skipped:
         first = "".join(f"\n  {message}" for message in skipped[:5])
         logger.warning(f"{opened.name}: {len(skipped)} rows were left out, the first of them:{first}")
     if not kept:
         raise ValueError(f"{opened.name} has no rows{' that can be read: ' + skipped[0] if skipped else ''}.")
-    if not images:
+    if not media:
         raise ValueError(
-            f"No row of {opened.name} has an image: they are looked for in the columns {list(columns.COLUMNS['image'])}, and "
-            "in the turns."
+            f"No row of {opened.name} has an image: they are looked for in the columns {list(columns.COLUMNS['image'])} "
+            f"(films and sounds in {[name for one in ('video', 'audio') for name in columns.COLUMNS[one]]}), and in the turns."
         )
     if unplaced:
         logger.warning(
@@ -407,14 +438,24 @@ class _Table:
         self.schema: Any = None
         self.kind = ""
         self.has_loss = self.has_answers = False
+        self.others = dict.fromkeys(
+            name for name in MEDIA.values() if name != "images"
+        )  # films, sounds: whether there are any
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any], row_name: str) -> None:
         self.kind = self.kind or kind_of(row)
         for name, values in self.facts.items():
             values.append(row.get(name))
         self.has_loss |= any("loss" in turn for turn in row.get("messages", ()))
         self.has_answers |= "answers" in row
         row = {**row, "images": list(map(encoded, row["images"]))}
+        for column in set(row).intersection(self.others):
+            self.others[column] = True
+            if any(not isinstance(one, Mapping) or "array" in one for one in row[column]):
+                raise ValueError(
+                    f"{row_name}: field {column!r} holds frames or a waveform, which would be copied: give files or bytes, a "
+                    "stream (streaming=True), or the rows to the collator as they are."
+                )
         if self.kind != "messages":
             row = {**row, self.kind: columns.as_list(row[self.kind])}
         self.rows.append(row)
@@ -431,7 +472,8 @@ class _Table:
             "completion": {"prompt": text, "completion": [text], "answers": [text]},
             "text": {"text": [text]},
         }
-        return {"images": [Image(decode=False)], **kinds[self.kind]}
+        file = {"bytes": Value("binary"), "path": text}
+        return {"images": [Image(decode=False)], **{name: [file] for name in self.others}, **kinds[self.kind]}
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -460,8 +502,9 @@ class _Table:
         if self.kind != "messages" and pc.max(pc.list_value_length(table[self.kind])).as_py() == 1:  # one text each
             table = table.set_column(table.schema.get_field_index(self.kind), self.kind, pc.list_flatten(table[self.kind]))
             features[self.kind] = Value("string")
-        if "answers" in features and not self.has_answers:
-            table, _ = table.drop_columns(["answers"]), features.pop("answers")
+        unused = [name for name, used in self.others.items() if not used]
+        for name in [*unused, *(["answers"] if "answers" in features and not self.has_answers else [])]:
+            table, _ = table.drop_columns([name]), features.pop(name)
         for name, values in self.facts.items():
             if any(value is not None for value in values):
                 whole = all(value is None or isinstance(value, int) for value in values)
@@ -471,7 +514,7 @@ class _Table:
             turn = dict(inner_feature(features["messages"]))
             del turn["loss"]
             features["messages"] = [turn]
-            table = table.set_column(names.index("messages"), "messages", _without_loss(table["messages"]))
+            table = table.set_column(table.schema.get_field_index("messages"), "messages", _without_loss(table["messages"]))
         info = DatasetInfo(description=f"{source.name}, read as {source.described}", features=Features(features))
         rows = Dataset(table.cast(Features(features).arrow_schema), info=info)
         if held is None:
@@ -630,4 +673,4 @@ def _groups(dataset: "Dataset", image_column: str | None, key_column: str | None
     return [root(index) for index in range(len(keys))]
 
 
-__all__ = ["FORMATS", "Source", "load_coco_captions", "load_image_text", "load_vqa", "open_source", "split_by_image"]
+__all__ = ["FORMATS", "SplitError", "load_coco_captions", "load_image_text", "load_vqa", "open_source", "split_by_image"]

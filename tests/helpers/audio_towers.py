@@ -1,7 +1,10 @@
 """Tiny audio towers, one of each kind: the config, the class that such checkpoints are saved by, the feature extractor."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
@@ -61,3 +64,12 @@ AUDIO_TOWERS: dict[str, tuple[PreTrainedConfig, type, Any]] = {
         ),
     ),
 }  # fmt: skip
+
+
+def save_audio_tower(folder: Path, kind: str) -> str:
+    """Writes one as its own tool would; returns its folder."""
+    config, model_class, extractor = AUDIO_TOWERS[kind]
+    torch.manual_seed(1)
+    model_class(copy.deepcopy(config)).save_pretrained(folder)
+    extractor().save_pretrained(folder)
+    return str(folder)

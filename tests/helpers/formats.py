@@ -1,9 +1,11 @@
 """The committed samples of each format in tests/data/formats, with the images that they name."""
 
+import array
 import io
 import json
 import shutil
 import tarfile
+import wave
 from pathlib import Path
 
 from PIL import Image
@@ -15,7 +17,7 @@ SAMPLES = Path(__file__).parents[1] / "data" / "formats"
 
 
 def lay_out(folder: Path) -> Path:
-    """Samples and images in a folder, as a user has them."""
+    """Samples, images, films and a sound in a folder, as a user has them."""
     shutil.copytree(SAMPLES, folder, dirs_exist_ok=True)
     (folder / "images" / "val2014").mkdir(parents=True)
     for number, (name, colour) in enumerate(COLOURS.items()):
@@ -24,6 +26,15 @@ def lay_out(folder: Path) -> Path:
             image.save(folder / place / f"{name}.png")
         if number in (0, 2):
             image.save(folder / "images" / f"COCO_val2014_{1 if number == 0 else 2:012d}.jpg", quality=95)
+    (folder / "media").mkdir()
+    for name, levels in {"dark": [0, 10, 20, 30], "light": [200, 220, 240, 250]}.items():
+        frames = [Image.new("RGB", (20, 18), (level,) * 3) for level in levels]
+        frames[0].save(folder / "media" / f"{name}.gif", save_all=True, append_images=frames[1:])
+    with wave.open(str(folder / "media" / "tone.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(array.array("h", [(index % 40) * 400 for index in range(1600)]).tobytes())
     with tarfile.open(folder / "webdataset-0.tar", "w") as tar:
         for key, name, suffix, text in (("0", "red", "png", "a red square ."), ("1", "blue", "jpg", "that is blue .")):
             content = io.BytesIO()

@@ -1,0 +1,69 @@
+"""Rows of your own, in any form that `load_image_text` reads, for the examples that take `--dataset`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, Image
+
+from modeling_frozen import load_image_text, split_by_image
+from modeling_frozen.data.formats import SplitError
+
+
+# What a split is called elsewhere: Karpathy's file has "val".
+_ALSO = {"validation": ("validation", "val", "dev")}
+
+
+def read_splits(
+    source: Sequence[str], names: Sequence[str], image_root: str | None = None, seed: int = 0
+) -> dict[str, Dataset]:
+    """
+    Splits of a source, by `load_image_text`; where it has none, a tenth of its images each (`split_by_image`).
+
+    Args:
+        source: Hub id, folder, file, or files that belong together.
+        names: of the splits, "train" among them.
+        image_root: folder of relative image paths; default: the file's own.
+
+    Returns:
+        For each split its rows with one image: `image`, `questions` (an empty one for a caption), and `answers`, of each
+        question a list. Others, and those that can't be read, are left out, which is logged.
+    """
+    given: Any = source[0] if len(source) == 1 else list(source)
+    options: dict[str, Any] = {"image_root": image_root, "on_error": "skip"}
+    try:
+        rows = load_image_text(given, **options)
+    except SplitError as error:
+        chosen = {name: next((one for one in _ALSO.get(name, (name,)) if one in error.splits), name) for name in names}
+        return {name: _asked(load_image_text(given, split=split, **options)) for name, split in chosen.items()}
+    shares = {name: 0.1 if name in names else 0.0 for name in ("validation", "test")}
+    splits = split_by_image(rows, **shares, seed=seed)
+    return {name: _asked(splits[name]) for name in names}
+
+
+def _asked(rows: Any) -> Dataset:
+    column = "image" if "image" in rows.column_names else "images"
+    images, questions, answers = [], [], []
+    for row in rows:
+        shown = row[column] if isinstance(row[column], list) else [row[column]]
+        if len(shown) == 1 and shown[0] is not None:
+            asked = _pairs(row)
+            images.append(shown[0])
+            questions.append([question.replace("<image>", "").strip() for question, _ in asked])
+            answers.append([said for _, said in asked])
+    table = Dataset.from_dict({"image": images, "questions": questions, "answers": answers})
+    return table.cast_column("image", Image())
+
+
+def _pairs(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Of a row each question and its answers."""
+    if "messages" not in row:
+        said = row["text"] if "text" in row else row["completion"]
+        return [(row.get("prompt", ""), [said] if isinstance(said, str) else said)]
+    pairs, question = [], ""
+    for turn in row["messages"]:
+        text = "".join(item["text"] or "" for item in turn["content"]).strip()
+        if turn["role"] == "assistant":
+            pairs.append((question, [text]))
+        else:
+            question = text if turn["role"] == "user" else question
+    return pairs
