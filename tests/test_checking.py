@@ -57,7 +57,7 @@ def test_every_fault_is_counted_and_the_first_ten_are_named(folder: Path, capsys
     rows += [chat(image=3, id="kind"), chat(image="images/red.png", question="what ?")]
     assert main([rows_of(folder, rows)]) == 1
     said = capsys.readouterr().out
-    assert "images that are not there: 12\n" in said and said.count("gone.png") == 10
+    assert "files that are not there: 12\n" in said and said.count("gone.png") == 10
     assert (
         "rows that can't be read: 2\n" in said
         and "(id 'two'): field 'conversations' holds 2 <image> but 'image' has 1" in said

@@ -119,6 +119,69 @@ def test_a_sample_as_a_stream_is_the_same(folder: Path, name: str) -> None:
     assert list(map(plain, stream)) == list(map(plain, rows))
 
 
+def turns(*contents: Any, names: tuple[str, str] = ("role", "content"), roles: tuple[str, str] = ("user", "assistant")) -> Any:
+    return [{names[0]: roles[number % 2], names[1]: content} for number, content in enumerate(contents)]
+
+
+IMAGE, ITEM = "images/red.png", {"type": "image"}
+ASKED = [ITEM, {"type": "text", "text": "what ?"}]
+FROM = {"names": ("from", "value"), "roles": ("human", "gpt")}
+# A row as the documentation of each package has it: how many images, and what is learnt of it.
+DOCUMENTED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
+    "TRL: messages, image": ({"image": IMAGE, "messages": turns(ASKED, [{"type": "text", "text": "red"}])}, 1, ["red"]),
+    "TRL: messages, images": (
+        {"images": [IMAGE] * 2, "messages": turns([ITEM, *ASKED], [{"type": "text", "text": "a"}], [ASKED[1]], [
+            {"type": "text", "text": "b"}])}, 2, ["a", "b"],
+    ),
+    "TRL: content of strings": ({"images": [IMAGE], "messages": turns("what ?", "red")}, 1, ["red"]),
+    "TRL: no image": ({"images": [], "messages": turns("what ?", "red")}, 0, ["red"]),
+    "TRL: prompt and completion": (
+        {"images": [IMAGE], "prompt": turns(ASKED), "completion": [{"role": "assistant", "content": "red"}]}, 1, ["red"],
+    ),
+    "LLaMA-Factory: messages": ({"messages": turns("<image>who ?", "a", "and ?", "b"), "images": [IMAGE]}, 1, ["a", "b"]),
+    "LLaMA-Factory: sharegpt": (
+        {"conversations": turns("<image>who ?", "a", **FROM), "images": [IMAGE], "system": "be brief"}, 1, ["a"],
+    ),
+    "LLaMA-Factory: sharegpt with tools": (
+        {"conversations": [
+            {"from": "human", "value": "<image>who ?"}, {"from": "function_call", "value": "look"},
+            {"from": "observation", "value": "seen"}, {"from": "gpt", "value": "a"},
+        ], "images": [IMAGE]}, 1, ["look", "a"],
+    ),
+    "LLaMA-Factory: alpaca": ({"instruction": "<image>say", "input": "it", "output": "red", "images": [IMAGE]}, 1, ["red"]),
+    "LLaMA-Factory: a string of images": ({"messages": turns("<image>who ?", "a"), "images": IMAGE}, 1, ["a"]),
+    "ms-swift: messages": (
+        {"messages": [{"role": "system", "content": "be brief"}, *turns("<image><image>both ?", "no")], "images": [IMAGE] * 2},
+        2, ["no"],
+    ),
+    "ms-swift: loss by turn": (
+        {"messages": [turns("<image>?")[0], {"role": "assistant", "content": "a", "loss": False}, *turns("and ?", "b")],
+         "images": [IMAGE]}, 1, ["b"],
+    ),
+    "ms-swift: query and response": ({"query": "<image>what ?", "response": "red", "images": [IMAGE]}, 1, ["red"]),
+    "ms-swift: image_url": (
+        {"messages": turns([{"type": "image_url", "image_url": IMAGE}, {"type": "text", "text": "?"}], "red")}, 1, ["red"],
+    ),
+    "ms-swift: an image as bytes": (
+        {"messages": turns("<image>?", "red"), "images": [{"bytes": b"\x89PNG", "path": None}]}, 1, ["red"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_rows_that_other_packages_document_are_read(name: str, folder: Path) -> None:
+    row, images, said = DOCUMENTED[name]
+    with_image = {"images": [IMAGE], "messages": turns("<image>", "x")} if "messages" in row else row  # a set has some
+    read = load_image_text([row, with_image], image_root=folder)[0]
+    assert len(read["images"]) == images
+    chat = read.get("messages", [])
+    learnt = [turn for turn in chat if turn["role"] == "assistant" and turn.get("loss") is not False]
+    texts = ["".join(item["text"] or "" for item in turn["content"]) for turn in learnt]
+    assert (texts if chat else [read["completion"]]) == said
+    marks = sum(item["type"] == "image" for turn in chat for item in turn["content"])
+    assert not chat or marks == images or name == "TRL: content of strings"  # there the processor puts it
+
+
 # ------------------------------------------------------------------------------------------------------ malformed twins
 def edit(*keys: Any, to: Any) -> Callable[[list[Any]], None]:
     def change(rows: Any) -> None:

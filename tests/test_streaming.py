@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,13 +17,14 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, load_image_text
 from modeling_frozen.data.streaming import RowStream
 from modeling_frozen.training.streaming import StreamCallback
-from tests.helpers.tiny import COLOURS, join
+from tests.helpers.tiny import COLOURS, join, save_parents
 
 
 ROWS = 23
@@ -345,6 +347,31 @@ def test_training_resumes_with_accumulated_gradients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_training_resumes_wherever_it_is_stopped(workers: int, tmp_path: Path) -> None:
     check_resumes(list(range(1, 31)), tmp_path, dataloader_num_workers=workers, max_steps=31)
+
+
+@pytest.mark.slow
+def test_training_on_two_processes_resumes_in_mid_epoch(tmp_path: Path) -> None:
+    """Of 23 rows each process has six batches or so: an epoch ends between the two places where it is stopped."""
+    save_parents(tmp_path)
+    of_format("jsonl", tmp_path)
+    (tmp_path / "5.png").write_bytes(b"no image")
+
+    def run(name: str, stop: int = 0, resume: str = "") -> dict[str, torch.Tensor]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [sys.executable, *launcher, "-m", "tests.helpers.streaming_run", str(tmp_path), name, str(stop), resume]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return load_file(tmp_path / name / "last" / "model.safetensors")
+
+    whole = run("whole")
+    for stop in (4, 9):
+        stopped = run("stopped", stop)
+        assert any(not torch.equal(stopped[name], whole[name]) for name in whole)
+        resumed = run(f"resumed-{stop}", resume=str(tmp_path / f"stopped/checkpoint-{stop}"))
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_training_names_what_it_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
