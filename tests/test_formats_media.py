@@ -1,4 +1,4 @@
-"""Films and sounds in rows: the ways in which they are written are read, counted and placed as images are, trained on, and
+"""Videos and audio in rows: the ways in which they are written are read, counted and placed as images are, trained on, and
 refused by row and field where they are wrong."""
 
 import json
@@ -20,12 +20,12 @@ from modeling_frozen import (
 )
 from modeling_frozen.data.checking import check_image_text
 from tests.helpers.audio_towers import save_audio_tower
-from tests.helpers.films import write_film
 from tests.helpers.formats import lay_out
 from tests.helpers.tiny import join, save_parents
+from tests.helpers.videos import write_video
 
 
-# Sample: the format found; of each row images, films and sounds; the order in which they stand in it; what is learnt.
+# Sample: the format found; of each row images, videos and audio; the order in which they stand in it; what is learnt.
 SAMPLES: dict[str, tuple[str, list[tuple[int, int, int]], list[str], list[str]]] = {
     "video_llava.json": (
         "llava", [(0, 1, 0), (0, 1, 0), (1, 0, 0)], ["video", "video", "image"],
@@ -56,7 +56,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def listening(parents: Path) -> tuple[Any, Any]:
-    """A model of images, films and sounds."""
+    """A model of images, videos and audio."""
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
         str(parents / "tower"), str(parents / "words"), str(parents / "audio"), connector_type="resampler", prefix_length=2,
@@ -121,7 +121,7 @@ TWINS = [
     ("video_llava.json", (0, "video"), "media/gone.gif", r"row 0 \(id 'v0'\): field 'video' names a video.*not there.*gone"),
     ("video_llava.json", (1, "conversations", 0, "value"), "<video> <video> ?", r"'v1'\): .* 2 <video> but 'video' has 1"),
     ("video_llava.json", (1, "video"), 7, r"row 1 \(id 'v1'\): field 'video' must be a path.*got 7"),
-    ("video_llava.json", (1, "video"), "https://example.org/a.mp4", "field 'video' must be a film's file or bytes"),
+    ("video_llava.json", (1, "video"), "https://example.org/a.mp4", "field 'video' must be a video's file or bytes"),
     ("media_llama_factory.json", (0, "videos"), ["media/dark.gif"], "row 0: .* holds 2 <video> but 'videos' has 1"),
     ("media_llama_factory.json", (0, "images"), [], "row 0: field 'messages' holds 1 <image> but 'images' has 0"),
     ("media_llama_factory.json", (1, "audios", 0), "gone.wav", "row 1: field 'audios' names an audio file that is not there"),
@@ -158,7 +158,7 @@ def test_video_and_audio_in_angle_brackets_are_text_where_a_row_has_none() -> No
     assert rows[0]["messages"][0]["content"] == [{"type": "text", "text": turns[0]["value"]}]
 
 
-def test_one_film_without_a_mark_stands_first(folder: Path, parents: Path) -> None:
+def test_one_video_without_a_mark_stands_first(folder: Path, parents: Path) -> None:
     _, processor = listening(parents)
     rows = load_image_text(
         [
@@ -178,7 +178,7 @@ def test_one_film_without_a_mark_stands_first(folder: Path, parents: Path) -> No
     assert order(processor, batch["input_ids"][0].tolist()) == "video" and len(batch["pixel_values_videos"]) == 1
 
 
-def test_a_film_that_can_not_be_opened_is_left_out_or_named(folder: Path, parents: Path) -> None:
+def test_a_video_that_can_not_be_opened_is_left_out_or_named(folder: Path, parents: Path) -> None:
     _, processor = listening(parents)
     (folder / "media" / "dark.gif").write_bytes(b"no film")
     rows = list(load_image_text(folder / "video_llava.json"))
@@ -192,7 +192,7 @@ def test_a_film_that_can_not_be_opened_is_left_out_or_named(folder: Path, parent
     assert "  with 1 videos: 2\n" in str(check) and "user: <video>\nwhat is that ?\nassistant: «black .»" in str(check)
 
 
-def test_a_model_of_images_alone_refuses_films_in_turns(folder: Path, tmp_path: Path) -> None:
+def test_a_model_of_images_alone_refuses_videos_in_turns(folder: Path, tmp_path: Path) -> None:
     _, processor = join(tmp_path)
     rows = load_image_text(folder / "video_llava.json")
     with pytest.raises(ValueError, match=r"Row 0 has video in its turns, and the processor takes \['image'\] alone"):
@@ -201,7 +201,7 @@ def test_a_model_of_images_alone_refuses_films_in_turns(folder: Path, tmp_path: 
 
 def test_an_mp4_is_read_at_its_sampled_frames(folder: Path, parents: Path) -> None:
     _, processor = listening(parents)
-    write_film(folder / "film.mp4", list(range(20, 220, 5)))
+    write_video(folder / "film.mp4", list(range(20, 220, 5)))
     rows = load_image_text([{"video": "film.mp4", "text": "a square ."}], image_root=folder)
     film = DataCollatorForFrozenPrefix(processor)(list(rows))["pixel_values_videos"][0]
     kept = (folder / "film.mp4").read_bytes()

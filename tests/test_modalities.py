@@ -30,7 +30,7 @@ from modeling_frozen.processors.media_loading import load_waveform
 from tests.helpers import tiny
 from tests.helpers.audio_towers import AUDIO_TOWERS, save_audio_tower
 from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
-from tests.helpers.films import write_film
+from tests.helpers.videos import write_video
 
 
 PREFIX, FRAMES, SOUND = 2, 3, 3
@@ -525,11 +525,11 @@ def test_a_film_without_a_decoder_is_refused_with_the_way_out(tmp_path: Path, mo
 @pytest.mark.parametrize("kind", [".mp4", ".webm"])  # WebM does not say how many frames it has
 def test_a_film_is_read_at_the_frames_that_are_sampled(kind: str, tmp_path: Path) -> None:
     of, path = processor(), tmp_path / f"film{kind}"
-    write_film(path, list(range(20, 220, 5)))
+    write_video(path, list(range(20, 220, 5)))
     for film in (str(path), path.read_bytes(), {"bytes": path.read_bytes(), "path": None}, open(path, "rb")):
         out = of(text="<video> a", videos=film, return_tensors="pt")["pixel_values_videos"]
         assert seen(out[0], of) == pytest.approx([20, 85, 150, 215], abs=4)
-    write_film(path, [40, 200])  # shorter than what is sampled
+    write_video(path, [40, 200])  # shorter than what is sampled
     short = of(text="<video> a", videos=str(path), return_tensors="pt")["pixel_values_videos"]
     assert seen(short[0], of) == pytest.approx([40, 40, 200, 200], abs=4)
 
@@ -537,7 +537,7 @@ def test_a_film_is_read_at_the_frames_that_are_sampled(kind: str, tmp_path: Path
 def test_films_and_images_of_one_row_go_to_their_places(tmp_path: Path) -> None:
     of, red = processor(), Image.new("RGB", (8, 8), "red")
     for number, level in enumerate((40, 200)):
-        write_film(tmp_path / f"{number}.mp4", [level] * 6)
+        write_video(tmp_path / f"{number}.mp4", [level] * 6)
     films = [str(tmp_path / f"{number}.mp4") for number in range(2)]
     batch = DataCollatorForFrozenPrefix(of)([{"image": red, "videos": films, "text": "<video> a <image> is <video> what"}])
     assert batch["pixel_values"].shape[0] == 1 and batch["pixel_values_videos"].shape[0] == 2
@@ -550,7 +550,7 @@ def test_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> No
     """A frame of 640 x 480 takes 0.9 MB: whole, the long film would take 270 MB more."""
     peaks = []
     for count in (10, 300):
-        write_film(tmp_path / "film.mp4", [number % 200 for number in range(count)], size=(640, 480))
+        write_video(tmp_path / "film.mp4", [number % 200 for number in range(count)], size=(640, 480))
         code = (
             "import resource, sys; from modeling_frozen.processors.media_loading import load_video; "
             "assert len(load_video(sys.argv[1], 4)) == 4; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -22,7 +22,7 @@ from .sources import Source
 
 
 _FIRST = 10
-_RATE = 16000  # of sounds that are opened
+_RATE = 16000  # of audio that are opened
 _BATCH = 256  # rows that are tokenised at a time
 
 

@@ -616,7 +616,7 @@ def clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str
 def place_in_turns(
     processor: Any, messages: list[dict[str, Any]], count: int, modality: str = "image"
 ) -> list[dict[str, Any]]:
-    """Images (films, sounds) that came in a column, in the first user turn, unless the turns have placeholders already."""
+    """Images (videos, audio) that came in a column, in the first user turn, unless the turns have placeholders already."""
     turns = [message["content"] for message in messages]
     if not count or any(_has_item(one, modality) or processor.count_image_tokens(plain_text(one), modality) for one in turns):
         return messages

@@ -418,7 +418,7 @@ def load_image_text(
     if not media:
         raise ValueError(
             f"No row of {opened.name} has an image: they are looked for in the columns {list(columns.COLUMNS['image'])} "
-            f"(films and sounds in {[name for one in ('video', 'audio') for name in columns.COLUMNS[one]]}), and in the turns."
+            f"(videos and audio in {[name for one in ('video', 'audio') for name in columns.COLUMNS[one]]}), and in the turns."
         )
     if unplaced:
         logger.warning(
@@ -438,9 +438,8 @@ class _Table:
         self.schema: Any = None
         self.kind = ""
         self.has_loss = self.has_answers = False
-        self.others = dict.fromkeys(
-            name for name in MEDIA.values() if name != "images"
-        )  # films, sounds: whether there are any
+        # Of videos and audio, whether any came.
+        self.others: dict[str, bool] = dict.fromkeys((name for name in MEDIA.values() if name != "images"), False)
 
     def add(self, row: dict[str, Any], row_name: str) -> None:
         self.kind = self.kind or kind_of(row)

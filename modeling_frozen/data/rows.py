@@ -7,7 +7,7 @@ A canonical row has `images` (a list; each unopened, `{"bytes", "path"}`) and on
 - `prompt` and `completion`, strings; where several people answered, `answers` holds what each of them said;
 - `text`: a caption, or a list of them.
 
-Where the source has films or sounds, `videos` and `audios` stand beside `images` (lists, unopened too), with
+Where the source has videos or audio, `videos` and `audios` stand beside `images` (lists, unopened too), with
 `{"type": "video"}` and `{"type": "audio"}` in the turns.
 
 `id`, `image_id` and `question_id` are kept. Everything else that a row had is left out.
@@ -42,7 +42,7 @@ _ITEMS = {  # the type of a content item, as TRL and OpenAI have them -> its mod
     "image": "image", "image_url": "image", "video": "video", "video_url": "video", "audio": "audio", "audio_url": "audio",
     "input_audio": "audio",
 }  # fmt: skip
-_SOURCES = (*_ITEMS, "url", "path", "base64", "bytes")  # what it keeps its image, film or sound under
+_SOURCES = (*_ITEMS, "url", "path", "base64", "bytes")  # what it keeps its image, video or audio under
 _ALL_MEDIA = tuple(name for names in COLUMNS.values() for name in names)
 _ADDRESS = re.compile(r"(?:https?://|data:)", re.IGNORECASE)
 _LONGEST_NAME = 255  # of a file; a longer string without a slash is an image written out as base64
@@ -78,10 +78,10 @@ class HeldImage:
 # -------------------------------------------------------------------------------------------------------------- media
 def locate(media: Any, root: Path, field: str, modality: str = "image") -> Any:
     """
-    An image, film or sound unopened, as Arrow keeps it, or as it is where it is open.
+    An image, video or audio input unopened, as Arrow keeps it, or as it is where it is open.
 
     Args:
-        media: path (relative to `root`, or absolute), bytes, `{"bytes", "path"}`; of an image and a sound also URL, data URI
+        media: path (relative to `root`, or absolute), bytes, `{"bytes", "path"}`; of images and audio also URL, data URI
             or base64; a PIL image, an array, `{"array", "sampling_rate"}`.
         root: the folder of relative paths.
         field: what an error calls it.
@@ -105,7 +105,7 @@ def locate(media: Any, root: Path, field: str, modality: str = "image") -> Any:
     if isinstance(media, str) and media:
         if _ADDRESS.match(media) or len(media.rpartition("/")[2]) > _LONGEST_NAME:
             if modality == "video":
-                raise RowError(field, f"must be a film's file or bytes: {media!r:.80} would have to be fetched first")
+                raise RowError(field, f"must be a video's file or bytes: {media!r:.80} would have to be fetched first")
             return {"bytes": None, "path": media}
         path = os.path.join(root, media.removeprefix("file://"))
         if not os.path.isfile(path):
@@ -181,7 +181,7 @@ def _strings(value: Any, field: str) -> list[str]:
 
 
 def _check_counts(text: str, media: Mapping[str, _Media], field: str) -> None:
-    """A text has a mark for each of its media, or none. Of films and sounds, only where the row has a column of them:
+    """A text has a mark for each of its media, or none. Of videos and audio, only where the row has a column of them:
     `<video>` is HTML too."""
     for modality, own in media.items():
         if modality == "image" or own.is_there:
@@ -197,7 +197,7 @@ def _wrong_count(field: str, marks: int, modality: str, owner: str, count: int) 
 
 
 def _items(content: Any, field: str, marks: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
-    """Content as a list of items, and for each image, film and sound in it the modality and the thing itself, or `None` where
+    """Content as a list of items, and for each image, video and audio in it the modality and the thing itself, or `None` where
     it is in a column. `marks`: what stands for them in texts, and the modality."""
     items: list[dict[str, Any]] = []
     own: list[tuple[str, Any]] = []
@@ -222,14 +222,14 @@ def _items(content: Any, field: str, marks: Mapping[str, str]) -> tuple[list[dic
 
 
 def _conversation(row: Mapping[str, Any], turns: Any, field: str, *, put_first: bool = False) -> dict[str, Any]:
-    """A chat, with its images, films and sounds in order of their turns; `put_first`: where no turn says where they are,
+    """A chat, with its images, videos and audio in order of their turns; `put_first`: where no turn says where they are,
     before the first."""
     if not isinstance(turns, list | tuple) or not turns:
         raise RowError(field, f"must be a list of turns, got {turns!r:.80}")
     media = _media(row)
     marks = {MARKS[modality]: modality for modality, one in media.items() if modality == "image" or one.is_there}
     if media["video"].values and not media["image"].values and not _mentions(turns, MARKS["video"]):
-        marks[PLACEHOLDER] = "video"  # LLaVA's films have the images' mark
+        marks[PLACEHOLDER] = "video"  # LLaVA's videos have the images' mark
     messages: list[dict[str, Any]] = []
     places: list[tuple[str, Any]] = []
     for number, turn in enumerate(turns):

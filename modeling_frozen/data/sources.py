@@ -107,7 +107,7 @@ class HeldRows(Shards):
 
     def read(self, number: int, skip: int = 0) -> Iterator[Any]:
         texts = self.dataset.remove_columns(self.column).with_format(None)
-        if (unread := type(texts.features)(unopened(texts.features))) != texts.features:  # sounds and films
+        if (unread := type(texts.features)(unopened(texts.features))) != texts.features:  # audio and videos
             texts = texts.cast(unread)
         counts = self.dataset.select_columns([self.column]).with_format("arrow")
         held = HeldImage()

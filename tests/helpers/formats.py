@@ -17,7 +17,7 @@ SAMPLES = Path(__file__).parents[1] / "data" / "formats"
 
 
 def lay_out(folder: Path) -> Path:
-    """Samples, images, films and a sound in a folder, as a user has them."""
+    """Samples, images, videos and audio in a folder, as a user has them."""
     shutil.copytree(SAMPLES, folder, dirs_exist_ok=True)
     (folder / "images" / "val2014").mkdir(parents=True)
     for number, (name, colour) in enumerate(COLOURS.items()):

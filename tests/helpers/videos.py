@@ -1,4 +1,4 @@
-"""Films that PyAV writes."""
+"""Videos that PyAV writes."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 
-def write_film(path: Path, levels: list[int], size: tuple[int, int] = (32, 32)) -> None:
+def write_video(path: Path, levels: list[int], size: tuple[int, int] = (32, 32)) -> None:
     """A frame for each level of grey."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
