@@ -56,7 +56,7 @@ class Shards:
 class ListedRows(Shards):
     """Of a list, or of a dataset that has a length."""
 
-    def __init__(self, rows: Sequence[Any]):
+    def __init__(self, rows: "Sequence[Any] | PackedRows"):
         self.rows = rows
         self.count = max(1, min(_SHARDS, len(rows) // _LEAST))
 
