@@ -234,7 +234,7 @@ def test_several_clients_at_once_get_each_their_own(server: SimpleNamespace, sav
     [
         ("http://127.0.0.1:9/none.png", "none.png"),
         ("{pictures}/none.png", "none.png"),
-        ("data:image/png;base64,AAAA" + 3000 * "A", "picture"),
+        ("data:image/png;base64,AAAA" + 3000 * "A", "is no image that can be read"),
         ("/nowhere/none.png", "nor a file"),
     ],
 )
