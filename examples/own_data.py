@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset, Image
 
-from modeling_frozen import load_image_text, split_by_image
-from modeling_frozen.data.formats import SplitError
+from modeling_frozen import load_image_text
+from modeling_frozen.data.formats import SplitError, split_by_image
 
 
 # What a split is called elsewhere: Karpathy's file has "val".

@@ -7,6 +7,7 @@ any folder of that name beside a user's script.
 
 from .chat_templates import DEFAULT_CHAT_TEMPLATE, INTERLEAVED_CHAT_TEMPLATE, few_shot_messages
 from .image_loading import load_rgb_image
+from .media_loading import load_video, load_waveform
 from .processing_frozen_prefix import FrozenPrefixProcessor, FrozenPrefixProcessorKwargs
 
 
@@ -17,4 +18,6 @@ __all__ = [
     "FrozenPrefixProcessorKwargs",
     "few_shot_messages",
     "load_rgb_image",
+    "load_video",
+    "load_waveform",
 ]

@@ -43,24 +43,24 @@ def test_on_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", ["llava.json", "vqav2"])
 def test_it_takes_data_in_any_form(own: str, tmp_path: Path) -> None:
-    """Without splits: a tenth of the images is held out, so there are ten."""
+    """Without splits: a tenth of the images is held out, so there are two."""
     folder = lay_out(tmp_path / "data")
-    for number in range(12):
-        Image.new("RGB", (20, 18), (20 * number, 90, 30)).save(folder / "images" / f"{number}.png")
+    for number in range(24):
+        Image.new("RGB", (20, 18), (10 * number, 90, 30)).save(folder / "images" / f"{number}.png")
     if own == "llava.json":
         rows = json.loads((folder / own).read_text())
-        chats = [{**rows[0], "id": number, "image": f"images/{number}.png"} for number in range(12)]
+        chats = [{**rows[0], "id": number, "image": f"images/{number}.png"} for number in range(24)]
         (folder / own).write_text(json.dumps([*chats, rows[2], {**rows[0], "image": "images/gone.png"}]))
         source = [str(folder / own)]
     else:
-        asked = [{"question_id": number, "image_id": number, "question": "what ?"} for number in range(12)]
-        said = [{"question_id": number, "multiple_choice_answer": "red"} for number in range(12)]
+        asked = [{"question_id": number, "image_id": number, "question": "what ?"} for number in range(24)]
+        said = [{"question_id": number, "multiple_choice_answer": "red"} for number in range(24)]
         (folder / "q.json").write_text(json.dumps({"questions": asked}))
         (folder / "a.json").write_text(json.dumps({"annotations": said[::-1]}))
-        for number in range(12):
+        for number in range(24):
             (folder / "images" / f"{number}.png").rename(folder / f"{number:012d}.jpg")
         source = [str(folder / "q.json"), str(folder / "a.json")]
     results = run(tmp_path, "--dataset", *source)
-    assert results["rows"] == (2 if own == "llava.json" else 1)
+    assert results["rows"] == (4 if own == "llava.json" else 2)
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["references"] in ([["red ."], ["a square ."]] if own == "llava.json" else [["red"]])

@@ -12,8 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..processors import load_rgb_image
-from ..processors.media_loading import load_video, load_waveform
+from ..processors import load_rgb_image, load_video, load_waveform
 from .columns import as_list
 from .formats import FORMATS, open_source
 from .image_reading import Images

@@ -16,8 +16,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..processors import load_rgb_image
-from ..processors.media_loading import load_video, load_waveform
+from ..processors import load_rgb_image, load_video, load_waveform
 from .columns import find_column, images_of, no_image_column
 from .draws import EpochForWorkers, current_epoch, draw, seeded
 from .feature_store import StoredImage

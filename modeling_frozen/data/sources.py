@@ -78,7 +78,7 @@ class ListedRows(Shards):
         return f"row {self._start(number) + index}"
 
 
-class PackedRows:
+class PackedRows(Sequence):
     """A list whose rows are made when they are asked for."""
 
     def __init__(self, rows: Sequence[Any]):
@@ -89,7 +89,7 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         return pickle.loads(self.data[self.ends[index] : self.ends[index + 1]])
 
 
