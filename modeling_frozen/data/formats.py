@@ -162,9 +162,8 @@ def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
         said = _SPLIT.search(Path(file).name.lower())
         if said is None:
             return {}
-        splits.setdefault({"val": "validation", "valid": "validation", "dev": "validation"}.get(said[1], said[1]), []).append(
-            file
-        )
+        name = "validation" if said[1] in ("val", "valid", "dev") else said[1]
+        splits.setdefault(name, []).append(file)
     return splits
 
 
