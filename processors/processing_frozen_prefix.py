@@ -68,9 +68,9 @@ FrozenPrefixVideosKwargs = TypedDict(  # type: ignore[misc]  # the keys of anoth
 
 class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
     """Keywords of a call: transformers' own, for text, images, videos, audio and `return_mm_token_type_ids`; those of tiles;
-    and `prefix_length`, placeholders per image, one of the processor's `prefix_lengths`."""
+    and `prefix_length`, placeholders per image, one of the processor's `prefix_lengths` (not a field here: before 5.23
+    transformers wants a default of each from what is saved)."""
 
-    prefix_length: int | None
     images_kwargs: TilesKwargs
     videos_kwargs: FrozenPrefixVideosKwargs  # type: ignore[misc]  # as transformers' own processors narrow them
 

@@ -185,10 +185,17 @@ def test_nothing_but_safetensors_and_text(module_hub: Hub, pushed: dict[str, Any
 PLAIN = """
 import json, pathlib, sys
 from huggingface_hub import get_token
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixHubCallback
 from modeling_frozen import FrozenPrefixProcessor
 from tests.helpers import tiny
+
+
+class WaitForPushes(TrainerCallback):
+    # With hub_always_push Trainer else writes into its folder while the push before reads it, and that push fails.
+    def on_save(self, *args, **kwargs):
+        trainer.push_in_progress.wait_until_done()
+
 
 TOKEN = get_token()
 tower, words = tiny.save_parents(pathlib.Path("private folder").resolve())
@@ -205,6 +212,7 @@ for name, with_callback in (("bare", False), ("plain", False), ("called", True))
         train_dataset=tiny.rows(4),
         data_collator=DataCollatorForFrozenPrefix(processor),
         processing_class=None if name == "bare" else processor,
+        callbacks=[WaitForPushes()],
     )
     if with_callback:
         trainer.add_callback(FrozenPrefixHubCallback(trainer))

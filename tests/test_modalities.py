@@ -343,7 +343,7 @@ def test_what_the_model_has_no_tower_for_is_refused() -> None:
     [
         (
             {"video_pooling": "connector", "connector_type": "mlp", "connector_config": {}, "prefix_length": None},
-            "'mlp'. keeps",
+            "'mlp'. does not",
         ),
         ({"num_frames": 0}, "num_frames=0"),
         (

@@ -173,6 +173,7 @@ PRIVATE = [
     Private("transformers.ProcessorMixin._get_arguments_from_pretrained", HOOK_OF_PROCESSOR),
     Private("transformers.ProcessorMixin._process_audio", HOOK_OF_PROCESSOR),
     Private("transformers.ProcessorMixin._process_videos", HOOK_OF_PROCESSOR),
+    Private("transformers.ProcessorMixin._process_images", HOOK_OF_PROCESSOR),
     Private("transformers.ProcessorMixin._merge_kwargs", HOOK_OF_PROCESSOR + "; called, too, for what comes before"),
     Private("transformers.processing_utils:_defaults", "of a processor's keywords, in its guide to custom processors"),
     Private("transformers.utils.chat_template_utils._CONTROL_TOKEN_START", "stands in rendered chats alone", since="5.20"),

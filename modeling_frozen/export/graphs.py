@@ -170,8 +170,8 @@ def export_image_encoder(
     except torch._dynamo.exc.UserError as error:  # private: what `torch.export` raises has no public name
         raise ValueError(
             f"{type(tower).__name__} can't be exported for any number of images: traced, it made a constant of it, as towers "
-            "do that go over the images one by one (SigLIP 2's NaFlex before transformers 5.24). Upgrade transformers, or join "
-            "a tower with images of one size."
+            "do that go over the images one by one (SigLIP 2's NaFlex before transformers 5.24). Upgrade transformers, or "
+            "join a tower with images of one size."
         ) from error
     if save_directory is not None:
         exported.save_pretrained(save_directory)
