@@ -33,6 +33,7 @@ extras = {
     "plots": ["matplotlib>=3.7"],
     "peft": ["peft>=0.19.1"],
     "gguf": ["gguf>=0.17.1"],
+    "llama-cpp": ["gguf>=0.17.1", "xllamacpp>=2026.10.11549"],
     "augment": ["kornia>=0.8"],
     "search": ["datasets>=3.4.1", "faiss-cpu>=1.9", "matplotlib>=3.7"],
     # Decoders without torchcodec, whose builds follow those of torch. transformers reads audio with librosa before 5.22 and
@@ -54,7 +55,9 @@ extras["test"] = sorted(
     }
 )
 # What the slow tests run beside: `pytest -m slow` skips what is not installed.
-extras["slow"] = sorted({*extras["serving"], *extras["export"], "openai>=2.0", "parameterized>=0.9", "trl>=1.0"})
+extras["slow"] = sorted(
+    {*extras["serving"], *extras["export"], *extras["llama-cpp"], "openai>=2.0", "parameterized>=0.9", "trl>=1.0"}
+)
 
 setup(
     name="frozen-prefix",
