@@ -79,11 +79,16 @@ def test_in_process_the_words_are_those_of_generate(connector: tuple[str, dict],
 
 
 @pytest.mark.slow
-def test_several_images_none_and_padding(tmp_path: Path, binding: Any) -> None:
+def test_several_images_tiles_none_and_padding(tmp_path: Path, binding: Any) -> None:
     model, processor, file = loud(tmp_path, connector_type="mlp")
     reader = LlamaCppModel(model, file, n_ctx=64)
-    for images, text in ((pictures()[:2], "<image> at<image> is"), (None, "that is")):
-        inputs = processor(images=images, text=text, return_tensors="pt")
+    wide = pictures()[0].resize((2 * SIZE, SIZE))
+    for images, text, options in (
+        (pictures()[:2], "<image> at<image> is", {}),
+        (wide, "<image> at", {"crop_to_patches": True}),
+        (None, "that is", {}),
+    ):
+        inputs = processor(images=images, text=text, return_tensors="pt", **options)
         expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
         assert torch.equal(reader.generate(**inputs, max_new_tokens=NEW), expected)
     padded = {"input_ids": torch.cat([torch.zeros(1, 2).long(), inputs["input_ids"]], 1)}
@@ -184,6 +189,9 @@ def test_what_its_programs_do_not_have_is_refused_by_name(options: dict, named: 
 def test_other_towers_and_fusions_are_refused_by_name(tmp_path: Path) -> None:
     model, processor, _ = loud(tmp_path, connector_type="mlp", vision_feature_layer=-2)
     with pytest.raises(ValueError, match="'clip_vision_model'.*LlamaCppModel"):
+        export_mmproj(model, tmp_path / "mmproj.gguf", processor)
+    processor.tiles = {"crop_to_patches": True}
+    with pytest.raises(ValueError, match="tiles"):
         export_mmproj(model, tmp_path / "mmproj.gguf", processor)
     model.config.fusion = "cross_attention"
     with pytest.raises(ValueError, match="fusion='cross_attention'"):

@@ -262,7 +262,7 @@ class LlamaCppModel:
 _EPS = 1e-6  # of the connector's norm
 
 
-def _not_in_mmproj(model: FrozenPrefixForConditionalGeneration, image_processor: Any) -> list[str]:
+def _not_in_mmproj(model: FrozenPrefixForConditionalGeneration, processor: Any) -> list[str]:
     """What of this model llama.cpp's projector `mlp` can't say."""
     config, core = model.config, _core(model)
     problems = []
@@ -289,9 +289,12 @@ def _not_in_mmproj(model: FrozenPrefixForConditionalGeneration, image_processor:
         )
     if normed and kind == "siglip_vision_model" and tower.config.layer_norm_eps != _EPS:
         problems.append(f"a tower with layer_norm_eps={tower.config.layer_norm_eps} beside the connector's {_EPS}")
+    image_processor = processor.image_processor
     scale = getattr(image_processor, "rescale_factor", None)
     if scale is None or abs(scale * 255 - 1) > 1e-6 or not getattr(image_processor, "do_normalize", False):
         problems.append(f"an image processor with rescale_factor={scale} and do_normalize (1/255 and True alone)")
+    if processor.crop_to_patches:
+        problems.append("tiles (crop_to_patches=True)")
     return problems
 
 
@@ -362,14 +365,13 @@ def export_mmproj(
         raise ImportError(f"Writing GGUF files needs the package gguf: pip install 'frozen-prefix[gguf]'. {error}") from error
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype={dtype!r}: choose 'float32' or 'float16'.")
-    image_processor = processor.image_processor
-    problems = _not_in_mmproj(model, image_processor)
+    problems = _not_in_mmproj(model, processor)
     if problems:
         raise ValueError(
             f"llama.cpp's own programs can't express {'; '.join(problems)}. `LlamaCppModel(model, gguf_file)` runs any tower "
             "and any connector beside llama.cpp, in process."
         )
-    core = _core(model)
+    core, image_processor = _core(model), processor.image_processor
     tower: Any = core.vision_tower
     tensors, blocks = _tensors(core, cast(int, model.config.vision_feature_layer))
     writer = gguf.GGUFWriter(fspath(file), "clip")
