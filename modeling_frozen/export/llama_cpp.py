@@ -142,6 +142,7 @@ class LlamaCppModel:
         cache_dtype: str = "float32",
     ):
         self._model = self._context = None
+        self._scale = 1.0
         if cache_dtype not in _KEPT:
             raise ValueError(f"cache_dtype={cache_dtype!r}: choose one of {', '.join(map(repr, _KEPT))}.")
         if n_ctx < 1:
@@ -180,21 +181,27 @@ class LlamaCppModel:
     __del__ = close
 
     def _check(self, file: str) -> None:
-        # Some graphs of llama.cpp scale embeddings that are handed in, some do not, and a file may be of another model.
+        # Of Gemma and Gemma 2 llama.cpp scales what is handed in as it does words; and a file may be of another model.
         words = torch.arange(min(8, self.vocab_size))
         embedded = self.model.get_input_embeddings()(words[None].to(self.model.device))[0]
-        pairs = []
-        for entries in (words, embedded):
-            self._begin()
-            self._read(entries)
-            pairs.append(self._logits().astype(np.float64))
-        cosine = float(pairs[0] @ pairs[1] / np.sqrt((pairs[0] @ pairs[0]) * (pairs[1] @ pairs[1])))
-        if not cosine > _SAME:
-            raise ValueError(
-                f"From {file!r} llama.cpp reads words and the embeddings of the same words differently (their logits have a "
-                f"cosine of {cosine:.2f}): it is the GGUF of another language model, or of an architecture whose embeddings "
-                "llama.cpp scales once more. Pass the GGUF of the language model that the connector was trained with."
-            )
+        expected = self._first_logits(words)
+        cosines = []
+        for scale in (1.0, self.model.config.embedding_dim**-0.5):
+            self._scale = scale
+            logits = self._first_logits(embedded)
+            cosines.append(float(expected @ logits / np.sqrt((expected @ expected) * (logits @ logits))))
+            if cosines[-1] > _SAME:
+                return
+        raise ValueError(
+            f"From {file!r} llama.cpp reads words and the embeddings of the same words differently (their logits have a "
+            f"cosine of {max(cosines):.2f}): it is the GGUF of another language model. Pass that of the one that the "
+            "connector was trained with."
+        )
+
+    def _first_logits(self, entries: torch.Tensor) -> np.ndarray:
+        self._begin()
+        self._read(entries)
+        return self._logits().astype(np.float64)
 
     def _begin(self) -> None:
         self._used = 0
@@ -209,7 +216,8 @@ class LlamaCppModel:
                 "larger one, or ask for fewer new tokens."
             )
         name, dtype = ("embd", np.float32) if entries.is_floating_point() else ("token", np.int32)
-        for part in entries.detach().float().cpu().split(_CHUNK) if name == "embd" else entries.cpu().split(_CHUNK):
+        entries = entries.detach().float() * self._scale if name == "embd" else entries
+        for part in entries.cpu().split(_CHUNK):
             values = np.ascontiguousarray(part.numpy(), dtype=dtype)
             failed = self._c.llama_decode(self._context, _Batch(len(values), **{name: values.ctypes.data}))
             if failed:

@@ -1,6 +1,7 @@
-"""A tiny Llama in one GGUF file, tokenizer included, as llama.cpp's tools write it."""
+"""A tiny Llama, or Gemma 2, in one GGUF file, tokenizer included, as llama.cpp's tools write it."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,13 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
 
 
-def write_gguf(file: Path, seed: int = 0, words: tuple[str, ...] = ("at", "is"), quantized: bool = True) -> str:
+def write_gguf(
+    file: Path,
+    seed: int = 0,
+    words: tuple[str, ...] = ("at", "is"),
+    quantized: bool = True,
+    architecture: Literal["llama", "gemma2"] = "llama",
+) -> str:
     """Writes it; `words`, of two letters each, are one token. Returns its folder."""
     import gguf
 
@@ -22,7 +29,7 @@ def write_gguf(file: Path, seed: int = 0, words: tuple[str, ...] = ("at", "is"),
     tokens = [*SPECIAL, *letters, *words]
     config: LlamaConfig = text_config(vocab_size=len(tokens))
     file.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(file), "llama")
+    writer = gguf.GGUFWriter(str(file), architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -30,6 +37,12 @@ def write_gguf(file: Path, seed: int = 0, words: tuple[str, ...] = ("at", "is"),
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    if architecture == "gemma2":
+        writer.add_key_length(config.hidden_size // config.num_attention_heads)
+        writer.add_value_length(config.hidden_size // config.num_attention_heads)
+        writer.add_sliding_window(config.max_position_embeddings)
+        writer.add_attn_logit_softcapping(50.0)
+        writer.add_final_logit_softcapping(30.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokens))
@@ -55,7 +68,8 @@ def write_gguf(file: Path, seed: int = 0, words: tuple[str, ...] = ("at", "is"),
     width, inner = config.hidden_size, config.intermediate_size
     narrow = width // config.num_attention_heads * config.num_key_value_heads
     add("token_embd.weight", len(tokens), width)
-    add("output.weight", len(tokens), width)
+    if architecture == "llama":
+        add("output.weight", len(tokens), width)
     add("output_norm.weight", width)
     for layer in range(config.num_hidden_layers):
         for name, rows in (("attn_q", width), ("attn_k", narrow), ("attn_v", narrow), ("attn_output", width)):
@@ -63,7 +77,7 @@ def write_gguf(file: Path, seed: int = 0, words: tuple[str, ...] = ("at", "is"),
         for name in ("ffn_gate", "ffn_up"):
             add(f"blk.{layer}.{name}.weight", inner, width)
         add(f"blk.{layer}.ffn_down.weight", width, inner)
-        for name in ("attn_norm", "ffn_norm"):
+        for name in ("attn_norm", "ffn_norm", *(("post_attention_norm", "post_ffw_norm") if architecture == "gemma2" else ())):
             add(f"blk.{layer}.{name}.weight", width)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
