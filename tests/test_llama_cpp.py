@@ -14,7 +14,7 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.export import LlamaCppModel, export_mmproj
 from tests.helpers.gguf_files import write_gguf
-from tests.helpers.tiny import save_parents
+from tests.helpers.tiny import save_parents, skip_before
 
 
 pytest.importorskip("gguf", reason="GGUF files are read and written by the package gguf")
@@ -80,6 +80,8 @@ def said(model: Any, processor: Any, image: Image.Image, text: str = "that is<im
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_in_process_the_words_are_those_of_generate(options: dict, tmp_path: Path, binding: Any) -> None:
+    if options.get("architecture") == "gemma2":
+        skip_before("5.19.0", "takes the words in every Gemma's file for SentencePiece's")
     model, processor, file = loud(tmp_path, **options)
     reader = LlamaCppModel(model, file, n_ctx=64)
     answers = []
