@@ -178,6 +178,36 @@ def test_a_split_and_a_classifier_find_it_too(processor: FrozenPrefixProcessor) 
         collate([{"image": several[0][0], "text": "a", "label": 0}])
 
 
+CHAT = [{"role": "user", "content": "what is it ?"}, {"role": "assistant", "content": "a red square ."}]
+WITHOUT_COLUMN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "chat": (DataCollatorForFrozenPrefix, {"messages": CHAT}),
+    "labelled": (DataCollatorForFrozenPrefixClassification, {"text": "a", "label": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_COLUMN)
+def test_an_image_in_a_column_that_nobody_reads_is_no_row_of_text(kind: str, processor: FrozenPrefixProcessor) -> None:
+    """These may be of text alone, and would train without a word on nothing that they show."""
+    collator, row = WITHOUT_COLUMN[kind]
+    image = Image.new("RGB", (4, 4))
+    stored = {"bytes": encoded(image), "path": None}
+    assert "pixel_values" not in collator(processor)([row])
+    assert "pixel_values" in collator(processor, image_column="photo")([{**row, "photo": image}])
+    assert "pixel_values" not in collator(processor, image_column="photo")([{**row, "photo": None}])
+    for shown in (image, [image], stored):
+        with pytest.raises(ValueError, match="Row 0 has no image column 'image' or 'images'.*image_column=…"):
+            collator(processor)([{**row, "photo": shown}])
+    with pytest.raises(ValueError, match="Row 0 has no image column 'foto'"):
+        collator(processor, image_column="foto")([{**row, "image": image}])
+
+
+@pytest.mark.parametrize("bad", [b"none", {"bytes": b"none", "path": None}, "nowhere.png"])
+def test_an_image_of_a_pair_that_can_not_be_opened_is_named_with_its_row(bad: Any, processor: FrozenPrefixProcessor) -> None:
+    row = {"image": Image.new("RGB", (4, 4)), "text": "a"}
+    with pytest.raises(ValueError, match="Can't open the image of row 2"):
+        DataCollatorForFrozenPrefixRetrieval(processor)([row, row, {"image": bad, "text": "a"}])
+
+
 # ------------------------------------------------------------------------------------------------- rows of other kinds
 
 

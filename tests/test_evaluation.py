@@ -282,6 +282,18 @@ def test_a_split_without_any_image_is_refused(joined: tuple[Any, Any]) -> None:
     assert len(evaluate(*joined, data, kinds=("sighted",), **GENERATE).predictions["sighted"]) == 4
 
 
+def test_a_chat_whose_images_stand_elsewhere_is_refused(joined: tuple[Any, Any]) -> None:
+    chat = [{"role": "user", "content": "what is that ?"}, {"role": "assistant", "content": "a red square ."}]
+    data: list[dict[str, Any]] = [{"messages": chat, "image": row["image"]} for row in captioned_rows(2)]
+    data.append({"messages": chat})  # of text alone
+    assert len(evaluate(*joined, data, kinds=("sighted",), **GENERATE).predictions["sighted"]) == 3
+    data[2]["photo"] = data[0]["image"]
+    with pytest.raises(ValueError, match="Row 2 has no image column 'image' or 'images'.*photo"):
+        evaluate(*joined, data, kinds=("sighted",), **GENERATE)
+    with pytest.raises(ValueError, match="Row 0 has no image column 'foto'"):
+        evaluate(*joined, data, kinds=("sighted",), image_column="foto", **GENERATE)
+
+
 def test_references_may_be_numbers_and_tables(joined: tuple[Any, Any]) -> None:
     for answers in (3, [3, 3], {"answer": ["3", "3"]}, {"text": ["3"], "answer_start": [0]}, torch.tensor([3]), 3.0):
         data = [{**row, "captions": None, "answers": answers} for row in captioned_rows(4)]

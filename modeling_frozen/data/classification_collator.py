@@ -47,7 +47,7 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
 
     def _read(self, index: int, row: Mapping[str, Any]) -> _Example:
         others = self._others(row)
-        images = self._images(index, row, required=self.image_column is not None)
+        images = self._images(index, row, required=self._shows_something(row, others))
         text = row.get(self.text_column)
         if text is None and not images and not others:
             raise ValueError(

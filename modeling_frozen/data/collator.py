@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processors import load_rgb_image, load_video, load_waveform
-from .columns import find_column, images_of, no_image_column
+from .columns import find_column, images_of, no_image_column, unread_image
 from .draws import EpochForWorkers, current_epoch, draw, seeded
 from .feature_store import StoredImage
 from .image_reading import digest_of_image
@@ -360,6 +360,10 @@ class DataCollatorForFrozenPrefix:
             )
         return images or []
 
+    def _shows_something(self, row: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+        """Whether a row that may be of text alone is none: its image column was named, or another one holds an image."""
+        return not others and (self.image_column is not None or unread_image(row) is not None)
+
     def _read_messages(self, index: int, row: Mapping[str, Any]) -> _Example:
         """A chat as pieces, cut at both ends of each assistant turn: so the prompt's tokens are those of inference."""
         messages, media = clean_messages(row[self.messages_column])
@@ -371,7 +375,7 @@ class DataCollatorForFrozenPrefix:
                     f"Row {index} has {modality} in its turns, and the processor takes {list(self.processor.tokens)} alone."
                 )
         if not images:
-            images = self._images(index, row, required=False)
+            images = self._images(index, row, required=self._shows_something(row, others))
             messages = place_in_turns(self.processor, messages, len(images))
         for modality in set(others) - set(in_turns):
             messages = place_in_turns(self.processor, messages, len(others[modality]), modality)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from PIL import Image
+
 
 COLUMNS = {"image": ("image", "images"), "video": ("video", "videos"), "audio": ("audio", "audios")}
 
@@ -47,6 +49,16 @@ def images_of(row: Mapping[str, Any], name: str | None = None) -> list[Any] | No
     return None if column is None else [image for image in as_list(row[column]) if image is not None]
 
 
+def unread_image(row: Mapping[str, Any]) -> str | None:
+    """The first column of a row that holds an image though no rule says so: what would be taken for a row of text alone."""
+    return next((name for name, value in row.items() if any(map(_is_image, as_list(value)))), None)
+
+
+def _is_image(value: Any) -> bool:
+    encoded = isinstance(value, Mapping) and value.keys() == {"bytes", "path"}  # of `datasets`
+    return encoded or isinstance(value, Image.Image)
+
+
 def is_list(value: Any) -> bool:
     """Whether an image column holds several images in this row."""
     return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4
@@ -56,4 +68,4 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if is_list(value) else [value]
 
 
-__all__ = ["COLUMNS", "as_list", "find_column", "image_column", "images_of", "is_list", "no_image_column"]
+__all__ = ["COLUMNS", "as_list", "find_column", "image_column", "images_of", "is_list", "no_image_column", "unread_image"]

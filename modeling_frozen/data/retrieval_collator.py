@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..processors import load_rgb_image
 from .collator import DataCollatorForFrozenPrefix, image_identity
 from .feature_store import StoredImage
 from .image_reading import digest_of_image, read_image
@@ -54,8 +55,10 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
                 )
             identity = image_identity(own[0])
             if identity not in known:
-                content = own[0] if isinstance(own[0], StoredImage) else read_image(own[0], name=f"the image of row {index}")
-                known[identity] = content, digest_of_image(content)
+                name = f"the image of row {index}"
+                content = own[0] if isinstance(own[0], StoredImage) else read_image(own[0], name=name)
+                digest = digest_of_image(content)
+                known[identity] = load_rgb_image(content, name) if isinstance(content, Mapping) else content, digest
             image, digest = known[identity]
             images.append(image)
             texts.append(self._draw(index, self.text_column, row[self.text_column]))

@@ -31,7 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..connectors import in_eval_mode
 from ..data.collator import clean_messages, place_in_turns, plain_text
-from ..data.columns import images_of, no_image_column
+from ..data.columns import images_of, no_image_column, unread_image
 from ..data.image_reading import digest_of_image
 from ..data.processes import Processes
 from ..freezing import CONNECTING
@@ -350,7 +350,9 @@ def _read(
             raise ValueError(f"Row {index} has no prompt column {prompt_column!r} (its columns: {sorted(row)}): name another.")
         images, said = images_of(row, image_column), None
         if row.get("messages") is not None:
-            text, said, images = _chat(index, row["messages"], images, processor)
+            unread = images is None and (image_column is not None or unread_image(row) is not None)
+            text, said, own = _chat(index, row["messages"], images, processor)
+            images = own if own or not unread else None
         else:
             text = row.get(prompt_column or "prompt")
             text = prompt if text is None else text
