@@ -23,6 +23,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .weights import brought
+
 
 # No connector needs as many; a config that asks for millions would be built for hours.
 MAX_LAYERS = 1000
@@ -694,7 +696,7 @@ class LSTMLayer(GradientCheckpointingLayer):
     def forward(self, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         state = hidden.new_zeros(1, hidden.shape[0], self.hidden_size)
         # input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
-        weights = (self.input_gates.weight, self.state_gates.weight)
+        weights = (brought(self.input_gates, "weight"), brought(self.state_gates, "weight"))
         inputs = torch.cat([hidden, valid], dim=-1)
         return torch.lstm(inputs, (state, state), weights, False, 1, 0.0, self.training, False, True)[0]
 

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 from .backbones import fake_language_model
 from .connectors import fill_layers, mark_filled
 from .transformers_compat import cache_of
+from .weights import to_weight
 
 
 # Names and defaults of what `cross_attention_config` may hold.
@@ -238,7 +239,7 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
     def read(self, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(batch, heads, tokens, head_dim)` of visual tokens `(batch, tokens, embedding_dim)`."""
         weight = self.key_value.weight
-        keys, values = self.key_value(self.visual_norm(visual.to(weight.device, weight.dtype))).chunk(2, dim=-1)
+        keys, values = self.key_value(self.visual_norm(to_weight(visual, weight))).chunk(2, dim=-1)
         return self._heads(keys), self._heads(values)
 
     def forward(
@@ -261,9 +262,9 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
             `torch.Tensor`: hidden states of the same shape and dtype.
         """
         weight = self.query.weight
-        words = hidden_states.to(weight.device, weight.dtype)
+        words = to_weight(hidden_states, weight)
         keys, values = keys_values or self.read(visual)
-        mask = None if mask is None else mask.to(weight.device)
+        mask = None if mask is None else mask.to(words.device)
         dropout = self.dropout if self.training else 0.0
         attended = nn.functional.scaled_dot_product_attention(
             self._heads(self.query(self.query_norm(words))), keys, values, attn_mask=mask, dropout_p=dropout
@@ -272,7 +273,7 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         inner = self.feedforward_in(self.feedforward_norm(words + added)).relu().square()
         inner = nn.functional.dropout(inner, dropout, self.training)
         added = added + self.feedforward_gate.tanh() * self.feedforward_out(inner)
-        added = torch.where(has_image.to(weight.device), added, 0)
+        added = torch.where(has_image.to(words.device), added, 0)
         return hidden_states + added.to(hidden_states.device, hidden_states.dtype)
 
 

@@ -25,6 +25,7 @@ from .modeling_frozen_prefix import FrozenPrefixModel
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from .parts import MODALITIES, take_media
 from .text_reading import pool_text, probe_text_width, read_text
+from .weights import to_weight
 
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class ClassificationHead(Head):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Features `(batch, in_features)`, of norm 1, to logits `(batch, num_labels)`."""
-        features = features.to(self.out_proj.weight)
+        features = to_weight(features, self.out_proj.weight)
         if self.dense is not None:
             features = nn.functional.gelu(self.dense(features))
         return self.out_proj(self.dropout(features))

@@ -28,6 +28,7 @@ from .modeling_frozen_prefix import FrozenPrefixForConditionalGeneration, Frozen
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from .parts import PARTS, take_media
 from .text_reading import pack_text, pool_text, probe_text_width, read_text, text_reader
+from .weights import brought, to_weight
 
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             pooling, input_ids = "last", None
         states, mask, outputs = read_text(self.model, input_ids, embeds, attention_mask, **kwargs)
         weight = self.text_projection.weight
-        pooled = pool_text(states, mask, pooling).to(weight.device, weight.dtype)
+        pooled = to_weight(pool_text(states, mask, pooling), weight)
         return BaseModelOutputWithPooling(
             last_hidden_state=states,
             pooler_output=self.text_projection(pooled),
@@ -288,7 +289,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         words = nn.functional.pad(words, (0, 0, 0, 1))
         lengths = mask.sum(-1, keepdim=True)
         columns = torch.arange(words.shape[1], device=mask.device)
-        ret = self.contrastive_head.ret.to(words.device, words.dtype)  # type: ignore[union-attr]  # with this pooling
+        ret = brought(self.contrastive_head, "ret").to(words.device, words.dtype)
         words = torch.where((columns == lengths)[..., None], ret, words)
         return words, (columns <= lengths).long()
 
@@ -302,7 +303,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         else:
             means = torch.stack([row.mean(0) for row in rows])
         weight = self.visual_projection.weight
-        embeds = self.visual_projection(means.to(weight.device, weight.dtype))
+        embeds = self.visual_projection(to_weight(means, weight))
         return type(prefixes)(**{**prefixes, "pooler_output": embeds}), prefixes
 
     # --------------------------------------------------------------------------------------------------- forward
@@ -363,10 +364,11 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         text_embeds = nn.functional.normalize(text_outputs.pooler_output.float(), dim=-1).to(image_embeds.device)
         if image_index is not None:
             image_embeds = image_embeds[image_index.to(image_embeds.device)]
-        scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE).to(image_embeds.device)
+        scale = brought(self.contrastive_head, "logit_scale").float().exp().clamp(max=MAX_LOGIT_SCALE).to(image_embeds.device)
         logits_per_text = text_embeds @ image_embeds.T * scale
-        if self.logit_bias is not None:
-            logits_per_text = logits_per_text + self.logit_bias.float()
+        bias = None if self.logit_bias is None else brought(self.contrastive_head, "logit_bias").to(scale.device)
+        if bias is not None:
+            logits_per_text = logits_per_text + bias.float()
 
         loss = contrastive_loss = caption_loss = None
         if self.training if return_loss is None else return_loss:
@@ -380,7 +382,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
                     image_embeds,
                     text_embeds,
                     logit_scale=scale,
-                    logit_bias=self.logit_bias,
+                    logit_bias=bias,
                     image_ids=image_ids,
                     **(self.config.contrastive_loss_config or {}),
                 )

@@ -42,6 +42,21 @@ def _lies_off(tensor: torch.Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and tensor.dtype in _ADDRESS_MATTERS and tensor.data_ptr() % ALIGNMENT != 0
 
 
+def to_weight(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor in the dtype and on the device of the weight that it meets. An offloaded weight is on the meta device until
+    accelerate's hooks bring it, and they bring the tensor to it."""
+    return tensor.to(weight.dtype) if weight.is_meta else tensor.to(weight.device, weight.dtype)
+
+
+def brought(module: nn.Module, name: str) -> torch.Tensor:
+    """A weight of a module that is not called itself, so that no hook of accelerate brings what is offloaded."""
+    tensor: torch.Tensor = getattr(module, name)
+    if not tensor.is_meta:
+        return tensor
+    with align_module_device(module):
+        return getattr(module, name).clone()
+
+
 _FACTOR = 0x1E3779B97F4A7C15  # any large odd number
 
 
@@ -128,4 +143,6 @@ def _factors(device: torch.device) -> torch.Tensor:
     return (places ^ (places >> 29)) | 1
 
 
-__all__ = ["ALIGNMENT", "align_weights", "own_weights", "tensor_digest", "tensor_digests", "weights_digest"]
+__all__ = [
+    "ALIGNMENT", "align_weights", "brought", "own_weights", "tensor_digest", "tensor_digests", "to_weight", "weights_digest",
+]  # fmt: skip
