@@ -22,7 +22,7 @@ from .backbones import language_model_geometry
 from .caches import can_be_kept, changed_cache, copied_cache, narrowed_cache, new_kept_cache
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .padding import pad_right, reads_in_chunks, words_of
-from .parts import MEDIA_INPUTS, MODALITIES, take_media
+from .parts import MEDIA_INPUTS, take_media
 from .prefix_cache import (
     PrefixCache,
     RowMedia,
@@ -263,7 +263,8 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             return model_kwargs
         ids = None if inputs_tensor.is_floating_point() else inputs_tensor
         model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs, ids)
-        self._refuse_placeholders_alone(inputs_tensor, model_kwargs)
+        if cache_of(model_kwargs) is None and ids is not None and ids.ndim == 2:
+            self.model.refuse_placeholders_alone(ids, {}, model_kwargs.get("mm_encoder_outputs"))
         if not self.config.is_encoder_decoder:
             return self._without_what_is_cached(inputs_tensor, model_kwargs)
         # The prefix goes among the encoder's words, so images are merged before the encoder runs.
@@ -278,20 +279,6 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         model_kwargs = self._prepare_text_encoder_decoder_kwargs_for_generation(tensor, model_kwargs, name, generation_config)
         model_kwargs.pop("inputs_embeds", None)
         return model_kwargs
-
-    def _refuse_placeholders_alone(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
-        """Only `generate()` can tell that nothing comes for a placeholder: `forward` meets them again behind a cache."""
-        known = model_kwargs.get("mm_encoder_outputs") or cache_of(model_kwargs) is not None
-        if known or input_ids.ndim != 2 or input_ids.is_floating_point():
-            return
-        for name, index in self.config.placeholder_ids.items():
-            count = int((input_ids == index).sum())
-            if count:
-                sources = " or ".join(f"`{source}`" for source in MODALITIES[name].sources)
-                raise ValueError(
-                    f"`input_ids` hold {count} {name} placeholders, and no {name} was passed for them: pass {sources} too, as "
-                    f"the processor makes them of text and {name}s together, or leave `<{name}>` out of the text."
-                )
 
     def _without_what_is_cached(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Leaves encoded media out whose placeholders a passed cache has read already, so that a dialogue goes on from

@@ -200,6 +200,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         # Some encoder-decoders have no headless model: the whole one then gives its decoder's hidden states.
         whole = callee is self.language_model
         media = take_media(kwargs, pixel_values=pixel_values)
+        if cache is None and kwargs.get("encoder_outputs") is None:  # else the images may have been read before
+            self.refuse_placeholders_alone(input_ids, media, mm_encoder_outputs)
         outputs, prefixes = self.run(
             callee,
             input_ids=input_ids,
@@ -523,6 +525,27 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         for placeholder in self.config.placeholder_ids.values():
             mask = mask | (input_ids == placeholder)
         return mask
+
+    def refuse_placeholders_alone(
+        self, input_ids: torch.Tensor | None, media: dict[str, Any], mm_encoder_outputs: Mapping[str, Any] | None
+    ) -> None:
+        """
+        Raises:
+            ValueError: for placeholders of a modality of which nothing was passed, under no name or a mistyped one: the model
+                would read, or learn, without it.
+        """
+        if input_ids is None or torch.compiler.is_compiling():
+            return
+        for name, index in self.config.placeholder_ids.items():
+            sources = MODALITIES[name].sources
+            given = [(mm_encoder_outputs or {}).get(name), *(media.get(source) for source in sources)]
+            count = int((input_ids == index).sum()) if all(one is None for one in given) else 0
+            if count:
+                raise ValueError(
+                    f"`input_ids` hold {count} {name} placeholders, and no {name} was passed for them: pass "
+                    f"{' or '.join(f'`{source}`' for source in sources)} too, as the processor makes them of text and {name}s "
+                    f"together, or leave `<{name}>` out of the text."
+                )
 
     def get_placeholder_mask(
         self,
@@ -875,6 +898,8 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             ValueError: if placeholders and images don't match, or the input is longer than the model's positions.
         """
         media = take_media(kwargs, pixel_values=pixel_values)
+        if cache is None and kwargs.get("encoder_outputs") is None:  # else the images may have been read before
+            self.model.refuse_placeholders_alone(input_ids, media, mm_encoder_outputs)
         plan = LossPlan(self, labels, decoder_input_ids, logits_to_keep, dict(kwargs))
         shared, skipped = None, 0
         encoded: dict[str, Any] | None = mm_encoder_outputs

@@ -131,6 +131,12 @@ def test_placeholders_without_images_are_refused(pair: tuple[Any, Any]) -> None:
         model.generate(inputs["input_ids"], max_new_tokens=3)
     with pytest.raises(ValueError, match="pixel_value"):
         model.generate(inputs["input_ids"], pixel_value=inputs["pixel_values"], max_new_tokens=3)
+    for call in (model, model.model):
+        with pytest.raises(ValueError, match="placeholder.*pixel_values"):
+            call(inputs["input_ids"], pixel_value=inputs["pixel_values"])
+    with pytest.raises(ValueError, match="placeholder.*pixel_values"):
+        model(inputs["input_ids"], labels=inputs["input_ids"])
+    model(inputs["input_ids"], mm_encoder_outputs={"image": model.get_image_features(inputs["pixel_values"])})
 
 
 @pytest.mark.parametrize("option", [{"assistant_early_exit": 1}, {"token_healing": True}])

@@ -311,7 +311,7 @@ def test_gated_blocks_look_at_videos_and_sounds_too() -> None:
     assert (one - other)[:, -1].abs().max() > 1e-5
     alone = model(ids("audio"), input_features=inputs["input_features"]).logits[:, 1:3]
     assert (alone - model(ids("audio"), input_features=sounds(seed=5)).logits[:, 1:3]).abs().max() > 1e-5
-    with pytest.raises(ValueError, match=f"placeholder {VIDEO}"):
+    with pytest.raises(ValueError, match="1 video placeholders, and no video was passed"):
         model(ids("image", "video"), pixel_values=inputs["pixel_values"])
 
 
@@ -327,6 +327,18 @@ def test_wrong_counts_are_refused_with_both_numbers() -> None:
         model(row("audio")[:, 2:], input_features=sounds())
     with pytest.raises(ValueError, match=r"should be \(videos, frames, channels"):
         model(row("video"), pixel_values_videos=videos()[0])
+
+
+@pytest.mark.parametrize("missing", ["pixel_values", "pixel_values_videos", "input_features"])
+def test_one_kind_of_several_that_is_not_passed_is_refused(missing: str) -> None:
+    model, inputs = shared_model("llama"), all_media()
+    del inputs[missing]
+    ids = row("video", "audio", "image")
+    for call in (model, functools.partial(model.generate, **OPTIONS)):
+        with pytest.raises(
+            ValueError, match=f"placeholders, and no (image|video|audio) was passed for them: pass .*`{missing}`"
+        ):
+            call(ids, **inputs)
 
 
 def test_what_the_model_has_no_tower_for_is_refused() -> None:
