@@ -113,18 +113,14 @@ def equals_source(model: Any, part: str) -> bool:
     Whether every value of a backbone is what loading it anew would give, cast to the dtype that it has now.
 
     The backbone is read from its folder, or the Hub's cache, once per model; of what it holds digests are kept, for later
-    saves. What was quantised in loading, or is sharded over processes, holds other tensors, which are not compared.
+    saves. What is sharded over processes holds other tensors, which are not compared; of what was quantised in loading see
+    [`warn_of_changed_quantized`].
     """
     record = getattr(model.config, f"{part}_base_model")
-    if "quantization" in record or getattr(model.backbones[part], "hf_quantizer", None) is not None:
+    if "quantization" in record or is_quantized(model.backbones[part]):
         return True
     digests = model.base_model.source_digests
-    now: dict[str, tuple[torch.dtype, str]] = {}
-    for module in model.modules():
-        if getattr(module, "_frozen_prefix_part", None) == part:
-            # By the names that they had when the backbone was attached, wherever they are now.
-            own = tensor_digests(module)
-            now |= {f"{module._frozen_prefix_name}.{name}".lstrip("."): digest for name, digest in own.items()}
+    now = digests_of_part(model, part)
     if not now:  # its weights were never loaded
         return True
     if any((part, name, dtype) not in digests for name, (dtype, _) in now.items()):
@@ -159,6 +155,52 @@ def equals_source(model: Any, part: str) -> bool:
     return complete and all(digests.get((part, name, dtype)) == digest for name, (dtype, digest) in now.items())
 
 
+def digests_of_part(model: Any, part: str) -> dict[str, tuple[torch.dtype, str]]:
+    """[`tensor_digests`] of a backbone, by the names that its tensors had when it was attached, wherever they are now."""
+    found: dict[str, tuple[torch.dtype, str]] = {}
+    for module in model.modules():
+        if getattr(module, "_frozen_prefix_part", None) == part:
+            own = tensor_digests(module)
+            found |= {f"{module._frozen_prefix_name}.{name}".lstrip("."): digest for name, digest in own.items()}
+    return found
+
+
+def is_quantized(backbone: nn.Module) -> bool:
+    return getattr(backbone, "hf_quantizer", None) is not None
+
+
+def remember_quantized(model: Any, part: str) -> None:
+    """Keeps digests of what a quantised backbone holds unquantised as it was loaded (words, norms), for it is never saved.
+    What is quantised can't be told from its digest: backends lay it out anew on first use."""
+    if is_quantized(model.backbones[part]):
+        model.base_model.source_digests[part, "quantized"] = digests_of_part(model, part)
+
+
+def warn_of_changed_quantized(model: Any) -> None:
+    """Warns of a quantised backbone that holds other values than it was loaded with, which no checkpoint holds. A cast that
+    takes nothing away is no change."""
+    for part in model.backbones:
+        before = model.base_model.source_digests.get((part, "quantized"), {})
+        tensors = {
+            f"{module._frozen_prefix_name}.{name}": tensor
+            for module in model.modules()
+            if before and getattr(module, "_frozen_prefix_part", None) == part
+            for name, tensor in own_weights(module)
+        }
+        changed = [
+            name
+            for name, (dtype, digest) in before.items()
+            if name in tensors and not tensors[name].is_meta and tensor_digest(tensors[name].detach().to(dtype)) != digest
+        ]
+        if changed:
+            place = getattr(model.config, f"{part}_base_model")["name_or_path"]
+            logger.warning(
+                f"The {PARTS[part].description} is quantised, and {len(changed)} of its tensors are not what was loaded "
+                f"({changed[:3]}…). A checkpoint can't hold it, so it will be loaded from `{place}` without that change: make "
+                "the change in the unquantised model, and join or load that."
+            )
+
+
 def is_custom_code(backbone: nn.Module) -> bool:
     """Whether its class came from a repository."""
     return type(backbone).__module__.startswith("transformers_modules.")
@@ -171,7 +213,7 @@ def keys_of_parts(model: Any, parts: set[str]) -> set[str]:
         if getattr(module, "_frozen_prefix_part", None) in parts:
             prefix = f"{name}." if name else ""
             keys.update(f"{prefix}{key}" for key, _ in own_weights(module, remove_duplicate=False))
-    if any(getattr(backbone, "hf_quantizer", None) is not None for backbone in model.backbones.values()):
+    if any(is_quantized(backbone) for backbone in model.backbones.values()):
         # bitsandbytes adds names below a weight's: `weight.absmax`.
         keys.update(key for key in model.state_dict() if any(stem in keys for stem in _stems(key)))
     return keys
@@ -207,7 +249,7 @@ def refuse_quantized(model: Any, saved: tuple[str, ...]) -> None:
         ValueError: if a backbone that is to be written is quantised: a checkpoint of several models can't say so of one.
     """
     for part, backbone in model.backbones.items():
-        if part in saved and getattr(backbone, "hf_quantizer", None) is not None:
+        if part in saved and is_quantized(backbone):
             raise ValueError(
                 f"The {PARTS[part].description} is quantised, and a checkpoint that holds it could not be loaded: save "
                 "without `include_base_models=True`, so that it is loaded from its own place and quantised again, or load it "
@@ -339,7 +381,9 @@ def refill(
     if language_model is not None:
         device = language_model.get_input_embeddings().weight.device
         for connector in (module for module in model.modules() if isinstance(module, CONNECTING)):
-            if device.type != "meta" and any(parameter.device != device for parameter in connector.parameters()):
+            places = {parameter.device for parameter in connector.parameters()}
+            # What is offloaded, of either, accelerate's hooks bring.
+            if not any(place.type == "meta" for place in (device, *places)) and places != {device}:
                 connector.to(device)
 
 
@@ -523,6 +567,6 @@ def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: fro
 __all__ = [
     "Loading", "changed_parts", "dtype_plan", "finish_weights", "key_prefix", "keys_left_out", "loading",
     "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_partly_loaded", "refuse_quantized",
-    "refuse_unexpected", "refuse_without_source", "reload_base_model", "renames_on_load", "split_part_options",
-    "trained_parts", "unload_base_model", "weight_files", "while_loading",
+    "refuse_unexpected", "refuse_without_source", "reload_base_model", "remember_quantized", "renames_on_load",
+    "split_part_options", "trained_parts", "unload_base_model", "warn_of_changed_quantized", "weight_files", "while_loading",
 ]  # fmt: skip

@@ -41,10 +41,12 @@ from .checkpoints import (
     refuse_unexpected,
     refuse_without_source,
     reload_base_model,
+    remember_quantized,
     renames_on_load,
     split_part_options,
     trained_parts,
     unload_base_model,
+    warn_of_changed_quantized,
     weight_files,
     while_loading,
 )
@@ -109,6 +111,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         # Marks travel with the modules through PEFT's wrapping, `.to()` and copies; names and tensors don't.
         for name, module in self.backbones[part].named_modules():
             module._frozen_prefix_part, module._frozen_prefix_name = part, name
+        remember_quantized(self, part)
 
     def _finish_init(self) -> None:
         """Everything that depends on the backbones being there: freezing, and what the outer model must know of them."""
@@ -271,6 +274,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                 )
         saved = ("connector", *self.backbones) if include_base_models else parts_to_save(self)
         refuse_quantized(self, saved)
+        warn_of_changed_quantized(self)
         saved_before, self.config.auto_map = self.config.saved_parts, auto_map_of(self)
         variant, is_main_process = kwargs.get("variant"), kwargs.get("is_main_process", True)
         folder = Path(save_directory)

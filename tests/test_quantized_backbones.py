@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -75,3 +76,44 @@ def test_where_it_can_not_be_a_warning_says_why(
     with caplog.at_level("WARNING"):
         assert not is_quantized(Model.from_pretrained(tmp_path / "eyes"))
     assert "quantised by gptq" in caplog.text and "loaded in float32" in caplog.text and "optimum" in caplog.text
+
+
+def changes() -> dict[str, Any]:
+    """Ways to change a language model that was quantised; and whether anything is lost with them."""
+
+    def merge(model: Any) -> Any:
+        tuned = get_peft_model(model, TrainableTokensConfig(token_indices=[5], target_modules=["embed_tokens"]))
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if "trainable_tokens_delta" in name:
+                    parameter.add_(1.0)
+        return tuned.merge_and_unload()
+
+    def edit(model: Any) -> Any:
+        model.model.language_model.get_input_embeddings().weight.data[3, 3] += 0.5
+        return model
+
+    def use(model: Any) -> Any:
+        same_logits(model, model)
+        return model
+
+    def widen(model: Any) -> Any:
+        """As PEFT's `prepare_model_for_kbit_training` does with what isn't quantised."""
+        model.model.language_model.model.norm.double()
+        return model
+
+    return {"merged": (merge, True), "edited": (edit, True), "used": (use, False), "widened": (widen, False)}
+
+
+@pytest.mark.parametrize("change", changes())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_change_that_no_checkpoint_holds_is_said(
+    backend: str, change: str, parents: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tower, words = parents
+    model = join(tower, words, quantization_config=quantization(backend))
+    make, is_lost = changes()[change]
+    model = make(model)
+    with caplog.at_level("WARNING"):
+        model.save_pretrained(tmp_path / "eyes")
+    assert (f"loaded from `{words}` without that change" in caplog.text) is is_lost
