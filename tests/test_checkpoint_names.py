@@ -17,11 +17,16 @@ from modeling_frozen import (
     FrozenPrefixForSequenceClassification,
     FrozenPrefixModel,
 )
+from tests.helpers.audio_towers import AUDIO_TOWERS
 from tests.helpers.families_text import FAMILIES, language_model
+from tests.helpers.families_vision import TOWERS, full_config, reason_to_skip
 from tests.helpers.tiny import join, rows, vision_config
 
 
 EVERY_CLASS = (AutoModel, FrozenPrefixForImageTextRetrieval, FrozenPrefixForSequenceClassification, FrozenPrefixModel)
+
+
+SMALL = {"hidden_size": 16, "num_heads": 2, "num_layers": 1}
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -72,6 +77,49 @@ def test_a_trained_language_model_comes_back_by_every_way(family: str, tower: st
     assert_equal(weights(again), weights(fresh))
     again.save_pretrained(tmp_path / "copy", include_base_models=True)
     assert_equal(weights(again), weights(AutoModel.from_pretrained(tmp_path / "copy")))
+
+
+def check_a_trained_tower(part: str, folder: Path, **options: Any) -> None:
+    """The tower lies in `folder`, where a language model is put beside it."""
+    language_model("gpt2").save_pretrained(folder / "words")
+    places = {name: str(folder / name) if name == part else None for name in ("vision", "audio")}
+
+    def join_anew() -> Any:
+        return FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+            places["vision"], str(folder / "words"), places["audio"], trainable=("connector", part), **options
+        )
+
+    model = join_anew()
+    train(model)
+    model.save_pretrained(folder / "trained")
+    assert load_file(folder / "trained" / "model.safetensors").keys() <= model.state_dict().keys()
+    again = FrozenPrefixForConditionalGeneration.from_pretrained(folder / "trained")
+    assert_equal(weights(model), weights(again))
+    train(again)
+    again.save_pretrained(folder / "copy", include_base_models=True)
+    assert_equal(weights(again), weights(AutoModel.from_pretrained(folder / "copy")))
+    fresh = join_anew()
+    result = fresh.load_state_dict(load_file(folder / "copy" / "model.safetensors"), False)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    assert_equal(weights(again), weights(fresh))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_trained_vision_tower_comes_back_by_every_way(name: str, tmp_path: Path) -> None:
+    if reason := reason_to_skip(TOWERS[name]):
+        pytest.skip(reason)
+    AutoModel.from_config(full_config(TOWERS[name])).save_pretrained(tmp_path / "vision")
+    check_a_trained_tower("vision", tmp_path, connector_type="resampler", prefix_length=2, connector_config=SMALL)
+
+
+@pytest.mark.parametrize("name", AUDIO_TOWERS)
+def test_a_trained_audio_tower_comes_back_by_every_way(name: str, tmp_path: Path) -> None:
+    config, whole, feature_extractor = AUDIO_TOWERS[name]
+    whole(config).save_pretrained(tmp_path / "audio")
+    feature_extractor().save_pretrained(tmp_path / "audio")
+    check_a_trained_tower(
+        "audio", tmp_path, audio_connector_type="resampler", audio_prefix_length=2, audio_connector_config=SMALL
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "t5"])
