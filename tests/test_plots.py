@@ -63,6 +63,12 @@ def test_training_curves_are_drawn_as_logged(tmp_path: Path) -> None:
         plot_training(HISTORY, metrics=["eval_bleu"])
 
 
+def test_what_the_image_adds_is_drawn_in_nats() -> None:
+    (axes,) = plot_training([{"sight": 0.2, "step": 10}, {"sight": 0.5, "step": 20}], metrics=["sight"]).axes
+    assert drawn(axes) == [([10, 20], [0.2, 0.5])]
+    assert axes.get_title() == "What another image adds to the loss" and axes.get_ylabel() == "nats a token"
+
+
 def test_histories_are_read_from_wherever_they_are(tmp_path: Path) -> None:
     for step in (20, 10):
         folder = tmp_path / f"checkpoint-{step}"

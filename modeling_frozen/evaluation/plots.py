@@ -19,6 +19,8 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#5
 _FONTS = ("Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
 # What Trainer logs beside losses and metrics.
 _BOOKKEEPING = ("runtime", "per_second", "flos", "epoch", "step", "grad_norm", "learning_rate", "num_input_tokens_seen")
+# Title and unit of curves that are no scores.
+_CURVES = {"sight": ("What another image adds to the loss", "nats a token")}
 
 
 # ------------------------------------------------------------------------------------------------ what all figures share
@@ -173,8 +175,10 @@ def plot_training(
                 axes.legend(frameon=False)
         else:
             steps, values = lines[name]
-            axes.set_title(name.removeprefix("eval_").replace("_", " "))
-            axes.set_ylabel("score")
+            plain = (name.removeprefix("eval_").replace("_", " "), "score")
+            heading, unit = _CURVES.get(name, plain)
+            axes.set_title(heading)
+            axes.set_ylabel(unit)
             _mark_highest(axes, steps, values)
         axes.margins(x=0.03, y=0.12)
     if title:
