@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,31 @@ def test_loading_draws_no_random_number(tmp_path: Path, options: dict) -> None:
     expected = options.get("dtype", torch.float32)
     assert {again.model.vision_tower.dtype, again.model.language_model.dtype} == {expected}
     assert {parameter.dtype for parameter in again.model.connector.parameters()} == {torch.float32}
+
+
+def test_joining_switches_no_initialiser_of_torch_off(tmp_path: Path) -> None:
+    """transformers' own way of it replaces the functions of `torch.nn.init`, for all threads."""
+    from transformers.initialization import no_init_weights
+
+    entered = []
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        if frame.f_code is no_init_weights.__wrapped__.__code__:
+            entered.append(frame.f_back)
+
+    # Sizes that no other test has: what is probed is kept.
+    save_parents(tmp_path, vision={"hidden_size": 24}, text={"hidden_size": 40})
+    sys.setprofile(look)
+    try:
+        model, _ = join(tmp_path, connector_type="resampler", prefix_length=3, fusion="cross_attention")
+        model.save_pretrained(tmp_path / "eyes")
+        FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / "eyes")
+        while_joining = len(entered)
+        with no_init_weights():
+            pass
+    finally:
+        sys.setprofile(None)
+    assert while_joining == 0 and entered
 
 
 MEASURED = """
