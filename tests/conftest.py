@@ -119,6 +119,16 @@ def _probe_the_same_parents_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _no_loader_is_left_behind() -> Iterator[None]:
+    """A training that ended in an error, or in mid-epoch, leaves its data loader where accelerate looks for the active one."""
+    yield
+    if "accelerate.state" in sys.modules:
+        for loader in sys.modules["accelerate.state"].GradientState().dataloader_references:
+            if loader is not None:
+                loader.end()
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     import torch
 
