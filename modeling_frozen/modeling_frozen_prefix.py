@@ -49,6 +49,10 @@ from .transformers_compat import (
 from .vision_towers import build_vision_tower, encode_images
 
 
+# Inputs of images that mean nothing without `pixel_values` or `vision_features`.
+_WITH_A_SOURCE = ("image_index", "vision_features_mask")
+
+
 def _gradients_through(tower: nn.Module, inputs: torch.Tensor) -> torch.set_grad_enabled:
     # A frozen tower keeps no graph, unless somebody asks for gradients of the image itself.
     tower_trains = any(parameter.requires_grad for parameter in tower.parameters())
@@ -538,7 +542,9 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             return
         for name, index in self.config.placeholder_ids.items():
             sources = MODALITIES[name].sources
-            given = [(mm_encoder_outputs or {}).get(name), *(media.get(source) for source in sources)]
+            # What goes with a source and came without one is refused, by its own name, by `encode`.
+            named = [one for one in MODALITIES[name].inputs if one in (*sources, *_WITH_A_SOURCE)]
+            given = [(mm_encoder_outputs or {}).get(name), *(media.get(one) for one in named)]
             count = int((input_ids == index).sum()) if all(one is None for one in given) else 0
             if count:
                 raise ValueError(
@@ -612,7 +618,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             inputs = {key: media[key] for key in modality.inputs if media.get(key) is not None}
             sources = [key for key in modality.sources if key in inputs]
             if not sources:
-                alone = next((key for key in ("image_index", "vision_features_mask") if key in inputs), None)
+                alone = next((key for key in _WITH_A_SOURCE if key in inputs), None)
                 if alone is not None:
                     raise ValueError(f"`{alone}` goes with `pixel_values` or `vision_features`, and neither was passed.")
                 continue

@@ -192,13 +192,14 @@ def test_a_bad_image_is_left_out_and_ends_nothing(workers: int) -> None:
         assert any(f"id {number}:" in name and "image 0" in name and f"{number}.png" in name for name in names), names
 
 
-def test_a_row_that_can_not_be_read_is_left_out_or_named(tmp_path: Path) -> None:
+def test_a_row_that_can_not_be_read_is_left_out_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # long paths are cut off names
     of_format("jsonl", tmp_path)
     lines = (tmp_path / "part-1.jsonl").read_text().splitlines()
     lines[1], lines[2] = lines[1][:-5], json.dumps({**json.loads(lines[2]), "text": 7})
     lines[4] = json.dumps({**json.loads(lines[4]), "image": "gone.png"})
     (tmp_path / "part-1.jsonl").write_text("\n".join(lines))
-    stream = stream_rows(str(tmp_path / "*.jsonl"), buffer_size=4, on_error="skip")
+    stream = stream_rows("*.jsonl", buffer_size=4, on_error="skip")
     stream.track(2, 0, 8)
     assert sorted(ids(stream)) == [number for number in range(ROWS) if number not in (4, 7, 13)]
     count, names = stream.left_out_after(10)
