@@ -1,6 +1,7 @@
 """What a stranger gets: README's first snippet as it is written, and what follows from it.
 
-    cp -r README.md tests .ci/stranger.py SOMEWHERE && cd SOMEWHERE && python stranger.py
+    mkdir -p SOMEWHERE/benchmarks && cp -r README.md tests .ci/stranger.py SOMEWHERE
+    cp -r benchmarks/__init__.py benchmarks/loopback_hub SOMEWHERE/benchmarks && cd SOMEWHERE && python stranger.py
 
 Runs beside the package as it was installed, outside a checkout, against the tests' Hub on the loopback address. Only names are
 put in place of those in the snippet: tiny random parents, a dataset of plain squares, a picture. Then a training that stops

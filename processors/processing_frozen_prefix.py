@@ -71,7 +71,7 @@ class FrozenPrefixProcessorKwargs(ProcessingKwargs, total=False):
     and `prefix_length`, placeholders per image, one of the processor's `prefix_lengths` (not a field here: before 5.23
     transformers wants a default of each from what is saved)."""
 
-    images_kwargs: TilesKwargs
+    images_kwargs: TilesKwargs  # type: ignore[misc]  # as transformers' own processors narrow them
     videos_kwargs: FrozenPrefixVideosKwargs  # type: ignore[misc]  # as transformers' own processors narrow them
 
 
@@ -309,7 +309,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
         name = record.get("name_or_path")
         if not name:
             raise ValueError(f"The model records no place of its {backbone} to take the {part} from. {way_out}")
-        if changed := getattr(config, "changed_processor_files", lambda part: [])(of):
+        changed_files: Callable[[str], list[str]] = getattr(config, "changed_processor_files", lambda part: [])
+        if changed := changed_files(of):
             raise ValueError(
                 f"The {part} of the {backbone} {name!r} is not the one that the connector was trained with: {changed} changed "
                 "since. Restore them, take the processor that was saved with the checkpoint, or pass another knowingly, "
@@ -465,7 +466,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         Raises:
             ValueError: the model does not write prefixes of this length.
         """
-        lengths = self.prefix_lengths or [self.prefix_length]
+        lengths: Sequence[int | None] = self.prefix_lengths or [self.prefix_length]
         if prefix_length is not None and prefix_length not in lengths:
             raise ValueError(
                 f"prefix_length={prefix_length}: the model of this processor writes prefixes of "
