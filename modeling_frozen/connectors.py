@@ -23,6 +23,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .vision_towers import VARIABLE
 from .weights import brought
 
 
@@ -138,6 +139,12 @@ class Connector(nn.Module):
         # A pooled vector becomes all prefix vectors at once: Frozen's and ClipCap's form.
         vectors = 1 if self.reads_positions or self.num_positions != 1 else self.prefix_length
         self.output = nn.Linear(hidden_size, vectors * self.embedding_dim)  # type: ignore[operator]  # known with one position
+
+    def _add_two_layers(self, width: int, dropout: float) -> None:
+        """End of a subclass's constructor: a hidden layer with GELU, and the output."""
+        self.hidden = nn.Sequential(nn.Linear(self.vision_width, width), nn.GELU(), nn.Dropout(dropout))
+        self._add_output(width)
+        self.reset_parameters()
 
     @classmethod
     def options(cls) -> dict[str, Any]:
@@ -355,7 +362,7 @@ class Connector(nn.Module):
 
     def grid_for(self, images: int, positions: int) -> dict[str, torch.Tensor]:
         """For features that are no image's: the keyword by which they have a grid, where each image has its own."""
-        if not self.reads_grid or self.grid != "variable":
+        if not self.reads_grid or self.grid != VARIABLE:
             return {}
         rows = next(number for number in range(math.isqrt(positions), 0, -1) if positions % number == 0)
         return {"spatial_shapes": torch.tensor([[rows, positions // rows]]).expand(images, -1)}
@@ -450,10 +457,7 @@ class MLPConnector(Connector):
 
     def __init__(self, *, hidden_size: int | None = None, dropout: float = 0.0, **common: Any):
         super().__init__(**common)
-        width = hidden_size or self.embedding_dim
-        self.hidden = nn.Sequential(nn.Linear(self.vision_width, width), nn.GELU(), nn.Dropout(dropout))
-        self._add_output(width)
-        self.reset_parameters()
+        self._add_two_layers(hidden_size or self.embedding_dim, dropout)
 
     def _mix(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, length: int | None) -> torch.Tensor:
         return self.hidden(hidden)
@@ -763,12 +767,12 @@ class _GridConnector(Connector):
                 "them by vision_feature_select_strategy='full'. Take 'default' as strategy, or a connector that needs no "
                 "grid, such as 'resampler'."
             )
-        if grid != "variable" and math.prod(grid) != num_positions:
+        if grid != VARIABLE and math.prod(grid) != num_positions:
             raise ValueError(f"grid={tuple(grid)} has {math.prod(grid)} places, for num_positions={num_positions}.")
 
     def _grids(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> Iterator[torch.Tensor]:
         """Maps (images, rows, columns, width): one of all images, or where each has its own grid one of each."""
-        if self.grid != "variable":
+        if self.grid != VARIABLE:
             yield hidden.unflatten(1, self.grid)  # type: ignore[arg-type]  # a pair: checked when it was built
             return
         if spatial_shapes is None or spatial_shapes.shape != (hidden.shape[0], 2):
@@ -819,7 +823,7 @@ class _Pool(_GridConnector):
     ) -> int | None:
         cls._need_grid(num_positions, grid)
         size = cls._output_size(prefix_length, (options or {}).get("output_size"))
-        if grid != "variable" and (size[0] > grid[0] or size[1] > grid[1]):
+        if grid != VARIABLE and (size[0] > grid[0] or size[1] > grid[1]):
             raise ValueError(
                 f"The connector {cls._name()!r} would pool a grid of {tuple(grid)} to {size} rows and columns, which is more: "
                 "choose a smaller prefix_length (or output_size), or a tower of smaller patches."
@@ -853,10 +857,7 @@ class AvgPoolConnector(_Pool):
 
     def __init__(self, *, hidden_size: int | None = None, dropout: float = 0.0, **common: Any):
         super().__init__(**common)
-        width = hidden_size or self.embedding_dim
-        self.hidden = nn.Sequential(nn.Linear(self.vision_width, width), nn.GELU(), nn.Dropout(dropout))
-        self._add_output(width)
-        self.reset_parameters()
+        self._add_two_layers(hidden_size or self.embedding_dim, dropout)
 
     def origins_on_grid(self, rows: int, columns: int) -> torch.Tensor | None:
         places = torch.eye(rows * columns).unflatten(1, (rows, columns))[..., None]
@@ -895,7 +896,7 @@ class PixelShuffleConnector(_GridConnector):
         super().__init__(**common)
         self.scale_factor = scale_factor
         width = self.vision_width * scale_factor**2
-        self.hidden: nn.Module = nn.Dropout(dropout)
+        self.hidden = nn.Sequential(nn.Dropout(dropout))
         if hidden_size is not None:
             self.hidden = nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Dropout(dropout))
         self._add_output(hidden_size or width)
@@ -907,7 +908,7 @@ class PixelShuffleConnector(_GridConnector):
     ) -> int | None:
         cls._need_grid(num_positions, grid)
         scale = (options or {}).get("scale_factor", 2)
-        if grid == "variable":
+        if grid == VARIABLE:
             raise ValueError(
                 f"The connector {cls._name()!r} takes squares of {scale} x {scale} positions together, and this tower's "
                 "images have grids of any rows and columns, which the squares need not divide: take 'avg_pool', "

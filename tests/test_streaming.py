@@ -19,11 +19,12 @@ from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, load_image_text
 from modeling_frozen.data.streaming import RowStream
 from modeling_frozen.training.streaming import StreamCallback
+from tests.helpers.streaming_run import Stop
 from tests.helpers.tiny import COLOURS, join, save_parents
 
 
@@ -291,15 +292,6 @@ def test_a_loader_with_workers_resumes_after_each_batch(files: int, workers: int
         assert other.left_out_after(len(rest))[0] == 1
         if count % 4 == 1:  # stopped for the second time
             assert list(loader(other.state_after(1))[0]) == (rest[1:] or following)
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def train(

@@ -22,16 +22,16 @@ logger = logging.get_logger(__name__)
 
 # The epoch in memory that worker processes share, written by `EpochCallback`, for those that outlive one; and, in a worker
 # that was spawned for one epoch, that epoch.
-_told: torch.Tensor | None = None
-_own: int | None = None
+_shared_epoch: torch.Tensor | None = None
+_worker_epoch: int | None = None
 
 
-def tell_epoch(epoch: int | None) -> None:
+def share_epoch(epoch: int | None) -> None:
     """Says which epoch begins, also to workers that were started since it was said for the first time; `None`: no epoch."""
-    global _told
-    if _told is None:
-        _told = torch.full((), -1, dtype=torch.int64).share_memory_()
-    _told.fill_(-1 if epoch is None else epoch)
+    global _shared_epoch
+    if _shared_epoch is None:
+        _shared_epoch = torch.full((), -1, dtype=torch.int64).share_memory_()
+    _shared_epoch.fill_(-1 if epoch is None else epoch)
 
 
 class EpochForWorkers:
@@ -39,15 +39,15 @@ class EpochForWorkers:
     they are given: with this, its epoch."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"process": os.getpid(), "told": _told, "own": _of_loader(), "outlive": _workers_outlive_epochs()}
+        return {"process": os.getpid(), "shared": _shared_epoch, "own": _of_loader(), "outlive": _workers_outlive_epochs()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        global _told, _own
+        global _shared_epoch, _worker_epoch
         if os.getpid() == state["process"]:  # a copy
             return
-        _told, _own = state["told"], state["own"]
+        _shared_epoch, _worker_epoch = state["shared"], state["own"]
         if state["outlive"]:
-            _warn_where_not_told()
+            _warn_where_not_shared()
 
 
 def _of_loader() -> int | None:
@@ -62,8 +62,8 @@ def _workers_outlive_epochs() -> bool:
     return getattr(GradientState().active_dataloader, "persistent_workers", False)
 
 
-def _warn_where_not_told() -> None:
-    if _told is None or _told < 0:
+def _warn_where_not_shared() -> None:
+    if _shared_epoch is None or _shared_epoch < 0:
         logger.warning_once(
             "Workers that outlive an epoch (dataloader_persistent_workers=True) don't know which one it is, so what they draw "
             "(texts, views, augmentations) can't be drawn again by a resumed run: Trainer(callbacks=[EpochCallback()]) of "
@@ -80,11 +80,11 @@ def current_epoch() -> int | None:
         return int(of_stream)
     epoch = _of_loader()
     if epoch is None and worker is not None:
-        epoch = _own
-    if epoch is None and _told is not None and _told >= 0:
-        epoch = int(_told)
+        epoch = _worker_epoch
+    if epoch is None and _shared_epoch is not None and _shared_epoch >= 0:
+        epoch = int(_shared_epoch)
     if epoch is None and worker is not None and _workers_outlive_epochs():
-        _warn_where_not_told()
+        _warn_where_not_shared()
     return epoch
 
 
@@ -111,4 +111,4 @@ def _number(*key: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
-__all__ = ["EpochForWorkers", "current_epoch", "draw", "seeded", "tell_epoch"]
+__all__ = ["EpochForWorkers", "current_epoch", "draw", "seeded", "share_epoch"]

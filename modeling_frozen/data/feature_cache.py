@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..connectors import CONNECTORS, Connector
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from ..vision_towers import VARIABLE, encode_images
@@ -271,7 +272,7 @@ def store_key(
 
 def _pooling_connector(model: FrozenPrefixPreTrainedModel) -> Any:
     connector = cast(FrozenPrefixModel, model.base_model).connector
-    if model.config.connector_type != "avg_pool":
+    if CONNECTORS[model.config.connector_type].read is Connector.read:
         raise ValueError(
             f"`pool=True` stores the means that the connector 'avg_pool' reads, and this model's connector is "
             f"{model.config.connector_type!r}, which reads every position: leave `pool` out."

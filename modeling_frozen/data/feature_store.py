@@ -27,9 +27,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 _KEY_FILE = "key.json"
 _ROWS = 1 << 24  # an index is shard * _ROWS + row
-_FIRST_OF_ROW = (
-    2  # in a mask, where each image has its own grid: a real position that begins a row of it; other real ones are 1
-)
+# In a mask, where each image has its own grid: a real position that begins a row of it. Other real ones are 1.
+_FIRST_OF_ROW = 2
 _SECONDS = 120  # a slow tower's shards are closed after so long, or a killed run would lose hours
 _DISK = "See to the disk, and run `cache_vision_features` again"
 _AGAIN = "Run `cache_vision_features` again, on the dataset with the images"

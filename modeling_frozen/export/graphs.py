@@ -178,10 +178,15 @@ def export_image_encoder(
     return exported
 
 
+def why_not_a_reader(config: Any) -> str | None:
+    """What makes a language model more than a decoder that reads embeddings among its words, for messages; `None` of one."""
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder"
+    return None if config.fusion == "prefix" else f"has fusion={config.fusion!r}"
+
+
 def _reader(model: FrozenPrefixPreTrainedModel) -> PreTrainedModel:
-    config = model.config
-    if config.is_encoder_decoder or config.fusion != "prefix":
-        what = "is an encoder-decoder" if config.is_encoder_decoder else f"has fusion={config.fusion!r}"
+    if what := why_not_a_reader(model.config):
         raise ValueError(
             f"This model {what}: its language model is more than a reader of embeddings. Export its stages with "
             "`transformers.exporters`: HfExporter.export_for_generation(model, inputs, config)."

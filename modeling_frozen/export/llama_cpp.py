@@ -23,6 +23,7 @@ import torch
 
 from ..connectors import LinearConnector, MLPConnector
 from ..modeling_frozen_prefix import FrozenPrefixForConditionalGeneration, FrozenPrefixModel
+from .graphs import why_not_a_reader
 
 
 logger = logging.getLogger(__name__)
@@ -104,9 +105,7 @@ def _c_interface() -> Any:
 
 # ------------------------------------------------------------------------------------------------------------ in process
 def _core(model: FrozenPrefixForConditionalGeneration) -> FrozenPrefixModel:
-    config = model.config
-    if config.is_encoder_decoder or config.fusion != "prefix":
-        what = "is an encoder-decoder" if config.is_encoder_decoder else f"has fusion={config.fusion!r}"
+    if what := why_not_a_reader(model.config):
         raise ValueError(
             f"This model {what}, and llama.cpp takes prefixes among the words of a decoder alone: serve it by `frozen-prefix "
             "serve`, which runs the model itself."

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from ..data.draws import tell_epoch
+from ..data.draws import share_epoch
 
 
 class EpochCallback(TrainerCallback):
@@ -31,11 +31,11 @@ class EpochCallback(TrainerCallback):
             self._epoch = state.global_step // max(steps, 1)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tell_epoch(self._epoch)
+        share_epoch(self._epoch)
         self._epoch += 1
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tell_epoch(None)
+        share_epoch(None)
 
 
 __all__ = ["EpochCallback"]
