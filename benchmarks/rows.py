@@ -6,8 +6,10 @@
 Rows (an image of 32 x 24 pixels in PNG, a question and an answer) lie in parquet files of at most 2000 rows, 16 or more. They
 are read by `load_image_text(…, streaming=True)` through a data loader, images opened, nothing collated. Each round is a Python
 of its own, so that peak memory is of that length alone; it is what the process and all its workers hold in memory of their own
-(Linux's Pss_Anon: what they share is counted once), above what there is before the first row. The machine's load is printed,
-for others may be at work on it.
+(Linux's Pss_Anon: what they share is counted once), above what there is before the first row. A forked worker copies the
+modules that it shares with its parent little by little, as it counts references to them, whatever it reads: here each copies
+them all before its first row, so that they aren't taken for memory of rows. The machine's load is printed, for others may be
+at work on it.
 """
 
 import argparse
@@ -32,15 +34,14 @@ ENCODED = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string()
 SCHEMA = pyarrow.schema([("image", ENCODED), ("prompt", pyarrow.string()), ("answer", pyarrow.string())])
 
 READ = """
-import threading, time
+import ctypes, mmap, multiprocessing, threading, time
 import psutil
 from torch.utils.data import DataLoader
 from modeling_frozen import load_image_text
 
-def resident():
-    process = psutil.Process()
+def resident(*processes):
     held = 0
-    for one in [process, *process.children(recursive=True)]:
+    for one in processes:
         try:
             lines = open(f"/proc/{{one.pid}}/smaps_rollup").read().splitlines()
         except (psutil.NoSuchProcess, OSError):  # it has ended
@@ -48,13 +49,25 @@ def resident():
         held += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
     return held
 
+def copy_what_is_shared(worker):
+    for line in open("/proc/self/maps").read().splitlines():
+        span, mode = line.split()[:2]
+        if mode == "rw-p":
+            start, end = (int(address, 16) for address in span.split("-"))
+            for address in range(start, end, mmap.PAGESIZE):
+                byte = ctypes.c_ubyte.from_address(address)
+                byte.value = byte.value  # written, if to what it was: the page is the worker's own now
+    starts[worker] = resident(psutil.Process())
+
 rows = load_image_text({files!r}, streaming=True, buffer_size={buffer})
-loader = DataLoader(rows, batch_size=32, num_workers={workers}, collate_fn=list)
-before, peak, stop = resident(), [0], threading.Event()
+starts = multiprocessing.Array("q", max(1, {workers}))
+loader = DataLoader(rows, batch_size=32, num_workers={workers}, collate_fn=list, worker_init_fn=copy_what_is_shared)
+process = psutil.Process()
+before, peak, stop = resident(process), [0], threading.Event()
 
 def watch():
     while not stop.wait(0.1):
-        peak[0] = max(peak[0], resident())
+        peak[0] = max(peak[0], resident(process, *process.children(recursive=True)))
 
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -65,7 +78,7 @@ seconds = time.perf_counter() - start
 stop.set()
 watcher.join()
 assert count == {rows}, count
-print(count / seconds, (peak[0] - before) / 2**20)
+print(count / seconds, (peak[0] - before - sum(starts)) / 2**20)
 """
 
 
