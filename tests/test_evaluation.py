@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.evaluation.evaluator import EvaluationCallback, bootstrap, evaluate, over_seeds, random_connectors
 from modeling_frozen.metrics.scores import caption_metrics, exact_match, token_f1, vqa_accuracy
 from tests.helpers import fresh_python
+from tests.helpers.audio_towers import join_with_audio, save_parents_with_audio
 from tests.helpers.tiny import COLOURS, captioned_rows, join, rows
 
 
@@ -62,6 +64,65 @@ def test_each_condition_is_what_it_says(joined: tuple[Any, Any]) -> None:
     assert "sighted - blind" in result.table() and result.table().count("\n") == 5
 
 
+def media_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a video in frames, of one in a file, of audio in samples and of audio in a file, a chat and a column each."""
+    rows = []
+    for number, name in enumerate(("black", "white", "red", "blue")):
+        colour = Image.new("RGB", (8, 8), name)
+        colour.save(folder / f"{number}.gif", save_all=True, append_images=[colour.rotate(90)])
+        wave = np.sin(np.arange(1600) * (0.05 + number / 9)).astype(np.float32)
+        dark = colour.point(lambda value: value // 3 + 20)
+        rows.append({"video": [dark, dark], "audio": None, "prompt": "a", "answer": "a black square"})
+        rows.append({"video": str(folder / f"{number}.gif"), "prompt": "the", "answer": "a red square"})
+        rows.append({"audio": {"array": wave, "sampling_rate": 16000}, "prompt": "a", "answer": "a red square"})
+        content = [{"type": "video", "path": str(folder / f"{number}.gif")}, {"type": "audio", "audio": wave}]
+        content.append({"type": "text", "text": "what is it"})
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a square"}]
+        rows.append({"messages": turns})
+    return rows
+
+
+def test_videos_and_audio_are_scored_beside_those_of_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, processor = join_with_audio(save_parents_with_audio(tmp_path))
+    with torch.no_grad():  # so that different videos get different words
+        model.model.connector.output.weight.mul_(20)
+        model.model.audio_connector.output.weight.mul_(20)
+    data = media_rows(tmp_path)
+
+    def by_hand(index: int, of: int | None) -> str:
+        row, media = data[index], {}
+        video, audio = "<video>" * (index % 4 in (0, 1, 3)), "<audio>" * (index % 4 in (2, 3))
+        if of is not None:
+            turns = data[of].get("messages", [{}])[0].get("content", [{}, {}])
+            media = {"videos": data[of].get("video") or turns[0].get("path"), "audio": data[of].get("audio")}
+            media["audio"] = turns[1].get("audio") if media["audio"] is None else media["audio"]
+            media = {name: [[one]] for name, one in media.items() if one is not None}
+        prompt = row["prompt"] if "prompt" in row else processor.chat_prompt(row["messages"][:1])
+        text = (video + audio if "prompt" in row else "") + prompt
+        text = text if media else text.replace("<video>", "").replace("<audio>", "")
+        inputs = processor(text=text, return_tensors="pt", **media)
+        ids = model.generate(**inputs, do_sample=False, pad_token_id=0, **GENERATE)
+        return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    result = evaluate(model, processor, data, task="vqa", batch_size=3, output_dir=tmp_path / "out", **GENERATE)
+    own = [by_hand(index, index) for index in range(len(data))]
+    assert result.predictions["sighted"] == own and len(set(own)) > 4
+    assert result.predictions["language_model"] == [by_hand(index, None) for index in range(len(data))]
+    for index, text in enumerate(result.predictions["blind"]):
+        kinds = (0, 1) if index % 4 < 2 else (index % 4,)  # rows of one video each, however it came
+        assert text in [by_hand(index, of) for of in range(len(data)) if of % 4 in kinds and of != index]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    sighted = {line["row"]: line for line in lines if line["kind"] == "sighted"}
+    assert len(sighted[3]["videos"]) == len(sighted[3]["audio"]) == 1 and sighted[3]["images"] == []
+    # The same file is the same video, by whichever name, and none of its own to be shown as another's.
+    copies = [{**data[1]}, {**data[1], "video": (tmp_path / "0.gif").read_bytes()}]
+    with pytest.raises(ValueError, match=r"All rows with 1 video\(s\) show the same"):
+        evaluate(model, processor, copies, task="vqa", **GENERATE)
+    with pytest.raises(ValueError, match=r"Row 0 has 0 videos, and its prompt .* holds 1 <video>"):
+        evaluate(model, processor, [{"image": None, "prompt": "<video> a", "answer": "a"}], task="vqa", **GENERATE)
+
+
 def test_a_random_connector_differs_from_a_loaded_one_too(joined: tuple[Any, Any], tmp_path: Path) -> None:
     model, _ = joined
     model.save_pretrained(tmp_path)
@@ -73,12 +134,12 @@ def test_a_random_connector_differs_from_a_loaded_one_too(joined: tuple[Any, Any
 
 
 def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, Any]) -> None:
-    from modeling_frozen.evaluation.evaluator import _images_of_others, _read
+    from modeling_frozen.evaluation.evaluator import _rows_of_others, _read
 
     data = [{**row, "text": "a"} for row in captioned_rows(12)]
     for seed in range(20):
         read = _read(joined[1], data, None, None, None, "")
-        others = _images_of_others(read, seed)
+        others = _rows_of_others(read, seed)
         assert all(read[i]["keys"] != read[j]["keys"] for i, j in enumerate(others))
         assert {read[j]["keys"][0] for j in others} == {row["keys"][0] for row in read}
     with pytest.raises(ValueError, match="show the same"):

@@ -14,14 +14,12 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
-    FrozenPrefixForConditionalGeneration,
-    FrozenPrefixProcessor,
     load_image_text,
 )
 from modeling_frozen.data.checking import check_image_text
-from tests.helpers.audio_towers import save_audio_tower
+from tests.helpers.audio_towers import join_with_audio, save_parents_with_audio
 from tests.helpers.formats import lay_out
-from tests.helpers.tiny import join, save_parents
+from tests.helpers.tiny import join
 from tests.helpers.videos import write_video
 
 
@@ -49,20 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parents")
-    save_parents(folder, text={"max_position_embeddings": 128})
-    save_audio_tower(folder / "audio", "wav2vec2")
-    return folder
-
-
-def listening(parents: Path) -> tuple[Any, Any]:
-    """A model of images, videos and audio."""
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
-    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-        str(parents / "tower"), str(parents / "words"), str(parents / "audio"), connector_type="resampler", prefix_length=2,
-        connector_config=sizes, audio_prefix_length=2, audio_connector_config=sizes, num_frames=2,
-    )  # fmt: skip
-    return model, FrozenPrefixProcessor.from_model(model)
+    return save_parents_with_audio(tmp_path_factory.mktemp("parents"))
 
 
 def counts(row: dict[str, Any]) -> tuple[int, ...]:
@@ -98,7 +83,7 @@ def test_a_sample_is_read_and_trained_on(name: str, streaming: bool, folder: Pat
     assert list(map(counts, rows)) == expected
     if any(sounds for _, _, sounds in expected):
         pytest.importorskip("soundfile")
-    model, processor = listening(parents)
+    model, processor = join_with_audio(parents)
     collator = DataCollatorForFrozenPrefix(processor)
     batch = collator(list(rows))
     assert [order(processor, ids) for ids in batch["input_ids"].tolist()] == places
@@ -159,7 +144,7 @@ def test_video_and_audio_in_angle_brackets_are_text_where_a_row_has_none() -> No
 
 
 def test_one_video_without_a_mark_stands_first(folder: Path, parents: Path) -> None:
-    _, processor = listening(parents)
+    _, processor = join_with_audio(parents)
     rows = load_image_text(
         [
             {"messages": [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red ."}],
@@ -179,7 +164,7 @@ def test_one_video_without_a_mark_stands_first(folder: Path, parents: Path) -> N
 
 
 def test_a_video_that_can_not_be_opened_is_left_out_or_named(folder: Path, parents: Path) -> None:
-    _, processor = listening(parents)
+    _, processor = join_with_audio(parents)
     (folder / "media" / "dark.gif").write_bytes(b"no film")
     rows = list(load_image_text(folder / "video_llava.json"))
     with pytest.raises(ValueError, match=r"Can't open video 0 of row 0 \(id 'v0'\)"):
@@ -200,7 +185,7 @@ def test_a_model_of_images_alone_refuses_videos_in_turns(folder: Path, tmp_path:
 
 
 def test_an_mp4_is_read_at_its_sampled_frames(folder: Path, parents: Path) -> None:
-    _, processor = listening(parents)
+    _, processor = join_with_audio(parents)
     write_video(folder / "film.mp4", list(range(20, 220, 5)))
     rows = load_image_text([{"video": "film.mp4", "text": "a square ."}], image_root=folder)
     film = DataCollatorForFrozenPrefix(processor)(list(rows))["pixel_values_videos"][0]
@@ -212,7 +197,7 @@ def test_an_mp4_is_read_at_its_sampled_frames(folder: Path, parents: Path) -> No
 @pytest.mark.parametrize(("kind", "rate"), [("wav", 44100), ("flac", 8000), ("mp3", 22050)])
 def test_sound_files_of_any_kind_and_rate(kind: str, rate: int, folder: Path, parents: Path) -> None:
     soundfile = pytest.importorskip("soundfile")
-    _, processor = listening(parents)
+    _, processor = join_with_audio(parents)
     soundfile.write(folder / f"tone.{kind}", np.sin(np.arange(rate // 4) * 0.1), rate)
     rows = load_image_text([{"audio": f"tone.{kind}", "prompt": "what ?", "answer": "red ."}], image_root=folder)
     batch = DataCollatorForFrozenPrefix(processor)(list(rows))
@@ -223,7 +208,7 @@ def test_sound_files_of_any_kind_and_rate(kind: str, rate: int, folder: Path, pa
 
 
 def test_waveforms_and_frames_in_memory_are_streamed_alone(parents: Path) -> None:
-    _, processor = listening(parents)
+    _, processor = join_with_audio(parents)
     rows = [{"audio": {"array": np.zeros(1600, dtype=np.float32), "sampling_rate": 16000}, "text": "red ."}] * 2
     with pytest.raises(ValueError, match="row 0: field 'audios' holds frames or a waveform"):
         load_image_text(rows)

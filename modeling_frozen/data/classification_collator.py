@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .collator import DataCollatorForFrozenPrefix, _Example
+from .collator import DataCollatorForFrozenPrefix, _Example, others_of, place_media
 
 
 @dataclass
@@ -46,7 +46,7 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
         return batch
 
     def _read(self, index: int, row: Mapping[str, Any]) -> _Example:
-        others = self._others(row)
+        others = others_of(self.processor, row)
         images = self._images(index, row, required=self._shows_something(row, others))
         text = row.get(self.text_column)
         if text is None and not images and not others:
@@ -57,7 +57,7 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
             )
         text = "" if text is None else self._draw(index, self.text_column, text)
         # An empty target: the tokenizer's own special tokens, and no end of text to learn.
-        return _Example([(self._place(text, images, others), False)], images, others, target="")
+        return _Example([(place_media(self.processor, text, images, others), False)], images, others, target="")
 
     def _stack_labels(self, labels: list[Any]) -> torch.Tensor:
         for index, label in enumerate(labels):

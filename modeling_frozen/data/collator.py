@@ -28,7 +28,7 @@ IGNORE_INDEX = -100
 _UNKNOWN_LENGTH = int(1e20)  # transformers' own bound: above it, model_max_length means "not known"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark assistant turns while a chat is rendered
 _MEDIA_KEYS = ("image", "video", "audio", "url", "path", "base64")
-_OTHERS = {"video": "videos", "audio": "audio"}  # by modality, the processor's argument
+OTHERS = {"video": "videos", "audio": "audio"}  # by modality, the processor's argument
 
 
 @dataclass
@@ -176,10 +176,10 @@ class DataCollatorForFrozenPrefix:
         }
         if nothing_left:
             batch["labels"].fill_(IGNORE_INDEX)
-        for modality in _OTHERS:
+        for modality in OTHERS:
             media = [one for example in examples for one in example.others.get(modality, [])]
             if media:
-                batch.update(self.processor(**{_OTHERS[modality]: [media]}, return_tensors="pt"))
+                batch.update(self.processor(**{OTHERS[modality]: [media]}, return_tensors="pt"))
         images = [image for example in examples for image in example.images]
         return {**batch, **(self.process_images(images) if images else {})}
 
@@ -204,7 +204,7 @@ class DataCollatorForFrozenPrefix:
                         example.images[place] = opened[key]
                 for modality, media in example.others.items():
                     for place, one in enumerate(media):
-                        media[place] = self._open(modality, one, f"{modality} {place} of row {index}{own}")
+                        media[place] = open_media(self.processor, modality, one, f"{modality} {place} of row {index}{own}")
             except ValueError as error:
                 if self.on_error == "raise":
                     raise
@@ -212,11 +212,6 @@ class DataCollatorForFrozenPrefix:
             else:
                 kept.append(example)
         return kept
-
-    def _open(self, modality: str, media: Any, name: str) -> Any:
-        if modality == "video":
-            return load_video(media, self.processor.num_frames, name)
-        return load_waveform(media, self.processor.feature_extractor.sampling_rate, name)
 
     def process_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
         """Model inputs of all images of the batch, in reading order. Override it to take features from elsewhere."""
@@ -303,10 +298,10 @@ class DataCollatorForFrozenPrefix:
                 f"({hint}its columns: {sorted(row)}). Set remove_unused_columns=False in TrainingArguments, or name "
                 "the columns: DataCollatorForFrozenPrefix(processor, text_column=…, prompt_column=…, answer_column=…)."
             )
-        others = self._others(row)
+        others = others_of(self.processor, row)
         images = self._images(index, row, required=not others)
         if answer is None:
-            text = self._place(self._draw(index, self.text_column, text), images, others)
+            text = place_media(self.processor, self._draw(index, self.text_column, text), images, others)
             if self.is_encoder_decoder:  # the images and all before them are read, the rest is written
                 end = max((text.rfind(token) + len(token) for token in self._placeholders if token in text), default=0)
                 return _Example([(text[:end], False)], images, others, target=text[end:])
@@ -314,7 +309,7 @@ class DataCollatorForFrozenPrefix:
         prompt, answer = row.get(self.prompt_column) or "", self._draw(index, self._answer_in(row), answer)
         if not isinstance(prompt, str):
             raise ValueError(f"Row {index}: column {self.prompt_column!r} must be a string, got {prompt!r:.80}.")
-        prompt = self._place(prompt, images, others)
+        prompt = place_media(self.processor, prompt, images, others)
         if self.is_encoder_decoder:
             return _Example([(prompt, False)], images, others, target=answer)
         joined = not prompt or prompt[-1].isspace() or prompt.endswith(self._placeholders)
@@ -324,22 +319,6 @@ class DataCollatorForFrozenPrefix:
     @property
     def _placeholders(self) -> tuple[str, ...]:
         return tuple(self.processor.tokens.values())
-
-    def _others(self, row: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Videos and audio of a row, by modality, for those that the processor takes and the row has a column of."""
-        media = {}
-        for modality in _OTHERS:
-            column = find_column(row, modality=modality)
-            if modality in self.processor.tokens and column is not None:
-                own = [] if row[column] is None else self.processor.nest_media(modality, row[column])[0]
-                media[modality] = [one for some in own for one in some]
-        return media
-
-    def _place(self, text: str, images: list[Any], others: dict[str, list[Any]]) -> str:
-        order = [("image", images), *others.items()]
-        for modality, media in order if self.processor.image_position == "end" else order[::-1]:
-            text = self.processor.place_images(text, len(media), modality)
-        return text
 
     def _draw(self, index: int, column: str, value: Any) -> str:
         """The text itself, or one of several."""
@@ -368,8 +347,8 @@ class DataCollatorForFrozenPrefix:
         """A chat as pieces, cut at both ends of each assistant turn: so the prompt's tokens are those of inference."""
         messages, media = clean_messages(row[self.messages_column])
         images, in_turns = media.pop("image"), {name: own for name, own in media.items() if own}
-        others = {**self._others(row), **in_turns}
-        for modality in _OTHERS:
+        others = {**others_of(self.processor, row), **in_turns}
+        for modality in OTHERS:
             if modality not in self.processor.tokens and any(_has_item(one.get("content"), modality) for one in messages):
                 raise ValueError(
                     f"Row {index} has {modality} in its turns, and the processor takes {list(self.processor.tokens)} alone."
@@ -452,7 +431,7 @@ class DataCollatorForFrozenPrefix:
         eos = self.processor.tokenizer.eos_token_id
         for index, example in enumerate(examples):
             ids = list(self._before) if example.add_special_tokens else []
-            learn, fixed, seen = [False] * len(ids), [True] * len(ids), dict.fromkeys(["image", *_OTHERS], 0)
+            learn, fixed, seen = [False] * len(ids), [True] * len(ids), dict.fromkeys(["image", *OTHERS], 0)
             for piece, (_, learnt) in enumerate(example.pieces, start=1):
                 for token in next(rest):
                     modality, count = ids_of.get(token), 1
@@ -468,7 +447,7 @@ class DataCollatorForFrozenPrefix:
                     fixed += [modality is not None] * count
                 if piece in example.turn_ends:
                     example.cuts.append((len(ids), dict(seen)))
-            for modality, media in {"image": example.images, **dict.fromkeys(_OTHERS, []), **example.others}.items():
+            for modality, media in {"image": example.images, **dict.fromkeys(OTHERS, []), **example.others}.items():
                 if seen[modality] != len(media):
                     token = self.processor.tokens.get(modality)
                     raise ValueError(
@@ -592,10 +571,36 @@ def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------------------- chats
+def others_of(processor: Any, row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Videos and audio of a row, by modality, for those that the processor takes and the row has a column of."""
+    media = {}
+    for modality in OTHERS:
+        column = find_column(row, modality=modality)
+        if modality in processor.tokens and column is not None:
+            own = [] if row[column] is None else processor.nest_media(modality, row[column])[0]
+            media[modality] = [one for some in own for one in some]
+    return media
+
+
+def open_media(processor: Any, modality: str, media: Any, name: str) -> Any:
+    """The frames of a video that the model sees, or a waveform at the rate of the feature extractor."""
+    if modality == "video":
+        return load_video(media, processor.num_frames, name)
+    return load_waveform(media, processor.feature_extractor.sampling_rate, name)
+
+
+def place_media(processor: Any, text: str, images: Sequence[Any], others: Mapping[str, Sequence[Any]]) -> str:
+    """The text with a placeholder for each image, video and audio, where it has none of that modality."""
+    order = [("image", images), *others.items()]
+    for modality, media in order if processor.image_position == "end" else order[::-1]:
+        text = processor.place_images(text, len(media), modality)
+    return text
+
+
 def clean_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     """Messages without the None that Arrow fills in, and the images, videos and audio in their turns."""
     cleaned = []
-    media: dict[str, list[Any]] = {modality: [] for modality in ("image", *_OTHERS)}
+    media: dict[str, list[Any]] = {modality: [] for modality in ("image", *OTHERS)}
     for message in messages:
         message = {key: value for key, value in message.items() if value is not None}
         content = message.get("content", "")

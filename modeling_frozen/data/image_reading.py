@@ -7,7 +7,7 @@ Nothing is decoded to tell images apart where their files are at hand. What is o
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -89,6 +89,39 @@ def digest_of_image(image: Any, decoder: Any = None, known: dict[str, bytes] | N
     digest.update(data)
     if known is not None and path is not None:
         known[path] = digest.digest()
+    return digest.digest()
+
+
+def digest_of_media(media: Any, read: Callable[[Any], Any], known: dict[str, bytes]) -> bytes:
+    """
+    16 bytes by which a video or audio is known: by its file, which is not decoded, else by what the model sees of it.
+
+    Args:
+        media: what `load_video` or `load_waveform` takes.
+        read: gives its frames or its waveform.
+        known (`dict`): digests by path, of files that don't change meanwhile; added to.
+
+    Raises:
+        ValueError: if it can't be opened.
+    """
+    encoded = isinstance(media, Mapping) and media.get("array") is None
+    data, path = (media.get("bytes"), media.get("path")) if encoded else (None, media)
+    data = media if isinstance(media, bytes | bytearray | memoryview) else data
+    path = os.fspath(path) if isinstance(path, str | os.PathLike) and len(os.fspath(path)) < 4096 else None
+    if data is None and path in known:
+        return known[path]
+    digest = hashlib.blake2b(digest_size=16)
+    if data is None and path is not None and os.path.isfile(path):
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        return known.setdefault(path, digest.digest())
+    if data is not None:
+        digest.update(data)
+        return digest.digest()
+    seen = read(media)
+    for part in seen if isinstance(seen, list) else [seen]:
+        digest.update(f"{getattr(part, 'size', None)} ".encode() + part.tobytes())
     return digest.digest()
 
 
@@ -243,5 +276,5 @@ def load_in_workers(dataset: Any, workers: int, **options: Any) -> Iterable[Any]
     return DataLoader(dataset, batch_size=None, num_workers=workers, **options)
 
 
-__all__ = ["Batches", "Digests", "Hashing", "HeldImages", "Images", "Prepare", "digest_of_image", "inner_feature",
-    "load_in_workers", "name_of", "read_image", "unopened"]  # fmt: skip
+__all__ = ["Batches", "Digests", "Hashing", "HeldImages", "Images", "Prepare", "digest_of_image", "digest_of_media",
+    "inner_feature", "load_in_workers", "name_of", "read_image", "unopened"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Evaluation: beside every score, from the same run, those of the same model without its images.
+"""Evaluation: beside every score, from the same run, those of the same model without its images, videos or audio.
 
 A language model guesses much from the words alone: Frozen answers 26.2 % of VQAv2 blind, and 29.5 % with the images
 (Tsimpoukelli et al. 2021, arXiv 2106.13884, table 1). So each split is predicted under four conditions:
@@ -7,6 +7,8 @@ A language model guesses much from the words alone: Frozen answers 26.2 % of VQA
 - *blind*: each row with the image of another (no row keeps its own, nor another copy of it);
 - *random_connector*: own images, through a connector that never trained;
 - *language_model*: the words of the prompt alone.
+
+What is said of images holds for videos and audio too, where the model takes them.
 
 Predictions go to a JSONL file as they are made, so that a run that was killed goes on where it was.
 """
@@ -30,9 +32,9 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..connectors import in_eval_mode
-from ..data.collator import clean_messages, place_in_turns, plain_text
+from ..data.collator import OTHERS, clean_messages, open_media, others_of, place_in_turns, place_media, plain_text
 from ..data.columns import images_of, no_image_column, unread_image
-from ..data.image_reading import digest_of_image
+from ..data.image_reading import digest_of_image, digest_of_media
 from ..data.processes import Processes
 from ..freezing import CONNECTING
 from ..metrics.scores import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
@@ -136,8 +138,9 @@ def evaluate(
     Args:
         model: a `FrozenPrefixForConditionalGeneration`; it is in eval mode meanwhile.
         processor: its `FrozenPrefixProcessor`.
-        dataset: rows with an image (or a list of images; None for a row of text alone), maybe a prompt, and references.
-            Rows of `messages` are prompted with what stands before their last assistant turn, which is the reference.
+        dataset: rows with an image (or a list of images; None for a row of text alone), a video or audio (columns as the
+            collator reads them), maybe a prompt, and references. Rows of `messages` are prompted with what stands before
+            their last assistant turn, which is the reference.
         task (`str`): "captioning" (BLEU, ROUGE-L, CIDEr-D) or "vqa" (exact match, token F1, and
             VQA accuracy where every question has more than three answers).
         kinds: which of `KINDS`; "sighted" must be among them.
@@ -190,7 +193,7 @@ def evaluate(
     log = _PredictionLog(path, run, rows, postprocess)
     log.outputs = processes.gather(log.outputs)[0]
     predict = functools.partial(_predict, model, processor, processes, log, batch_size, generate_kwargs)
-    images_of = _images_of_others(rows, seed) if "blind" in kinds else list(range(len(rows)))
+    others = _rows_of_others(rows, seed) if "blind" in kinds else list(range(len(rows)))
     predictions: dict[str, list[str]] = {}
     known: dict[tuple[str, ...], str] = {}  # the output for the same images and prompt
     for kind in kinds:
@@ -200,10 +203,10 @@ def evaluate(
             continue
         seen = rows
         if kind == "blind":
-            pairs = ((row, rows[other]) for row, other in zip(rows, images_of, strict=True))
-            seen = [{**row, "images": other["images"], "keys": other["keys"]} for row, other in pairs]
+            pairs = ((row, rows[other]) for row, other in zip(rows, others, strict=True))
+            seen = [{**row, "media": other["media"], "keys": other["keys"]} for row, other in pairs]
         if kind == "language_model":
-            seen = [{**row, "images": [], "keys": []} for row in rows]
+            seen = [{**row, "media": {}, "keys": []} for row in rows]
         predictions[kind] = predict(kind, seen, {} if sampled else known)
 
     references = [row["references"] for row in rows]
@@ -348,44 +351,63 @@ def _read(
     for index, row in enumerate(dataset):
         if prompt_column is not None and prompt_column not in row:
             raise ValueError(f"Row {index} has no prompt column {prompt_column!r} (its columns: {sorted(row)}): name another.")
-        images, said = images_of(row, image_column), None
+        images, said, others = images_of(row, image_column), None, others_of(processor, row)
         if row.get("messages") is not None:
-            unread = images is None and (image_column is not None or unread_image(row) is not None)
-            text, said, own = _chat(index, row["messages"], images, processor)
-            images = own if own or not unread else None
+            unread = images is None and not others and (image_column is not None or unread_image(row) is not None)
+            text, said, own = _chat(index, row["messages"], {"image": images or [], **others}, processor)
+            media = own if any(own.values()) or not unread else None
         else:
             text = row.get(prompt_column or "prompt")
             text = prompt if text is None else text
-        if images is None:
+            media = None if images is None and not others else {"image": images or [], **others}
+        if media is None:
             raise ValueError(
                 f"Row {index} has {no_image_column(row, image_column)}: name it; a row of text alone has None in it."
             )
-        placeholders = processor.count_image_tokens(text)
-        if placeholders and placeholders != len(images):
-            raise ValueError(
-                f"Row {index} has {len(images)} images, and its prompt {text!r:.80} holds {placeholders} "
-                f"{processor.image_token}: write one per image, or none."
-            )
-        keys = [digest_of_image(image, known=digests, name=f"image of row {index}").hex() for image in images]
+        media = {modality: own for modality, own in media.items() if own}
+        for modality, token in processor.tokens.items():
+            placeholders, count = processor.count_image_tokens(text, modality), len(media.get(modality, ()))
+            if placeholders and placeholders != count:
+                nouns = "audio inputs" if modality == "audio" else f"{modality}s"
+                raise ValueError(
+                    f"Row {index} has {count} {nouns}, and its prompt {text!r:.80} holds {placeholders} {token}: write one "
+                    f"per {'input' if modality == 'audio' else modality}, or none."
+                )
+        keys = [
+            _digest(processor, modality, one, digests, f"{modality} of row {index}").hex()
+            for modality, own in media.items()
+            for one in own
+        ]
         of = {**row, "answer": said} if said is not None and row.get("answer") is None else row
         references = _references(index, of, references_column)
-        rows.append({"index": index, "images": images, "keys": keys, "prompt": text, "references": references})
+        rows.append({"index": index, "media": media, "keys": keys, "prompt": text, "references": references})
     if not rows:
         raise ValueError("The dataset has no rows to evaluate.")
-    if not any(row["images"] for row in rows):
-        raise ValueError(f"No row has an image in {image_column or 'image'!r}: what is scored as sighted would see nothing.")
+    if not any(row["media"] for row in rows):
+        takes = " or ".join({"image": "an image", "video": "a video", "audio": "audio"}[one] for one in processor.tokens)
+        column = image_column or "image"
+        raise ValueError(f"No row has {takes} (in {column!r} …): what is scored as sighted would see nothing.")
     return rows
 
 
-def _chat(index: int, messages: Any, images: list[Any] | None, processor: Any) -> tuple[str, str, list[Any]]:
-    """The prompt of a chat, rendered up to its last assistant turn; what that says; and the images before it."""
-    turns, media = clean_messages(messages)
+def _digest(processor: Any, modality: str, one: Any, known: dict[str, bytes], name: str) -> bytes:
+    if modality == "image":
+        return digest_of_image(one, known=known, name=name)
+    return digest_of_media(one, lambda media: open_media(processor, modality, media, name), known)
+
+
+def _chat(index: int, messages: Any, columns: dict[str, list[Any]], processor: Any) -> tuple[str, str, dict[str, list[Any]]]:
+    """The prompt of a chat, rendered up to its last assistant turn; what that says; and the media before it: those of the
+    turns, else of the columns."""
+    turns, in_turns = clean_messages(messages)
     last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
     if last is None:
         raise ValueError(f"Row {index}: its messages have no assistant turn, which would be the reference.")
-    images = media["image"] or images or []
-    turns = place_in_turns(processor, [{**turn, "content": turn["content"]} for turn in turns], len(images))
-    return processor.chat_prompt(turns[:last]), plain_text(turns[last]["content"]), images
+    media = {modality: in_turns[modality] or columns.get(modality, []) for modality in in_turns}
+    turns = [{**turn, "content": turn["content"]} for turn in turns]
+    for modality in processor.tokens:
+        turns = place_in_turns(processor, turns, len(media[modality]), modality)
+    return processor.chat_prompt(turns[:last]), plain_text(turns[last]["content"]), media
 
 
 _REFERENCES = ("captions", "answers", "references", "answer", "completion", "text", "caption")
@@ -408,24 +430,29 @@ def _references(index: int, row: Mapping[str, Any], column: str | None) -> list[
     return [str(one) for one in texts]
 
 
-def _images_of_others(rows: list[dict[str, Any]], seed: int) -> list[int]:
-    """For each row, a row whose images it gets when blind: one cycle through all different images, of equal counts."""
+def _rows_of_others(rows: list[dict[str, Any]], seed: int) -> list[int]:
+    """For each row, a row whose media it gets when blind: one cycle through all that are different, of equal counts."""
     rng, others = random.Random(seed), [0] * len(rows)
-    counts: dict[int, dict[tuple[str, ...], int]] = {}
+    counts: dict[tuple[tuple[str, int], ...], dict[tuple[str, ...], int]] = {}
     for index, row in enumerate(rows):
-        counts.setdefault(len(row["keys"]), {}).setdefault(tuple(row["keys"]), index)
+        counts.setdefault(_counts(row), {}).setdefault(tuple(row["keys"]), index)
     for count, first in counts.items():
         if count and len(first) < 2:
+            said = " and ".join(f"{number} {'audio input' if one == 'audio' else one}(s)" for one, number in count)
             raise ValueError(
-                f"All rows with {count} image(s) show the same: to be blind, a row needs another's image. "
+                f"All rows with {said} show the same: to be blind, a row needs another's. "
                 'Leave "blind" out of `kinds`, or evaluate on more.'
             )
         order = rng.sample(list(first), len(first))
         after = dict(zip(order, order[1:] + order[:1], strict=True))
         for index, row in enumerate(rows):
-            if len(row["keys"]) == count:
+            if _counts(row) == count:
                 others[index] = first[after[tuple(row["keys"])]]
     return others
+
+
+def _counts(row: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    return tuple((modality, len(own)) for modality, own in row["media"].items())
 
 
 # ---------------------------------------------------------------------------------------------------------- predictions
@@ -472,6 +499,9 @@ def _adapters(model: Any) -> list[Any]:
     return [[name, one.active_adapters, one.disable_adapters, getattr(one, "scaling", None)] for name, one in layers]
 
 
+_FIELDS = {"image": "images", **OTHERS}  # by modality, the processor's argument and the field of a line
+
+
 class _PredictionLog:
     """A JSONL file of predictions, a line each; lines of other runs are dropped when it is opened."""
 
@@ -500,12 +530,14 @@ class _PredictionLog:
         self.outputs[kind, row["index"]] = output
         if self.path is None:
             return
-        images = [getattr(image, "filename", None) or key for image, key in zip(row["images"], row["keys"], strict=True)]
+        named = zip(chain(*row["media"].values()), row["keys"], strict=True)
+        names = iter([getattr(one, "filename", None) or key for one, key in named])
+        media = {_FIELDS[modality]: [next(names) for _ in own] for modality, own in {"image": [], **row["media"]}.items()}
         entry = {
             "run": self.run,
             "kind": kind,
             "row": row["index"],
-            "images": images,
+            **media,
             "prompt": row["prompt"],
             "output": output,
             "prediction": self.postprocess(output),
@@ -572,9 +604,12 @@ def _is_sharded(model: Any) -> bool:
 @torch.no_grad()
 def _generate(model: Any, processor: Any, batch: list[dict[str, Any]], generate_kwargs: dict[str, Any]) -> list[str]:
     texts = [_with_placeholders(processor, row) for row in batch]
-    images = [_opened(row["images"]) for row in batch]
-    shown = images if any(images) else None
-    inputs = processor(text=texts, images=shown, padding=True, return_tensors="pt").to(model.device)
+    media = {
+        _FIELDS[modality]: [_opened(row["media"].get(modality, [])) for row in batch]
+        for modality in _FIELDS
+        if any(row["media"].get(modality) for row in batch)
+    }
+    inputs = processor(text=texts, **media, padding=True, return_tensors="pt").to(model.device)
     with in_eval_mode(model):
         ids = model.generate(**inputs, **{"pad_token_id": processor.tokenizer.pad_token_id, **generate_kwargs})
     ids = getattr(ids, "sequences", ids)
@@ -583,15 +618,21 @@ def _generate(model: Any, processor: Any, batch: list[dict[str, Any]], generate_
 
 
 def _with_placeholders(processor: Any, row: dict[str, Any]) -> str:
-    if not row["images"]:
-        text = row["prompt"].replace(processor.image_token, "")
+    if not row["media"]:
+        text = row["prompt"]
+        for token in processor.tokens.values():
+            text = text.replace(token, "")
         # A model that reads nothing can't go on: what starts a text stands for it.
         return text or processor.tokenizer.bos_token or processor.tokenizer.eos_token or " "
-    return processor.place_images(row["prompt"], len(row["images"]))
+    media = dict(row["media"])
+    return place_media(processor, row["prompt"], media.pop("image", []), media)
 
 
-def _opened(images: list[Any]) -> list[Any]:
-    return [{key: value for key, value in one.items() if value} if isinstance(one, Mapping) else one for one in images]
+def _opened(media: list[Any]) -> list[Any]:
+    held = (
+        {key: value for key, value in one.items() if value is not None} if isinstance(one, Mapping) else one for one in media
+    )
+    return list(held)
 
 
 __all__ = [

@@ -21,6 +21,9 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from tests.helpers.tiny import save_parents
+
 
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 _WAV2VEC2 = {
@@ -73,3 +76,20 @@ def save_audio_tower(folder: Path, kind: str) -> str:
     model_class(copy.deepcopy(config)).save_pretrained(folder)
     extractor().save_pretrained(folder)
     return str(folder)
+
+
+def save_parents_with_audio(folder: Path) -> Path:
+    """Parents of a model of images, videos and audio."""
+    save_parents(folder, text={"max_position_embeddings": 128})
+    save_audio_tower(folder / "audio", "wav2vec2")
+    return folder
+
+
+def join_with_audio(parents: Path) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
+    """The model of images, videos and audio, with its processor."""
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        str(parents / "tower"), str(parents / "words"), str(parents / "audio"), connector_type="resampler", prefix_length=2,
+        connector_config=sizes, audio_prefix_length=2, audio_connector_config=sizes, num_frames=2,
+    )  # fmt: skip
+    return model, FrozenPrefixProcessor.from_model(model)
