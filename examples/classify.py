@@ -1,25 +1,30 @@
 """Teaches two frozen parents to tell classes by picture and text together: any tower, any language model, one small head.
 
     python examples/classify.py --output_dir classifier
-    python examples/classify.py --vision ID_OR_FOLDER --text ID_OR_FOLDER --dataset ID_OR_FOLDER        (your own data)
+    python examples/classify.py --vision ID_OR_FOLDER --text ID_OR_FOLDER --dataset DATASET        (your own data)
 
 Without arguments everything is made here: two tiny parents that never met (`shapes.py`), pictures of scenes, a question to
 each as its text ("what colour ?"), and the answer as its class. Neither the picture nor the question alone tells it:
-`--fused_inputs image` and `--fused_inputs text` show how far each gets. A dataset has the splits train and test, and columns
-of images, texts and labels (numbers, names, or `ClassLabel`).
+`--fused_inputs image` and `--fused_inputs text` show how far each gets. DATASET has the splits train and test, and columns of
+images, texts and labels (numbers, names, or `ClassLabel`); or it is whatever `load_image_text` reads: the answer to a question
+is its class then.
 
 Accuracy and macro F1 on the test rows stand beside those of the same model *blind* (pictures shuffled, so that none keeps its
 own) and before training (*random connector*, and a random head). Into `--output_dir` go the checkpoint, its card and
 `results.json`. All of `TrainingArguments` are arguments too.
 """
 
+import contextlib
 import json
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from datasets.exceptions import DatasetsError
+from own_data import read_splits
 from shapes import QUESTIONS, draw, split_scenes, train_language_model, train_tower
 from tiny_world import ExampleTrainingArguments
 from transformers import HfArgumentParser, Trainer, set_seed
@@ -38,7 +43,12 @@ from modeling_frozen.model_card import write_model_card
 class Arguments:
     vision: str | None = field(default=None, metadata={"help": "A real vision tower: Hub id or folder."})
     text: str | None = field(default=None, metadata={"help": "A real language model: Hub id or folder."})
-    dataset: str | None = field(default=None, metadata={"help": "Your rows, with the splits train and test: id or folder."})
+    dataset: list[str] | None = field(
+        default=None, metadata={"help": "Rows with labels, or any form of load_image_text, or several files of one set."}
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder of relative image paths, if not the dataset's own."}
+    )
     image_column: str = "image"
     text_column: str = "text"
     label_column: str = "label"
@@ -78,17 +88,41 @@ def draw_rows(count: int, held_out: bool, seed: int) -> Dataset:
     return Dataset.from_dict(rows, Features({"image": Image(), "text": Value("string"), "label": ClassLabel(names=names)}))
 
 
+def own_rows(args: Arguments, seed: int) -> dict[str, Dataset]:
+    """The splits of a dataset that has labels; of any other, questions as texts and answers as labels."""
+    if len(args.dataset) == 1 and not Path(args.dataset[0]).is_file():
+        with contextlib.suppress(DatasetsError, FileNotFoundError, ValueError):  # what `datasets` alone can't read
+            rows = load_dataset(args.dataset[0])
+            if args.label_column in rows["train"].column_names:
+                return rows
+    splits = read_splits(args.dataset, ("train", "test"), args.image_root, seed)
+    return {name: rows.map(partial(_asked, args), batched=True, batch_size=64, remove_columns=rows.column_names)
+            for name, rows in splits.items()}  # fmt: skip
+
+
+def _asked(args: Arguments, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    asked = [
+        (image, question, answers[0])
+        for image, questions, said in zip(rows["image"], rows["questions"], rows["answers"], strict=True)
+        for question, answers in zip(questions, said, strict=True)
+    ]
+    columns = (args.image_column, args.text_column, args.label_column)
+    return dict(zip(columns, map(list, zip(*asked, strict=True)), strict=True)) if asked else {name: [] for name in columns}
+
+
 def read_rows(args: Arguments, seed: int) -> tuple[Dataset, Dataset, list[str]]:
     """Rows to train and to test, and the names of the classes."""
     if args.dataset is None:
         rows = {"train": draw_rows(args.train_rows, False, seed), "test": draw_rows(args.test_rows, True, seed + 1)}
     else:
-        rows = load_dataset(args.dataset)
+        rows = own_rows(args, seed)
     kind = rows["train"].features[args.label_column]
     if isinstance(kind, ClassLabel):
         return rows["train"], rows["test"], list(kind.names)
     values = sorted(set(rows["train"][args.label_column]))
     place = {value: index for index, value in enumerate(values)}
+    if unknown := set(rows["test"][args.label_column]) - set(values):
+        raise ValueError(f"{min(unknown, key=str)!r} is a class of the test rows, but of no row to train on.")
     labelled = (rows[split].map(lambda row: {args.label_column: place[row[args.label_column]]}) for split in ("train", "test"))
     return *labelled, [str(value) for value in values]
 
@@ -149,7 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results |= {"sighted": score(test_rows), "blind": score(blind(test_rows, args.image_column, training.seed))}
     trainer.save_model()
     processor.save_pretrained(out)
-    write_model_card(out, model, training=trainer, metrics=results, dataset=args.dataset or "shapes, drawn here")
+    write_model_card(out, model, training=trainer, metrics=results, dataset=" ".join(args.dataset or ["shapes, drawn here"]))
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for name in ("sighted", "blind", "random_connector"):
         print(f"{name:18}" + "".join(f"{key} {value:.3f}   " for key, value in results[name].items()))

@@ -134,7 +134,7 @@ def test_a_random_connector_differs_from_a_loaded_one_too(joined: tuple[Any, Any
 
 
 def test_blind_never_shows_another_copy_of_the_own_picture(joined: tuple[Any, Any]) -> None:
-    from modeling_frozen.evaluation.evaluator import _rows_of_others, _read
+    from modeling_frozen.evaluation.evaluator import _read, _rows_of_others
 
     data = [{**row, "text": "a"} for row in captioned_rows(12)]
     for seed in range(20):

@@ -50,6 +50,31 @@ def test_rows_of_ones_own_are_learnt_by_their_pictures(own_rows: str, tmp_path: 
     assert "| accuracy | 1 |" in card and "one of 4 classes" in card
 
 
+def test_answers_of_any_form_are_classes(tmp_path: Path) -> None:
+    """LLaVA's JSON, with two questions to an image; without splits of its own."""
+    vision, text = save_parents(tmp_path)
+    data = []
+    for number, row in enumerate(rows(40)):
+        row["image"].putpixel((7, 7), (number, 0, 0))  # no two are the same
+        row["image"].save(tmp_path / f"{number}.png")
+        colour = list(COLOURS)[number % 4]
+        turns = ["<image> what colour", colour, "a square ?", "a square"]
+        senders = ("human", "gpt") * 2
+        said = [{"from": who, "value": value} for who, value in zip(senders, turns, strict=True)]
+        data.append({"id": number, "image": f"{number}.png", "conversations": said})
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    args = example.Arguments(dataset=[str(tmp_path / "rows.json")])
+    train, test, names = example.read_rows(args, 0)
+    assert names == sorted([*COLOURS, "a square"]) and len(train) + len(test) == 80
+    assert set(train["text"]) == set(test["text"]) == {"what colour", "a square ?"}
+    for row in [*train, *test]:
+        pixel = row["image"].getpixel((0, 0))
+        answer = names[row["label"]]
+        assert answer == "a square" if row["text"] == "a square ?" else COLOURS[answer] == pixel
+    results = run(vision=vision, text=text, dataset=args.dataset[0], output_dir=tmp_path / "out", max_steps=2)
+    assert set(results) == {"sighted", "blind", "random_connector"}
+
+
 def test_drawn_scenes(tmp_path: Path) -> None:
     results = run(
         output_dir=tmp_path / "out", train_rows=32, test_rows=16, tower_steps=2, language_model_steps=2, max_steps=2,
