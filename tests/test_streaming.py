@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -24,6 +26,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, load_image_text
 from modeling_frozen.data.streaming import RowStream
 from modeling_frozen.training.streaming import StreamCallback
+from tests.helpers import fresh_python
 from tests.helpers.streaming_run import Stop
 from tests.helpers.tiny import COLOURS, join, save_parents
 
@@ -402,6 +405,34 @@ def test_the_page_on_streams_runs_as_written(tmp_path: Path, monkeypatch: pytest
     shutil.rmtree(tmp_path / "run/checkpoint-20")  # stopped after 15 steps
     exec(resume, names)
     assert names["trainer"].state.global_step == 20 and (tmp_path / "run/checkpoint-20").is_dir()
+
+
+HELD = """
+import sys
+import time
+import pyarrow
+from modeling_frozen import load_image_text
+rows = load_image_text(sys.argv[1], streaming=True, buffer_size=4)
+for number, _ in enumerate(rows, start=1):
+    if number % 100 == 0:
+        time.sleep(0.1)  # what is read ahead comes meanwhile
+assert number == 400
+print(pyarrow.default_memory_pool().max_memory())
+"""
+
+
+def test_of_a_long_parquet_file_a_row_group_is_held(tmp_path: Path) -> None:
+    folder = tmp_path / "of"
+    folder.mkdir()
+    image = io.BytesIO()
+    Image.frombytes("RGB", (100, 100), os.urandom(30000)).save(image, "PNG")
+    rows = {"image": [{"bytes": image.getvalue(), "path": None}] * 400, "text": ["a square"] * 400}
+    table = pyarrow.table({**rows, "image": pyarrow.array(rows["image"])})
+    pyarrow.parquet.write_table(table, folder / "rows.parquet", row_group_size=20, use_dictionary=False, compression="none")
+    group = 20 * len(image.getvalue())
+    done = fresh_python.run("-c", HELD, str(folder / "rows.parquet"))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 6 * group < (folder / "rows.parquet").stat().st_size / 3
 
 
 def test_the_benchmark_prints_speed_and_memory() -> None:

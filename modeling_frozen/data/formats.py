@@ -19,7 +19,7 @@ from transformers.utils import logging
 from . import columns
 from .image_reading import Hashing, Images, inner_feature, unopened
 from .rows import KEPT, MEDIA, ROW_FORMATS, HeldImage, RowError, count_unplaced, encoded, kind_of, name_of_row
-from .sources import HeldRows, Lines, ListedRows, Source, StreamedRows, Tars, tar_rows, with_json
+from .sources import HeldRows, Lines, ListedRows, Parquet, Source, StreamedRows, Tars, tar_rows, with_json
 
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def open_source(
     if suffixes <= set(_TARS):
         row_format = "" if format in ("auto", "webdataset") else format
         return Source(name, Tars(paths), root, "webdataset", row_format)
+    if streaming and suffixes == {".parquet"} and split in (None, "train"):  # as `datasets` calls what has no splits
+        return Source(name, Parquet(paths), root, format, "" if format in ("auto", *FILE_FORMATS) else format)
     if len(suffixes) == 1 and (builder := _TABLES.get(next(iter(suffixes)))):
         options: dict[str, Any] = {"delimiter": "\t"} if suffixes == {".tsv"} else {}
         options |= {"data_files": list(map(str, paths)), "streaming": streaming}
