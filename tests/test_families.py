@@ -270,3 +270,35 @@ def test_static_cache_where_the_parent_has_it(family: str) -> None:
         dynamic = model.generate(**inputs, **options)
         static = model.generate(**inputs, **options, cache_implementation="static", disable_compile=True)
         assert torch.equal(dynamic, static)
+
+
+def _packed(ids: torch.Tensor, ends: list[int]) -> dict[str, torch.Tensor]:
+    """One row of a beginning and several next tokens that don't see each other, as transformers' own test of such masks."""
+    length, count = ids.shape[1], len(ends)
+    seen = torch.ones(length + count, length + count, dtype=torch.bool).tril()
+    seen[length:, length:] = torch.eye(count, dtype=torch.bool)
+    return {
+        "input_ids": torch.cat([ids, torch.tensor([ends])], dim=1),
+        "attention_mask": torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None],
+        "position_ids": torch.tensor([[*range(length), *[length] * count]]),
+    }
+
+
+@every_decoder
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_where_the_parent_takes_one(family: str) -> None:
+    model, ends = shared_model(family), [10, 11, 12]
+    parent = model.model.language_model
+
+    def difference(run: object, ids: torch.Tensor, **media: torch.Tensor) -> float:
+        rows = [torch.cat([ids, torch.tensor([[end]])], dim=1) for end in ends]
+        alone = torch.cat([run(row, **media).logits[0, -1:] for row in rows])
+        return (run(**_packed(ids, ends), **media).logits[0, -len(ends) :] - alone).abs().max().item()
+
+    try:
+        taken = difference(parent, prompt(words=prompt().shape[1] - 1, images=0)) < 1e-4
+    except (ValueError, TypeError, RuntimeError, IndexError):
+        taken = False
+    assert taken or family not in ("llama", "gpt2", "qwen3")
+    if taken:
+        assert difference(model, prompt(), pixel_values=pictures()) < 1e-4
