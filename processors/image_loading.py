@@ -2,8 +2,10 @@
 """Opening any image as the right RGB: 8 bits, upright, in sRGB, transparency over white. `load_rgb_image` is public."""
 
 import base64
+import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -18,6 +20,7 @@ _BITS_PER_SAMPLE = 258  # of TIFF
 _OVERSHOOT = 0.1  # of the range: resizing with cubic filters leaves it by less
 _RANGES = {"bool": 1, "uint8": 255, "uint16": 65535}
 _STRIP = 2**22  # pixels that are converted at a time
+_HUGE = 2**26  # pixels from which on an image and its copy are too much for memory
 
 
 # ------------------------------------------------------------------------------------------------------------- ranges
@@ -137,15 +140,19 @@ def _deep_grey_to_rgb(top: float) -> Callable[[Image.Image], Image.Image]:
     return convert
 
 
-def _pil_to_rgb(image: Image.Image) -> Image.Image:
-    """The RGB that a viewer would show: upright, in sRGB, transparency over white, deep greys scaled and not clipped."""
+def _pil_to_rgb(image: Image.Image, ours: bool = False) -> Image.Image:
+    """The RGB that a viewer would show: upright, in sRGB, transparency over white, deep greys scaled and not clipped. An image
+    that is `ours` may be closed on the way."""
     if 0 in image.size:
         raise ValueError(f"it is empty: its size is {image.size[0]}x{image.size[1]}")
     top = _declared_top(image)  # before it is turned, which forgets the file
     is_deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", None) or ())  # PIL keeps the upper 8 bits of 16
     image.load()
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+        turned = ImageOps.exif_transpose(image)
+        if ours:
+            image.close()
+        image = turned
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and transparent is None and not image.info.get("icc_profile"):
         return image
@@ -159,9 +166,20 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
     (width, height), rows = image.size, max(1, _STRIP // image.size[0])
     if height <= rows:
         return convert(image)
-    whole = Image.new("RGB", image.size)
-    for row in range(0, height, rows):
-        whole.paste(convert(image.crop((0, row, width, min(row + rows, height)))), (0, row))
+    places = range(0, height, rows)
+    strips = (convert(image.crop((0, row, width, min(row + rows, height)))) for row in places)
+    with contextlib.ExitStack() as stack:
+        if ours and width * height > _HUGE:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            for strip in strips:
+                file.write(strip.tobytes())
+            image.close()
+            file.seek(0)
+            heights = (min(rows, height - row) for row in places)
+            strips = (Image.frombytes("RGB", (width, own), file.read(3 * width * own)) for own in heights)
+        whole = Image.new("RGB", (width, height))
+        for row, strip in zip(places, strips, strict=True):
+            whole.paste(strip, (0, row))
     return whole
 
 
@@ -212,7 +230,7 @@ def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | No
         if not (isinstance(image, str) or hasattr(image, "read")):
             raise ValueError("expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor")
         with Image.open(image) as opened:
-            return _pil_to_rgb(opened)  # animated: PIL opens at the first frame
+            return _pil_to_rgb(opened, ours=True)  # animated: PIL opens at the first frame
     except Exception as error:  # PIL, the network and the file system raise some twenty kinds
         reason = "it is not an image that PIL can read" if "cannot identify image file" in str(error) else str(error)
         raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error
