@@ -85,18 +85,27 @@ def main() -> None:
     """Entry point of the console script `frozen-prefix`. Its own help imports nothing; that of a command takes seconds."""
     parser = argparse.ArgumentParser(
         "frozen-prefix",
-        description="The commands of transformers, for frozen-prefix models, and a check of data before training on it. "
+        description="The commands of transformers, for frozen-prefix models, a check of data before training, and exports. "
         "`frozen-prefix COMMAND --help` says more.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = "say what is wrong with data, run a server of OpenAI's form, or talk to one"
-    parser.add_argument("command", choices=["check", "serve", "chat"], help=commands)
+    commands = "say what is wrong with data, write a model for another runtime, run a server of OpenAI's form, or talk to one"
+    parser.add_argument("command", choices=["check", "export", "serve", "chat"], help=commands)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command")
     args = parser.parse_args()
     if args.command == "check":
         from ..data.checking import main as check
 
         raise SystemExit(check(args.arguments))
+    if args.command == "export":
+        from ..export.command import add_arguments, run
+
+        parser = argparse.ArgumentParser("frozen-prefix export", description="Writes a model for another runtime.")
+        add_arguments(parser)
+        try:
+            raise SystemExit(run(parser.parse_args(args.arguments)))
+        except (ValueError, OSError, ImportError) as error:
+            raise SystemExit(f"frozen-prefix export: {error}") from error
     build_app()()
 
 
