@@ -393,9 +393,9 @@ def load_unrecorded(
             return model
         config._attn_implementation = attention = None
     kwargs["attn_implementation"] = attention
-    if part == "vision":
+    if PARTS[part].kind == "vision":
         return load_vision_tower(name_or_path, config=config, **kwargs)
-    if part == "audio":
+    if PARTS[part].kind == "audio":
         return load_audio_tower(name_or_path, config=config, **kwargs)
     return _load_language_model(name_or_path, config=config, headless=headless, **kwargs)
 
@@ -414,7 +414,7 @@ def load_base_model(
     Loads one backbone by its own `from_pretrained` and makes its record.
 
     Args:
-        part (`str`): `"vision"`, `"text"` or `"audio"`.
+        part (`str`): of `PARTS`: `"vision"`, `"text"`, `"audio"`, or a further vision tower, `"vision_2"`.
         name_or_path (`str`): id on the Hub or local folder.
         config (`PreTrainedConfig`, *optional*): used instead of the repository's own.
         revision (`str`, *optional*): branch, tag or commit; the commit it stands for goes into the record.
@@ -527,7 +527,9 @@ _PROCESSOR_FILES = {
 def processor_files(part: str, folder: str | Path) -> dict[str, str]:
     """Digests, by name, of the files in a backbone's folder that its tokenizer, image processor or feature extractor is made
     of. (On the Hub the recorded commit decides what they hold.)"""
-    paths = sorted({path for pattern in _PROCESSOR_FILES[part] for path in Path(folder).glob(pattern) if path.is_file()})
+    paths = sorted(
+        {path for pattern in _PROCESSOR_FILES[PARTS[part].kind] for path in Path(folder).glob(pattern) if path.is_file()}
+    )
     return {path.name: file_digest(path)[:16] for path in paths}
 
 

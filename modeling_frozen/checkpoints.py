@@ -37,7 +37,7 @@ from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connector_switching import keys_of_idle_connectors
 from .cross_attention import check_decoder
 from .freezing import CONNECTING, trains
-from .parts import PARTS
+from .parts import PARTS, part_of
 from .vision_towers import probe_vision_tower, quiet
 from .weights import own_weights, tensor_digest, tensor_digests
 
@@ -313,9 +313,9 @@ def split_part_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if kwargs.get("quantization_config") is not None:
         options["text"]["quantization_config"] = kwargs.pop("quantization_config")
     fields = set(FrozenPrefixConfig.__dataclass_fields__)
-    for key in [key for key in kwargs if key.startswith(("vision_", "text_", "audio_")) and key not in fields]:
-        part, option = key.split("_", 1)
-        options[part][option] = kwargs.pop(key)
+    for key in [key for key in kwargs if key not in fields]:
+        if (owner := part_of(key)) is not None:
+            options[owner][key.removeprefix(f"{owner}_")] = kwargs.pop(key)
     return options
 
 
@@ -443,18 +443,22 @@ def check_same_geometry(model: Any, part: str, module: PreTrainedModel, name: st
         if config.fusion == "cross_attention":
             check_decoder(module, hidden_size=config.text_hidden_size, num_layers=config.text_num_layers, name=name)
         return
-    prefix = "audio_" if part == "audio" else ""
-    probe = probe_audio_tower if part == "audio" else probe_vision_tower
-    choice = {key: getattr(config, f"{part}_feature_{key}") for key in ("layer", "select_strategy")}
-    geometry = dict(vars(probe(module.config, **choice)))
-    width = geometry.pop(f"{part}_width")
-    if width != getattr(config, f"{part}_width"):
+    kind = PARTS[part].kind
+    choice = {"layer": getattr(config, f"{part}_feature_layer")}
+    choice["select_strategy"] = getattr(config, f"{kind}_feature_select_strategy")
+    if kind == "audio":
+        probed: Any = probe_audio_tower(module.config, **choice)
+        expected, width, found = config.audio_width, probed.audio_width, {"audio_num_positions": probed.num_positions}
+    else:
+        probed = probe_vision_tower(module.config, **choice)
+        expected, width, found = config.geometry_of(part)["vision_width"], probed.vision_width, probed.as_config(part)
+    if width != expected:
         raise ValueError(
-            f"The connector of the {PARTS[part].description} reads features of width {getattr(config, f'{part}_width')}, but "
-            f"`{name}` gives {width}: give a tower of that width, or train a connector for this one."
+            f"The connector of the {PARTS[part].description} reads features of width {expected}, but `{name}` gives {width}: "
+            "give a tower of that width, or train a connector for this one."
         )
-    for key, value in geometry.items():
-        setattr(config, f"{prefix}{key}", value)
+    for key, value in found.items():
+        setattr(config, key, value)
     config.validate_architecture()
 
 
@@ -468,9 +472,10 @@ def unload_base_model(model: Any, part: str = "vision") -> None:
         return
     has_source = part in parts_with_source(model)
     if not has_source or part in changed_parts(model):
+        why = "was trained or changed" if has_source else "has no repository or folder"
         raise ValueError(
-            f"The {part} tower {'was trained or changed' if has_source else 'has no repository or folder'}, so it would be "
-            "lost: save it by its own `save_pretrained`, and join the model anew from that folder."
+            f"The {PARTS[part].description} {why}, so it would be lost: save it by its own `save_pretrained`, and join the "
+            "model anew from that folder."
         )
     setattr(model.base_model, attribute, None)
     model._gather_from_backbones()
@@ -483,7 +488,7 @@ def reload_base_model(model: Any, part: str = "vision", **kwargs: Any) -> None:
         return
     if getattr(model.config, f"{part}_base_model") is None:
         raise ValueError(
-            f"The config does not record where the {part} tower is: load the model anew, with "
+            f"The config does not record where the {PARTS[part].description} is: load the model anew, with "
             f'{part}_base_model="id or folder".'
         )
     module, record = load_recorded(model.config, part, **kwargs)
@@ -502,15 +507,15 @@ def unloadable(model: Any, part: str) -> str:
             f"part={part!r}: of {sorted(names)} one can be unloaded and loaded again; the language model is always needed."
         )
     if getattr(model.config, f"{part}_config") is None:
-        raise ValueError(f"This model has no {part} tower.")
+        raise ValueError(f"This model has no {PARTS[part].description}.")
     return PARTS[part].attribute
 
 
 def refuse_without_source(part: str, backbone: str | PreTrainedModel | None) -> None:
     if not isinstance(backbone, str):
         raise ValueError(
-            f"`load_{part}_tower=False` leaves the tower where it is, so name its repository or folder; got "
-            f"{'none' if backbone is None else f'a loaded {type(backbone).__name__}'}."
+            f"`load_vision_tower=False` leaves the {PARTS[part].description} where it is, so name its repository or folder; "
+            f"got {'none' if backbone is None else f'a loaded {type(backbone).__name__}'}."
         )
 
 
@@ -554,7 +559,7 @@ def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: fro
         ValueError: if the checkpoint holds weights that the model has no place for, unless they are of backbones that come
             from elsewhere.
     """
-    elsewhere = tuple(PARTS[part].attribute for part in attached)
+    elsewhere = tuple(f"{PARTS[part].attribute}." for part in attached)
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.removeprefix("model.").startswith(elsewhere))
     if unexpected:
         raise ValueError(

@@ -7,7 +7,7 @@ once, on the meta device, by `from_vision_text_configs`, and stored, so that bui
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .hub import AUTO_MAP
-from .parts import MODALITIES, PARTS, TRAINABLE
+from .parts import MODALITIES, PARTS, TRAINABLE, VISION_PARTS
 from .transformers_compat import CACHE_NAMES, CompositeConfig, SubConfigSpec
 
 
@@ -39,6 +39,11 @@ RECORD_KEYS = ("name_or_path", "revision", "dtype", "fingerprint")
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 _SERIALIZED_TRANSFORMERS_KEYS = {"model_type", "auto_map", "_name_or_path", "output_attentions", "quantization_config"}
+
+
+def as_list_of_towers(towers: Any) -> list[Any]:
+    """The vision towers of an argument that takes one, none, or a list of them."""
+    return list(towers) if isinstance(towers, (list, tuple)) else [] if towers is None else [towers]
 
 
 @strict
@@ -92,6 +97,13 @@ class FrozenPrefixConfig(CompositeConfig):
             `"none"`: a prefix per frame, one after another. `"mean"`: one prefix for the mean of the frames' features,
             so their order is lost. `"connector"`: the positions of all frames, with a code of time, are one sequence for
             a connector that reads positions (`resampler`, `transformer`, `qformer`, `lstm`), which writes one prefix.
+        vision_2_config, vision_3_config (`PreTrainedConfig` or `dict`, *optional*):
+            Full configs of further vision towers, whose features the one connector reads joined over the width with those of
+            the first, on its grid (see `vision_towers.join_features`).
+        vision_2_base_model, vision_3_base_model (`dict`, *optional*): records of those backbones.
+        vision_2_feature_layer, vision_3_feature_layer: as `vision_feature_layer`, each tower's own.
+        vision_2_geometry, vision_3_geometry (`dict`, *optional*):
+            `num_leading_tokens`, `num_positions`, `vision_width` and `grid` of those towers, probed.
         audio_config (`PreTrainedConfig` or `dict`, *optional*):
             Full config of an audio encoder. Set, the model takes audio; it may then have no vision tower at all.
         audio_base_model (`dict`, *optional*): record of that backbone.
@@ -103,7 +115,8 @@ class FrozenPrefixConfig(CompositeConfig):
             Geometry of the audio tower, probed. No number of positions where longer audio has more.
         video_token_id, audio_token_id (`int`, *optional*): as `image_token_id`; the ids that follow it by default.
         trainable (`tuple[str]`, defaults to `("connector",)`):
-            Which of `"connector"`, `"vision"`, `"text"`, `"audio"` train. All else is frozen, bit for bit.
+            Which of `"connector"`, `"vision"`, `"text"`, `"audio"`, `"vision_2"`, `"vision_3"` train. All else is frozen, bit
+            for bit.
         loss_config (`dict`):
             Options of the training loss: `label_smoothing`, `z_loss`, `chunk_size` (see
             `modeling_frozen.losses.check_loss_config`). In evaluation the loss is the plain one.
@@ -169,6 +182,8 @@ class FrozenPrefixConfig(CompositeConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True),
+        "vision_2_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
+        "vision_3_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
     }
 
     # The class before `dict`: transformers' check tries one after the other, and writes a whole config into each refusal.
@@ -192,6 +207,14 @@ class FrozenPrefixConfig(CompositeConfig):
     text_hidden_size: int | None = None
     text_num_layers: int | None = None
     image_token_id: int | None = None
+    vision_2_config: PreTrainedConfig | dict | None = None
+    vision_2_base_model: dict | None = None
+    vision_2_feature_layer: int | list[int] = -1
+    vision_2_geometry: dict | None = None
+    vision_3_config: PreTrainedConfig | dict | None = None
+    vision_3_base_model: dict | None = None
+    vision_3_feature_layer: int | list[int] = -1
+    vision_3_geometry: dict | None = None
     num_frames: int | None = None
     video_pooling: Literal["none", "mean", "connector"] = "none"
     video_token_id: int | None = None
@@ -297,7 +320,7 @@ class FrozenPrefixConfig(CompositeConfig):
     @property
     def connector_arguments(self) -> dict[str, Any]:
         """What `build_connector` and `check_connector` ask of the connector between tower and language model."""
-        return self._connector_arguments("", self.vision_width)
+        return self._connector_arguments("", self.features_width)
 
     @property
     def audio_connector_arguments(self) -> dict[str, Any]:
@@ -312,6 +335,24 @@ class FrozenPrefixConfig(CompositeConfig):
             "grid": None if prefix else self.vision_grid,
             **{key: getattr(self, prefix + key) for key in keys},
         }
+
+    @property
+    def vision_parts(self) -> tuple[str, ...]:
+        """The vision towers, by part: `("vision",)`, and of several `"vision_2"` and `"vision_3"` too."""
+        return tuple(part for part in VISION_PARTS if getattr(self, f"{part}_config") is not None)
+
+    def geometry_of(self, part: str) -> dict[str, Any]:
+        """`num_leading_tokens`, `num_positions`, `vision_width` and `grid` of a vision tower."""
+        if part != "vision":
+            return getattr(self, f"{part}_geometry") or {}
+        keys = ("num_leading_tokens", "num_positions", "vision_width")
+        return {**{key: getattr(self, key) for key in keys}, "grid": self.vision_grid}
+
+    @property
+    def features_width(self) -> int | None:
+        """Width of what the connector reads of an image: of all vision towers together."""
+        widths: list[Any] = [self.geometry_of(part).get("vision_width") for part in self.vision_parts]
+        return None if None in widths or not widths else sum(widths)
 
     @property
     def resolved_fused_inputs(self) -> tuple[str, ...]:
@@ -347,7 +388,7 @@ class FrozenPrefixConfig(CompositeConfig):
 
     @property
     def backbone_configs(self) -> dict[str, PreTrainedConfig]:
-        """Configs of the backbones that the model has, by part: `"vision"`, `"text"`, `"audio"`."""
+        """Configs of the backbones that the model has, by part: `"vision"`, `"text"`, `"audio"`, `"vision_2"` …"""
         configs = {part: getattr(self, f"{part}_config") for part in PARTS}
         return {part: config for part, config in configs.items() if config is not None}
 
@@ -401,6 +442,7 @@ class FrozenPrefixConfig(CompositeConfig):
         # not: a default may be another one in a later version, and a checkpoint stays what it is.
         unset = {name for name, field in self.__dataclass_fields__.items() if field.default is None or field.default is False}
         absent = tuple(f"{modality}_" for modality in MODALITIES if modality not in self.media)
+        absent += tuple(f"{part}_" for part in VISION_PARTS[1:] if part not in self.vision_parts)
         return {
             key: value
             for key, value in super().to_diff_dict().items()
@@ -417,8 +459,9 @@ class FrozenPrefixConfig(CompositeConfig):
         unknown = [part for part in self.trainable if part not in TRAINABLE]
         if unknown:
             raise ValueError(f"`trainable` holds {unknown}, but only {list(TRAINABLE)} can train: remove or correct them.")
-        if isinstance(self.vision_feature_layer, list) and not self.vision_feature_layer:
-            raise ValueError("`vision_feature_layer=[]` reads no layer: give one index, such as -1, or a list of them.")
+        for part in VISION_PARTS:
+            if getattr(self, f"{part}_feature_layer") == []:
+                raise ValueError(f"`{part}_feature_layer=[]` reads no layer: give one index, such as -1, or a list of them.")
         if self.image_token_id is not None and self.image_token_id < 0:
             raise ValueError(f"`image_token_id={self.image_token_id}` is negative; token ids start at 0.")
         if self.prefix_length is not None and self.prefix_length < 1:
@@ -432,7 +475,8 @@ class FrozenPrefixConfig(CompositeConfig):
         self._validate_media()
         self._validate_classifier()
         self._validate_retrieval()
-        if self.vision_width is None or self.embedding_dim is None:
+        self._validate_towers()
+        if self.features_width is None or self.embedding_dim is None:
             return  # geometry unknown yet: from_vision_text_configs fills it, and checks then
         from .connectors import check_connector
 
@@ -478,6 +522,32 @@ class FrozenPrefixConfig(CompositeConfig):
             raise ValueError(
                 f"`prefix_lengths={lengths}` of the connector {self.connector_type!r} must be squares (1, 4, 16 …), and go "
                 f"without `output_size`: {wrong or self.connector_config} does not fit."
+            )
+
+    def _validate_towers(self) -> None:
+        parts = self.vision_parts
+        if parts != VISION_PARTS[: len(parts)]:
+            raise ValueError(
+                f"The vision towers of this config are {list(parts)}: a further one comes behind {list(VISION_PARTS[:2])}, so "
+                "that their order says which one's grid counts."
+            )
+        if len(parts) < 2:
+            return
+        for part in parts:
+            grid, positions = (self.geometry_of(part).get(key) for key in ("grid", "num_positions"))
+            if not isinstance(grid, (list, tuple)) and self.vision_width is not None:
+                found = "none" if grid is None else "one of each image (NaFlex)"
+                raise ValueError(
+                    f"Several vision towers are joined on the grid of the first, and the {PARTS[part].description} "
+                    f"({self.backbone_configs[part].model_type}) has {found} with "
+                    f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: its {positions} positions can't "
+                    "be brought to another one. Take `vision_feature_select_strategy='default'`, towers of images of one "
+                    "size, or this tower alone."
+                )
+        if self.num_frames is not None:
+            raise ValueError(
+                f"`num_frames={self.num_frames}` samples frames for one vision tower, and this model has {len(parts)}: join "
+                "it with one tower for videos, or leave `num_frames` out."
             )
 
     def _validate_records(self) -> None:
@@ -589,7 +659,7 @@ class FrozenPrefixConfig(CompositeConfig):
     @classmethod
     def from_vision_text_configs(
         cls,
-        vision_config: PreTrainedConfig | None,
+        vision_config: PreTrainedConfig | Sequence[PreTrainedConfig] | None,
         text_config: PreTrainedConfig,
         image_processor: Any = None,
         *,
@@ -603,9 +673,11 @@ class FrozenPrefixConfig(CompositeConfig):
 
         Args:
             vision_config, text_config (`PreTrainedConfig`):
-                Configs of the two backbones. Without a vision tower (`None`) there must be an audio tower.
+                Configs of the two backbones. Without a vision tower (`None`) there must be an audio tower. Of several vision
+                towers for one prefix a list, the one on whose grid they are joined first.
             image_processor (`BaseImageProcessor`, *optional*):
-                The tower's own. It gives the size of the images, which many configs don't, or give wrongly.
+                The tower's own. It gives the size of the images, which many configs don't, or give wrongly. Of several
+                towers a list, with `None` where there is none.
             audio_config (`PreTrainedConfig`, *optional*): of an audio encoder, for a model that takes audio.
             feature_extractor (*optional*): the audio encoder's own; it gives the shape of its inputs.
             kwargs: any other key of this class.
@@ -617,25 +689,33 @@ class FrozenPrefixConfig(CompositeConfig):
         from .connectors import norm_of_each_layer
         from .vision_towers import probe_vision_tower, vision_half
 
-        if vision_config is None and audio_config is None:
+        towers = as_list_of_towers(vision_config)
+        if not towers and audio_config is None:
             raise ValueError(
                 "`vision_config` and `audio_config` are both `None`: a model needs a vision or an audio tower beside its "
                 "language model."
             )
-        if vision_config is not None:
-            vision_config = vision_half(vision_config)
-            geometry = probe_vision_tower(
-                vision_config,
-                layer=kwargs.get("vision_feature_layer", cls.vision_feature_layer),
-                select_strategy=kwargs.get("vision_feature_select_strategy", cls.vision_feature_select_strategy),
-                image_processor=image_processor,
+        image_processors = image_processor if isinstance(image_processor, (list, tuple)) else [image_processor] * len(towers)
+        if len(towers) > len(VISION_PARTS) or len(image_processors) != len(towers):
+            raise ValueError(
+                f"{len(towers)} vision towers with {len(image_processors)} image processors: give one for each of at most "
+                f"{len(VISION_PARTS)} towers."
             )
-            kwargs.setdefault("num_leading_tokens", geometry.num_leading_tokens)
-            kwargs.setdefault("num_positions", geometry.num_positions)
-            kwargs.setdefault("vision_width", geometry.vision_width)
-            kwargs.setdefault("vision_grid", geometry.grid)
+        layer_widths: list[int] = []
+        for part, tower, own_processor in zip(VISION_PARTS, towers, image_processors, strict=False):
+            kwargs[f"{part}_config"] = vision_half(tower)
+            geometry = probe_vision_tower(
+                kwargs[f"{part}_config"],
+                layer=kwargs.get(f"{part}_feature_layer", -1),
+                select_strategy=kwargs.get("vision_feature_select_strategy", cls.vision_feature_select_strategy),
+                image_processor=own_processor,
+            )
+            layer_widths += geometry.layer_widths or (geometry.vision_width,)
+            for key, value in geometry.as_config(part).items():
+                kwargs.setdefault(key, value)
+        if towers:
             kwargs["connector_config"] = norm_of_each_layer(
-                kwargs.get("connector_type", cls.connector_type), kwargs.get("connector_config"), geometry.layer_widths
+                kwargs.get("connector_type", cls.connector_type), kwargs.get("connector_config"), layer_widths
             )
         if audio_config is not None:
             from .audio_towers import audio_half, probe_audio_tower
@@ -657,7 +737,7 @@ class FrozenPrefixConfig(CompositeConfig):
 
             decoder = probe_decoder(text_config)
             kwargs["text_hidden_size"], kwargs["text_num_layers"] = decoder.hidden_size, decoder.num_layers
-        return cls(vision_config=vision_config, text_config=text_config, **kwargs)
+        return cls(text_config=text_config, **{"vision_config": None, **kwargs})
 
 
 if __name__.startswith("transformers_modules."):

@@ -15,12 +15,14 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from .backbones import refuse_pickles
 from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import build_connector
+from .parts import VISION_PARTS
 
 
 # What a config holds of its connector, and not of the backbones.
 CONNECTOR_KEYS = (
     "connector_type", "connector_config", "prefix_length", "prefix_lengths", "vision_feature_layer",
     "vision_feature_select_strategy", "num_leading_tokens", "num_positions", "vision_width", "vision_grid",
+    *(f"{part}_{key}" for part in VISION_PARTS[1:] for key in ("feature_layer", "geometry")),
 )  # fmt: skip
 DEFAULT = "default"
 
@@ -71,7 +73,7 @@ def load_connector(model: Any, name_or_path: str, name: str, **hub_options: Any)
 
 
 def _refuse_other_backbones(model: Any, name: str, config: FrozenPrefixConfig) -> None:
-    for part in ("vision", "text"):
+    for part in (*VISION_PARTS, "text"):
         if part in (config.saved_parts or ()):
             raise ValueError(
                 f"`{name}` holds a {part} model of its own, so its connector was made for another one than the loaded: "

@@ -34,15 +34,21 @@ GEOMETRY = ("num_positions", "vision_width", "embedding_dim", "prefix_length", "
 
 
 class GroupedLayerNorm(nn.LayerNorm):
-    """A LayerNorm over each of `groups` equal parts of the width, so that none of several concatenated layers rules."""
+    """A LayerNorm over each of several parts of the width, so that none of several layers or towers rules: `groups` equal
+    parts, or parts of these widths."""
 
-    def __init__(self, width: int, groups: int, eps: float):
+    def __init__(self, width: int, groups: int | Sequence[int], eps: float):
         super().__init__(width, eps=eps)
         self.groups = groups
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        parts = input.unflatten(-1, (self.groups, -1))
-        return nn.functional.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight + self.bias
+        if isinstance(self.groups, int):
+            parts = input.unflatten(-1, (self.groups, -1))
+            normed = nn.functional.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
+        else:
+            unequal = input.split(list(self.groups), dim=-1)
+            normed = torch.cat([nn.functional.layer_norm(one, one.shape[-1:], eps=self.eps) for one in unequal], dim=-1)
+        return normed * self.weight + self.bias
 
 
 def fill_layers(module: nn.Module) -> None:
@@ -82,8 +88,9 @@ class Connector(nn.Module):
         grid (`tuple[int, int]` or `"variable"`, *optional*):
             Rows and columns of the positions, for connectors that read a grid; `"variable"` where each image has its own.
         input_norm (`bool`, defaults to `True`): LayerNorm on the features; without it the tower's own scale comes through.
-        input_norm_groups (`int`, defaults to 1):
-            Equal parts of the width that are normalised each for itself: as many as layers of the tower are concatenated.
+        input_norm_groups (`int` or `list[int]`, defaults to 1):
+            Equal parts of the width that are normalised each for itself: as many as layers or towers are concatenated. A list
+            gives their widths where these differ.
         position_embedding (`bool`, defaults to `False`): learned embeddings added to the features, for towers whose features
             do not hold their place (convolutional maps) before connectors that read positions as a set; needs
             `num_positions`.
@@ -110,7 +117,7 @@ class Connector(nn.Module):
         prefix_length: int | None,
         grid: Sequence[int] | str | None = None,
         input_norm: bool = True,
-        input_norm_groups: int = 1,
+        input_norm_groups: int | Sequence[int] = 1,
         position_embedding: bool = False,
         input_dropout: float = 0.0,
         output_dropout: float = 0.0,
@@ -120,7 +127,7 @@ class Connector(nn.Module):
         self.grid = grid if grid is None or isinstance(grid, str) else (grid[0], grid[1])
         self.prefix_length = prefix_length
         self.input_norm: nn.Module = nn.Identity()
-        if input_norm and input_norm_groups > 1:
+        if input_norm and input_norm_groups != 1:
             self.input_norm = GroupedLayerNorm(vision_width, input_norm_groups, eps=1e-6)
         elif input_norm:
             self.input_norm = nn.LayerNorm(vision_width, eps=1e-6)
@@ -215,6 +222,9 @@ class Connector(nn.Module):
                 pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_positive_int, value))
                 if not pair and value is not None:
                     problems.append(f"{name}={value!r} must be a pair of positive whole numbers, rows and columns")
+            elif name == "input_norm_groups" and isinstance(value, (list, tuple)):
+                if not value or not all(map(_is_positive_int, value)):
+                    problems.append(f"{name}={value!r} must be a number of equal parts, or a list of positive widths")
             elif isinstance(default, bool):
                 if not isinstance(value, bool):
                     problems.append(f"{name}={value!r} must be True or False")
@@ -227,7 +237,12 @@ class Connector(nn.Module):
             if values.get("num_layers", 0) > MAX_LAYERS:
                 problems.append(f"num_layers={values['num_layers']} must be at most {MAX_LAYERS}")
             groups = values.get("input_norm_groups", 1)
-            if vision_width % groups:
+            if not isinstance(groups, int):
+                if sum(groups) != vision_width:
+                    problems.append(
+                        f"input_norm_groups={list(groups)} must have the features' width, {vision_width}, as its sum"
+                    )
+            elif vision_width % groups:
                 problems.append(f"input_norm_groups={groups} must divide the features' width, {vision_width}")
             width, heads = values.get("hidden_size"), values.get("num_heads")
             if heads is not None and width % heads:
@@ -1086,12 +1101,12 @@ def build_connector(connector_type: str, *, connector_config: dict[str, Any] | N
 def norm_of_each_layer(
     connector_type: str, connector_config: dict[str, Any] | None, layer_widths: Sequence[int]
 ) -> dict[str, Any] | None:
-    """`connector_config` for features of several layers: each has its own norm, unless it is set there or widths differ."""
+    """`connector_config` for features of several layers or towers: each has its own norm, unless it is set there."""
     options = CONNECTORS[connector_type].options() if connector_type in CONNECTORS else {}
-    several = len(layer_widths) > 1 and len(set(layer_widths)) == 1
-    if not several or "input_norm_groups" not in options:
+    if len(layer_widths) < 2 or "input_norm_groups" not in options:
         return connector_config
-    return {"input_norm_groups": len(layer_widths), **(connector_config or {})}
+    groups = len(layer_widths) if len(set(layer_widths)) == 1 else list(layer_widths)
+    return {"input_norm_groups": groups, **(connector_config or {})}
 
 
 def draws(module: nn.Module) -> bool:

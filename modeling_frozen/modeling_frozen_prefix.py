@@ -35,7 +35,7 @@ from .generation_frozen_prefix import FrozenPrefixGenerationMixin
 from .losses import LossPlan
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from .padding import counts_fit, describe_mismatch, pad_right, position_ids_from_mask, reads_in_chunks, words_of
-from .parts import MODALITIES, PARTS, FrozenPrefixKwargs, take_media
+from .parts import FURTHER_IMAGE_INPUTS, MODALITIES, PARTS, FrozenPrefixKwargs, input_of, take_media
 from .prefix_cache import PrefixCache, prefix_output
 from .prefix_sharing import SharedStart, encode_alike, find_shared_start, read_shared_start
 from .transformers_compat import (
@@ -46,11 +46,11 @@ from .transformers_compat import (
     forward_parameters,
     takes_cache,
 )
-from .vision_towers import build_vision_tower, encode_images
+from .vision_towers import build_vision_tower, encode_images, join_features
 
 
 # Inputs of images that mean nothing without `pixel_values` or `vision_features`.
-_WITH_A_SOURCE = ("image_index", "vision_features_mask")
+_WITH_A_SOURCE = ("image_index", "vision_features_mask", *FURTHER_IMAGE_INPUTS)
 
 
 def _gradients_through(tower: nn.Module, inputs: torch.Tensor) -> torch.set_grad_enabled:
@@ -142,6 +142,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     vision_tower: PreTrainedModel
     language_model: PreTrainedModel
     audio_tower: PreTrainedModel
+    vision_tower_2: PreTrainedModel
+    vision_tower_3: PreTrainedModel
     connector: Connector
     audio_connector: Connector
     cross_attention: GatedCrossAttention | None
@@ -149,7 +151,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     def __init__(self, config: FrozenPrefixConfig):
         super().__init__(config)
         has_vision, has_audio = config.vision_config is not None, config.audio_config is not None
-        known = (not has_vision or config.vision_width is not None) and (not has_audio or config.audio_width is not None)
+        known = (not has_vision or config.features_width is not None) and (not has_audio or config.audio_width is not None)
         if not known or config.embedding_dim is None:
             raise ValueError(
                 "This config does not know the geometry of its backbones (`vision_width`, `embedding_dim`): build it with "
@@ -164,9 +166,9 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             "text": functools.partial(build_language_model, headless=config.text_headless),
             "audio": build_audio_tower,
         }
-        for name, build in builders.items():
-            backbone = build(getattr(config, f"{name}_config")) if name in built else None
-            self.register_module(PARTS[name].attribute, backbone)
+        for name, part in PARTS.items():
+            backbone = builders[part.kind](getattr(config, f"{name}_config")) if name in built else None
+            self.register_module(part.attribute, backbone)
         self.connector = build_connector(**config.connector_arguments) if has_vision else None  # type: ignore[assignment]
         self.audio_connector = build_connector(**config.audio_connector_arguments) if has_audio else None  # type: ignore[assignment]
         self.cross_attention = None
@@ -294,33 +296,29 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             image_index (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 For every image in reading order its row in `pixel_values` or `vision_features`, so that an image that
                 stands in several places is encoded once. Left out, each row stands once, in order.
+            pixel_values_2, pixel_values_3, vision_features_2, vision_features_3 (`torch.FloatTensor`, *optional*):
+                The same images as a second and third vision tower read them, or their features, of models with several.
             prefix_length (`int`, *optional*): one of `config.prefix_lengths`; the longest by default.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is a list of one tensor `(prefix_length, embedding_dim)` per
-            image (of `image_index`, where passed); the other fields are the tower's own, one row per image that it read, and
-            `None` where features were passed. Pass it on as `mm_encoder_outputs={"image": output}`.
+            image (of `image_index`, where passed); the other fields are the (first) tower's own, one row per image that it
+            read, and `None` where features were passed. Pass it on as `mm_encoder_outputs={"image": output}`.
 
         Raises:
             ValueError: for neither or both of `pixel_values` and `vision_features`, features of another width, an index out
             of range, or a length that the model was not made for.
         """
         self._check_length(prefix_length)
-        features: torch.Tensor
-        outputs: ModelOutput | None = None
-        if vision_features is not None and pixel_values is None:
-            features, mask = vision_features, self._check_features(vision_features, vision_features_mask)
-        elif pixel_values is not None and vision_features is None:
-            if vision_features_mask is not None:
-                raise ValueError("`vision_features_mask` goes with `vision_features`, and `pixel_values` were passed.")
-            options: dict[str, Any] = {
-                "pixel_attention_mask": pixel_attention_mask,
-                "spatial_shapes": spatial_shapes,
-                "interpolate_pos_encoding": interpolate_pos_encoding,
-            }
-            features, mask, outputs = self._encode_pixels(pixel_values, options, kwargs)
-        else:
-            raise ValueError("You must specify exactly one of pixel_values or vision_features")
+        media = {
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+            "vision_features": vision_features,
+            "vision_features_mask": vision_features_mask,
+        }
+        features, mask, outputs = self.read_images(take_media(kwargs, **media), kwargs)
         grids: torch.Tensor | None = spatial_shapes
         index = None if image_index is None else _checked_index(image_index, len(features)).to(features.device)
         if index is not None and draws(self.connector):
@@ -359,7 +357,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             )
         videos, frames = pixel_values_videos.shape[:2]
         options = {"interpolate_pos_encoding": interpolate_pos_encoding}
-        features, _, outputs = self._encode_pixels(pixel_values_videos.flatten(0, 1), options, kwargs)
+        features, _, outputs = self._encode_pixels("vision", pixel_values_videos.flatten(0, 1), options, kwargs)
         by_video = features.unflatten(0, (videos, frames))
         if self.config.video_pooling == "none":
             prefix = self._connect(self.connector, features).unflatten(0, (videos, frames)).flatten(1, 2)
@@ -394,7 +392,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             `mm_encoder_outputs={"audio": output}`.
         """
         self._require("audio")
-        self._refuse_unloaded("audio")
+        self._refuse_unloaded("audio", "")
         options = {"is_longer": is_longer, **_output_flags(kwargs)}
         with _gradients_through(self.audio_tower, input_features):
             features, mask, outputs = encode_audio(
@@ -410,15 +408,65 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         prefix = self._connect(self.audio_connector, features, attention_mask=mask)
         return prefix_output(self._by_placeholder(prefix), outputs)
 
-    def _check_features(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    def read_images(self, media: dict[str, Any], kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput | None]:
+        """
+        What the connector reads of images: what the vision tower makes of them, or several, joined.
+
+        Args:
+            media (`dict`): what there is of the inputs of images.
+            kwargs (`dict`): flags of what the tower is to return.
+
+        Returns:
+            The features `(images, positions, width)`; a mask `(images, positions)`, true at real positions, or `None` where
+            all are; the first tower's own output, where it ran.
+
+        Raises:
+            ValueError: for a tower with neither or both of `pixel_values` and `vision_features`, or inputs of one that the
+                model lacks.
+        """
         self._require("image")
-        width = self.config.vision_width
+        parts = self.config.vision_parts
+        known = [input_of(part, name) for part in parts for name in MODALITIES["image"].sources]
+        if unknown := [name for name in FURTHER_IMAGE_INPUTS if media.get(name) is not None and name not in known]:
+            raise ValueError(
+                f"{unknown} were passed, and this model has {len(parts)} vision tower{'s' * (len(parts) > 1)}, which read"
+                f"{'s' * (len(parts) == 1)} {known}: take a processor, or stored features, made for this model."
+            )
+        if len(parts) > 1 and media.get("vision_features_mask") is not None:
+            raise ValueError("`vision_features_mask` goes with one vision tower: several give a grid each, without padding.")
+        read = [self._read_images(part, media, kwargs) for part in parts]
+        if len(parts) == 1:
+            return read[0]
+        features, _, outputs = zip(*read, strict=True)
+        return join_features(features, [self.config.geometry_of(part)["grid"] for part in parts]), None, outputs[0]
+
+    def _read_images(
+        self, part: str, media: dict[str, Any], kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput | None]:
+        pixels, stored = (input_of(part, name) for name in MODALITIES["image"].sources)
+        pixel_values: Any = media.get(pixels)
+        features, mask = media.get(stored), media.get("vision_features_mask")
+        if (pixel_values is None) == (features is None):
+            raise ValueError(
+                f"You must specify exactly one of {pixels} or {stored}"
+                + (f", which the {PARTS[part].description} reads" if len(self.config.vision_parts) > 1 else "")
+            )
+        if features is not None:
+            return features, self._check_features(part, features, mask), None
+        if mask is not None:
+            raise ValueError(f"`vision_features_mask` goes with `vision_features`, and `{pixels}` were passed.")
+        names = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
+        return self._encode_pixels(part, pixel_values, {name: media.get(name) for name in names}, kwargs)
+
+    def _check_features(self, part: str, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        width = self.config.geometry_of(part)["vision_width"]
         if features.ndim != 3 or features.shape[-1] != width or not features.is_floating_point():
             raise ValueError(
-                f"`vision_features` of shape {tuple(features.shape)} and {features.dtype} should be (images, positions, "
-                f"{width}) of a float dtype: what the tower gives the connector at `vision_feature_layer="
-                f"{self.config.vision_feature_layer}`, behind `vision_feature_select_strategy="
-                f"{self.config.vision_feature_select_strategy!r}`. `cache_vision_features` makes them."
+                f"`{input_of(part, 'vision_features')}` of shape {tuple(features.shape)} and {features.dtype} should be "
+                f"(images, positions, {width}) of a float dtype: what the {PARTS[part].description} gives the connector at "
+                f"`{part}_feature_layer={getattr(self.config, f'{part}_feature_layer')}`, behind "
+                f"`vision_feature_select_strategy={self.config.vision_feature_select_strategy!r}`. `cache_vision_features` "
+                "makes them."
             )
         if mask is not None and mask.shape != features.shape[:2]:
             raise ValueError(
@@ -428,23 +476,25 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         return None if mask is None else mask.to(features.device, torch.bool)
 
     def _encode_pixels(
-        self, pixel_values: torch.Tensor, options: dict[str, Any], kwargs: dict[str, Any]
+        self, part: str, pixel_values: torch.Tensor, options: dict[str, Any], kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput]:
-        self._require("image")
-        self._refuse_unloaded("vision", ", or pass `vision_features`, which `cache_vision_features` stores")
-        with _gradients_through(self.vision_tower, pixel_values):
+        self._refuse_unloaded(part, f", or pass `{input_of(part, 'vision_features')}`, which `cache_vision_features` stores")
+        tower = getattr(self, PARTS[part].attribute)
+        with _gradients_through(tower, pixel_values):
             return encode_images(
-                self.vision_tower,
+                tower,
                 pixel_values,
-                layer=self.config.vision_feature_layer,
+                layer=getattr(self.config, f"{part}_feature_layer"),
                 select_strategy=self.config.vision_feature_select_strategy,
-                num_leading_tokens=self.config.num_leading_tokens or 0,
+                num_leading_tokens=self.config.geometry_of(part)["num_leading_tokens"] or 0,
                 **{key: value for key, value in {**options, **_output_flags(kwargs)}.items() if value is not None},
             )
 
-    def _refuse_unloaded(self, part: str, or_else: str = "") -> None:
-        if getattr(self, f"{part}_tower") is None:
-            raise ValueError(f'The {part} tower is not loaded: load it by `model.load_base_model("{part}")`{or_else}.')
+    def _refuse_unloaded(self, part: str, or_else: str) -> None:
+        if getattr(self, PARTS[part].attribute) is None:
+            raise ValueError(
+                f'The {PARTS[part].description} is not loaded: load it by `model.load_base_model("{part}")`{or_else}.'
+            )
 
     def _require(self, modality: str) -> None:
         if modality not in self.config.media:
@@ -886,6 +936,8 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
                 `modeling_frozen.data.feature_cache`). The tower then need not be loaded.
             vision_features_mask (`torch.BoolTensor` of shape `(num_images, positions)`, *optional*):
                 True at real positions, where their number varies.
+            pixel_values_2, pixel_values_3, vision_features_2, vision_features_3 (`torch.FloatTensor`, *optional*):
+                The same of a second and third vision tower, of models with several.
             image_index (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 For every image of the batch in reading order its row in `pixel_values` or `vision_features`, so that an
                 image of several samples is encoded once.

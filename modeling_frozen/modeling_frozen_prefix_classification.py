@@ -165,7 +165,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         embedding_dim: Any = config.embedding_dim  # without it FrozenPrefixModel raises
         widths: dict[str, Any] = {
             "text": config.text_width,
-            "image": config.vision_width if self._reads_tower else embedding_dim,
+            "image": config.features_width if self._reads_tower else embedding_dim,
         }
         in_features = sum(widths.get(name, embedding_dim) for name in config.resolved_fused_inputs)
         num_labels: Any = config.num_labels  # transformers sets it
@@ -180,7 +180,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision_model_name_or_path: str | PreTrainedModel | None,
+        vision_model_name_or_path: str | PreTrainedModel | Sequence[str | PreTrainedModel] | None,
         text_model_name_or_path: str | PreTrainedModel,
         audio_model_name_or_path: str | PreTrainedModel | None = None,
         *,
@@ -282,13 +282,9 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
 
     def _tower_embeddings(self, media: dict[str, Any]) -> list[torch.Tensor]:
         """One `(positions, vision_width)` per image: what the connector would read."""
-        features, mask = media.get("vision_features"), media.get("vision_features_mask")
-        if features is None:
-            if media.get("pixel_values") is None:
-                raise ValueError("This classifier reads images, but there is none: pass `pixel_values`.")
-            names = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
-            options = {name: media.get(name) for name in names}
-            features, mask, _ = self.model._encode_pixels(media["pixel_values"], options, {})
+        if media.get("vision_features") is None and media.get("pixel_values") is None:
+            raise ValueError("This classifier reads images, but there is none: pass `pixel_values`.")
+        features, mask, _ = self.model.read_images(media, {})
         rows = [row if mask is None else row[mask[index].bool()] for index, row in enumerate(features)]
         index = media.get("image_index")
         return rows if index is None else [rows[one] for one in index.tolist()]

@@ -3,6 +3,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,13 @@ from .checkpoints import (
     weight_files,
     while_loading,
 )
-from .configuration_frozen_prefix import FrozenPrefixConfig
+from .configuration_frozen_prefix import FrozenPrefixConfig, as_list_of_towers
 from .connector_switching import DEFAULT, connector_specs, load_connector, set_connector
 from .connectors import Connector, Head
 from .cross_attention import GatedCrossAttention, decoder_layers
 from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
 from .hub import auto_map_of, complete_copy, complete_repository, prepare_for_pushes
-from .parts import MODALITIES, PARTS
+from .parts import MODALITIES, PARTS, VISION_PARTS
 from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens
 from .weights import align_weights
 
@@ -103,7 +104,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
 
     @property
     def backbones(self) -> dict[str, PreTrainedModel]:
-        """The loaded backbones by part: `"vision"`, `"text"`, `"audio"`."""
+        """The loaded backbones by part: `"vision"`, `"text"`, `"audio"`, and further vision towers, `"vision_2"`."""
         modules = {part: getattr(self.base_model, one.attribute, None) for part, one in PARTS.items()}
         return {part: module for part, module in modules.items() if module is not None}
 
@@ -315,9 +316,10 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 Id on the Hub or folder of the checkpoint, or of an adapter of one.
             vision_base_model, text_base_model, audio_base_model (`str`, *optional*):
-                Another place, or another model, for that backbone. It is taken unchecked, and recorded.
+                Another place, or another model, for that backbone. It is taken unchecked, and recorded. Of further vision
+                towers `vision_2_base_model` and `vision_3_base_model`.
             load_vision_tower (`bool`, defaults to `True`):
-                `False` leaves the tower where it is, for a model that takes `vision_features`; see
+                `False` leaves the tower (of several, all) where it is, for a model that takes `vision_features`; see
                 [`cache_vision_features`] and [`load_base_model`].
             kwargs: as `PreTrainedModel.from_pretrained`. `dtype`, `device_map` and the options about reaching the Hub
                 go on to the backbones; `quantization_config` to the language model; options prefixed with `vision_`,
@@ -329,6 +331,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             OSError: transformers' own, if a repository can't be reached.
         """
         named = {"vision": vision_base_model, "text": text_base_model, "audio": audio_base_model}
+        named |= {part: kwargs.pop(f"{part}_base_model", None) for part in VISION_PARTS[1:]}
         overrides = {part: name for part, name in named.items() if name is not None}
         options = split_part_options(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
@@ -342,19 +345,22 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             model._finish_loading()
         else:
             name = str(name)
-            if not load_vision_tower and "vision" in overrides:
-                raise ValueError("`load_vision_tower=False` and `vision_base_model` contradict each other: leave one out.")
-            left_out = frozenset(() if load_vision_tower else ("vision",))
+            left_out = frozenset(() if load_vision_tower else VISION_PARTS)
+            if replaced := left_out.intersection(overrides):
+                raise ValueError(
+                    f"`load_vision_tower=False` and `{min(replaced)}_base_model` contradict each other: leave one out."
+                )
             dtypes = {part: own.get("dtype") for part, own in options.items()}
             with while_loading(Loading(left_out.union(overrides), dtypes)) as state:
                 loaded = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
             model, info = loaded
             starts_head = model._refuse_missing(name, info)
             refuse_unexpected(model, name, info, state.attached)
-            if left_out and "vision" in (PARTS if model.config.saved_parts is None else model.config.saved_parts):
+            held = PARTS if model.config.saved_parts is None else model.config.saved_parts
+            for part in sorted(left_out.intersection(held, model.config.vision_parts)):
                 raise ValueError(
-                    f"The checkpoint `{name}` holds the vision tower itself, so it can't be left where it is: load the model "
-                    "without `load_vision_tower=False`."
+                    f"The checkpoint `{name}` holds the {PARTS[part].description} itself, so it can't be left where it is: "
+                    "load the model without `load_vision_tower=False`."
                 )
             refill(model, name, overrides, options, left_out)
             model._finish_loading()
@@ -428,7 +434,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision_model_name_or_path: str | PreTrainedModel | None,
+        vision_model_name_or_path: str | PreTrainedModel | Sequence[str | PreTrainedModel] | None,
         text_model_name_or_path: str | PreTrainedModel,
         audio_model_name_or_path: str | PreTrainedModel | None = None,
         *,
@@ -446,7 +452,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         Args:
             vision_model_name_or_path (`str` or `PreTrainedModel`):
                 Any vision model of transformers: an id, a folder, or a loaded model (saved whole later, as it has no source;
-                what was quantised has the one that transformers remembers). `None` for a model of audio alone.
+                what was quantised has the one that transformers remembers). `None` for a model of audio alone. A list of up to
+                three for one prefix: each reads the image by its own image processor, and the connector their features, on the
+                grid of the first, side by side (Prismatic, arXiv 2402.07865); each has its norm.
             text_model_name_or_path (`str` or `PreTrainedModel`):
                 Any causal or encoder-decoder language model, likewise. Of a GGUF file its id or folder, with
                 `text_gguf_file="name.gguf"`.
@@ -473,10 +481,14 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         Raises:
             ValueError: if the two can't be joined, naming both widths or lengths and the way out.
         """
+        towers = as_list_of_towers(vision_model_name_or_path)
+        if len(towers) > len(VISION_PARTS):
+            raise ValueError(f"{len(towers)} vision towers: one connector reads at most {len(VISION_PARTS)} together.")
         sources: dict[str, Any] = {
-            "vision": vision_model_name_or_path,
+            "vision": None,
             "text": text_model_name_or_path,
             "audio": audio_model_name_or_path,
+            **dict(zip(VISION_PARTS, towers, strict=False)),
         }
         for part, source in list(sources.items()):
             if isinstance(source, nn.Module) and not isinstance(source, PreTrainedModel):
@@ -493,8 +505,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                 sources[part] = str(source)
         options = split_part_options(kwargs)
         if not load_vision_tower:
-            refuse_without_source("vision", sources.get("vision"))
-            options["vision"]["device_map"] = "meta"
+            for part in VISION_PARTS[: len(towers) or 1]:
+                refuse_without_source(part, sources.get(part))
+                options[part]["device_map"] = "meta"
         fields = set(FrozenPrefixConfig.__dataclass_fields__)
         config_options = {key: kwargs.pop(key) for key in list(kwargs) if key in fields and key != "dtype"}
         for key in (*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "attn_implementation"):
@@ -529,23 +542,26 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             for name, index in zip(tokens, ids, strict=True):
                 if config_options.get(f"{name}_token_id") is None:
                     config_options[f"{name}_token_id"] = index
-        image_processor = feature_extractor = None
-        if isinstance(sources.get("vision"), str):
-            image_processor = find_image_processor(sources["vision"], **hub_options["vision"])
+        feature_extractor = None
+        vision_parts = [part for part in VISION_PARTS if part in sources]
+        image_processors = [
+            find_image_processor(sources[part], **hub_options[part]) if isinstance(sources[part], str) else None
+            for part in vision_parts
+        ]
         if isinstance(sources.get("audio"), str):
             feature_extractor = find_feature_extractor(sources["audio"], **hub_options["audio"])
         config = FrozenPrefixConfig.from_vision_text_configs(
-            backbones["vision"][0].config if "vision" in backbones else None,
+            [backbones[part][0].config for part in vision_parts],
             language_model.config,
-            image_processor=image_processor,
+            image_processor=image_processors,
             audio_config=backbones["audio"][0].config if "audio" in backbones else None,
             feature_extractor=feature_extractor,
             embedding_dim=language_model_geometry(language_model).embedding_dim,
             **config_options,
         )
         model = cls._from_parts(config, backbones)
-        if not load_vision_tower:
-            model.unload_base_model("vision")
+        for part in () if load_vision_tower else vision_parts:
+            model.unload_base_model(part)
         return model
 
     @classmethod
@@ -573,7 +589,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         source elsewhere; for images it raises, with the way out. Unloading what is not loaded does nothing.
 
         Args:
-            part (`str`, defaults to `"vision"`): `"vision"` or `"audio"`.
+            part (`str`, defaults to `"vision"`): `"vision"`, `"vision_2"`, `"vision_3"` or `"audio"`.
 
         Raises:
             ValueError: for a tower that could not come back: it was trained or changed, or has no repository or folder.
@@ -586,7 +602,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         nothing.
 
         Args:
-            part (`str`, defaults to `"vision"`): `"vision"` or `"audio"`.
+            part (`str`, defaults to `"vision"`): `"vision"`, `"vision_2"`, `"vision_3"` or `"audio"`.
             kwargs: options of `from_pretrained` (`dtype`, `token`, `device_map`, …). The dtype is the recorded one by default,
                 the device that of the word embeddings.
 

@@ -8,6 +8,7 @@ Contrastive tuning with a lock on either side: with `trainable=("text",)` it is 
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +170,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision_model_name_or_path: str | PreTrainedModel | None,
+        vision_model_name_or_path: str | PreTrainedModel | Sequence[str | PreTrainedModel] | None,
         text_model_name_or_path: str | PreTrainedModel,
         audio_model_name_or_path: str | PreTrainedModel | None = None,
         **kwargs: Any,

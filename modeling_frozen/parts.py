@@ -3,7 +3,9 @@
 
 A part is a backbone: the vision tower, the language model, the audio tower. A modality is a tower, a connector that writes its
 prefix, a placeholder whose embeddings the prefix takes, and the inputs that bring it. Videos share the vision tower and its
-connector; audio has its own two. Whatever goes over parts or modalities goes over these tables.
+connector; audio has its own two. Several vision towers that one connector reads are parts of their own, so that record,
+fingerprint, loading and freezing are each one's; their inputs have its number. Whatever goes over parts or modalities goes
+over these tables.
 """
 
 from dataclasses import dataclass
@@ -21,19 +23,25 @@ class Part:
     Attributes:
         attribute: under which [`FrozenPrefixModel`] holds it.
         description: what messages call it.
+        kind: by which it is built, loaded and probed: `"vision"`, `"text"` or `"audio"`.
         can_be_unloaded: whether a model can do without it for a while.
     """
 
     attribute: str
     description: str
+    kind: str
     can_be_unloaded: bool = True
 
 
 PARTS = {
-    "vision": Part("vision_tower", "vision tower"),
-    "text": Part("language_model", "language model", can_be_unloaded=False),
-    "audio": Part("audio_tower", "audio tower"),
+    "vision": Part("vision_tower", "vision tower", "vision"),
+    "text": Part("language_model", "language model", "text", can_be_unloaded=False),
+    "audio": Part("audio_tower", "audio tower", "audio"),
+    "vision_2": Part("vision_tower_2", "second vision tower", "vision"),
+    "vision_3": Part("vision_tower_3", "third vision tower", "vision"),
 }
+# The towers whose features one connector can read together.
+VISION_PARTS = tuple(name for name, part in PARTS.items() if part.kind == "vision")
 # What `trainable` may name.
 TRAINABLE = ("connector", *PARTS)
 
@@ -48,6 +56,10 @@ class ImageInputs(TypedDict, total=False):
     pixel_attention_mask: torch.Tensor | None
     spatial_shapes: torch.LongTensor | None
     interpolate_pos_encoding: bool | None
+    pixel_values_2: torch.FloatTensor | None
+    pixel_values_3: torch.FloatTensor | None
+    vision_features_2: torch.FloatTensor | None
+    vision_features_3: torch.FloatTensor | None
 
 
 class VideoInputs(TypedDict, total=False):
@@ -115,7 +127,19 @@ MODALITIES = {
         way_out="join an audio tower to it (`audio_model_name_or_path` of `from_vision_text_pretrained`)",
     ),
 }
+# Of towers behind the first; each goes with what the first one reads.
+FURTHER_IMAGE_INPUTS = tuple(name for name in ImageInputs.__annotations__ if name[-1].isdigit())
 MEDIA_INPUTS = tuple(dict.fromkeys(name for modality in MODALITIES.values() for name in modality.inputs))
+
+
+def input_of(part: str, name: str) -> str:
+    """What `pixel_values` or `vision_features` of a vision tower are called: those of the second are `pixel_values_2`."""
+    return name + part.removeprefix("vision")
+
+
+def part_of(key: str) -> str | None:
+    """The part to which a key such as `vision_2_dtype` belongs."""
+    return max((part for part in PARTS if key.startswith(f"{part}_")), key=len, default=None)
 
 
 def take_media(kwargs: Any, **named: Any) -> dict[str, Any]:
@@ -124,4 +148,7 @@ def take_media(kwargs: Any, **named: Any) -> dict[str, Any]:
     return {name: value for name, value in media.items() if value is not None}
 
 
-__all__ = ["MEDIA_INPUTS", "MODALITIES", "PARTS", "TRAINABLE", "FrozenPrefixKwargs", "Modality", "Part", "take_media"]
+__all__ = [
+    "FURTHER_IMAGE_INPUTS", "MEDIA_INPUTS", "MODALITIES", "PARTS", "TRAINABLE", "VISION_PARTS", "FrozenPrefixKwargs",
+    "Modality", "Part", "input_of", "part_of", "take_media",
+]  # fmt: skip

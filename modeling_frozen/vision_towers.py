@@ -65,6 +65,13 @@ class VisionGeometry:
     grid: tuple[int, int] | str | None = None
     layer_widths: tuple[int, ...] = ()
 
+    def as_config(self, part: str = "vision") -> dict[str, Any]:
+        """The keys of a config that hold it, of a further tower (`"vision_2"`) as one."""
+        probed = {"num_leading_tokens": self.num_leading_tokens, "num_positions": self.num_positions}
+        probed["vision_width"] = self.vision_width
+        grid = list(self.grid) if isinstance(self.grid, tuple) else self.grid
+        return {**probed, "vision_grid": grid} if part == "vision" else {f"{part}_geometry": {**probed, "grid": grid}}
+
 
 # ---------------------------------------------------------------------- which config, which class, how to build and load
 
@@ -301,6 +308,38 @@ def encode_images(
         use_pooler=not pooler_options(type(vision_tower)),
     )
     return features, features_mask, output
+
+
+def join_features(features: Sequence[Tensor], grids: Sequence[Sequence[int]]) -> Tensor:
+    """
+    Features of several towers as those of one (Prismatic, arXiv 2402.07865): brought to the grid of the first, bilinearly, and
+    joined over the width.
+
+    Args:
+        features (`Sequence[torch.Tensor]`): one `(images, positions, width)` a tower, row by row, of the same images.
+        grids (`Sequence[Sequence[int]]`): rows and columns of each.
+
+    Returns:
+        `torch.Tensor` of shape `(images, positions of the first, sum of widths)`, in float32 at least, on its device.
+
+    Raises:
+        ValueError: numbers of images that differ, or positions that do not fill a grid.
+    """
+    first, joined = features[0], []
+    for number, (own, (rows, columns)) in enumerate(zip(features, grids, strict=True), 1):
+        if own.shape[:2] != (len(first), rows * columns):
+            raise ValueError(
+                f"Of {len(first)} images the features of vision tower {number} have shape {tuple(own.shape)}, where its grid "
+                f"of {rows} rows and {columns} columns is ({len(first)}, {rows * columns}, width): give each tower the same "
+                "images, each of the size that its own image processor makes."
+            )
+        own = own.to(first.device, torch.promote_types(own.dtype, torch.float32))
+        if number > 1 and tuple(grids[0]) != (rows, columns):
+            maps = own.transpose(1, 2).unflatten(2, (rows, columns))
+            maps = nn.functional.interpolate(maps, size=tuple(grids[0]), mode="bilinear", align_corners=False)
+            own = maps.flatten(2).transpose(1, 2)
+        joined.append(own)
+    return torch.cat(joined, dim=-1)
 
 
 def _check_choice(layer: int | Sequence[int], select_strategy: str) -> list[int]:

@@ -6,6 +6,7 @@ Everything is done in the hooks of `ProcessorMixin`, so that what transformers a
 how long the prefixes are. Only this folder and public packages are imported: a checkpoint carries these files as custom code.
 """
 
+import copy
 import inspect
 import os
 import re
@@ -46,6 +47,8 @@ _PARTS: dict[str, tuple[Any, str]] = {
     "feature_extractor": (AutoFeatureExtractor, "preprocessor_config.json"),
     "tokenizer": (AutoTokenizer, "tokenizer_config.json"),
 }
+# Of a second and third vision tower.
+_FURTHER = ("image_processor_2", "image_processor_3")
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 
 # The length of prefixes that a call asked for.
@@ -101,6 +104,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     Args:
         image_processor: the vision tower's image processor; None for a model without one.
+        image_processor_2, image_processor_3: those of a second and third vision tower, which make `pixel_values_2` and
+            `pixel_values_3` of the same images.
         tokenizer: the language model's tokenizer. `image_token` is added to it as a special token where it is not in
             the vocabulary; the language model is never resized.
         prefix_length: placeholders per image, `model.config.num_image_tokens`.
@@ -146,6 +151,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
         text_headless: bool = False,
         prefix_lengths: list[int] | None = None,
         tiles: dict[str, Any] | None = None,
+        image_processor_2=None,
+        image_processor_3=None,
         **kwargs,
     ):
         if prefix_length is not None and (not isinstance(prefix_length, int) or prefix_length < 1):
@@ -161,10 +168,14 @@ class FrozenPrefixProcessor(ProcessorMixin):
             self._parts = tuple(name for name in parts if name != "feature_extractor" or feature_extractor is not None)
         else:
             self._parts = ("tokenizer", "feature_extractor")
+        further = {name: one for name, one in zip(_FURTHER, (image_processor_2, image_processor_3), strict=True) if one}
+        self._parts += tuple(further)
+        parts |= further
         super().__init__(**{name: parts[name] for name in self._parts}, chat_template=chat_template, **kwargs)
         self.prefix_length, self.prefix_lengths = prefix_length, prefix_lengths
         # Not each by itself: tools ask no keyword of both call and constructor.
         self.tiles = None if tiles is None else checked(tiles)
+        self.tile_options()  # refuses what can't be
         has_vision = "image_processor" in self._parts
         self.image_token = image_token if has_vision else None
         self.num_frames = num_frames if has_vision else None
@@ -232,6 +243,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         feature_extractor: Any = None,
+        image_processor_2: Any = None,
+        image_processor_3: Any = None,
         image_token: str = "<image>",
         video_token: str = "<video>",
         audio_token: str = "<audio>",
@@ -243,7 +256,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
         Args:
             model: a frozen-prefix model or its config.
-            image_processor, tokenizer, feature_extractor: taken instead of the recorded backbone's.
+            image_processor, tokenizer, feature_extractor, image_processor_2, image_processor_3: taken instead of the recorded
+                backbone's.
             kwargs: `crop_to_patches` and the other three of `tiles`; all else goes on to each `from_pretrained`: `token`,
                 `cache_dir`, `local_files_only`, …
 
@@ -265,6 +279,10 @@ class FrozenPrefixProcessor(ProcessorMixin):
             image_processor = cls._load_part(config, "vision", "image_processor", kwargs)
         if tokenizer is None:
             tokenizer = cls._load_part(config, "text", "tokenizer", {"padding_side": side, **kwargs})
+        further = {"image_processor_2": image_processor_2, "image_processor_3": image_processor_3}
+        for name, part in zip(further, ("vision_2", "vision_3"), strict=True):
+            if further[name] is None and part in getattr(config, "vision_parts", ()):
+                further[name] = cls._load_part(config, part, name, kwargs)
         known = tokenizer.get_added_vocab()  # before the placeholder is added to it
         processor = cls(
             image_processor,
@@ -283,6 +301,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             text_headless=bool(getattr(config, "text_headless", False)),
             prefix_lengths=getattr(config, "prefix_lengths", None),
             tiles=tiles or None,
+            **further,
         )
         for modality, token in processor.tokens.items():
             own, index = getattr(processor, f"{modality}_token_id"), getattr(config, f"{modality}_token_id")
@@ -295,14 +314,16 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 f"would go to other tokens. To mend it, {way_out}pass the tokenizer it was built with; where it was joined "
                 f"from loaded models, join it with tokenizer=… or {modality}_token_id={own}."
             )
-        if "image" in media:
-            processor._check_image_size(config.vision_config)
+        for part, own in zip(getattr(config, "vision_parts", ("vision",)), processor.image_processors, strict=False):
+            processor._check_image_size(getattr(config, f"{part}_config"), own)
         return processor
 
     @staticmethod
     def _load_part(config: Any, of: str, part: str, options: dict[str, Any]) -> Any:
-        """The image processor, feature extractor or tokenizer of one recorded backbone (`"vision"`, `"audio"`, `"text"`)."""
-        backbone = {"vision": "vision tower", "audio": "audio tower"}.get(of, "language model")
+        """The image processor, feature extractor or tokenizer of one recorded backbone (`"vision"`, `"audio"`, `"text"`, and
+        `"vision_2"`, `"vision_3"`)."""
+        towers = {"vision": "vision tower", "vision_2": "second vision tower", "vision_3": "third vision tower"}
+        backbone = {**towers, "audio": "audio tower"}.get(of, "language model")
         way_out = "FrozenPrefixProcessor(image_processor=…, tokenizer=…, prefix_length=model.config.num_image_tokens)"
         way_out = f"Pass it: FrozenPrefixProcessor.from_model(model, {part}=…), or build {way_out}."
         record = getattr(config, f"{of}_base_model") or {}
@@ -318,7 +339,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 "them anew."
             )
         revision = {"revision": record["revision"]} if record.get("revision") and not os.path.isdir(name) else {}
-        auto_class, file = _PARTS[part]
+        auto_class, file = _PARTS["image_processor" if part in _FURTHER else part]
         if record.get("gguf_file"):
             file, options = record["gguf_file"], {"gguf_file": record["gguf_file"], **options}
         try:
@@ -328,13 +349,25 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 f"Can't load the {part} of the {backbone} {name!r} (is there a {file}?): {error}\n{way_out}"
             ) from error
 
-    def _check_image_size(self, vision_config: Any) -> None:
+    @property
+    def image_processors(self) -> list[Any]:
+        """One for each vision tower, the first one's first."""
+        return [getattr(self, name) for name in ("image_processor", *_FURTHER) if name in self._parts]
+
+    def of_tower(self, number: int) -> "FrozenPrefixProcessor":
+        """This processor for one of several vision towers, the first of which is 0, whose `pixel_values` are then the only."""
+        alone = copy.copy(self)
+        alone.image_processor = self.image_processors[number]
+        alone._parts = tuple(name for name in self._parts if name not in _FURTHER)
+        return alone
+
+    def _check_image_size(self, vision_config: Any, image_processor: Any) -> None:
         """Warn where the tower was built for another input size than the image processor makes, if both are known."""
         expected = getattr(vision_config, "image_size", None)
         if expected is None or getattr(vision_config, "patch_size", None) is None:  # CNNs take any size
             return
         expected = tuple(expected) if isinstance(expected, list | tuple) else (expected, expected)
-        produced = self._output_size()
+        produced = self._output_size(image_processor)
         if produced is not None and produced != expected:
             logger.warning(
                 f"The image processor makes images of {produced[0]}x{produced[1]}, but the vision tower was built "
@@ -343,9 +376,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 f"{expected[0]}, 'width': {expected[1]}}}))."
             )
 
-    def _output_size(self) -> tuple[int, int] | None:
-        """(height, width) of what the image processor makes, where it is fixed."""
-        part = self.image_processor
+    @staticmethod
+    def _output_size(part: Any) -> tuple[int, int] | None:
+        """(height, width) of what an image processor makes, where it is fixed."""
         sizes = ("crop_size", getattr(part, "do_center_crop", None)), ("size", getattr(part, "do_resize", None))
         size: Any = next((getattr(part, name, None) for name, used in sizes if used), None)
         try:
@@ -401,6 +434,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if saved and "text_headless" not in saved:  # written before 0.2
             config = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, subfolder=subfolder, **options)[0]
             saved["text_headless"] = bool(config.get("text_headless"))
+        for name in _FURTHER:
+            if isinstance(saved.get(name), dict):
+                # transformers' Auto class reads the first one's alone.
+                kind: Any = cls.get_possibly_dynamic_module(saved[name]["image_processor_type"])
+                saved[name] = kind(**saved[name])
         image_processor = None
         if "image_processor" in saved or "feature_extractor" not in saved:
             image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **options)
@@ -427,7 +465,13 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def tile_options(self, images_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """How images are cut into tiles in a call with these keywords."""
         given = {name: value for name in DEFAULTS if (value := (images_kwargs or {}).get(name)) is not None}
-        return checked({**(self.tiles or {}), **given})
+        options = checked({**(self.tiles or {}), **given})
+        if options["crop_to_patches"] and len(self.image_processors) > 1:
+            raise ValueError(
+                f"crop_to_patches=True cuts tiles of one tower's size, and this processor makes images for "
+                f"{len(self.image_processors)} vision towers: leave it out, or join a model with one."
+            )
+        return options
 
     @property
     def crop_to_patches(self) -> bool:
@@ -500,7 +544,10 @@ class FrozenPrefixProcessor(ProcessorMixin):
         options = self.tile_options(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in DEFAULTS}
         if not options["crop_to_patches"]:
-            return super()._process_images(images, **kwargs)
+            made, replacements = super()._process_images(images, **kwargs)
+            for number, further in enumerate(self.image_processors[1:], 2):
+                made[f"pixel_values_{number}"] = further(images, **kwargs)["pixel_values"]
+            return made, replacements
         tile, part = self._tile_size(), self.image_processor
         resample = kwargs.get("resample", getattr(part, "resample", None))
         tiles = [cut_tiles(image, tile, options, resample) for image in images]
@@ -530,8 +577,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        parts = [getattr(self, name) for name in self._parts if name != "feature_extractor"]
+        parts = [getattr(self, name) for name in self._parts if name not in ("feature_extractor", *_FURTHER)]
         names = [name for part in parts for name in part.model_input_names]
+        names += [f"pixel_values_{number}" for number in range(2, len(self.image_processors) + 1)]
         names += ["pixel_values_videos"] if self.video_token is not None else []
         if self.audio_token is not None:
             own = [name for name in self.feature_extractor.model_input_names if name != "attention_mask"]
@@ -802,6 +850,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         absent = {"num_frames", "video_prefix_length", "video_token"} if self.video_token is None else set()
         absent |= {"audio_prefix_length", "audio_token"} if self.audio_token is None else set()
         absent |= {"image_token"} if self.image_token is None else set()
+        absent |= {name for name in _FURTHER if name not in self._parts}
         return {key: value for key, value in super().to_dict().items() if key not in absent}
 
     @property

@@ -542,11 +542,21 @@ def image_identity(image: Any) -> Any:
 
 def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
     """Stored images as `vision_features` (images, positions, vision_width), padded to the longest, and, where positions
-    vary, `vision_features_mask` (images, positions), and `spatial_shapes` (images, 2) of those that are grids.
+    vary, `vision_features_mask` (images, positions), and `spatial_shapes` (images, 2) of those that are grids. Of several
+    vision towers `vision_features_2` and `vision_features_3` too.
 
     Raises:
         ValueError: if one can't be read, with its number among `images`; if they are of several stores.
     """
+    if len({len(image.further) for image in images}) > 1:
+        raise ValueError("A batch holds features of one vision tower and of several: train on rows of one kind.")
+    batch = _stack_features(images)
+    for number, further in enumerate(zip(*(image.further for image in images), strict=True), 2):
+        batch[f"vision_features_{number}"] = _stack_features(further)["vision_features"]
+    return batch
+
+
+def _stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
     loaded, grids = [], []
     for number, image in enumerate(images):
         try:

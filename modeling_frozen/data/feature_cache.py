@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..connectors import CONNECTORS, Connector
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from ..parts import PARTS
 from ..vision_towers import VARIABLE, encode_images
 from ..weights import weights_digest
 from . import columns
@@ -52,20 +53,24 @@ class VisionFeatures:
     Args:
         store: folder of the [`FeatureStore`].
         views: how many views each image has there.
+        further: folders of the stores of further vision towers.
     """
 
     store: str
     views: int = 1
+    further: list[str] = field(default_factory=list)
     id: str | None = field(default=None, repr=False)
     dtype: ClassVar[str] = "StoredImage"
-    pa_type: ClassVar[Any] = None if pa is None else pa.binary()  # 16 bytes of digest and 8 of index
+    pa_type: ClassVar[Any] = None if pa is None else pa.binary()  # 16 bytes of digest, and 8 of index for each store
     _type: str = field(default="VisionFeatures", init=False, repr=False)
 
     def __call__(self) -> Any:
         return self.pa_type
 
     def encode_example(self, value: Any) -> bytes | None:
-        return value.digest + value.index.to_bytes(8, "little") if isinstance(value, StoredImage) else value
+        if not isinstance(value, StoredImage):
+            return value
+        return value.digest + b"".join(one.index.to_bytes(8, "little") for one in (value, *value.further))
 
     def decode_example(self, value: bytes, token_per_repo_id: Any = None) -> StoredImage:
         if not isinstance(value, bytes):
@@ -74,7 +79,11 @@ class VisionFeatures:
                 "point to another image by now: run `cache_vision_features` again, on the dataset with the images."
             )
         view = draw(self.views, "view", value[:16]) if self.views > 1 else 0
-        return StoredImage(self.store, value[:16], view, int.from_bytes(value[16:], "little"))
+        stored: tuple[StoredImage, ...] = ()
+        for number, store in reversed(list(enumerate([self.store, *self.further]))):
+            index = int.from_bytes(value[16 + 8 * number : 24 + 8 * number], "little")
+            stored = (StoredImage(store, value[:16], view, index, further=stored if number == 0 else ()), *stored)
+        return stored[0]
 
 
 if register_feature is not None:
@@ -111,7 +120,8 @@ def cache_vision_features(
         dataset (`datasets.Dataset`, `IterableDataset`, or a dict of them):
             With a column of images, of lists of images, or of paths; `None` for none. A stream is passed over once, to its
             end, and becomes a `Dataset`: its other columns are written to `cache_dir` as well.
-        model: a frozen-prefix model.
+        model: a frozen-prefix model. Of several vision towers each has a store of its own, the same as a model of this
+            tower alone would have, and is loaded or not by itself.
         processor ([`FrozenPrefixProcessor`]): its image processor makes the tower's input.
         image_column (`str`, *optional*): defaults to `image`, else `images`.
         cache_dir (`str`, *optional*): holds a folder per key. Defaults to `frozen-prefix` in the cache of `datasets`.
@@ -143,9 +153,9 @@ def cache_vision_features(
         On disk an image takes positions * vision_width values per view (with `pool`, prefix_length * vision_width).
 
     Raises:
-        ValueError: for a tower that trains; for `pool` with another connector; for an augmentation without views, or views
-            without augmentation; for images that are missing from the store where the tower is not loaded; for an image that
-            can't be opened, that changes meanwhile, or whose features are not finite, with its row.
+        ValueError: for a tower that trains; for `pool` with another connector, or several towers; for an augmentation without
+            views, or views without augmentation; for images that are missing from the store where the tower is not loaded; for
+            an image that can't be opened, that changes meanwhile, or whose features are not finite, with its row.
         OSError: if a shard can't be written.
 
     Example:
@@ -177,11 +187,14 @@ def cache_vision_features(
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's
     _refuse_trained_tower(model)
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix").expanduser()
-    tower_digest = _tower_digest(model, cache_dir)
-    key = store_key(model, processor, dtype, views, augment, plain_view, seed, pool, tower_digest=tower_digest)
-    store = FeatureStore.for_key(cache_dir, key)
-    prepare = Prepare(processor, views, augment, plain_view, seed)
-    work = _Work(model, prepare, store, batch_size, num_workers, images_per_shard, device)
+    work = []
+    for number, part in enumerate(model.config.vision_parts):
+        own = processor.of_tower(number)
+        tower_digest = _tower_digest(model, part, cache_dir)
+        choices = (dtype, views, augment, plain_view, seed, pool)
+        store = FeatureStore.for_key(cache_dir, store_key(model, own, *choices, part=part, tower_digest=tower_digest))
+        prepare = Prepare(own, views, augment, plain_view, seed)
+        work.append(_Work(model, part, prepare, store, batch_size, num_workers, images_per_shard, device))
     column = _image_column(dataset, image_column)
     if isinstance(dataset, datasets.IterableDataset):
         return _from_stream(dataset, column, work, cache_dir)
@@ -204,20 +217,21 @@ def _check_choices(dtype: str, views: int, augment: Any, plain_view: bool, small
         raise ValueError("`plain_view=True` sets the image itself beside augmented views: pass `augment` and `views`.")
 
 
-def _tower(model: FrozenPrefixPreTrainedModel) -> PreTrainedModel | None:
-    return cast(PreTrainedModel | None, cast(FrozenPrefixModel, model.base_model).vision_tower)
+def _tower(model: FrozenPrefixPreTrainedModel, part: str) -> PreTrainedModel | None:
+    return cast(PreTrainedModel | None, getattr(model.base_model, PARTS[part].attribute))
 
 
 def _refuse_trained_tower(model: FrozenPrefixPreTrainedModel) -> None:
-    tower = _tower(model)
     if model.config.vision_config is None:
         raise ValueError("This model has no vision tower, so there are no features to store.")
-    trained = tower is not None and any(parameter.requires_grad for parameter in tower.parameters())
-    if "vision" in model.config.trainable or trained:
-        raise ValueError(
-            'The vision tower trains ("vision" in `config.trainable`, or adapters in it), so its features change at each '
-            "step and can't be stored: train from the images, or freeze it."
-        )
+    for part in model.config.vision_parts:
+        tower = _tower(model, part)
+        trained = tower is not None and any(parameter.requires_grad for parameter in tower.parameters())
+        if part in model.config.trainable or trained:
+            raise ValueError(
+                f'The {PARTS[part].description} trains ("{part}" in `config.trainable`, or adapters in it), so its features '
+                "change at each step and can't be stored: train from the images, or freeze it."
+            )
 
 
 def _image_column(dataset: Any, image_column: str | None) -> str:
@@ -245,18 +259,20 @@ def store_key(
     seed: int = 0,
     pool: bool = False,
     *,
+    part: str = "vision",
     tower_digest: str,
 ) -> dict[str, Any]:
     """All that features depend on beside the image: the tower (id, commit, fingerprint, dtype, all its weights), layer and
     selection, what the image processor does, the stored dtype, the augmentation, and the pooling."""
     config, image_processor = model.config, processor.image_processor
+    geometry = config.geometry_of(part)
     key = {
         "format": _FORMAT,
-        "tower": {**_tower_record(model), "weights": tower_digest},
-        "layer": config.vision_feature_layer,
+        "tower": {**_tower_record(model, part), "weights": tower_digest},
+        "layer": getattr(config, f"{part}_feature_layer"),
         "select_strategy": config.vision_feature_select_strategy,
-        "num_leading_tokens": config.num_leading_tokens,
-        "vision_width": config.vision_width,
+        "num_leading_tokens": geometry["num_leading_tokens"],
+        "vision_width": geometry["vision_width"],
         "image_processor": {"type": type(image_processor).__name__, **image_processor.to_dict()},
         "dtype": dtype,
         "views": views,
@@ -277,28 +293,33 @@ def _pooling_connector(model: FrozenPrefixPreTrainedModel) -> Any:
             f"`pool=True` stores the means that the connector 'avg_pool' reads, and this model's connector is "
             f"{model.config.connector_type!r}, which reads every position: leave `pool` out."
         )
+    if len(model.config.vision_parts) > 1:
+        raise ValueError(
+            f"`pool=True` stores means of one tower's positions, and those of {len(model.config.vision_parts)} towers are "
+            "taken when they were joined on the grid of the first: leave `pool` out."
+        )
     return connector
 
 
-def _tower_record(model: FrozenPrefixPreTrainedModel) -> dict[str, Any]:
-    tower, record = _tower(model), dict(model.config.vision_base_model or {})
+def _tower_record(model: FrozenPrefixPreTrainedModel, part: str) -> dict[str, Any]:
+    tower, record = _tower(model, part), dict(getattr(model.config, f"{part}_base_model") or {})
     if tower is not None:
         record["dtype"] = str(tower.dtype).removeprefix("torch.")
     return {name: record.get(name) for name in ("name_or_path", "revision", "fingerprint", "dtype", "quantization")}
 
 
-def _tower_digest(model: FrozenPrefixPreTrainedModel, cache_dir: Path) -> str:
+def _tower_digest(model: FrozenPrefixPreTrainedModel, part: str, cache_dir: Path) -> str:
     """The digest of the tower's weights. One that is not loaded is as its repository has it: it is loaded for a moment, and a
     note in `cache_dir` remembers its digest."""
-    record = json.dumps(_tower_record(model), sort_keys=True).encode()
+    record = json.dumps(_tower_record(model, part), sort_keys=True).encode()
     note = cache_dir / f"tower-{hashlib.sha256(record).hexdigest()[:32]}"
-    if (tower := _tower(model)) is not None:
+    if (tower := _tower(model, part)) is not None:
         return weights_digest(tower)
     if not note.is_file():
-        model.load_base_model("vision")
+        model.load_base_model(part)
         cache_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(note, weights_digest(cast(PreTrainedModel, _tower(model))).encode())
-        model.unload_base_model("vision")
+        write_whole(note, weights_digest(cast(PreTrainedModel, _tower(model, part))).encode())
+        model.unload_base_model(part)
     return note.read_text(encoding="utf-8")
 
 
@@ -319,11 +340,12 @@ def _digest_of_function(function: Any) -> str:
 
 
 class _Work:
-    """The tower, the store, and who does what."""
+    """A tower, its store, and who does what."""
 
     def __init__(
         self,
         model: FrozenPrefixPreTrainedModel,
+        part: str,
         prepare: Prepare,
         store: FeatureStore,
         batch_size: int,
@@ -331,7 +353,8 @@ class _Work:
         images_per_shard: int,
         device: Any,
     ):
-        self.model, self.prepare, self.store, self.images_per_shard = model, prepare, store, images_per_shard
+        self.model, self.part, self.prepare, self.store = model, part, prepare, store
+        self.images_per_shard = images_per_shard
         self.processes = Processes()
         self.images_per_batch = max(1, batch_size // store.views)
         if num_workers is None:
@@ -353,14 +376,14 @@ class _Work:
         there yet."""
         done = self.store.indices()
         lacking = [(digest, *place) for digest, place in places.items() if digest not in done]
-        tower = _tower(self.model)
+        tower = _tower(self.model, self.part)
         if not lacking:
             return
         if tower is None:
             raise ValueError(
                 f"{len(lacking)} of {len(places)} images are not in the store `{self.store.folder}` (the first: "
-                f"{name_of(*lacking[0][1:])}), and the vision tower is not loaded: load it by "
-                '`model.load_base_model("vision")`.'
+                f"{name_of(*lacking[0][1:])}), and the {PARTS[self.part].description} is not loaded: load it by "
+                f'`model.load_base_model("{self.part}")`.'
             )
         own = [place for place in lacking if self.processes.does(place[0])]
         if not own:
@@ -396,9 +419,9 @@ class _Work:
             features, mask, _ = encode_images(
                 tower,
                 inputs.pop("pixel_values"),
-                layer=config.vision_feature_layer,
+                layer=getattr(config, f"{self.part}_feature_layer"),
                 select_strategy=config.vision_feature_select_strategy,
-                num_leading_tokens=cast(int, config.num_leading_tokens),
+                num_leading_tokens=config.geometry_of(self.part)["num_leading_tokens"],
                 **inputs,
             )
             if "pool" in self.store.key:
@@ -431,14 +454,15 @@ class _Work:
 # ------------------------------------------------------------------------------------------------------ two kinds of data
 
 
-def _from_rows(dataset: Any, column: str, work: _Work) -> Any:
+def _from_rows(dataset: Any, column: str, work: list[_Work]) -> Any:
     images = Images(dataset, column)
-    digests = _hash_rows(images, work)
+    digests = _hash_rows(images, work[0])
     places: dict[bytes, tuple[int, int]] = {}
     for row, own in enumerate(digests):
         _note_places(places, row, own)
-    work.encode(images, places)
-    return _replace(dataset, column, digests, work.indices(places), work.store)
+    for one in work:
+        one.encode(images, places)
+    return _replace(dataset, column, digests, places, work)
 
 
 def _note_places(places: dict[bytes, tuple[int, int]], row: int, digests: Digests) -> None:
@@ -457,13 +481,18 @@ def _hash_rows(images: Images, work: _Work) -> list[Digests]:
     return [one for chunk in range(len(hashing)) for one in parts[chunk % processes.count][chunk // processes.count]]
 
 
-def _replace(dataset: Any, column: str, digests: list[Digests], indices: dict[bytes, int], store: FeatureStore) -> Any:
+def _replace(dataset: Any, column: str, digests: list[Digests], wanted: Iterable[bytes], work: list[_Work]) -> Any:
     import datasets
 
-    feature = VisionFeatures(str(store.folder), store.views)
+    indices = [one.indices(wanted) for one in work]
+    folders = [str(one.store.folder) for one in work]
+    feature = VisionFeatures(folders[0], work[0].store.views, folders[1:])
 
     def encode(digest: bytes | None) -> bytes | None:
-        return None if digest is None else feature.encode_example(StoredImage("", digest, index=indices[digest]))
+        if digest is None:
+            return None
+        first, *further = [StoredImage("", digest, index=own[digest]) for own in indices]
+        return feature.encode_example(replace(first, further=tuple(further)))
 
     values = [[encode(one) for one in own] if isinstance(own, list) else encode(own) for own in digests]
     column_type = [feature] if any(isinstance(own, list) for own in digests) else feature
@@ -474,7 +503,7 @@ def _replace(dataset: Any, column: str, digests: list[Digests], indices: dict[by
     return rest.add_column(column, values, feature=column_type)
 
 
-def _from_stream(stream: Any, column: str, work: _Work, cache_dir: Path) -> Any:
+def _from_stream(stream: Any, column: str, work: list[_Work], cache_dir: Path) -> Any:
     """One pass: the images of a piece are encoded, its other columns written; all processes pass over all of it."""
     import datasets
 
@@ -496,7 +525,8 @@ def _from_stream(stream: Any, column: str, work: _Work, cache_dir: Path) -> Any:
                 _note_places(places, row, digests[-1])
             places = {digest: place for digest, place in places.items() if digest not in known}
             known.update(places)
-            work.encode(HeldImages(values, decoder, start), places, f"{len(digests)} rows")
+            for one in work:
+                one.encode(HeldImages(values, decoder, start), places, f"{len(digests)} rows")
             yield from rows
 
     others = [name for name in stream.column_names or [] if name != column]
@@ -504,19 +534,19 @@ def _from_stream(stream: Any, column: str, work: _Work, cache_dir: Path) -> Any:
     if stream.features is not None and others:
         features = datasets.Features({name: stream.features[name] for name in others})
     path = None
-    if work.processes.rank == 0:
+    processes = work[0].processes
+    if processes.rank == 0:
         path = _write_rows(rest(), features, cache_dir / "rows")
     else:
         for _ in rest():
             pass
-    indices = work.indices(known)
-    path = work.processes.gather(path)[0]
+    path = processes.gather(path)[0]
     empty = [None] * len(digests)
     if path is None:
         written = datasets.Dataset.from_dict({column: empty})
     else:
         written = datasets.Dataset.from_file(path).add_column(column, empty)
-    return _replace(written, column, digests, indices, work.store)
+    return _replace(written, column, digests, known, work)
 
 
 def _pieces(stream: Any) -> Iterator[list[dict[str, Any]]]:

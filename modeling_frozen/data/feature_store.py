@@ -43,12 +43,14 @@ class StoredImage:
         digest: of the image's content.
         view: which of the image's views.
         index: where it was when the row was made, which spares a search.
+        further: the same view of the same image in the stores of further vision towers, in their order.
     """
 
     store: str
     digest: bytes
     view: int = 0
     index: int = field(default=-1, compare=False)
+    further: tuple["StoredImage", ...] = ()
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Reads `features` (positions, vision_width), in the dtype of the store, and `mask` (positions,), bool, or `None`

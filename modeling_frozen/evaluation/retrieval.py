@@ -43,6 +43,11 @@ def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_siz
     """
     if len(images) == 0:
         raise ValueError("There are no images to embed.")
+    if processor.crop_to_patches:
+        raise ValueError(
+            "crop_to_patches=True makes several tiles of an image, and an image is matched by one embedding: take a processor "
+            "that does not."
+        )
     embeds = []
     with torch.no_grad(), in_eval_mode(model):
         for start in range(0, len(images), batch_size):

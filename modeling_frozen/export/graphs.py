@@ -133,6 +133,11 @@ def export_image_encoder(
     config, tower = model.config, getattr(_core(model), "vision_tower", None)
     if tower is None:
         raise ValueError("This model has no vision tower to export, or it is not loaded.")
+    if (towers := len(config.vision_parts)) > 1:
+        raise ValueError(
+            f"This model reads images by {towers} vision towers, and a graph has one: export a model with one tower, or run "
+            "this one by transformers."
+        )
     if model.training:
         raise ValueError("The model is in train mode, and dropout would go into the graph: call model.eval() first.")
     connector = _core(model).connector

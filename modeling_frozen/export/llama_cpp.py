@@ -300,6 +300,8 @@ def _not_in_mmproj(model: FrozenPrefixForConditionalGeneration, processor: Any) 
     scale = getattr(image_processor, "rescale_factor", None)
     if scale is None or abs(scale * 255 - 1) > 1e-6 or not getattr(image_processor, "do_normalize", False):
         problems.append(f"an image processor with rescale_factor={scale} and do_normalize (1/255 and True alone)")
+    if len(config.vision_parts) > 1:
+        problems.append(f"{len(config.vision_parts)} vision towers")
     if processor.crop_to_patches:
         problems.append("tiles (crop_to_patches=True)")
     return problems

@@ -186,9 +186,7 @@ def attention_to_image(
                 f"This processor cuts the image into {len(pixels['pixel_values'])} tiles (crop_to_patches=True), and the map "
                 "is of one: draw it with a processor that does not."
             )
-        features, mask, _ = core._encode_pixels(
-            pixels["pixel_values"], {name: value for name, value in pixels.items() if name != "pixel_values"}, {}
-        )
+        features, mask, _ = core.read_images(pixels, {})
         encoded = _encoded(core.write_prefix(features, mask, pixels.get("spatial_shapes")))
         inputs, queries, ids = _read_or_write(model, processor, image, prompt, text, encoded, generate_kwargs)
         columns = (inputs["input_ids"][0] == config.image_token_id).nonzero()[:, 0]

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..backbones import fingerprint
 from ..checkpoints import parts_to_save
 from ..connectors import CONNECTORS
+from ..parts import PARTS, VISION_PARTS
 from .edits import (
     add_essentials,
     is_automatic,
@@ -52,7 +53,7 @@ if not TEMPLATE.is_file():  # in a checkout it lies at the top
     TEMPLATE = Path(__file__).parents[2] / "model_card.md"
 TAGS = ("frozen-prefix", "visual-prefix")
 
-_PARENT_TITLES = {"vision": "vision tower", "audio": "audio tower", "text": "language model"}
+_PARENT_TITLES = {part: PARTS[part].description for part in (*VISION_PARTS, "audio", "text")}
 # From the freest to the strictest; a work under two of them can be shared under the later one.
 _PERMISSIVE = (
     "cc0-1.0", "unlicense", "wtfpl", "zlib", "mit", "isc", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",

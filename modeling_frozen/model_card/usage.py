@@ -84,7 +84,8 @@ def connector_rows(config: Any, describe: Any) -> list[tuple[str, list[tuple[str
         pooled = getattr(config, f"{prefix}_feature_select_strategy") == "pooled"
         count = arguments["num_positions"]
         positions = "one pooled vector" if pooled else f"{count} positions" if count else "a varying number of positions"
-        layer = f"`{prefix}_feature_layer={getattr(config, f'{prefix}_feature_layer')}`"
+        parts = config.vision_parts if prefix == "vision" else (prefix,)
+        layer = ", ".join(f"`{part}_feature_layer={getattr(config, f'{part}_feature_layer')}`" for part in parts)
         options = {**CONNECTORS[arguments["connector_type"]].options(), **(arguments["connector_config"] or {})}
         rows = [
             ("type", f"`{arguments['connector_type']}`"),
