@@ -517,6 +517,8 @@ class FrozenPrefixConfig(CompositeConfig):
                 f"`prefix_lengths={lengths}` needs a connector that can write shorter prefixes than its own, one of {able}, "
                 f"with `fusion='prefix'`; this is {self.connector_type!r} with {self.fusion!r}."
             )
+        if (self.connector_config or {}).get("separator"):
+            raise ValueError(f"`prefix_lengths={lengths}` go without `separator=True`, which is of one length: leave one out.")
         wrong = [length for length in lengths if math.isqrt(length) ** 2 != length]
         if kind.reads_grid and (wrong or "output_size" in (self.connector_config or {})):
             raise ValueError(
@@ -650,6 +652,11 @@ class FrozenPrefixConfig(CompositeConfig):
                     "none: set `fusion='cross_attention'`, or leave the options out."
                 )
             return
+        if (self.connector_config or {}).get("separator"):
+            raise ValueError(
+                "`separator=True` ends each tile among the words, and with `fusion='cross_attention'` no vector stands there: "
+                "leave it out, or take `fusion='prefix'`."
+            )
         from .cross_attention import check_cross_attention, probe_decoder
 
         check_cross_attention(self.cross_attention_config or {}, self.text_num_layers)

@@ -96,6 +96,8 @@ class Connector(nn.Module):
             `num_positions`.
         input_dropout (`float`, defaults to 0.0): dropout on the (normalised) features.
         output_dropout (`float`, defaults to 0.0): dropout on the prefix.
+        separator (`bool`, defaults to `False`):
+            A learned vector as the last of each prefix, `prefix_length` counting it, so that an image's tiles are told apart.
     """
 
     #: whether the prefix has its own length (learned queries, a smaller grid) or one vector per position
@@ -121,11 +123,14 @@ class Connector(nn.Module):
         position_embedding: bool = False,
         input_dropout: float = 0.0,
         output_dropout: float = 0.0,
+        separator: bool = False,
     ):
         super().__init__()
         self.num_positions, self.vision_width, self.embedding_dim = num_positions, vision_width, embedding_dim
         self.grid = grid if grid is None or isinstance(grid, str) else (grid[0], grid[1])
-        self.prefix_length = prefix_length
+        # From here on without the separator.
+        self.prefix_length = prefix_length if prefix_length is None else prefix_length - separator
+        self.separator = nn.Parameter(torch.empty(embedding_dim)) if separator else None
         self.input_norm: nn.Module = nn.Identity()
         if input_norm and input_norm_groups != 1:
             self.input_norm = GroupedLayerNorm(vision_width, input_norm_groups, eps=1e-6)
@@ -252,6 +257,11 @@ class Connector(nn.Module):
                     "position_embedding=True needs a tower with a fixed number of positions, and this one's varies "
                     "(num_positions=None); leave the option out"
                 )
+            if values.get("separator") and (grid == VARIABLE or prefix_length == 1):
+                problems.append(
+                    "separator=True needs images of one size, and a prefix of at least one vector beside the separator: leave "
+                    f"it out with prefix_length={prefix_length} or a tower whose positions vary (NaFlex)"
+                )
             if cls is IdentityConnector and vision_width != embedding_dim:
                 problems.append(
                     f"vision_width={vision_width} and embedding_dim={embedding_dim} must be equal, for nothing is "
@@ -259,7 +269,10 @@ class Connector(nn.Module):
                 )
         if problems:
             raise ValueError(f"The connector {cls._name()!r} can't be built: {'; '.join(problems)}.")
-        return cls.resolve_prefix_length(num_positions, prefix_length, grid, values)
+        separator = bool(values.get("separator"))
+        written = prefix_length if prefix_length is None else prefix_length - separator
+        resolved = cls.resolve_prefix_length(num_positions, written, grid, values)
+        return resolved if resolved is None else resolved + separator
 
     def _prepare(
         self, features: torch.Tensor, attention_mask: torch.Tensor | None, frames: int = 1
@@ -327,7 +340,8 @@ class Connector(nn.Module):
         features, attention_mask = self._prepare(features, attention_mask, frames)
         length = prefix_length or self.prefix_length
         if features.shape[0] == 0:  # attention can't reshape nothing
-            return self.output.weight.new_zeros(0, length or features.shape[1], self.embedding_dim)
+            vectors = (length or features.shape[1]) + (self.separator is not None)
+            return self.output.weight.new_zeros(0, vectors, self.embedding_dim)
         hidden = self.input_norm(self.read(features.to(self.output.weight.dtype), spatial_shapes, length))
         if self.positions is not None:
             hidden = hidden + self.positions.repeat(frames, 1)
@@ -340,7 +354,10 @@ class Connector(nn.Module):
             mixed = self._mix(hidden, attention_mask, length)
         prefix = self.output(mixed)
         # Not `len`: exported, it would make a constant of the number of images.
-        return self.output_dropout(prefix.reshape(features.shape[0], -1, self.embedding_dim))
+        prefix = self.output_dropout(prefix.reshape(features.shape[0], -1, self.embedding_dim))
+        if self.separator is None:
+            return prefix
+        return torch.cat([prefix, self.separator.expand(features.shape[0], 1, -1)], dim=1)
 
     def read(
         self, features: torch.Tensor, spatial_shapes: torch.Tensor | None = None, length: int | None = None
@@ -369,6 +386,8 @@ class Connector(nn.Module):
         fill_layers(self)
         if self.positions is not None:
             init.normal_(self.positions, std=0.02)
+        if self.separator is not None:
+            init.normal_(self.separator, std=self.embedding_dim**-0.5)
         self._reset_own()
         mark_filled(self)
 
@@ -403,11 +422,14 @@ class Connector(nn.Module):
         shape = (max(16, 512 // positions), positions, self.vision_width)
         features = torch.randn(shape, generator=generator, device="cpu").to(weight.device)
         prefix = self.eval()(features, **self.grid_for(len(features), positions))
+        prefix = prefix if self.separator is None else prefix[:, :-1]
         for module, training in modes.items():
             module.training = training
         scale = norm / prefix.float().norm(dim=-1).mean()
         for parameter in self.output.parameters():
             parameter.mul_(scale)
+        if self.separator is not None:
+            self.separator.mul_(norm / self.separator.float().norm())
 
 
 def _code_of_time(frames: int, like: torch.Tensor) -> torch.Tensor:

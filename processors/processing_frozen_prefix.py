@@ -479,14 +479,22 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return bool(self.tile_options()["crop_to_patches"])
 
     def count_tiles(self, image: Any, options: Mapping[str, Any] | None = None) -> int:
-        """How many tiles an opened image has; `options` as of [`tile_options`]."""
+        """How many tiles an opened image, or one in a store, has; `options` as of [`tile_options`]."""
         options = self.tile_options() if options is None else options
+        if hasattr(type(image), "tile_options"):
+            stored = image.tile_options or checked({})
+            if stored != options and (stored["crop_to_patches"] or options["crop_to_patches"]):
+                raise ValueError(
+                    f"These features were stored of images cut by {stored}, and this processor cuts by {options}: take the "
+                    "processor that they were stored with, or run cache_vision_features with this one."
+                )
+            return image.count_tiles()
         if not options["crop_to_patches"]:
             return 1
         if not isinstance(image, Image.Image):
             raise ValueError(
                 f"crop_to_patches=True cuts tiles from images as they are opened, and here is a {type(image).__name__}: give "
-                "images, paths or arrays that are rescaled, or leave it out. Features in a store are of whole images."
+                "images, paths or arrays that are rescaled, or leave it out."
             )
         return count_tiles(image.height, image.width, self._tile_size(), options)
 

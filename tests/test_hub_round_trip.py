@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from tests.helpers.tiny import rows, save_parents
+from transformers import CLIPImageProcessorPil
+from tests.helpers.tiny import rows, save_parents, vision_config
 
 folder = Path(tempfile.mkdtemp())
 tower, words = save_parents(folder)
@@ -44,6 +45,15 @@ processor = FrozenPrefixProcessor.from_model(model)
 model.push_to_hub("me/eyes")
 processor.push_to_hub("me/eyes")
 answers = {"eyes": ask(model, processor), "record": model.config.text_base_model}
+
+CLIPVisionModel(vision_config(image_size=24, hidden_size=16)).push_to_hub("me/finer")
+size = {"height": 24, "width": 24}
+CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=size, image_mean=[0.1] * 3).push_to_hub("me/finer")
+pair = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(["me/finer", "me/tower"], "me/words")
+of_pair = FrozenPrefixProcessor.from_model(pair)
+pair.push_to_hub("me/pair")
+of_pair.push_to_hub("me/pair")
+answers["pair"] = ask(pair, of_pair)
 
 class AfterEachPush(TrainerCallback):
     # transformers copies weights and config into a folder that a push may still be reading.
@@ -108,7 +118,7 @@ def pulled(request: pytest.FixtureRequest, module_hub: Hub, pushed: dict) -> dic
     """Both checkpoints, and the first commit that training pushed, where nothing was downloaded yet."""
     steps = [commit["id"] for commit in module_hub.commits("me/trained") if "step" in commit["title"]]
     assert len(steps) == 2
-    wanted = {name: (f"me/{name}", "main") for name in ("eyes", "trained")} | {"first step": ("me/trained", steps[-1])}
+    wanted = {name: (f"me/{name}", "main") for name in ("eyes", "trained", "pair")} | {"first step": ("me/trained", steps[-1])}
     results = pull(module_hub, *wanted.values(), trust=request.param)
     code = "modeling_frozen" if request.param is None else "transformers_modules"
     assert all(one["module"].startswith(code) for one in results)
@@ -116,7 +126,7 @@ def pulled(request: pytest.FixtureRequest, module_hub: Hub, pushed: dict) -> dic
 
 
 def test_pulled_elsewhere_it_says_the_same(pulled: dict[str, dict], pushed: dict) -> None:
-    for name in ("eyes", "trained"):
+    for name in ("eyes", "trained", "pair"):
         assert pulled[name]["answers"] == pushed[name]
         assert pulled[name]["trainable"] == ["connector"]
 

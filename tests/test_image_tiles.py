@@ -1,8 +1,10 @@
 """Images in tiles: as transformers cuts them, counted alike by processor, collator and model, wherever an image goes."""
 
+import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,15 @@ from modeling_frozen import (
     DataCollatorForFrozenPrefix,
     DataCollatorForFrozenPrefixRetrieval,
     FrozenPrefixForConditionalGeneration,
+    FrozenPrefixForSequenceClassification,
     FrozenPrefixProcessor,
 )
+from modeling_frozen.connectors import CONNECTORS
 from modeling_frozen.data.feature_cache import cache_vision_features
+from modeling_frozen.evaluation.retrieval import embed_images
 from modeling_frozen.interpretation import attention_to_image
 from modeling_frozen.processors.image_tiles import count_tiles, cut_tiles, tile_grid
-from tests.helpers.tiny import join, rows, tokenizer
+from tests.helpers.tiny import join, tokenizer
 
 
 Model = FrozenPrefixForConditionalGeneration
@@ -183,10 +188,9 @@ def test_with_a_prefix_of_several_lengths(tmp_path: Path) -> None:
 
 
 def test_where_there_are_no_tiles(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     model, processor = tiled(tmp_path)
-    with pytest.raises(ValueError, match="A store holds features of whole images"):
-        cache_vision_features(datasets.Dataset.from_list(rows(2)), model, processor, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="an image is matched by one embedding: take a processor"):
+        embed_images(model, processor, [noise(16, 32)])
     with pytest.raises(ValueError, match="an image is matched by one embedding"):
         DataCollatorForFrozenPrefixRetrieval(processor)([{"image": noise(16, 32), "text": "a square"}] * 2)
     with pytest.raises(ValueError, match="cuts the image into 7 tiles"):
@@ -216,3 +220,121 @@ def test_tiles_are_not_resized_again(tmp_path: Path) -> None:
     first = processor(images=image, return_tensors="pt")["pixel_values"][0]
     exact = cropping(image.crop((0, 0, 16, 16)), do_resize=False, do_center_crop=False, return_tensors="pt")
     torch.testing.assert_close(first, exact["pixel_values"][0])
+
+
+def stored(folder: Path, pair: tuple[Model, FrozenPrefixProcessor], images: list[Image.Image], **options: Any) -> Any:
+    rows = datasets.Dataset.from_dict(
+        {"image": images, "text": ["a square ."] * len(images)},
+        features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}),
+    )
+    options = {"cache_dir": folder / "store", "num_workers": 0, "dtype": "float32", **options}
+    return cache_vision_features(rows, *pair, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"connector_type": "avg_pool", "prefix_length": 1, "connector_config": {}}])
+def test_tiles_are_stored_and_read_as_the_tower_gives_them(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, processor = tiled(tmp_path, **options)
+    images = [noise(32, 48), noise(16, 16), noise(16, 32), noise(33, 32)]
+    rows = stored(tmp_path, (model, processor), images, batch_size=3, pool="connector_type" in options)
+    assert [row["image"].count_tiles() for row in rows] == [processor.count_tiles(image) for image in images]
+    order = [2, 0, 1, 0, 3]
+    collator = DataCollatorForFrozenPrefix(processor)
+    batch = collator([rows[index] for index in order])
+    fresh = collator([{"image": images[index], "text": "a square ."} for index in order])
+    assert torch.equal(batch["input_ids"], fresh["input_ids"]) and torch.equal(batch["image_index"], fresh["image_index"])
+    assert len(batch["vision_features"]) == len(fresh["pixel_values"]) and "vision_features_mask" not in batch
+    made, expected = model(**batch, skip_logits=False), model(**fresh, skip_logits=False)
+    torch.testing.assert_close(made.logits, expected.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(made.loss, expected.loss)
+
+
+def test_stores_of_other_tiles_are_others(tmp_path: Path) -> None:
+    model, processor = tiled(tmp_path)
+    images = [noise(32, 48), noise(16, 16)]
+    kinds = [TILES, {**TILES, "max_patches": 2}, {**TILES, "use_thumbnail": False}, {**TILES, "min_patches": 2}, {}]
+    processors = [FrozenPrefixProcessor.from_model(model, **kind) for kind in kinds]
+    made = [stored(tmp_path, (model, one), images) for one in processors]
+    assert len({rows[0]["image"].store for rows in made}) == len(kinds)
+    assert [rows[0]["image"].count_tiles() for rows in made] == [7, 3, 6, 7, 1]
+    for number, one in ((0, processors[4]), (4, processors[0]), (0, processors[1])):
+        with pytest.raises(ValueError, match="take the processor that they were stored with, or run cache_vision_features"):
+            DataCollatorForFrozenPrefix(one)([made[number][0]])
+    plain = DataCollatorForFrozenPrefix(processors[4])([made[4][0]])
+    assert len(plain["vision_features"]) == 1
+
+
+def test_views_of_an_image_may_differ_in_tiles(tmp_path: Path) -> None:
+    model, processor = tiled(tmp_path)
+    rows = stored(tmp_path, (model, processor), [noise(32, 48)], views=4, augment=resized, seed=1)
+    shapes = {(stored.view, stored.count_tiles(), len(stored.load()[0])) for stored in (rows[0]["image"] for _ in range(60))}
+    assert {view for view, _, _ in shapes} == {0, 1, 2, 3} and {tiles for _, tiles, _ in shapes} == {1, 3}
+    batch = DataCollatorForFrozenPrefix(processor)([rows[0]])
+    held = int((batch["input_ids"] == processor.image_token_id).sum())
+    assert held == 2 * len(batch["vision_features"]) and model(**batch).loss.isfinite()
+
+
+def resized(image: Image.Image) -> Image.Image:
+    return image.resize(random.choice([(16, 16), (32, 16)]))
+
+
+@torch.no_grad()
+def test_a_classifier_reads_all_tiles_of_an_image(tmp_path: Path) -> None:
+    plain, processor = tiled(tmp_path)
+    parents = plain.config.vision_base_model["name_or_path"], plain.config.text_base_model["name_or_path"]
+    for embedding in ("prefix", "tower"):
+        model = FrozenPrefixForSequenceClassification.from_vision_text_pretrained(
+            *parents, connector_type="resampler", prefix_length=2, connector_config={"hidden_size": 16, "num_heads": 2},
+            num_labels=3, image_embedding=embedding, fused_inputs=["image"],
+        ).eval()  # fmt: skip
+        wide, small = noise(32, 48), noise(16, 16)
+        inputs = processor(images=[[wide], [small]], text=["<image>", "<image>"], padding=True, return_tensors="pt")
+        logits = model(**inputs).logits
+        for row, image in enumerate((wide, small)):
+            alone = processor(images=image, text="<image>", return_tensors="pt")
+            torch.testing.assert_close(model(**alone).logits[0], logits[row], atol=1e-5, rtol=1e-4)
+        cut = processor(images=wide, text="<image>", crop_to_patches=False, return_tensors="pt")
+        assert not torch.allclose(model(**cut).logits[0], logits[0], atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("connector_type", [name for name in CONNECTORS if name != "identity"])
+def test_a_learned_separator_ends_each_tile(tmp_path: Path, connector_type: str) -> None:
+    length = {"prefix_length": 5} if CONNECTORS[connector_type].reads_positions and connector_type != "pixel_shuffle" else {}
+    options = {"connector_type": connector_type, "connector_config": {"separator": True}}
+    model, processor = tiled(tmp_path, **{**options, "prefix_length": None, **length})
+    connector = model.model.connector
+    per_tile = {"pixel_shuffle": 2}.get(connector_type, 5)  # of a grid of 2 x 2: all together, or four
+    assert model.config.num_image_tokens == processor.prefix_length == per_tile
+    inputs = processor(images=noise(32, 48), text="a <image> square", return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 7 * per_tile
+    prefix = torch.stack(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+    assert prefix.shape == (7, per_tile, 32)
+    assert all(torch.equal(tile[-1], connector.separator) for tile in prefix)
+    assert not torch.allclose(prefix[0, 0], prefix[1, 0])
+    norm = prefix[:, :-1].norm(dim=-1).mean()
+    assert 0.5 < float(connector.separator.norm() / norm) < 2
+    assert model(**inputs).logits.isfinite().all()
+    assert connector(torch.zeros(0, 4, 32)).shape == (0, per_tile, 32)
+    model.save_pretrained(tmp_path / "saved")
+    again = Model.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.model.connector.separator, connector.separator)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_separator_learns_and_is_refused_where_it_has_no_place(tmp_path: Path) -> None:
+    model, processor = tiled(
+        tmp_path, prefix_length=3, connector_config={"hidden_size": 16, "num_heads": 2, "separator": True}
+    )
+    batch = DataCollatorForFrozenPrefix(processor)([{"image": noise(32, 48), "text": "a square ."}])
+    model.train()(**batch).loss.backward()
+    assert model.model.connector.separator.grad.any()
+    drawn = attention_to_image(model.eval(), FrozenPrefixProcessor.from_model(model), noise(16, 16), "<image> what")
+    assert len(drawn.origins) == 2 and drawn.attention[0].shape[-1] == 2
+    small = {"hidden_size": 16, "num_heads": 2, "separator": True}
+    for options, why in (
+        ({"prefix_length": 1}, "a prefix of at least one vector beside the separator"),
+        ({"prefix_length": None, "prefix_lengths": [1, 2]}, "`prefix_lengths=.* go without `separator=True`"),
+        ({"prefix_length": 3, "fusion": "cross_attention"}, "`separator=True` ends each tile among the words"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            tiled(tmp_path, connector_config=small, **options)

@@ -542,8 +542,9 @@ def image_identity(image: Any) -> Any:
 
 def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
     """Stored images as `vision_features` (images, positions, vision_width), padded to the longest, and, where positions
-    vary, `vision_features_mask` (images, positions), and `spatial_shapes` (images, 2) of those that are grids. Of several
-    vision towers `vision_features_2` and `vision_features_3` too.
+    vary, `vision_features_mask` (images, positions), and `spatial_shapes` (images, 2) of those that are grids. Of images in
+    tiles there is a row for each tile, as the tower reads them. Of several vision towers `vision_features_2` and
+    `vision_features_3` too.
 
     Raises:
         ValueError: if one can't be read, with its number among `images`; if they are of several stores.
@@ -565,9 +566,13 @@ def _stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
         except ValueError as error:
             raise ValueError(f"Image {number} of the batch: {error}") from error
     features = [one for one, _ in loaded]
-    widths = {(one.shape[1], one.dtype) for one in features}
-    if len(widths) > 1:
-        raise ValueError(f"A batch holds features of several widths or dtypes, {sorted(map(str, widths))}: of several stores.")
+    kinds = {(one.shape[1], str(one.dtype), str(image.tile_options)) for one, image in zip(features, images, strict=True)}
+    if len(kinds) > 1:
+        raise ValueError(f"A batch holds features of several widths, dtypes or tiles, {sorted(kinds)}: of several stores.")
+    if images[0].tile_options is not None:
+        real = [one if mask is None else one[mask] for one, mask in loaded]
+        tiles = [one.unflatten(0, (image.count_tiles(), -1)) for one, image in zip(real, images, strict=True)]
+        return {"vision_features": torch.cat(tiles)}
     length = max(len(one) for one in features)
     if all(mask is None and len(one) == length for one, mask in loaded):
         return {"vision_features": torch.stack(features)}

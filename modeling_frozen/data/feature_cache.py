@@ -150,7 +150,8 @@ def cache_vision_features(
         `datasets.Dataset`: the same rows. In the image column stand [`StoredImage`]s (indices into a memory map), which
         [`DataCollatorForFrozenPrefix`] turns into `vision_features`. `select`, `shuffle`, `train_test_split`, pickling and
         dataloader workers work as ever. A format (`with_format("torch")`) is taken off, for stored images are no tensors yet.
-        On disk an image takes positions * vision_width values per view (with `pool`, prefix_length * vision_width).
+        On disk an image takes positions * vision_width values per view (with `pool`, prefix_length * vision_width), and so
+        does each of its tiles, where the processor cuts them.
 
     Raises:
         ValueError: for a tower that trains; for `pool` with another connector, or several towers; for an augmentation without
@@ -178,11 +179,6 @@ def cache_vision_features(
         raise ValueError(
             f"A dataset of type {type(dataset).__name__} can't be stored: give a `datasets.Dataset` or `IterableDataset`; "
             "`Dataset.from_list(rows)` makes one."
-        )
-    if processor.crop_to_patches:
-        raise ValueError(
-            "A store holds features of whole images, and this processor cuts them into tiles (crop_to_patches=True): train "
-            "from the images, or with a processor that does not."
         )
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's
     _refuse_trained_tower(model)
@@ -279,6 +275,8 @@ def store_key(
     }
     if config.vision_grid == VARIABLE:
         key["grids"] = True  # earlier stores know none
+    if processor.crop_to_patches:
+        key["tiles"] = processor.tile_options()
     if pool:
         key["pool"] = list(_pooling_connector(model).output_size)
     if augment is not None:
@@ -415,6 +413,7 @@ class _Work:
         config, waiting = self.model.config, None
         for digests, names, inputs in loader:
             grids = inputs.get("spatial_shapes") if config.vision_grid == VARIABLE else None
+            tiles = inputs.pop("tiles", None)
             inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
             features, mask, _ = encode_images(
                 tower,
@@ -426,6 +425,8 @@ class _Work:
             )
             if "pool" in self.store.key:
                 features, mask, grids = _pooling_connector(self.model).read(features.float(), grids), None, None
+            if tiles is not None:
+                features, mask, grids = _by_image(features, tiles)
             features, mask = features.to(self.store.dtype), None if mask is None else mask.cpu()
             if device.type != "cuda":
                 yield digests, names, features.cpu(), mask, grids
@@ -449,6 +450,16 @@ class _Work:
         if lacking:
             raise RuntimeError(f"{lacking} images are not in `{self.store.folder}`: did another process fail?")
         return indices
+
+
+def _by_image(features: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features of tiles, (tiles of all images, positions, width), as one row an image: padded to the longest, with the mask of
+    real positions, and each one's tiles and positions of a tile."""
+    positions = features.shape[1]
+    rows = [own.flatten(0, 1) for own in features.split(tiles.tolist())]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(padded.shape[1])[None] < (tiles * positions)[:, None]
+    return padded, mask, torch.stack([tiles, torch.full_like(tiles, positions)], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------ two kinds of data

@@ -27,7 +27,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 _KEY_FILE = "key.json"
 _ROWS = 1 << 24  # an index is shard * _ROWS + row
-# In a mask, where each image has its own grid: a real position that begins a row of it. Other real ones are 1.
+# In a mask, where each image has its own grid, or tiles: a real position that begins a row of it, or a tile. Other real ones
+# are 1.
 _FIRST_OF_ROW = 2
 _SECONDS = 120  # a slow tower's shards are closed after so long, or a killed run would lose hours
 _DISK = "See to the disk, and run `cache_vision_features` again"
@@ -58,8 +59,19 @@ class StoredImage:
         return open_store(self.store).read(self.digest, self.view, self.index)
 
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of the positions, where each image has its own (NaFlex)."""
+        """Rows and columns of the positions, where each image has its own (NaFlex); of an image in tiles the number of these
+        and of the positions in each."""
         return open_store(self.store).grid(self.digest, self.view, self.index)
+
+    @property
+    def tile_options(self) -> dict[str, Any] | None:
+        """How images were cut into tiles before the tower read them; `None` where they weren't."""
+        return open_store(self.store).key.get("tiles")
+
+    def count_tiles(self) -> int:
+        """How many tiles of it are stored; one where none were cut."""
+        grid = None if self.tile_options is None else self.grid()
+        return 1 if grid is None else grid[0]
 
 
 @functools.lru_cache(maxsize=64)

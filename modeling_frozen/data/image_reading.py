@@ -229,7 +229,10 @@ class Prepare:
                 for image, digest in zip(map(load_rgb_image, images), digests, strict=True)
                 for view in range(self.views)
             ]
-        return dict(self.processor(images=images, return_tensors="pt"))
+        inputs = dict(self.processor(images=images, return_tensors="pt"))
+        if self.processor.crop_to_patches:
+            inputs["tiles"] = torch.tensor([self.processor.count_tiles(image) for image in images])
+        return inputs
 
     def _view(self, image: Any, digest: bytes, view: int) -> Any:
         if self.plain_view and view == 0:

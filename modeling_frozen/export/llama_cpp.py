@@ -283,6 +283,8 @@ def _not_in_mmproj(model: FrozenPrefixForConditionalGeneration, processor: Any) 
         problems.append(f"the connector {config.connector_type!r} ('linear' and 'mlp' alone)")
     elif connector.positions is not None:
         problems.append("position_embedding=True")
+    if connector.separator is not None:
+        problems.append("separator=True")
     if config.vision_feature_select_strategy == "pooled":
         problems.append("vision_feature_select_strategy='pooled', one vector for the image")
     normed = isinstance(connector.input_norm, torch.nn.LayerNorm)

@@ -190,6 +190,8 @@ def attention_to_image(
         encoded = _encoded(core.write_prefix(features, mask, pixels.get("spatial_shapes")))
         inputs, queries, ids = _read_or_write(model, processor, image, prompt, text, encoded, generate_kwargs)
         columns = (inputs["input_ids"][0] == config.image_token_id).nonzero()[:, 0]
+        if core.connector.separator is not None:  # of no place in the image
+            columns = columns[:-1]
         weights, kind = _attentions(model, {**inputs, "mm_encoder_outputs": encoded}, queries, columns)
     if skip_special_tokens:
         special = set(tokenizer.all_special_ids)
