@@ -28,13 +28,18 @@ from transformers import (
 
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
+    DataCollatorForFrozenPrefixRetrieval,
     FrozenPrefixConfig,
     FrozenPrefixForConditionalGeneration,
+    FrozenPrefixForImageTextRetrieval,
+    FrozenPrefixForSequenceClassification,
     FrozenPrefixProcessor,
 )
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.data.image_reading import Prepare
+from modeling_frozen.evaluation.retrieval import embed_images
 from modeling_frozen.export import export_image_encoder
+from modeling_frozen.interpretation import attention_to_image
 from modeling_frozen.model_card import write_model_card
 from modeling_frozen.vision_towers import join_features
 from tests.helpers.tiny import save_parents, vision_config
@@ -464,3 +469,58 @@ def test_trained_from_the_stores_alone_and_described(tmp_path: Path) -> None:
     write_model_card(tmp_path / "trained", loaded)
     text = (tmp_path / "trained" / "README.md").read_text()
     assert "second vision tower" in text and "16 positions of width 56" in text and "vision_2_feature_layer=-1" in text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("embedding", ["prefix", "tower"])
+def test_a_classifier_and_retrieval_read_several_towers(tmp_path: Path, embedding: str) -> None:
+    join(tmp_path)
+    places = [str(tmp_path / "dino"), str(tmp_path / "siglip")], str(tmp_path / "words")
+    options: dict[str, Any] = {"connector_type": "resampler", "prefix_length": 2}
+    options["connector_config"] = {"hidden_size": 16, "num_heads": 2}
+    model: Any = FrozenPrefixForSequenceClassification.from_vision_text_pretrained(
+        *places, num_labels=3, image_embedding=embedding, fused_inputs=["image"], **options
+    ).eval()
+    processor = FrozenPrefixProcessor.from_model(model)
+    inputs = processor(images=[noise(0), noise(1)], text=["<image>", "<image>"], padding=True, return_tensors="pt")
+    logits = model(**inputs).logits
+    swapped = model(**{**inputs, "pixel_values_2": inputs["pixel_values_2"].flip(0)}).logits
+    assert logits.shape == (2, 3) and not torch.allclose(swapped, logits, atol=1e-5)
+    model.save_pretrained(tmp_path / "classifier")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "classifier")(**inputs).logits, logits)
+    if embedding == "tower":
+        return
+    model = FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(*places, projection_dim=8, **options).eval()
+    rows = [{"image": noise(seed), "text": text} for seed, text in enumerate(("a square", "what is that"))]
+    batch = DataCollatorForFrozenPrefixRetrieval(processor)(rows)
+    assert model(**batch).loss.isfinite()
+    embeds = embed_images(model, processor, [noise(0), noise(1)])
+    from_store = stored(tmp_path, model, processor, [noise(0), noise(1)])
+    torch.testing.assert_close(embed_images(model, processor, list(from_store["image"])), embeds, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_prefixes_of_several_lengths_gated_blocks_and_maps(tmp_path: Path) -> None:
+    model, processor = join(tmp_path, prefix_lengths=[1, 3], prefix_length=None)
+    inputs = processor(images=noise(0), text="a <image>", prefix_length=1, return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 1 and model(**inputs).logits.isfinite().all()
+    gated, own = join(tmp_path, fusion="cross_attention")
+    inputs = own(images=noise(0), text="a <image> square", return_tensors="pt")
+    assert gated.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    drawn = attention_to_image(model, processor, noise(0), "<image> what")
+    assert drawn.grid == (4, 4) and drawn.image.shape == (28, 28, 3)
+
+
+def test_switched_connectors_bring_the_layers_of_each_tower(tmp_path: Path) -> None:
+    first, processor = join(tmp_path)
+    second, _ = join(tmp_path, vision_2_feature_layer=1)
+    second.save_pretrained(tmp_path / "second")
+    inputs = inputs_of(processor)
+    first.load_connector(str(tmp_path / "second"), "second")
+    first.set_connector("second")
+    assert first.config.vision_2_feature_layer == 1
+    with torch.no_grad():
+        assert torch.equal(first(**inputs).logits, second(**inputs).logits)
+    other, _ = join(tmp_path, [0, 2])
+    with pytest.raises(ValueError, match="trained with another vision_2 model"):
+        other.load_connector(str(tmp_path / "second"), "second")
