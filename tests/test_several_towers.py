@@ -35,6 +35,7 @@ from modeling_frozen import (
     FrozenPrefixForSequenceClassification,
     FrozenPrefixProcessor,
 )
+from modeling_frozen.checkpoints import refuse_unexpected
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.data.image_reading import Prepare
 from modeling_frozen.evaluation.retrieval import embed_images
@@ -524,3 +525,11 @@ def test_switched_connectors_bring_the_layers_of_each_tower(tmp_path: Path) -> N
     other, _ = join(tmp_path, [0, 2])
     with pytest.raises(ValueError, match="trained with another vision_2 model"):
         other.load_connector(str(tmp_path / "second"), "second")
+
+
+def test_weights_of_a_second_tower_are_no_weights_of_the_first(tmp_path: Path) -> None:
+    model, _ = join(tmp_path, 1)
+    replaced = frozenset({"vision"})  # whose own weights in the file are then left aside
+    refuse_unexpected(model, "a checkpoint", {"unexpected_keys": ["model.vision_tower.embeddings.weight"]}, replaced)
+    with pytest.raises(ValueError, match="holds 1 tensors that the model of its config has no place for"):
+        refuse_unexpected(model, "a checkpoint", {"unexpected_keys": ["model.vision_tower_2.embeddings.weight"]}, replaced)
