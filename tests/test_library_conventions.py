@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, FrozenPrefixModel
 from modeling_frozen.connectors import CONNECTORS
+from modeling_frozen.parts import PARTS
 from tests.helpers.library_suites import LEFT_OUT, SUITES
 from tests.helpers.tiny import WORDS, join, length_of_its_own, rows, save_parents, text_config, vision_config
 
@@ -276,8 +277,8 @@ def test_ids_copied_into_labels_teach_no_placeholder(tmp_path: Path, spare: int)
 def test_the_config_answers_what_tools_ask() -> None:
     config = constructed().config
     written = config.to_dict()
-    assert set(config.sub_configs) == {"vision_config", "text_config", "audio_config"} <= set(written)
-    assert "audio_config" not in json.loads(config.to_json_string())
+    assert set(config.sub_configs) == {f"{part}_config" for part in PARTS} <= set(written)
+    assert not {"audio_config", "vision_2_config"} & set(json.loads(config.to_json_string()))
     assert config.get_text_config() is config.text_config is config.get_text_config(decoder=True)
     assert config.get_text_config().vocab_size == config.text_config.vocab_size
     assert type(config).from_dict(written).to_dict() == written == copy.deepcopy(config).to_dict()
