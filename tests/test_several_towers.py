@@ -39,7 +39,7 @@ from modeling_frozen.checkpoints import refuse_unexpected
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.data.image_reading import Prepare
 from modeling_frozen.evaluation.retrieval import embed_images
-from modeling_frozen.export import export_image_encoder
+from modeling_frozen.export import export_image_encoder, export_transformers_js
 from modeling_frozen.interpretation import attention_to_image
 from modeling_frozen.model_card import write_model_card
 from modeling_frozen.vision_towers import join_features
@@ -452,6 +452,8 @@ def test_stores_refuse_what_several_towers_can_not_have(tmp_path: Path) -> None:
     model, processor = join(tmp_path)
     with pytest.raises(ValueError, match="by 2 vision towers, and a graph has one"):
         export_image_encoder(model, "dynamo")
+    with pytest.raises(ValueError, match="transformers.js can't run this model, which reads images by 2 vision towers"):
+        export_transformers_js(model, tmp_path / "page", processor)
 
 
 def test_trained_from_the_stores_alone_and_described(tmp_path: Path) -> None:

@@ -171,6 +171,8 @@ def _checked(
         problems.append("has no vision tower, or it is not loaded")
     elif config.prefix_length is None:
         problems.append("has prefixes whose length varies by image (join with the connector 'resampler')")
+    if (towers := len(config.vision_parts)) > 1:
+        problems.append(f"reads images by {towers} vision towers")
     if processor.crop_to_patches:
         problems.append("cuts images into tiles (crop_to_patches=True)")
     if getattr(processor.tokenizer, "backend_tokenizer", None) is None:
