@@ -280,9 +280,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if tokenizer is None:
             tokenizer = cls._load_part(config, "text", "tokenizer", {"padding_side": side, **kwargs})
         further = {"image_processor_2": image_processor_2, "image_processor_3": image_processor_3}
-        for name, part in zip(further, ("vision_2", "vision_3"), strict=True):
-            if further[name] is None and part in getattr(config, "vision_parts", ()):
-                further[name] = cls._load_part(config, part, name, kwargs)
+        for argument, part in zip(further, ("vision_2", "vision_3"), strict=True):
+            if further[argument] is None and part in getattr(config, "vision_parts", ()):
+                further[argument] = cls._load_part(config, part, argument, kwargs)
         known = tokenizer.get_added_vocab()  # before the placeholder is added to it
         processor = cls(
             image_processor,
