@@ -83,7 +83,7 @@ setup(
     ],
     extras_require=extras,
     entry_points={
-        "console_scripts": ["frozen-prefix = modeling_frozen.serving.server:main"],
+        "console_scripts": ["frozen-prefix = modeling_frozen.cli:main"],
         "lmms_eval.models": ["frozen_prefix = modeling_frozen.evaluation.lmms_eval_model:manifest"],
     },
     classifiers=[

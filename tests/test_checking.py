@@ -1,17 +1,20 @@
 """`frozen-prefix check`: what it finds, what it prints, its exit code, and that it opens no image unasked."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, Image
 
-from modeling_frozen.data.checking import check_image_text, main
-from modeling_frozen.serving import server
+from modeling_frozen.cli import run_command
+from modeling_frozen.data.checking import check_image_text
 from tests.helpers.formats import lay_out
 from tests.helpers.tiny import join
+
+
+def main(arguments: list[str]) -> int:
+    return run_command("check", arguments)
 
 
 @pytest.fixture
@@ -100,11 +103,8 @@ def test_lengths_against_a_models_positions(folder: Path, tmp_path: Path, capsys
     assert main([source, "--model", str(tmp_path / "eyes")]) == 0  # the collator cuts it
 
 
-def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    for source, code in (("llava.json", 0), ("gone.json", 1)):
-        monkeypatch.setattr(sys, "argv", ["frozen-prefix", "check", str(folder / source), "--image_root", str(folder)])
-        with pytest.raises(SystemExit) as ended:
-            server.main()
-        assert ended.value.code == code
-    assert "gone.json is not there" in capsys.readouterr().out
+def test_the_exit_code(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(folder / "llava.json"), "--image_root", str(folder)]) == 0
+    assert main([str(folder / "gone.json")]) == 1
+    assert "gone.json is not there" in capsys.readouterr().err
     assert main([rows_of(folder, [{"conversations": chat()["conversations"][1:]}])]) == 1  # no image anywhere

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import modeling_frozen
+from modeling_frozen.cli import COMMANDS
 from tests.helpers import fresh_python
 
 
@@ -44,18 +45,20 @@ def test_beside_transformers_it_imports_nothing_heavy() -> None:
     assert fresh(code.format(", modeling_frozen", heavy)) == fresh(code.format("", heavy))
 
 
-def test_the_command_says_its_help_without_torch() -> None:
+def test_the_command_and_each_of_its_commands_say_their_help_without_torch() -> None:
     code = """
 import sys
-from modeling_frozen.serving.server import main
-sys.argv = ["frozen-prefix", {!r}]
-try:
-    main()
-except SystemExit:
-    print([m for m in ("torch", "transformers") if m in sys.modules])
+from modeling_frozen.cli import COMMANDS, main
+for arguments in [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 0
+print([m for m in ("torch", "transformers", "numpy", "PIL") if m in sys.modules])
 """
-    assert fresh(code.format("--help")).splitlines()[0].startswith("usage: frozen-prefix")
-    assert fresh(code.format("--version")).splitlines() == [modeling_frozen.__version__, "[]"]
+    said = fresh(code)
+    assert said.startswith("usage: frozen-prefix") and said.endswith("[]")
+    assert all(f"usage: frozen-prefix {name}" in said for name in COMMANDS) and f"\n{modeling_frozen.__version__}\n" in said
 
 
 @pytest.mark.parametrize("first", ["import modeling_frozen", "from transformers import AutoModel, AutoProcessor"])

@@ -1,4 +1,4 @@
-"""Serving: transformers' server and chat, run by our command and by its own, asked by OpenAI's own client."""
+"""Serving: transformers' server, run by our command and by its own, asked by OpenAI's own client."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ from tests.helpers.tiny import COLOURS, join, save_parents
 
 
 # Ours; and transformers' own, for people without the package.
-OURS = ["-m", "modeling_frozen.serving.server", "serve"]
+OURS = ["-m", "modeling_frozen.cli", "serve"]
 SERVERS = {
     "frozen-prefix": [*OURS, "--allow-private-addresses"],
     "transformers": [
@@ -43,28 +43,24 @@ SERVERS = {
 # ----------------------------------------------------------------------------------------------- without a server
 
 
-def test_commands_take_what_those_of_transformers_take() -> None:
+def test_it_takes_what_that_of_transformers_takes() -> None:
     import typer
-    from transformers.cli.chat import Chat
     from transformers.cli.serve import Serve
 
-    library = typer.Typer()
+    library = typer.Typer(add_completion=False)
     library.command(name="serve")(Serve)
-    library.command(name="chat")(Chat)
-    ours, theirs = (typer.main.get_command(app).commands for app in (build_app(), library))
-    assert sorted(ours) == ["chat", "serve"]
-    for name, command in ours.items():
-        options = [(option.name, option.opts, option.default) for option in command.params]
-        expected = [(option.name, option.opts, option.default) for option in theirs[name].params]
-        assert expected and options[: len(expected)] == expected
-        added = [] if name == "chat" else ["allow_local_media", "allow_private_addresses", "media_timeout", "max_media_bytes"]
-        assert [option for option, _, _ in options[len(expected) :]] == added
+    ours, theirs = (typer.main.get_command(app) for app in (build_app(), library))
+    options = [(option.name, option.opts, option.default) for option in ours.params]
+    expected = [(option.name, option.opts, option.default) for option in theirs.params]
+    assert expected and options[: len(expected)] == expected
+    added = ["allow_local_media", "allow_private_addresses", "media_timeout", "max_media_bytes"]
+    assert [option for option, _, _ in options[len(expected) :]] == added
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(ImportError, match=r"needs fastapi.*frozen-prefix\[serving\]"):
-        build_app()(["serve", "--port", "0"], standalone_mode=False)
+        build_app()(["--port", "0"], standalone_mode=False)
 
 
 def test_tokens_stream_out_of_generate_as_they_come(saved: Talking) -> None:
@@ -261,21 +257,6 @@ def test_an_unknown_model_is_named(server: SimpleNamespace, saved: Talking) -> N
         pytest.skip("transformers' own server says nothing")
     with pytest.raises(openai.BadRequestError, match="/nowhere/saved"):
         ask(server, saved, turn(data_url("red")), model="/nowhere/saved")
-
-
-@pytest.mark.slow
-def test_chat_talks_to_it(server: SimpleNamespace, saved: Talking, tmp_path: Path) -> None:
-    if not server.own:
-        pytest.skip("a client is a client")
-    command = [sys.executable, "-m", "modeling_frozen.serving.server", "chat", saved.path, server.url, "do_sample=False"]
-    command += ["max_new_tokens=4"]
-    # The client is huggingface_hub's, which in offline mode reaches nobody, not this machine either.
-    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.url, "COLUMNS": "200"}
-    # One question; no, don't go on after the last token; the end.
-    talk = f"{QUESTION}\nn\n!exit\n"
-    done = subprocess.run(command, cwd=ROOT, env=env, input=talk, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert saved.says(user(), tokens=4) in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------ clients' mistakes

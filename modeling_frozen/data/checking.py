@@ -4,7 +4,6 @@ Everything is counted, nothing is raised: the first ten of each kind of fault ar
 asked for.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 from ..processors import load_rgb_image, load_video, load_waveform
 from .columns import as_list
-from .formats import FORMATS, open_source
+from .formats import open_source
 from .image_reading import Images
 from .rows import MARKS, MEDIA, PLACEHOLDER, MissingFile, NothingToLearn, RowError, count_unplaced, name_of_row
 from .sources import Source
@@ -276,26 +275,4 @@ class _Reader:
         return " ".join([*parts, *([f"«{example.target}»"] if example.target is not None else [])])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """`frozen-prefix check`: prints what [`check_image_text`] finds; returns the exit code, 1 where training would fail."""
-    description = "Says what is wrong with image-text data, before training."
-    parser = argparse.ArgumentParser("frozen-prefix check", description=description)
-    parser.add_argument("source", nargs="+", help="file, files that belong together, folder, glob of tars, or Hub id")
-    parser.add_argument("--image_root", help="folder of relative image paths (default: the file's own)")
-    parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="default: found by the fields")
-    parser.add_argument("--split", help="of a source with several")
-    parser.add_argument("--model", help="checkpoint: also count tokens against its positions, and draw a row in them")
-    parser.add_argument("--open", action="store_true", help="open every image")
-    args = parser.parse_args(arguments)
-    source = args.source[0] if len(args.source) == 1 else args.source
-    options = {"format": args.format, "image_root": args.image_root, "split": args.split, "model": args.model}
-    try:
-        check = check_image_text(source, **options, open_images=args.open)
-    except (ValueError, OSError) as error:
-        print(error)
-        return 1
-    print(check)
-    return 1 if check.fails else 0
-
-
-__all__ = ["Check", "Faults", "check_image_text", "main"]
+__all__ = ["Check", "Faults", "check_image_text"]

@@ -1,8 +1,8 @@
-"""Serving: transformers' own server and chat, run where the model type `frozen-prefix` is known."""
+"""Serving: transformers' own server, run where the model type `frozen-prefix` is known."""
 
-from .server import main
+from .server import build_app
 
 
 __all__ = [
-    "main",
+    "build_app",
 ]

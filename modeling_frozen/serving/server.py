@@ -1,33 +1,28 @@
-"""`frozen-prefix serve` and `frozen-prefix chat`: transformers' own commands, run where our model type is known.
+"""`frozen-prefix serve`: transformers' own server, run where our model type is known.
 
 `transformers serve` looks a checkpoint's class up among those it knows, and has no place where a package could announce
 more of them. Here this package is imported first, so the model type is registered, and every argument goes on to
 transformers' command as it is. Before its server runs, it is made to check what it is sent (see `requests`): what a client
 did wrong is answered with status 400, where transformers' server answers 500 or stands still.
 
-    frozen-prefix serve me/eyes --port 8000        # the same as: python -m modeling_frozen.serving.server serve me/eyes …
-    frozen-prefix chat me/eyes localhost:8000
+    frozen-prefix serve me/eyes --port 8000
 """
 
-import argparse
 import inspect
 from typing import Annotated, Any
-
-from .. import __version__
 
 
 _MISSING = "Serving needs {package}, which is not installed here: pip install 'frozen-prefix[serving]'."
 
 
 def build_app() -> Any:
-    """The command line as a `typer.Typer` with transformers' own `serve`, which has our options beside its own, and `chat`.
+    """A `typer.Typer` of one command: transformers' own `serve`, which has our options beside its own.
 
     Raises:
         ImportError: without the extra `serving`.
     """
     try:
         import typer
-        from transformers.cli.chat import Chat
         from transformers.cli.serve import Serve
     except ImportError as error:
         raise ImportError(_MISSING.format(package=error.name)) from error
@@ -71,43 +66,11 @@ def build_app() -> Any:
     serve.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
     serve.__doc__ = Serve.__doc__
     app = typer.Typer(
-        help="The commands of transformers, for models of frozen-prefix.",
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
     app.command(name="serve")(serve)
-    app.command(name="chat")(Chat)
     return app
 
 
-def main() -> None:
-    """Entry point of the console script `frozen-prefix`. Its own help imports nothing; that of a command takes seconds."""
-    parser = argparse.ArgumentParser(
-        "frozen-prefix",
-        description="The commands of transformers, for frozen-prefix models, a check of data before training, and exports. "
-        "`frozen-prefix COMMAND --help` says more.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = "say what is wrong with data, write a model for another runtime, run a server of OpenAI's form, or talk to one"
-    parser.add_argument("command", choices=["check", "export", "serve", "chat"], help=commands)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command")
-    args = parser.parse_args()
-    if args.command == "check":
-        from ..data.checking import main as check
-
-        raise SystemExit(check(args.arguments))
-    if args.command == "export":
-        from ..export.command import add_arguments, run
-
-        parser = argparse.ArgumentParser("frozen-prefix export", description="Writes a model for another runtime.")
-        add_arguments(parser)
-        try:
-            raise SystemExit(run(parser.parse_args(args.arguments)))
-        except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"frozen-prefix export: {error}") from error
-    build_app()()
-
-
-if __name__ == "__main__":
-    main()
+__all__ = ["build_app"]
