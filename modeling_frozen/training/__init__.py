@@ -1,1 +1,1 @@
-"""Training beyond `Trainer` itself: LoRA on the language model, streams that are resumed."""
+"""Training beyond `Trainer` itself: recommended arguments, LoRA on the language model, streams that are resumed, callbacks."""
