@@ -43,7 +43,7 @@ extras = {
     "serving": ["transformers[serving]>=5.16.1"],
     "export": ["onnx>=1.21", "onnxruntime>=1.23", "onnxscript>=0.7"],
 }
-# Of examples/: quickstart.py, and demo.py, which shows the quickstart's model on a page.
+# Of examples/: quickstart.py; and `frozen-prefix demo`.
 extras["quickstart"] = sorted({"datasets>=3.4.1", *extras["metrics"], *extras["plots"]})
 extras["demo"] = sorted({*extras["quickstart"], "gradio>=6.0.2"})
 extras["page"] = extras["demo"]  # its name in 0.1.0

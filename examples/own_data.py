@@ -5,12 +5,7 @@ from typing import Any
 
 from datasets import Dataset, Image
 
-from modeling_frozen import load_image_text
-from modeling_frozen.data.formats import SplitError, split_by_image
-
-
-# What a split is called elsewhere: Karpathy's file has "val".
-_ALSO = {"validation": ("validation", "val", "dev")}
+from modeling_frozen.data.splits import load_splits
 
 
 def read_splits(
@@ -28,16 +23,8 @@ def read_splits(
         For each split its rows with one image: `image`, `questions` (an empty one for a caption), and `answers`, of each
         question a list. Others, and those that can't be read, are left out, which is logged.
     """
-    given: Any = source[0] if len(source) == 1 else list(source)
-    options: dict[str, Any] = {"image_root": image_root, "on_error": "skip"}
-    try:
-        rows = load_image_text(given, **options)
-    except SplitError as error:
-        chosen = {name: next((one for one in _ALSO.get(name, (name,)) if one in error.splits), name) for name in names}
-        return {name: _asked(load_image_text(given, split=split, **options)) for name, split in chosen.items()}
-    shares = {name: 0.1 if name in names else 0.0 for name in ("validation", "test")}
-    splits = split_by_image(rows, **shares, seed=seed)
-    return {name: _asked(splits[name]) for name in names}
+    splits = load_splits(source, names, image_root=image_root, on_error="skip", seed=seed)
+    return {name: _asked(rows) for name, rows in splits.items()}
 
 
 def _asked(rows: Any) -> Dataset:

@@ -19,7 +19,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import torch
 from PIL import Image
 from shapes import QUESTIONS, Scene, draw, split_scenes, train_language_model, train_tower
@@ -27,12 +26,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from modeling_frozen.evaluation.plots import plot_training
-from modeling_frozen.metrics import caption_metrics
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+from modeling_frozen.evaluation.plots import plot_sheet, plot_training
+from modeling_frozen.metrics import caption_metrics, caption_scores
 
 
 @dataclass
@@ -95,18 +90,13 @@ def folder_bytes(folder: str | Path, pattern: str = "*.safetensors") -> int:
     return sum(file.stat().st_size for file in Path(folder).glob(pattern))
 
 
-def draw_sheet(path: Path, images: list[Image.Image], rows: list[dict], said: list[str], asked: list[str]) -> None:
-    """A sheet of held-out pictures with what the model said of them: green where it is right, red where not."""
-    figure, axes = plt.subplots(3, 5, figsize=(15, 10.5))
-    figure.suptitle("Held-out scenes: nobody met them in training, neither drawn nor described", fontsize=16)
-    for axis, image, row, text, reply in zip(axes.flat, images, rows, said, asked, strict=False):
-        axis.imshow(image)
-        axis.set_axis_off()
-        axis.set_title(text, fontsize=10, color="darkgreen" if text == row["answer"] else "firebrick")
-        axis.text(0.5, -0.04, f"what colour ?  {reply}", transform=axis.transAxes, ha="center", va="top", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def draw_sheet(path: Path, images: list[Image.Image], rows: list[dict], said: list[str], colours: list[str]) -> None:
+    """Held-out pictures, the best, the middle and the worst, with what the model said of them and of their colour."""
+    right = [row["answer"] for row in rows]
+    scores = caption_scores(said, [[text] for text in right])["cider"]
+    outputs = [f"{text}  what colour ?  {reply}" for text, reply in zip(said, colours, strict=True)]
+    title = "Held-out scenes: nobody met them in training, neither drawn nor described"
+    plot_sheet(images, outputs, right, scores, path, each=4, score_name="CIDEr", title=title)
 
 
 FRESH = """
@@ -181,7 +171,7 @@ def main() -> dict:
         "blind": score(answer(model, processor, shuffled(images, rows), prompts, "blind"), rows),
         "random_connector": score(answer(join(), processor, images, prompts, "random connector"), rows),
     }
-    colours = answer(model, processor, images[:15], ["what colour ?"] * len(images[:15]), "asking for colours")
+    colours = answer(model, processor, images, ["what colour ?"] * len(images), "asking for colours")
 
     checkpoint = out / "eyes"
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -202,7 +192,8 @@ def main() -> dict:
     print(
         f"\ncheckpoint {results['checkpoint_bytes']:,} bytes (config included), its parents {results['parents_bytes']:,}; "
         f"reloaded in a fresh process it says the same.\n{results['seconds']} seconds. "
-        f"See {out / 'pictures.png'} and {out / 'results.json'}."
+        f"See {out / 'pictures.png'} and {out / 'results.json'}, and ask it yourself:\n"
+        f"    frozen-prefix demo {checkpoint} --first_sentence --pictures {out}/picture_*.png"
     )
     return results
 

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     used = time.process_time() - processor_begin
     print(
         f"\n{time.time() - begin:.0f} seconds, {used:.0f} of processor time. See {out / 'sheet.png'}; drop a photo into the "
-        f"page of\n    python examples/demo.py --model {out / 'eyes'}"
+        f"page of\n    frozen-prefix demo {out / 'eyes'}"
     )
 
 

@@ -16,11 +16,13 @@ def quickstart(folder: Path, *arguments: str) -> dict:
 
 def test_a_short_run_writes_everything(tmp_path: Path) -> None:
     few = ["--tower_steps", "2", "--language_model_steps", "2", "--steps", "2", "--held_out", "12"]
-    results = quickstart(tmp_path, *few)
+    results, printed = run_example("quickstart", tmp_path, *few)
     assert set(results) == {"sighted", "blind", "random_connector", "checkpoint_bytes", "parents_bytes", "seconds"}
     assert all(set(results[name]) == {"exact_match", "cider"} for name in ("sighted", "blind", "random_connector"))
     assert results["checkpoint_bytes"] < results["parents_bytes"] / 10
     assert (tmp_path / "pictures.png").stat().st_size > 10_000
+    names = [tmp_path / "eyes", tmp_path / "picture_*.png"]
+    assert f"frozen-prefix demo {names[0]} --first_sentence --pictures {names[1]}" in printed
 
 
 def test_held_out_scenes_are_new_and_their_pairs_are_not() -> None:

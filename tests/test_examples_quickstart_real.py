@@ -31,7 +31,7 @@ def test_a_short_run_writes_everything(tmp_path: Path) -> None:
     results, printed = run_example("quickstart_real", tmp_path / "out", *parents, *few, "--question", "what colour ?")
     assert set(results) >= {"sighted", "blind", "random_connector", "intervals"} and results["rows"] == 5
     assert {"sighted", "blind", "random_connector", "gain"} == set(results["intervals"])
-    assert "sighted - blind" in printed and printed.count("what colour ?") == 5 and "demo.py --model" in printed
+    assert "sighted - blind" in printed and printed.count("what colour ?") == 5 and "frozen-prefix demo" in printed
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "training.png").is_file() and (tmp_path / "out" / "predictions.jsonl").is_file()
     asked = AutoProcessor.from_pretrained(tmp_path / "out" / "eyes").chat_prompt("a picture ?")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_frozen.cli import main
 from modeling_frozen.export import command
-from modeling_frozen.serving.server import main
 from tests.helpers.talking import talking
 from tests.helpers.tiny import skip_before
 
@@ -33,14 +33,13 @@ print([name for name in ("torch", "transformers", "numpy") if name in sys.module
     assert done.stdout.strip() == "[]"
 
 
-def test_mistakes_are_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"--dtype q8: --to onnx takes none"):
         run(str(tmp_path), "--to", "onnx", "--dtype", "q8", str(tmp_path / "out"))
     saved = talking(tmp_path)
     arguments = ["export", saved.path, "--to", "transformers.js", "--dtype", "q8,q3", str(tmp_path / "js")]
-    monkeypatch.setattr(sys, "argv", ["frozen-prefix", *arguments])
-    with pytest.raises(SystemExit, match=r"^frozen-prefix export: dtypes=\['q8', 'q3'\]: choose some of"):
-        main()
+    assert main(arguments) == 1
+    assert "\nfrozen-prefix export: dtypes=['q8', 'q3']: choose some of" in f"\n{capsys.readouterr().err}"
     assert not (tmp_path / "js").exists()
 
 

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.connectors import build_connector
 from modeling_frozen.cross_attention import GatedCrossAttentionBlock
 from modeling_frozen.interpretation.connector_attention import prefix_origins
-from modeling_frozen.interpretation.interpret import _gated_weights, attention_to_image, nearest_words, sightedness
+from modeling_frozen.interpretation.interpret import _gated_weights, _joined, attention_to_image, nearest_words, sightedness
+from modeling_frozen.interpretation.results import ImageAttention, Sightedness, WordSightedness
 from modeling_frozen.vision_towers import grid_of
 from tests.helpers.families_text import language_model
 from tests.helpers.tiny import COLOURS, WORDS, join, rows, save_parents, tokenizer
@@ -482,3 +485,49 @@ def test_one_picture_of_the_encoder_serves_all(joined: tuple[Any, Any]) -> None:
         swapped = model(**batch, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[prefix])})
         plain = model(**batch, pixel_values=pixels[1:])
     torch.testing.assert_close(swapped.logits, plain.logits)
+
+
+def bytes_tokenizer(*pieces: str) -> PreTrainedTokenizerFast:
+    """A byte-level vocabulary as GPT-2's, of single bytes and these pieces."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {one: index for index, one in enumerate([*letters, *pieces, "</s>"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def test_tokens_are_joined_to_words_where_they_are_drawn() -> None:
+    tokenizer = bytes_tokenizer("Ġrun", "ning", "Ġdog", ".", "Ġa")
+    pieces = ["Ġa", "Ġrun", "ning", "Ġdog", ".", "Ċ", "Ġa", "Ġ", "Ã", "©", "</s>"]
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids(pieces))
+    joined = _joined(tokenizer, ids)
+    words = [" a", " running", " dog.", "\n", " a", " ", "é", "</s>"]
+    assert [word for word, _, _ in joined] == words
+    assert [(a, b) for _, a, b in joined] == [(0, 1), (1, 3), (3, 5), (5, 6), (6, 7), (7, 8), (8, 10), (10, 11)]
+    wide = torch.tensor(tokenizer.convert_tokens_to_ids(list("".join(bytes_to_letters("犬が")))))
+    assert [(word, b - a) for word, a, b in _joined(tokenizer, wide)] == [("犬", 3), ("が", 3)]
+
+
+def bytes_to_letters(text: str) -> list[str]:
+    """As byte-level vocabularies spell bytes."""
+    spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return [piece for piece, _ in spelt]
+
+
+def test_a_word_has_the_nats_of_its_tokens_and_their_mean_attention() -> None:
+    from matplotlib.text import Text
+
+    drops = torch.tensor([0.5, 1.0, 2.0, -0.25])
+    joined = [("a", 0, 1), (" running", 1, 3), (".", 3, 4)]
+    sample = WordSightedness(["a", " run", "ning", "."], torch.arange(4), drops, torch.zeros(1, 4), joined=joined)
+    texts = [text.get_text() for text in Sightedness([sample]).plot().findobj(Text)]
+    assert {"running", "+3.0", "+0.5"} <= set(texts) and "ning" not in texts
+    attention = [torch.tensor([[[0.1, 0.1], [0.2, 0.0], [0.0, 0.4], [0.0, 0.0]]])]
+    looked = ImageAttention(
+        sample.words, torch.arange(4), attention, "self", torch.eye(2), (1, 2), 0, None, torch.rand(4, 8, 3), joined
+    )
+    figure = looked.plot()
+    assert "running  30%" in [text.get_text() for text in figure.findobj(Text)]
+    heat = [axes.images[1].get_array() for axes in figure.axes if len(axes.images) == 2]
+    assert len(heat) == 3
+    torch.testing.assert_close(torch.tensor(heat[1]), torch.tensor([[0.5, 1.0]]))

@@ -1,4 +1,4 @@
-"""Recommended arguments: they follow sizes, a user's own win, each number has its source, and `TrainingArguments` takes them."""
+"""Recommended arguments: they follow sizes, a user's own win, each number has its source, `TrainingArguments` takes them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +58,7 @@ def test_what_is_given_wins_and_the_rest_follows_it(capsys: pytest.CaptureFixtur
     assert not {"per_device_train_batch_size", "learning_rate"} & set(chosen)
     assert "7e-05 (yours; else 0.003)" in capsys.readouterr().out
     assert of(rows=558_128, given={"gradient_accumulation_steps": 32})["per_device_train_batch_size"] == 8
+    assert "num_train_epochs" not in of(given={"max_steps": 9})
     assert of(rows=9_000, given={"per_device_train_batch_size": 300})["num_train_epochs"] == 16
 
 

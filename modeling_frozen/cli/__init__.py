@@ -1,8 +1,8 @@
 """The command `frozen-prefix`: a table of commands, each in a module of its own that is imported when it is called.
 
 Such a module has `add_arguments(parser)`, which imports neither torch nor transformers so that help comes at once, and
-`run(args)`, which does the work and returns an exit code, or None for 0. With `TAKES_OTHERS = True` arguments that its parser
-does not know are in `args.others`.
+`run(args)`, which does the work and returns an exit code, or None for 0. With `TAKES_OTHERS = True` its parser need
+not know all arguments: `args.others` are the others, `args.arguments` all as they came, and `args.parser` is the parser.
 
     frozen-prefix train --help            # the same as: python -m modeling_frozen.cli train --help
 """
@@ -13,12 +13,20 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..torch_builds import explain
 
 
 # Command -> module, and what the help says of it.
 COMMANDS = {
     "check": ("cli.check", "say what is wrong with image-text data, before training on it"),
+    "train": ("cli.train", "train a connector between a frozen vision tower and a frozen language model"),
+    "caption": ("cli.caption", "say what photos show"),
+    "chat": ("cli.chat", "ask about an image, in the terminal"),
+    "evaluate": ("cli.evaluate", "score a checkpoint beside the same model blind"),
+    "info": ("cli.info", "say what a checkpoint is made of"),
+    "export": ("export.command", "write a checkpoint for another runtime"),
     "serve": ("cli.serve", "run a server of OpenAI's form"),
+    "demo": ("cli.demo", "open a page in the browser: ask, and see where the model looks"),
 }
 
 # What a user's mistake raises. `--traceback` shows where.
@@ -58,17 +66,19 @@ def run_command(name: str, arguments: Sequence[str], traceback: bool = False) ->
         command.add_arguments(parser)
         args, others = parser.parse_known_args(arguments)
         if takes_others:
-            args.others = others
+            args.others, args.arguments, args.parser = others, list(arguments), parser
         elif others:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         return command.run(args) or 0
     except KeyboardInterrupt:
         print(f"frozen-prefix {name}: stopped.", file=sys.stderr)
         return 130
-    except _MISTAKES as error:
-        if traceback:
+    except Exception as error:
+        explained = explain(error)
+        if traceback or (explained is None and not isinstance(error, _MISTAKES)):
             raise
-        print(f"frozen-prefix {name}: {str(error) or type(error).__name__}", file=sys.stderr)
+        said = explained or error
+        print(f"frozen-prefix {name}: {str(said) or type(said).__name__}", file=sys.stderr)
         return 1
 
 

@@ -10,8 +10,10 @@ go on generating with it.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import east_asian_width
 
 import torch
 from transformers import PreTrainedModel
@@ -76,6 +78,27 @@ def _word(tokenizer: Any, index: int) -> str:
 
 def _words(tokenizer: Any, ids: torch.Tensor) -> list[str]:
     return [_word(tokenizer, index) for index in ids.tolist()]
+
+
+def _joined(tokenizer: Any, tokens: torch.Tensor) -> list[tuple[str, int, int]]:
+    """Words and the tokens that each is made of, `[start, end)`. White space parts words; so do special tokens, and letters of
+    scripts that write no space (wide ones)."""
+    ids, special = tokens.tolist(), set(tokenizer.all_special_ids)
+    starts: list[int] = []
+    begin, before = 0, ""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    for place in range(len(ids)):
+        text = tokenizer.decode(ids[: place + 1], **options)
+        if text.endswith("\ufffd") and place + 1 < len(ids):
+            continue  # a part of a letter
+        piece = text[len(os.path.commonprefix([before, text])) :]
+        parted = not begin or before[-1:].isspace() or piece[:1].isspace() or bool(special & {ids[begin], ids[begin - 1]})
+        if parted or (piece and east_asian_width(piece[0]) in "WF"):
+            starts.append(begin)
+        begin, before = place + 1, text
+    ends = [*starts[1:], len(ids)][: len(starts)]
+    spans = list(zip(starts, ends, strict=True))
+    return [(_word(tokenizer, ids[a]) if b == a + 1 else tokenizer.decode(ids[a:b], **options), a, b) for a, b in spans]
 
 
 # -------------------------------------------------------------------------------------------------------- nearest words
@@ -211,7 +234,9 @@ def attention_to_image(
         grid = grid_of(count, *image.shape[:2]) if spatial is None else tuple(spatial[0].tolist())
         if grid is None or math.prod(grid) != count:
             grid, why = None, f"the tower's {count} positions are no grid on {tuple(image.shape[:2])} pixels."
-    return ImageAttention(_words(tokenizer, ids), ids, weights, kind, origins, grid, leading, why, image)
+    return ImageAttention(
+        _words(tokenizer, ids), ids, weights, kind, origins, grid, leading, why, image, _joined(tokenizer, ids)
+    )
 
 
 def _read_or_write(
@@ -391,7 +416,8 @@ def sightedness(
         ids = batch["labels"][index][batch["labels"][index] != IGNORE_INDEX]
         own, *swapped = [next(taken) for _ in range(1 + len(some))]
         words = _words(processor.tokenizer, ids)
-        samples.append(WordSightedness(words, ids, own, torch.stack(swapped), images[index], asked[index] or ""))
+        joined = _joined(processor.tokenizer, ids)
+        samples.append(WordSightedness(words, ids, own, torch.stack(swapped), images[index], asked[index] or "", joined))
     return Sightedness(samples)
 
 

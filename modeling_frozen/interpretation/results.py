@@ -129,6 +129,8 @@ class ImageAttention:
         num_leading: positions before the grid's (class token …), with `vision_feature_select_strategy="full"`.
         why_not_spatial: the reason where `grid` is `None`.
         image (`torch.FloatTensor` of shape `(height, width, channels)`): what the tower saw, from 0 to 1.
+        joined: the words that are drawn: each as text, and the tokens `[start, end)` that it is made of, over which its
+            attention is averaged. Left empty, each token is a word.
     """
 
     words: list[str]
@@ -140,9 +142,10 @@ class ImageAttention:
     num_leading: int
     why_not_spatial: str | None
     image: torch.Tensor = field(repr=False)
+    joined: list[tuple[str, int, int]] = field(default_factory=list, repr=False)
 
     def by_word(self, layers: int | Sequence[int] | None = None) -> torch.Tensor:
-        """Attention `(words, prefix_length)`, averaged over heads and over `layers` (an index or several; all)."""
+        """Attention `(tokens, prefix_length)`, averaged over heads and over `layers` (an index or several; all)."""
         chosen = range(len(self.attention)) if layers is None else [layers] if isinstance(layers, int) else layers
         return torch.stack([self.attention[layer].mean(dim=0) for layer in chosen]).mean(dim=0)
 
@@ -187,11 +190,22 @@ def _draw_attention(
     return finish(draw(result, title, layers, max_words), path)
 
 
+def _spans(words: list[str], joined: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    return joined or [(word, index, index + 1) for index, word in enumerate(words)]
+
+
+def _over_words(result: ImageAttention, values: torch.Tensor, max_words: int) -> torch.Tensor:
+    """Values of tokens (first axis), averaged over those of each word that is drawn."""
+    spans = _spans(result.words, result.joined)[:max_words]
+    return torch.stack([values[start:end].mean(dim=0) for _, start, end in spans])
+
+
 def _titles(result: ImageAttention, layers: Any, max_words: int) -> list[str]:
-    words = [shown(word) for word in result.words[:max_words]]
+    words = [shown(word) for word, _, _ in _spans(result.words, result.joined)[:max_words]]
     if result.kind == "gated":  # all of it is the image's
         return words
-    return [f"{word}  {share:.0%}" for word, share in zip(words, result.share(layers).tolist(), strict=False)]
+    shares = _over_words(result, result.share(layers), max_words).tolist()
+    return [f"{word}  {share:.0%}" for word, share in zip(words, shares, strict=True)]
 
 
 def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) -> Any:
@@ -205,6 +219,7 @@ def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) 
     figure = new_figure(max(6.5, side * columns + 1.1), (side * height / width + 0.3) * rows + 0.75)
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False)
+    maps = _over_words(result, result.maps(layers), max_words)
     grey = result.image.mean(dim=-1, keepdim=True).expand(-1, -1, 3)
     grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=0.2)  # outlines have to show through the colours
     colours, drawn = colormaps["viridis"], None
@@ -214,7 +229,7 @@ def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) 
             place.imshow(result.image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             place.set_title("what the tower saw", fontsize=10, color=GREY)
         elif index <= len(titles):
-            there = result.maps(layers)[index - 1]
+            there = maps[index - 1]
             there = there / there.max().clamp(min=1e-12)
             place.imshow((0.4 + 0.6 * grey).numpy())
             # Cells, not a smooth cloud: the model knows no finer places.
@@ -232,7 +247,7 @@ def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) 
 
 
 def _draw_bars(result: ImageAttention, title: str, layers: Any, max_words: int) -> Any:
-    titles, values = _titles(result, layers, max_words), 100 * result.by_word(layers)[:max_words]
+    titles, values = _titles(result, layers, max_words), 100 * _over_words(result, result.by_word(layers), max_words)
     figure = new_figure(7.6, 0.55 * len(titles) + 1.7)
     figure.suptitle(title, fontsize=12)
     all_axes = figure.subplots(len(titles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -263,6 +278,8 @@ class WordSightedness:
         log_likelihood (`torch.FloatTensor` of shape `(words,)`): nats, with the text's own image.
         swapped (`torch.FloatTensor` of shape `(others, words)`): nats, with each other image.
         image, prompt: as they were passed.
+        joined: the words that are drawn: each as text, and the tokens `[start, end)` that it is made of, whose nats are
+            added. Left empty, each token is a word.
     """
 
     words: list[str]
@@ -271,10 +288,11 @@ class WordSightedness:
     swapped: torch.Tensor
     image: Any = field(default=None, repr=False)
     prompt: str = ""
+    joined: list[tuple[str, int, int]] = field(default_factory=list, repr=False)
 
     @property
     def drop(self) -> torch.Tensor:
-        """Nats `(words,)` that each word loses when the image is another, averaged over the others. Positive: its own
+        """Nats `(tokens,)` that each token loses when the image is another, averaged over the others. Positive: its own
         image made it likelier; zero: the model did not use the image; negative: it was misled."""
         return self.log_likelihood - self.swapped.mean(dim=0)
 
@@ -287,11 +305,11 @@ class Sightedness:
 
     @property
     def mean(self) -> float:
-        """Nats per word, over all words of all texts."""
+        """Nats a token, over all tokens of all texts."""
         return float(torch.cat([sample.drop for sample in self.samples]).mean())
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain row per word: for a table, a data frame or JSON."""
+        """One plain row per token: for a table, a data frame or JSON."""
         return [
             {"text": text, "position": position, "word": word, "log_likelihood": own, "drop": drop}
             for text, sample in enumerate(self.samples)
@@ -313,7 +331,8 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
     from matplotlib.patches import FancyBboxPatch
 
     samples = result.samples[:max_texts]
-    furthest = max(max(float(sample.drop.abs().max()) for sample in samples), 0.1)
+    drops = [_drops(sample) for sample in samples]
+    furthest = max([0.1, *(abs(drop) for some in drops for drop in some)])
     colours = ScalarMappable(TwoSlopeNorm(0, -furthest, furthest), colormaps["PuOr"])
     width, line = 6.4, 0.56  # inches
     laid = [_lay_out(sample, width) for sample in samples]
@@ -322,7 +341,7 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
     figure = new_figure(width + 2.4, sum(heights) + 1.35)
     figure.suptitle("What each word loses when the image is another", fontsize=12)
     all_axes = figure.subplots(len(samples), 2, squeeze=False, width_ratios=[1.7, width], height_ratios=heights)
-    for (left, right), sample, rows, height, top in zip(all_axes, samples, laid, heights, tops, strict=True):
+    for (left, right), sample, of_words, rows, height, top in zip(all_axes, samples, drops, laid, heights, tops, strict=True):
         if sample.image is None:
             left.set_axis_off()
         else:
@@ -332,7 +351,7 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
         right.set_ylim(height, 0)
         if sample.prompt:
             right.text(0, 0.22, sample.prompt.strip(), fontsize=10, color=GREY, va="center", style="italic")
-        for (row, x, wide, word), drop in zip(rows, sample.drop.tolist(), strict=True):
+        for (row, x, wide, word), drop in zip(rows, of_words, strict=True):
             colour = colours.to_rgba(drop)
             y = top + line * row
             box = FancyBboxPatch(
@@ -356,10 +375,15 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
     return finish(figure, path)
 
 
+def _drops(sample: WordSightedness) -> list[float]:
+    """Nats that each word loses, as they are drawn: those of its tokens together."""
+    return [float(sample.drop[start:end].sum()) for _, start, end in _spans(sample.words, sample.joined)]
+
+
 def _lay_out(sample: Any, width: float) -> list[tuple[int, float, float, str]]:
     """Row, left edge, width and text of each word, in inches, broken into lines."""
     places, row, x = [], 0, 0.0
-    for word in sample.words:
+    for word, _, _ in _spans(sample.words, sample.joined):
         word = shown(word)
         letters = sum(1.8 if east_asian_width(letter) in "WF" else 1.0 for letter in word)
         wide = max(0.36, 0.095 * letters + 0.14)

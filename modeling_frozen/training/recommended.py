@@ -99,17 +99,19 @@ def _length(rows: int | None, given: Mapping[str, Any]) -> dict[str, _Choice]:
     per_device = min(batch.value, 32)
     if "gradient_accumulation_steps" in given and "per_device_train_batch_size" not in given:
         per_device = max(1, batch.value // (given["gradient_accumulation_steps"] * processes))
-    per_device = given.get("per_device_train_batch_size", per_device)
-    accumulated = max(1, round(batch.value / (per_device * processes)))
+    chosen = given.get("per_device_train_batch_size", per_device)
+    accumulated = max(1, round(batch.value / (chosen * processes)))
     whole = f"with the accumulation {batch.value} rows a step on {processes} process(es); {batch.why}"
     choices = {
         "per_device_train_batch_size": _Choice(per_device, whole),
         "gradient_accumulation_steps": _Choice(accumulated, "raise it as you lower the batch, where memory is short"),
     }
-    real = per_device * processes * given.get("gradient_accumulation_steps", accumulated)
+    real = chosen * processes * given.get("gradient_accumulation_steps", accumulated)
     if rows is None:
         steps = _Choice(_PUBLISHED_STEPS, "published: LLaVA-1.5, 558,128 pairs in batches of 256 once")
         return {**choices, "max_steps": steps}
+    if given.get("max_steps", 0) > 0:
+        return choices
     epochs = _Choice(1, "published: LLaVA-1.5, one epoch of 558,128 pairs")
     if rows < 100_000:
         needed = math.ceil(_STEPS * real / rows)

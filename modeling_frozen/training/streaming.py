@@ -37,7 +37,7 @@ class StreamCallback(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self._stream: Any = None
         self._loader: Any = None
-        self._batches = 0
+        self._batches = self._step = 0
         self._gathered: dict[str, Any] | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -118,7 +118,7 @@ class StreamCallback(TrainerCallback, ExportableState):
         }
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._batches = 0
+        self._batches, self._step = 0, state.global_step
         # Of its own, or each start of an iteration would move torch's global one, which a checkpoint restores.
         self._loader.base_dataloader.generator = torch.Generator().manual_seed(args.seed)
 
@@ -136,6 +136,11 @@ class StreamCallback(TrainerCallback, ExportableState):
         self._gathered = {"step": state.global_step, "setup": self._setup(args), "places": places}
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self._step:  # Trainer would begin epoch after epoch, for ever
+            raise ValueError(
+                f"The stream ended after {self._batches} batches, before the {args.gradient_accumulation_steps} of one step: "
+                "lower gradient_accumulation_steps or the batch size, or don't stream so few rows."
+            )
         count, names = self._stream.left_out_after(self._batches)
         if count:
             process = f" of process {args.process_index}" if args.world_size > 1 else ""
