@@ -81,6 +81,12 @@ def test_rows_are_asked_as_photos_are(eyes: tuple[Any, Any], folder: Path) -> No
     assert Asking(processor, chat=False).row(caption) == caption
 
 
+def test_videos_are_asked_about_too(tmp_path: Path) -> None:
+    _, processor = join(tmp_path, num_frames=2)
+    asked = Asking(in_turns(processor)).row({"images": [], "videos": ["a.gif"], "prompt": "what ?", "completion": "a"})
+    assert asked["prompt"] == "[user] <video>what ? [assistant] "
+
+
 def test_the_collator_learns_the_answer_behind_the_question(folder: Path) -> None:
     _, processor = load(folder / "eyes", "cpu")
     row = rows(1)[0]

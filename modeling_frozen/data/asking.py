@@ -8,7 +8,7 @@ from typing import Any
 
 from ..processors import DEFAULT_CHAT_TEMPLATE
 from .collator import DataCollatorForFrozenPrefix
-from .columns import as_list, images_of
+from .columns import COLUMNS, as_list, find_column
 
 
 DEFAULT_QUESTION = "Describe the photo."
@@ -40,24 +40,31 @@ class Asking:
         if self.question is None:
             self.question = DEFAULT_QUESTION if self.chat else ""
 
-    def prompt(self, question: str = "", images: int = 1) -> str:
-        """A question about so many images as a prompt for the processor. `<image>` in it stays where it stands."""
+    def prompt(self, question: str = "", images: int = 1, **others: int) -> str:
+        """A question about so many images (`video=1`, `audio=1` of others) as a prompt for the processor. Placeholders in it
+        stay where they stand."""
         question = question or self.question or ""
         if not self.chat:
             return question
-        return self.processor.chat_prompt(question, images=0 if self.processor.image_token in question else images)
+        tokens, counts = self.processor.tokens, {"image": images, **others}
+        absent = {modality: count for modality, count in counts.items() if tokens.get(modality, "") not in question}
+        media = [{"type": modality} for modality, count in absent.items() for _ in range(count)]
+        return self.processor.chat_prompt([{"role": "user", "content": [*media, {"type": "text", "text": question}]}])
 
     def row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of captions, or of prompts and answers, as it is asked; chats are what they are."""
         made = dict(row)
         if made.get("messages") is not None:
             return made
-        images = images_of(made, None)
-        count = len([one for one in images or () if one is not None])
-        if made.get("prompt") is None and made.get("text") is not None and self.prompt(images=count):
+        media = {}
+        for modality in COLUMNS:
+            column = find_column(made, modality=modality)
+            media[modality] = 0 if column is None else sum(one is not None for one in as_list(made[column]))
+        images = media.pop("image")
+        if made.get("prompt") is None and made.get("text") is not None and self.prompt("", images, **media):
             made["prompt"], made["answer"] = "", made.pop("text")
         if made.get("prompt") is not None:
-            asked = [self.prompt(one, count) for one in as_list(made["prompt"])]
+            asked = [self.prompt(one, images, **media) for one in as_list(made["prompt"])]
             made["prompt"] = asked if isinstance(made["prompt"], list) else asked[0]
         return made
 

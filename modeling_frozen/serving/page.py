@@ -4,7 +4,7 @@ Beside the answer stands that of the same model *blind*, which is asked the same
 to the picture word by word, how many nats each word loses without the picture, and the words that lie nearest to the prefix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -107,7 +107,7 @@ def build_page(
             yield {answer: said or NOTHING, blind: blindly or NOTHING}
             if not (said and deep):
                 return
-            parts = {
+            parts: dict[Any, Callable[[], Any]] = {
                 looked: lambda: attention_to_image(model, processor, picture, prompt, text=said),
                 owed: lambda: sightedness(model, processor, picture, said, prompts=prompt, other_images=grey),
                 words: lambda: nearest_words(model, processor, picture),
