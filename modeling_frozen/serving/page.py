@@ -77,7 +77,7 @@ def build_page(
                 with gr.Accordion("Options", open=False):
                     longest = gr.Slider(1, 256, max_new_tokens, step=1, label="At most so many tokens")
                     sentence = gr.Checkbox(first_sentence, label="Stop at the first full stop")
-                    chat = gr.Checkbox(asking.chat, label="Ask in the language model's chat format")
+                    chat = gr.Checkbox(bool(asking.chat), label="Ask in the language model's chat format")
                     explain = gr.Checkbox(True, label="Show where it looks and what it sees")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
