@@ -458,6 +458,35 @@ def test_an_error_keeps_what_was_done(pair: tuple[Any, Any], tmp_path: Path) -> 
     assert not counts
 
 
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed(parents: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    """The launcher ends with an error that names it; nothing half-written is read, and what was done is kept."""
+    dying = "import os, signal\ncalls = []\n" + RUN.replace(
+        "        time.sleep(pause)\n",
+        "        calls.append(1)\n"
+        "        if len(calls) > 2 and os.environ['RANK'] == '1' and pause:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n",
+    )
+    (tmp_path / "run.py").write_text(dying)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py"))
+    killed = launch(*torchrun, str(parents), str(tmp_path / "store"), "1")
+    output, errors = killed.communicate(timeout=120)
+    assert killed.returncode and "rows" not in output
+    assert "rank      : 1 (local_rank: 1)" in errors and "Signal 9 (SIGKILL)" in errors
+    folder = next(path.parent for path in tmp_path.glob("store/*/key.json"))
+    done = set(FeatureStore(folder).indices())
+    assert 4 <= len(done) < 20
+    again = launch(*torchrun, str(parents), str(tmp_path / "store"), "0")
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert output.count("rows 60 72") == 2
+    # Each image was seen once in both runs: 20 + 4 of the stream, less what the first one kept.
+    assert sum(map(int, re.findall(r"tower (\d+)", output))) == 24 - len(done)
+    out = store(pair, captioned(images=20), tmp_path / "store")
+    wanted = tower_features(pair, [noise(seed) for seed in range(20)])
+    torch.testing.assert_close(torch.stack([out[index]["image"].load()[0] for index in range(20)]), wanted)
+
+
 def test_two_processes_share_the_work(parents: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(RUN)
     arguments = (str(tmp_path / "run.py"), str(parents), str(tmp_path / "store"), "0")
