@@ -42,6 +42,8 @@ extras = {
     "audio": ["librosa>=0.10", "soundfile>=0.13"],
     "serving": ["transformers[serving]>=5.16.1"],
     "export": ["onnx>=1.21", "onnxruntime>=1.23", "onnxscript>=0.7"],
+    "deepspeed": ["deepspeed>=0.19.8"],
+    "ray": ["ray[train]>=2.60"],
 }
 # Of examples/: quickstart.py; and `frozen-prefix demo`.
 extras["quickstart"] = sorted({"datasets>=3.4.1", *extras["metrics"], *extras["plots"]})
@@ -56,7 +58,10 @@ extras["test"] = sorted(
 )
 # What the slow tests run beside: `pytest -m slow` skips what is not installed.
 extras["slow"] = sorted(
-    {*extras["serving"], *extras["export"], *extras["llama-cpp"], "openai>=2.0", "parameterized>=0.9", "trl>=1.0"}
+    {
+        *(one for name in ("serving", "export", "llama-cpp", "deepspeed", "ray") for one in extras[name]),
+        *("openai>=2.0", "parameterized>=0.9", "trl>=1.0"),
+    }
 )
 
 setup(

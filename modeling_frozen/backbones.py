@@ -46,6 +46,7 @@ from .connectors import in_eval_mode
 from .parts import PARTS
 from .transformers_compat import dequantized, resolve_revision
 from .vision_towers import class_in, load_vision_tower, pooler_options, quiet
+from .weights import present
 
 
 logger = logging.get_logger(__name__)
@@ -152,7 +153,7 @@ def word_embedding_norm(language_model: PreTrainedModel, max_rows: int = 4096) -
     rows = language_model_geometry(language_model).num_embeddings
     device: Any = embeddings.weight.device
     ids = torch.linspace(0, rows - 1, min(rows, max_rows), device=device).long()
-    with torch.no_grad():
+    with torch.no_grad(), present(embeddings):
         return embeddings(ids[None]).float().norm(dim=-1).median().item()
 
 

@@ -39,7 +39,7 @@ from .cross_attention import check_decoder
 from .freezing import CONNECTING, trains
 from .parts import PARTS, part_of
 from .vision_towers import probe_vision_tower, quiet
-from .weights import own_weights, tensor_digest, tensor_digests
+from .weights import gathers_layers, own_weights, tensor_digest, tensor_digests
 
 
 logger = logging.get_logger(__name__)
@@ -117,7 +117,7 @@ def equals_source(model: Any, part: str) -> bool:
     [`warn_of_changed_quantized`].
     """
     record = getattr(model.config, f"{part}_base_model")
-    if "quantization" in record or is_quantized(model.backbones[part]):
+    if "quantization" in record or is_quantized(model.backbones[part]) or gathers_layers(model.backbones[part]):
         return True
     digests = model.base_model.source_digests
     now = digests_of_part(model, part)
@@ -215,7 +215,7 @@ def keys_of_parts(model: Any, parts: set[str]) -> set[str]:
             keys.update(f"{prefix}{key}" for key, _ in own_weights(module, remove_duplicate=False))
     if any(is_quantized(backbone) for backbone in model.backbones.values()):
         # bitsandbytes adds names below a weight's: `weight.absmax`.
-        keys.update(key for key in model.state_dict() if any(stem in keys for stem in _stems(key)))
+        keys.update(key for key in nn.Module.state_dict(model) if any(stem in keys for stem in _stems(key)))
     return keys
 
 
@@ -229,6 +229,18 @@ def keys_left_out(model: Any, saved: set[str]) -> set[str]:
     """Exactly the names in the state dict that need not be saved: of backbones that can be had again, but for those that
     are saved, and of connectors that are loaded but not in use."""
     return keys_of_idle_connectors(model) | keys_of_parts(model, parts_with_source(model) - saved)
+
+
+def without_backbones(model: Any, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """
+    A state dict without what need not be saved, for a model that FSDP2 sharded: Trainer and accelerate write, gather and send
+    the whole state dict of such a model, at every checkpoint. What is on the meta device is asked for to be filled, and stays.
+    """
+    for name in keys_left_out(model, trained_parts(model)):
+        tensor = state.get(f"{prefix}{name}")
+        if tensor is not None and not tensor.is_meta:
+            del state[f"{prefix}{name}"]
+    return state
 
 
 def weight_files(folder: str | Path, variant: str | None = None) -> dict[Path, Any]:
@@ -529,6 +541,24 @@ def renames_on_load(model: PreTrainedModel, rules: list[Any]) -> list[Any]:
     return [] if written_by is None or version.parse(written_by) >= FIRST_WITH_OWN_NAMES else rules
 
 
+def refuse_incomplete(model: Any, result: Any) -> Any:
+    """
+    What a strict `load_state_dict` missed: nothing, for what a checkpoint of ours leaves out stays as it was.
+
+    Raises:
+        RuntimeError: as torch's, if other names are missing, or the state dict has some that the model doesn't.
+    """
+    left_out = keys_left_out(model, trained_parts(model)) if result.missing_keys else set()
+    missing = [name for name in result.missing_keys if name not in left_out]
+    if missing or result.unexpected_keys:
+        raise RuntimeError(
+            f"Error(s) in loading state_dict for {type(model).__name__}: missing keys {missing}, unexpected keys "
+            f"{result.unexpected_keys}. A checkpoint holds all that trains, under the names of `state_dict()`; load one of "
+            "an earlier version by `from_pretrained`."
+        )
+    return type(result)(missing, result.unexpected_keys)
+
+
 def refuse_partly_loaded(model: Any, result: Any) -> Any:
     """
     What `load_state_dict(strict=False)` left as it was: of that, what trains.
@@ -571,7 +601,8 @@ def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: fro
 
 __all__ = [
     "Loading", "changed_parts", "dtype_plan", "finish_weights", "key_prefix", "keys_left_out", "loading",
-    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_partly_loaded", "refuse_quantized",
-    "refuse_unexpected", "refuse_without_source", "reload_base_model", "remember_quantized", "renames_on_load",
-    "split_part_options", "trained_parts", "unload_base_model", "warn_of_changed_quantized", "weight_files", "while_loading",
+    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_incomplete", "refuse_partly_loaded",
+    "refuse_quantized", "refuse_unexpected", "refuse_without_source", "reload_base_model", "remember_quantized",
+    "renames_on_load", "split_part_options", "trained_parts", "unload_base_model", "warn_of_changed_quantized", "weight_files",
+    "while_loading", "without_backbones",
 ]  # fmt: skip

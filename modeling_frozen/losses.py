@@ -287,6 +287,8 @@ def headless_path(language_model: PreTrainedModel) -> str | None:
     # what trains.
     if _is_wrapped(language_model) or getattr(language_model, "_is_replica", False):
         return None
+    if (language_model.tp_size or 1) > 1:  # torch's sharded head fails on no positions, with gradient
+        return None
     if language_model not in _PATHS:
         candidates = [language_model.base_model, language_model.get_decoder()]
         names = {id(module): name for name, module in language_model.named_modules()}

@@ -47,6 +47,7 @@ from .transformers_compat import (
     takes_cache,
 )
 from .vision_towers import build_vision_tower, encode_images, join_features
+from .weights import alone, gathers_layers
 
 
 # Inputs of images that mean nothing without `pixel_values` or `vision_features`.
@@ -702,6 +703,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         words = words_of(input_ids, inputs_embeds)
         encoded = self.encode(media, mm_encoder_outputs, input_ids)
         idle, merges = self._idle_parts(set(encoded)), self.cross_attention is None
+        # Before the words, as encoding is: what is sharded over processes is gathered in one order by all of them.
+        nothing = self._zero_of(idle) if idle else None
         prefixes: dict[str, Any] = {}
         if encoded and not merges:
             prefixes["in_reading_order"] = self._in_reading_order(input_ids, encoded)
@@ -715,8 +718,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, words, output.pooler_output, modality)
             prefix = torch.cat(list(output.pooler_output), dim=0).to(words.device, words.dtype)
             merged, prefixes[modality] = merged.masked_scatter(mask, prefix), prefix
-        if idle:
-            merged = merged + self._zero_of(idle).to(merged.device, merged.dtype)
+        if nothing is not None:
+            merged = merged + nothing.to(merged.device, merged.dtype)
         return None, merged, prefixes
 
     def _in_reading_order(self, input_ids: torch.Tensor | None, encoded: dict[str, Any]) -> list[torch.Tensor]:
@@ -746,7 +749,23 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         ]
         if not encoded:
             parts.append(self.cross_attention)
+            self._refuse_uneven_gathering()
         return [part for part in parts if part is not None and any(p.requires_grad for p in part.parameters())]
+
+    def _refuse_uneven_gathering(self) -> None:
+        """
+        Raises:
+            ValueError: where what this batch does not run is gathered from other processes, which would wait for ever.
+        """
+        towers = {part: backbone for part, backbone in self.backbones.items() if part != "text"}
+        if alone() or not (waiting := [part for part, tower in towers.items() if gathers_layers(tower)]):
+            return
+        raise ValueError(
+            f"This process's batch holds no image, video or audio, and the {waiting[0]} tower is sharded in layers (DeepSpeed "
+            "ZeRO-3, or FSDP2 that wraps its layers), for which all processes run it together: they would wait for each other "
+            "for ever. Give each batch a row with one, wrap the language model's layers alone "
+            "(`transformer_layer_cls_to_wrap`), train from stored features with the tower unloaded, or take DDP or ZeRO-2."
+        )
 
     def _zero_of(self, parts: list[Any]) -> torch.Tensor:
         """Zero, through connectors without input: a batch without images then has a loss with a (zero) gradient for them, as

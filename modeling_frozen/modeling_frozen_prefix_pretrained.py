@@ -37,6 +37,7 @@ from .checkpoints import (
     loading,
     parts_to_save,
     refill,
+    refuse_incomplete,
     refuse_partly_loaded,
     refuse_quantized,
     refuse_unexpected,
@@ -50,6 +51,7 @@ from .checkpoints import (
     warn_of_changed_quantized,
     weight_files,
     while_loading,
+    without_backbones,
 )
 from .configuration_frozen_prefix import FrozenPrefixConfig, as_list_of_towers
 from .connector_switching import DEFAULT, connector_specs, load_connector, set_connector
@@ -58,8 +60,8 @@ from .cross_attention import GatedCrossAttention, decoder_layers
 from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
 from .hub import auto_map_of, complete_copy, complete_repository, prepare_for_pushes
 from .parts import MODALITIES, PARTS, VISION_PARTS
-from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens
-from .weights import align_weights
+from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens, share_sharding
+from .weights import align_weights, is_sharded
 
 
 if TYPE_CHECKING:
@@ -179,6 +181,8 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         # The backbone reads its own config object, so ours must hold that very one.
         setattr(self.config, f"{part}_config", module.config)
         setattr(self.config, f"{part}_base_model", record)
+        if part == "text":
+            share_sharding(self, module)
 
     def post_init(self) -> None:
         # What trains is made in fp32 too, where transformers sees to it in loading alone: `from_config` may ask for any dtype.
@@ -403,14 +407,19 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """
-        As `nn.Module.load_state_dict`. Of what a state dict lacks, `strict=False` lists what trains: all else stays as it
-        was, as with a checkpoint of ours.
+        As `nn.Module.load_state_dict`. Backbones that a checkpoint of ours leaves out stay as they were, and are not missing.
 
         Raises:
+            RuntimeError: for `strict=True`, if other names are missing, or there are some that the model doesn't have.
             ValueError: for `strict=False`, if something that trains is missing and other names are there in its place.
         """
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        return result if strict else refuse_partly_loaded(self, result)
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        return refuse_incomplete(self, result) if strict else refuse_partly_loaded(self, result)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As `nn.Module.state_dict`; sharded by FSDP2, without the backbones that a checkpoint of ours leaves out."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        return without_backbones(self, state, prefix) if is_sharded(self) else state
 
     def _refuse_missing(self, name: str, info: dict[str, Any]) -> bool:
         """Whether the head of this class is to be filled anew: the connector of another class is a good start."""

@@ -28,6 +28,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import hub
 
 
+# ------------------------------------------------------------------------------- a language model sharded as it was loaded
+
+
+def share_sharding(model: PreTrainedModel, language_model: PreTrainedModel) -> None:
+    """Says of a model what is so of its language model, if that was sharded as it was loaded (`tp_plan`,
+    `distributed_config`): Trainer then gives all its processes the same rows, and wraps nothing."""
+    for name in ("_tp_size", "_device_mesh", "_is_distributed_loading_by_transformers"):
+        if getattr(language_model, name, None):
+            setattr(model, name, getattr(language_model, name))
+    if (sharding := getattr(language_model.config, "distributed_config", None)) is not None:
+        model.config.distributed_config = sharding  # never written to a file
+
+
 # --------------------------------------------------------------------------------------------------- the cache's name
 
 # transformers 5.24 made one `cache` of `past_key_values` and, in recurrent models, `cache_params`.

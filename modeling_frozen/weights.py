@@ -12,6 +12,10 @@ with the same result on every device: a gigabyte costs a quarter of a second on 
 
 import functools
 import hashlib
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate.utils import align_module_device
@@ -48,12 +52,49 @@ def to_weight(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return tensor.to(weight.dtype) if weight.is_meta else tensor.to(weight.device, weight.dtype)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module is the root of what FSDP2 (`fully_shard`) dealt out over the processes."""
+    # A module that no program has imported sharded nothing; some builds of torch have none.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def alone() -> bool:
+    """Whether no other process runs this program with this one."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+
+
+def gathers_layers(module: nn.Module) -> bool:
+    """Whether weights within a module are gathered from all processes when it runs: by FSDP2 or ZeRO-3."""
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return True
+    return any(is_sharded(one) for one in module.modules())
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 dealt out a parameter over the processes, so that none holds it."""
+    return hasattr(tensor, "ds_id") and tensor.numel() == 0
+
+
+@contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """The weights of a module itself, there for a moment: what accelerate offloaded, and what ZeRO-3 partitioned, for which
+    all processes must come here."""
+    with ExitStack() as stack:
+        if partitioned := [parameter for parameter in module.parameters(recurse=False) if is_partitioned(parameter)]:
+            # By name: transformers loads no custom code that imports what is not installed.
+            stack.enter_context(importlib.import_module("deepspeed").zero.GatheredParameters(partitioned))
+        stack.enter_context(align_module_device(module))
+        yield
+
+
 def brought(module: nn.Module, name: str) -> torch.Tensor:
-    """A weight of a module that is not called itself, so that no hook of accelerate brings what is offloaded."""
+    """A weight of a module that is not called itself, so that no hook brings what is offloaded or partitioned."""
     tensor: torch.Tensor = getattr(module, name)
-    if not tensor.is_meta:
+    if not tensor.is_meta and not is_partitioned(tensor):
         return tensor
-    with align_module_device(module):
+    with present(module):
         return getattr(module, name).clone()
 
 
@@ -89,7 +130,7 @@ def weights_digest(module: nn.Module, recurse: bool = True) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for prefix, part in module.named_modules() if recurse else [("", module)]:
-        with align_module_device(part):  # brings offloaded weights for a moment
+        with present(part):
             for name, tensor in own_weights(part):
                 digest.update(f"{prefix}.{name} {_describe(tensor.detach(), prefix, name)}\n".encode())
     return digest.hexdigest()
@@ -97,7 +138,7 @@ def weights_digest(module: nn.Module, recurse: bool = True) -> str:
 
 def tensor_digests(module: nn.Module) -> dict[str, tuple[torch.dtype, str]]:
     """Of each plain tensor of a module itself its dtype, and what [`weights_digest`] takes in of it. Tensors without values
-    (meta device) and those of other classes (quantised, sharded) are left out."""
+    (meta device), of other classes (quantised, sharded) and partitioned ones are left out."""
     with align_module_device(module):
         own = [(name, tensor.detach()) for name, tensor in own_weights(module) if _is_plain(tensor) and not tensor.is_meta]
         return {name: (tensor.dtype, tensor_digest(tensor)) for name, tensor in own}
@@ -108,7 +149,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (torch.Tensor, nn.Parameter)
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not is_partitioned(tensor)
 
 
 def _describe(tensor: torch.Tensor, prefix: str, name: str) -> str:
@@ -144,5 +185,6 @@ def _factors(device: torch.device) -> torch.Tensor:
 
 
 __all__ = [
-    "ALIGNMENT", "align_weights", "brought", "own_weights", "tensor_digest", "tensor_digests", "to_weight", "weights_digest",
+    "ALIGNMENT", "align_weights", "alone", "brought", "gathers_layers", "is_partitioned", "is_sharded", "own_weights",
+    "present", "tensor_digest", "tensor_digests", "to_weight", "weights_digest",
 ]  # fmt: skip

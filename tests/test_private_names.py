@@ -77,7 +77,13 @@ WHY_NOT_FOUND = "tells why a file can't be had: the repository lacks it, or is o
 HANDLER = "the server's handlers, which its constructor makes and names nowhere else: they are given our generate()"
 CALLED_OTHERWISE = "tells that somebody changed how a module is called; torch has no public name for it"
 
+SHARDED = "what loading a model whole sets, told of one whose language model alone was loaded; there is no public way"
+
 PRIVATE = [
+    # ------------------------------------------------------------------------------------------------ tensor parallel
+    Private("transformers.PreTrainedModel._tp_size", SHARDED),
+    Private("transformers.PreTrainedModel._device_mesh", SHARDED),
+    Private("transformers.PreTrainedModel._is_distributed_loading_by_transformers", SHARDED, since="5.19"),
     # ---------------------------------------------------------------------------------------------------------- serving
     Private("transformers.cli.serve:_chat_handler", HANDLER),
     Private("transformers.cli.serve:_completion_handler", HANDLER),

@@ -1,1 +1,2 @@
-"""Training beyond `Trainer` itself: recommended arguments, LoRA on the language model, streams that are resumed, callbacks."""
+"""Training beyond `Trainer` itself: recommended arguments, LoRA on the language model, streams that are resumed, callbacks,
+checkpoints on several devices."""
