@@ -12,7 +12,8 @@ shuffled so that none keeps its own; with a *random connector*, which never trai
 Into `--output_dir` go `results.json` (with all arguments), `training.png`, the store of features, and for each seed a
 checkpoint with its `predictions.jsonl`. With `--show`, a dataset whose photos may be shown, there are also a sheet of them
 (`sheet.png`) and what each word owes to the photo (`sightedness.png`). All of `TrainingArguments` are arguments too: a stopped
-run goes on with `--resume_from_checkpoint out`.
+run goes on with `--resume_from_checkpoint out`. On several devices `torchrun`, `accelerate launch`, `deepspeed` or, by
+`on_ray.py`, Ray start the script as it is (docs/several_devices.md).
 """
 
 import json
@@ -24,7 +25,6 @@ from typing import Any
 import torch
 from own_data import read_splits
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
@@ -36,6 +36,7 @@ from modeling_frozen.evaluation import Evaluation, evaluate, over_seeds, table_o
 from modeling_frozen.evaluation.plots import plot_sheet, plot_training
 from modeling_frozen.interpretation import sightedness
 from modeling_frozen.metrics import caption_scores
+from modeling_frozen.training.checkpoints import DeepSpeedCheckpointCallback, last_whole_checkpoint
 
 
 SCORES = ("cider", "bleu_4", "rouge_l")
@@ -163,7 +164,7 @@ def caption(model: Any, processor: Any, photos: Any, people: list[list[str]], ar
         no_repeat_ngram_size=args.no_repeat_ngram_size,
         length_penalty=args.length_penalty,
         max_new_tokens=args.max_new_tokens,
-        **options,
+        **{"distributed": True, **options},
     )
 
 
@@ -183,7 +184,7 @@ def checkpoint_of(training: CaptioningTrainingArguments) -> str | None:
     """Where a seed goes on: at the checkpoint that was named, if it is its own, or at its last where all seeds' folder was."""
     named, own = training.resume_from_checkpoint, Path(training.output_dir).resolve()
     if named is not None and Path(named).resolve() == own.parent and own.is_dir():
-        return get_last_checkpoint(str(own))
+        return last_whole_checkpoint(own)
     return named if named is not None and Path(named).resolve().parent == own else None
 
 
@@ -201,6 +202,7 @@ def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[
         data_collator=DataCollatorForFrozenPrefix(processor),
         processing_class=processor,
     )
+    trainer.add_callback(DeepSpeedCheckpointCallback(trainer))
     trainer.train(resume_from_checkpoint=checkpoint_of(training))
     trainer.save_model()
     evaluation = caption(model, processor, *data["test"], args, seed=training.seed, output_dir=Path(training.output_dir))
@@ -210,7 +212,8 @@ def run_seed(args: Arguments, training: CaptioningTrainingArguments, data: dict[
 def show(folder: Path, model: Any, processor: Any, args: Arguments) -> None:
     """The best, the middle and the worst caption of a test split, by CIDEr, as they came out, and what words owe to photos."""
     photos, people = read([args.show], args, "train", "test")["test"]
-    written = caption(model, processor, photos, people, args, kinds=("sighted",), num_resamples=0).predictions["sighted"]
+    options: dict[str, Any] = {"kinds": ("sighted",), "num_resamples": 0, "distributed": False}
+    written = caption(model, processor, photos, people, args, **options).predictions["sighted"]
     images, score = photos["image"][:], caption_scores(written, people)["cider"]
     plot_sheet(images, written, people, score, folder / "sheet.png", score_name="CIDEr")
     order = sorted(range(len(images)), key=score.__getitem__, reverse=True)
@@ -244,12 +247,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for seed, of_seed in zip(args.seeds, each, strict=True):
         evaluation, trainer = run_seed(args, of_seed, data)
         results.append(evaluation)
-        if seed == args.seeds[0]:
+        if seed == args.seeds[0] and trainer.is_world_process_zero():
             plot_training(trainer, output_dir / "training.png")
             if args.show:
                 show(output_dir, trainer.model, trainer.processing_class, args)
     how = {"arguments": vars(args), "training_arguments": json.loads(training.to_json_string())}  # without tokens
     summary = {**how, **over_seeds(results, args.seeds)}
+    if not training.should_save:
+        return summary  # the first process writes
     (output_dir / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     print(table_over_seeds(summary, SCORES))
     return summary

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from modeling_frozen import load_image_text
+from modeling_frozen.training import checkpoints
 from tests.helpers.formats import lay_out
 from tests.helpers.tiny import join
 
@@ -61,3 +62,14 @@ def test_each_documented_row_is_of_its_format(tmp_path: Path, monkeypatch: pytes
         content = json.loads(row)
         (folder / "row.json").write_text(json.dumps(content if name in ("coco", "karpathy") else [content]))
         assert f"read as {name}" in load_image_text(folder / "row.json").info.description
+
+
+def test_the_page_on_several_devices_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "several_devices.md").read_text(encoding="utf-8")
+    blocks = [json.loads(block) for block in re.findall(r"^```json\n(.+?)^```", page, flags=re.MULTILINE | re.DOTALL)]
+    assert blocks[0]["version"] == 2 and blocks[1]["gradient_clipping"] == "auto"
+    assert all((ROOT / name).is_file() for name in re.findall(r"(?:examples|tests)/\w+\.py", page))
+    for name in ("DeepSpeedCheckpointCallback", "last_whole_checkpoint"):
+        assert name in page and hasattr(checkpoints, name)
+    extras = re.findall(r"frozen-prefix\[(\w+)\]", page)
+    assert extras and all(f'"{extra}": [' in (ROOT / "setup.py").read_text(encoding="utf-8") for extra in extras)

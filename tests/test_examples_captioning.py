@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
 from modeling_frozen.evaluation.evaluator import KINDS
+from tests.helpers import fresh_python
+from tests.helpers.scripts import run_example
 from tests.helpers.tiny import rows, save_parents
 
 
@@ -86,6 +89,49 @@ def test_features_are_those_of_the_model(dataset: str, run: tuple[dict, Path], t
     cropped = example.store_features(model, processor, photos, tmp_path, crops=3)
     assert {cropped[0]["image"].view for _ in range(60)} == {0, 1, 2, 3}
     assert example.store_features(model, processor, photos, run[1] / "features")[0]["image"].store.startswith(str(run[1]))
+
+
+ZERO = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto"}
+TWO = ("--nproc_per_node", "2")
+
+
+def launchers() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """What stands before the script, and after its own arguments."""
+    accelerate = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    return {
+        "torchrun": (("-m", "torch.distributed.run", "--standalone", *TWO), ()),
+        "accelerate": (("-m", "accelerate.commands.launch", *accelerate, "--dynamo_backend", "no"), ()),
+        "deepspeed": (
+            ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--master_port", "29517"),
+            ("--deepspeed", json.dumps(ZERO)),
+        ),
+        "ray": ((str(fresh_python.ROOT / "examples" / "on_ray.py"), "--num_workers", "2"), ()),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", launchers())
+def test_every_launcher_starts_the_same_script(launcher: str, dataset: str, tmp_path: Path) -> None:
+    """Without a changed line; two processes learn what one does with batches of both, but for rounding."""
+    if launcher in ("deepspeed", "ray"):
+        pytest.importorskip(launcher, reason=f"needs the extra `{launcher}`")
+    vision, text = save_parents(tmp_path)
+    options: dict[str, Any] = {"vision": vision, "text": text, "dataset": dataset, "prefix_length": 4, "max_steps": 6}
+    options |= {"connector_config": json.dumps({"hidden_size": 16}), "max_new_tokens": 4, "num_beams": 1, "views": 0}
+    options |= {"prompt": " is", "no_repeat_ngram_size": 0, "disable_tqdm": True, "use_cpu": True}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    variables = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    results = {}
+    for name, (before, after) in {"python": ((), ()), launcher: launchers()[launcher]}.items():
+        size = ("--per_device_train_batch_size", "8" if name == "python" else "4")
+        results[name], _ = run_example(
+            "train_captioning", tmp_path / name, *arguments, *size, *after, launcher=before, variables=variables
+        )
+    one, two = (load_file(tmp_path / name / "seed-0" / "model.safetensors") for name in ("python", launcher))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)
+    assert results[launcher]["seeds"][0]["sighted"] == pytest.approx(results["python"]["seeds"][0]["sighted"], abs=1e-6)
 
 
 def test_the_prefix_starts_as_words(run: tuple[dict, Path]) -> None:

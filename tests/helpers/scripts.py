@@ -8,9 +8,12 @@ from typing import Any
 from tests.helpers import fresh_python
 
 
-def run_example(name: str, folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+def run_example(
+    name: str, folder: Path, *arguments: str, launcher: tuple[str, ...] = (), variables: dict[str, str] | None = None
+) -> tuple[dict[str, Any], str]:
     """What `examples/NAME.py --output_dir FOLDER *ARGUMENTS` writes into `results.json`, and what it prints."""
     script = str(fresh_python.ROOT / "examples" / f"{name}.py")
-    done = fresh_python.run(*launcher, script, "--output_dir", str(folder), *arguments, env=fresh_python.environment())
+    env = fresh_python.environment(**(variables or {}))
+    done = fresh_python.run(*launcher, script, "--output_dir", str(folder), *arguments, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "results.json").read_text()), done.stdout
