@@ -79,7 +79,7 @@ setup(
     cmdclass={"build_py": BuildWithTemplate},
     install_requires=[
         "accelerate>=1.7",
-        "huggingface_hub>=1.5",
+        "huggingface_hub>=1.27",
         "numpy>=1.26",
         "pillow>=10.0.1",
         "safetensors>=0.8",
