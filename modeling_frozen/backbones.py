@@ -44,7 +44,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .audio_towers import load_audio_tower
 from .connectors import in_eval_mode
 from .parts import PARTS
-from .transformers_compat import dequantized, resolve_revision
+from .transformers_compat import dequantized, name_gguf_version, resolve_revision
 from .vision_towers import class_in, load_vision_tower, pooler_options, quiet
 from .weights import present
 
@@ -381,6 +381,7 @@ def load_unrecorded(
 ) -> PreTrainedModel:
     """One backbone by its own `from_pretrained`, as [`load_base_model`], without a record."""
     if kwargs.get("gguf_file") is not None:
+        name_gguf_version()
         # Unpacked: kernels for packed weights compute other bits, each its own, and have no gradients.
         kwargs = {**dequantized(), **kwargs}
     attention = kwargs.pop("attn_implementation", None)
@@ -439,6 +440,8 @@ def load_base_model(
     # `proxies` and `force_download` mean nothing for resolving a branch to a commit.
     resolvable = {k: v for k, v in hub_options.items() if k in ("token", "cache_dir", "local_files_only")}
     gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if gguf:
+        name_gguf_version()
     try:
         revision = resolve_revision(name_or_path, revision, file=gguf_file or "config.json", **resolvable)
         if config is None:

@@ -7,9 +7,11 @@ in between are answered rightly too. Each stand-in says from which release on it
 """
 
 import functools
-import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -362,6 +364,17 @@ else:  # before 5.18, where `generate()` leaves the encoding of images to the fi
             return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
 
+def name_gguf_version() -> None:
+    """
+    Lets transformers read GGUF files under Python 3.10, where it finds no version of gguf and fails on that: gguf's wheels
+    list no modules, and the module has no `__version__`, which it is given. Can go with Python 3.10.
+    """
+    if sys.version_info < (3, 11) and importlib.util.find_spec("gguf") is not None:
+        gguf = importlib.import_module("gguf")
+        if not hasattr(gguf, "__version__"):
+            gguf.__version__ = importlib.metadata.version("gguf")
+
+
 __all__ = [
     "CACHE",
     "CACHE_NAMES",
@@ -381,6 +394,7 @@ __all__ = [
     "generation_cache",
     "mask_later_tokens",
     "masks_maker",
+    "name_gguf_version",
     "refuse_prompts_of_old_peft",
     "resolve_revision",
     "slice_logits_to_keep",

@@ -4,7 +4,10 @@
 """
 
 import bisect
+import importlib.metadata
+import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -102,4 +105,16 @@ def without_empty_contents(conversation: Any) -> Any:
     return conversation
 
 
-__all__ = ["CONTROL_TOKEN_END", "CONTROL_TOKEN_START", "ProcessorMixin", "without_empty_contents"]
+def name_gguf_version() -> None:
+    """
+    Lets transformers read GGUF files under Python 3.10, where it finds no version of gguf and fails on that: gguf's wheels
+    list no modules, and the module has no `__version__`, which it is given. `transformers_compat.py` has
+    the same for models.
+    """
+    if sys.version_info < (3, 11) and importlib.util.find_spec("gguf") is not None:
+        gguf = importlib.import_module("gguf")
+        if not hasattr(gguf, "__version__"):
+            gguf.__version__ = importlib.metadata.version("gguf")
+
+
+__all__ = ["CONTROL_TOKEN_END", "CONTROL_TOKEN_START", "ProcessorMixin", "name_gguf_version", "without_empty_contents"]

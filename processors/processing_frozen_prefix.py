@@ -33,6 +33,7 @@ from .processing_compat import (
     CONTROL_TOKEN_END,
     CONTROL_TOKEN_START,
     ProcessorMixin,
+    name_gguf_version,
     without_empty_contents,
 )
 from .prompt_tokens import without_ending
@@ -341,6 +342,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         revision = {"revision": record["revision"]} if record.get("revision") and not os.path.isdir(name) else {}
         auto_class, file = _PARTS["image_processor" if part in _FURTHER else part]
         if record.get("gguf_file"):
+            name_gguf_version()
             file, options = record["gguf_file"], {"gguf_file": record["gguf_file"], **options}
         try:
             return auto_class.from_pretrained(name, **revision, **options)
