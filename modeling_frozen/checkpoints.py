@@ -319,6 +319,9 @@ def split_part_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
                     options[part]["dtype" if shared == "torch_dtype" else shared] = value
     if isinstance(kwargs.get("device_map"), dict):
         kwargs["device_map"] = {"": device_of_connector(kwargs["device_map"])}
+        if kwargs["device_map"][""] == "disk":
+            # Before 1.15 accelerate refuses a map of the disk alone. A name that no module has adds where it is computed.
+            kwargs["device_map"]["computed"] = "cpu"
     elif isinstance(kwargs.get("device_map"), str) and kwargs["device_map"] not in ("cpu", "cuda", "mps", "xpu"):
         kwargs.pop("device_map")  # "auto" and the like spread the backbones; the connector follows the word embeddings
     kwargs.pop("max_memory", None)
