@@ -553,9 +553,9 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
     @staticmethod
     def _connect(connector: Connector, features: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        parameter = next(connector.parameters(), None)
+        parameters = list(connector.parameters())  # torch 2.6 traces no `next` with a default
         # Offloaded, its weights are on the meta device until accelerate's hooks bring them, and the features with them.
-        device = features.device if parameter is None or parameter.is_meta else parameter.device
+        device = parameters[0].device if parameters and not parameters[0].is_meta else features.device
         kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
         return connector(features.to(device), **kwargs)
 
