@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, Sequence, Value
 from PIL import Image as Pictures
 from transformers import Trainer
 
@@ -52,7 +52,7 @@ def test_of_encoder_decoders_both_sides_count(tmp_path: Path) -> None:
 def test_pictures_stay_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, processor = join(tmp_path)
     data = [{**row, "images": [row["image"]]} for row in rows(3)]
-    features = Features({"image": Image(), "images": List(Image()), "text": Value("string")})
+    features = Features({"image": Image(), "images": Sequence(Image()), "text": Value("string")})
     dataset = Dataset.from_list(data, features=features)
     collator = DataCollatorForFrozenPrefix(processor)
 

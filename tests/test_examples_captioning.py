@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 import train_captioning as example
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 from safetensors.torch import load_file, save_file
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
@@ -28,7 +28,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("squares")
     squares = [{"image": row["image"], "captions": [row["text"], row["text"].capitalize()]} for row in rows(8)]
     empty = {**squares[0], "captions": []}
-    features = Features({"image": Image(), "captions": List(Value("string"))})
+    features = Features({"image": Image(), "captions": Sequence(Value("string"))})
     splits = {"train": squares * 2 + [empty], "validation": squares[:4], "test": squares[:6]}
     for name, split in DatasetDict({k: Dataset.from_list(v, features=features) for k, v in splits.items()}).items():
         split.to_parquet(folder / f"{name}.parquet")

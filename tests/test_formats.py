@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix, cache_vision_features, load_image_text
 from modeling_frozen.data.columns import as_list
+from modeling_frozen.data.image_reading import inner_feature
 from modeling_frozen.evaluation import evaluate
 from modeling_frozen.processors import load_rgb_image
 from tests.helpers.formats import lay_out
@@ -423,10 +424,10 @@ def test_datasets_keep_their_images_where_they_are(folder: Path, parents: Path) 
     texts = [{"user": "what colour ?", "assistant": f"{name} ."} for name in ("red", "blue")]
     made = Dataset.from_list([{"images": [images[0], images[1]], "texts": texts}, {"images": [], "texts": texts[:1]}])
     rows = load_image_text(made)
-    assert rows.features["images"].feature.decode is False and rows[1]["images"] == []
-    assert (
-        rows.data.column("images").chunk(0).buffers()[-1].address == made.data.column("images").chunk(0).buffers()[-1].address
-    )
+    assert inner_feature(rows.features["images"]).decode is False and rows[1]["images"] == []
+    buffers = [[buffer for buffer in one.data.column("images").chunk(0).buffers() if buffer] for one in (rows, made)]
+    addresses = [max(own, key=lambda buffer: buffer.size).address for own in buffers]
+    assert addresses[0] == addresses[1]  # of the bytes: the longest
     batch = DataCollatorForFrozenPrefix(processor)(list(rows))
     assert learnt(processor, batch) == ["red . </s> blue . </s>", "red . </s>"]
     singles = Dataset.from_list([{"image": image, "caption": "a square ."} for image in images])
