@@ -3,7 +3,8 @@ those that compare bits."""
 
 import functools
 import gc
-import importlib
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging import version
 
 from tests.helpers.bits import compares_bits
 
@@ -50,7 +52,9 @@ def assets() -> Path:
 
 
 # What transformers says of itself: its assistants' candidates are generated so.
-_OF_THEIR_OWN = ("Passing `generation_config` together with generation-related arguments",)
+_OF_THEIR_OWN: tuple[str, ...] = ("Passing `generation_config` together with generation-related arguments",)
+if importlib.util.find_spec("peft") and version.parse(importlib.metadata.version("peft")) < version.parse("0.21"):
+    _OF_THEIR_OWN += ("`use_return_dict` is deprecated",)  # PEFT reads it
 
 
 class _Deprecations(logging.Handler):

@@ -41,7 +41,15 @@ from modeling_frozen.text_reading import pool_text, read_text
 from tests.helpers import fresh_python
 from tests.helpers.audio_towers import AUDIO_TOWERS
 from tests.helpers.families_text import FAMILIES, language_model
-from tests.helpers.tiny import COLOURS, WORDS, save_parents, text_config, tokenizer, vision_config
+from tests.helpers.tiny import (
+    COLOURS,
+    WORDS,
+    save_parents,
+    skip_where_torch_traces_no_forward,
+    text_config,
+    tokenizer,
+    vision_config,
+)
 
 
 Classifier = FrozenPrefixForSequenceClassification
@@ -241,6 +249,7 @@ def test_several_images_of_a_sample_are_counted_by_placeholders(tmp_path: Path) 
 
 
 def test_it_compiles_as_one_graph(tmp_path: Path) -> None:
+    skip_where_torch_traces_no_forward()
     model, processor = join(tmp_path)
     inputs = inputs_of(processor)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -116,7 +116,8 @@ KINDS: dict[str, Image.Image] = {
         mode: Image.linear_gradient("L").resize((20, 18)).convert(mode)
         for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
     },
-    **{mode: Image.radial_gradient("L").resize((20, 18)).convert(mode) for mode in ("YCbCr", "HSV", "LAB", "I", "F", "RGBX")},
+    **{mode: Image.radial_gradient("L").resize((20, 18)).convert(mode) for mode in ("YCbCr", "HSV", "I", "F", "RGBX")},
+    "LAB": Image.merge("LAB", [Image.radial_gradient("L").resize((20, 18))] * 3),  # Pillow converts to it from 10.1 on
     **{f"turned {turn}": half(turn) for turn in range(2, 9)},
     "palette with a transparent index": transparent(0),
     "deep": Image.fromarray(np.arange(360, dtype=np.uint16).reshape(18, 20) * 180),

@@ -14,6 +14,7 @@ from modeling_frozen.vision_towers import encode_images
 from tests.helpers.families_joined import CONNECTOR_SIZES
 from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
 from tests.helpers.families_vision import TOWERS, vision_config
+from tests.helpers.tiny import skip_where_torch_traces_no_forward
 
 
 IMAGE, LENGTH = VOCAB_SIZE, 4  # past the vocabulary; prefix vectors of every connector here
@@ -184,6 +185,7 @@ def test_generation_with_gated_blocks() -> None:
 
 @torch.no_grad()
 def test_compiled_in_one_graph() -> None:
+    skip_where_torch_traces_no_forward()
     model, pixels = build(), pictures()
     inputs = {**batch(model), **features_of(model, pixels), "image_index": INDEX}
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
