@@ -370,9 +370,7 @@ def name_gguf_version() -> None:
     list no modules, and the module has no `__version__`, which it is given. Can go with Python 3.10.
     """
     if sys.version_info < (3, 11) and importlib.util.find_spec("gguf") is not None:
-        gguf = importlib.import_module("gguf")
-        if not hasattr(gguf, "__version__"):
-            gguf.__version__ = importlib.metadata.version("gguf")
+        vars(importlib.import_module("gguf")).setdefault("__version__", importlib.metadata.version("gguf"))
 
 
 __all__ = [

@@ -112,9 +112,7 @@ def name_gguf_version() -> None:
     the same for models.
     """
     if sys.version_info < (3, 11) and importlib.util.find_spec("gguf") is not None:
-        gguf = importlib.import_module("gguf")
-        if not hasattr(gguf, "__version__"):
-            gguf.__version__ = importlib.metadata.version("gguf")
+        vars(importlib.import_module("gguf")).setdefault("__version__", importlib.metadata.version("gguf"))
 
 
 __all__ = ["CONTROL_TOKEN_END", "CONTROL_TOKEN_START", "ProcessorMixin", "name_gguf_version", "without_empty_contents"]

@@ -102,7 +102,7 @@ def test_layers_of_a_training_connector_are_computed_again(connector_type: str, 
         kept.append(0)
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
-            kept[-1] += 1
+            kept[-1] += tensor.numel() > 0  # torch 2.6 keeps an empty one for each layer
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
