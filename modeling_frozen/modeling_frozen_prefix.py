@@ -308,7 +308,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
 
         Raises:
             ValueError: for neither or both of `pixel_values` and `vision_features`, features of another width, an index out
-            of range, or a length that the model was not made for.
+                of range, or a length that the model was not made for.
         """
         self._check_length(prefix_length)
         media = {
@@ -938,7 +938,8 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for words, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 Made from the mask where the language model takes them, so that left padding is right.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, embedding_dim)`, *optional*).
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, embedding_dim)`, *optional*):
+                In place of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 -100, or a placeholder, where nothing is to be learnt. Causal models: aligned with `input_ids`, shifted inside.
                 Encoder-decoders: what the decoder is to write.

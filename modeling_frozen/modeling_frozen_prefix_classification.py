@@ -343,7 +343,8 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 The images of the whole batch in reading order.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for words, 0 for padding.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, embedding_dim)`, *optional*).
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, embedding_dim)`, *optional*):
+                In place of `input_ids`.
             labels (`torch.Tensor`, *optional*): see [`classification_loss`].
             mm_encoder_outputs (`dict`, *optional*): what was encoded before, as in generation.
             kwargs:

@@ -229,7 +229,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         Embeddings of images, as CLIP's method of that name.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*).
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): images.
             kwargs: `vision_features`, `vision_features_mask`, `image_index` and the options of some towers, as
                 [`FrozenPrefixModel.get_image_features`].
 

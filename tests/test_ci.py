@@ -39,12 +39,21 @@ def requirements() -> list[Requirement]:
     return [Requirement(one) for one in re.findall(r'"([A-Za-z_-]+(?:\[\w+\])?>=[\d.]+)"', text)]
 
 
+# What publishes may do more, in the one job that runs no code of this repository, and never for a pull request.
+MAY = {"docs.yml": {"pages": "write", "id-token": "write"}, "release.yml": {"id-token": "write"}}
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_may_only_read(path: Path) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert content["permissions"] == {"contents": "read"}
-    for job in content["jobs"].values():
-        assert "permissions" not in job and job["timeout-minutes"]
+    for name, job in content["jobs"].items():
+        assert job["timeout-minutes"]
+        if path.name in MAY and name == "publish":
+            assert job["permissions"] == MAY[path.name] and not any("run" in step for step in job["steps"])
+            assert "pull_request" not in content[True]  # YAML reads `on` so
+        else:
+            assert "permissions" not in job
 
 
 def test_the_workflow_runs_each_job_on_the_pythons_that_are_promised() -> None:

@@ -9,7 +9,6 @@ import pytest
 from modeling_frozen import load_image_text
 from modeling_frozen.training import checkpoints
 from tests.helpers.formats import lay_out
-from tests.helpers.tiny import join
 
 
 ROOT = Path(__file__).parents[1]
@@ -38,17 +37,6 @@ def test_each_walk_meets_six_steps_at_most() -> None:
 
 
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-
-
-def test_the_code_on_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    _, processor = join(tmp_path)
-    monkeypatch.chdir(lay_out(tmp_path / "data"))
-    names = {"processor": processor}
-    blocks = re.findall(r"^```python\n(.+?)^```", DATA, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
-    for block in blocks:
-        exec(compile(block, "docs/data.md", "exec"), names)
 
 
 def test_each_documented_row_is_of_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

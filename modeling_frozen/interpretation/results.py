@@ -30,7 +30,7 @@ class NearestWords:
 
     Args:
         words: `words[image][position][rank]`.
-        ids (`list[torch.LongTensor]` of shape `(prefix_length, top_k)`).
+        ids (`list[torch.LongTensor]` of shape `(prefix_length, top_k)`): theirs.
         similarities (`list[torch.FloatTensor]` of shape `(prefix_length, top_k)`): cosines.
         norms (`list[torch.FloatTensor]` of shape `(prefix_length,)`): L2 norms of the prefix vectors.
         word_norm: the median L2 norm of the words' embeddings, to compare with.
@@ -118,7 +118,7 @@ class ImageAttention:
 
     Args:
         words: what the model wrote (or the text that was passed), token by token.
-        ids (`torch.LongTensor` of shape `(words,)`).
+        ids (`torch.LongTensor` of shape `(words,)`): theirs.
         attention (`list[torch.FloatTensor]` of shape `(heads, words, prefix_length)`, one per layer):
             From the place that wrote the word to each prefix vector, as a part of all its attention; the rest went to
             words. With gated cross-attention, which reads nothing but the image, rows sum to one.
@@ -274,7 +274,7 @@ class WordSightedness:
 
     Args:
         words: the tokens that were scored, EOS among them where the model learns to write it.
-        ids (`torch.LongTensor` of shape `(words,)`).
+        ids (`torch.LongTensor` of shape `(words,)`): theirs.
         log_likelihood (`torch.FloatTensor` of shape `(words,)`): nats, with the text's own image.
         swapped (`torch.FloatTensor` of shape `(others, words)`): nats, with each other image.
         image, prompt: as they were passed.

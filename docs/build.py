@@ -1,0 +1,73 @@
+"""Builds the site: `pip install -e ".[docs]" && python docs/build.py`, warnings being errors. It is written to build/site.
+
+    python docs/build.py --serve    # http://127.0.0.1:8000, built anew when this is started again
+
+What pages include is put in before the build, and not by plugins of MkDocs: files (`<!-- include: FILE -->`), and below each
+kind of error in errors.md its messages. So the builder is one word: MkDocs 1.6 with Material 9.8, which its authors mend until
+May 2027, reads the same `mkdocs.yml` as Zensical, their next one, which was not as strict when this was written (0.0.73).
+"""
+
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from error_messages import KIND, ROOT, kind_of, kinds, messages
+
+
+BUILDER = "mkdocs"
+PAGES, PREPARED, SITE = ROOT / "docs", ROOT / "build" / "docs", ROOT / "build" / "site"
+INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+
+
+def include(name: str) -> str:
+    """A file of the repository: links to pages stay links, others become what they are called."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if not name.endswith(".md"):
+        return text
+    text = LINK.sub(lambda link: f"]({link[1].removeprefix('docs/')})" if link[1].startswith("docs/") else link[0], text)
+    pages = {path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md")}
+    return re.sub(
+        r"\[([^\]]+)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]+)?\)",
+        lambda link: link[0] if link[2] in pages else link[1],
+        text,
+    )
+
+
+def with_messages(page: str) -> str:
+    """The page of errors with the messages of each kind, below what it says of them."""
+    known = kinds(page)
+    of: dict[str, list[str]] = {anchor: [] for anchor in known}
+    for message in messages():
+        anchor = kind_of(message, known)
+        if anchor and message.text and message.text not in of[anchor]:
+            of[anchor].append(message.text)
+    sections = re.split(r"(?=^## )", page, flags=re.MULTILINE)
+    for number, section in enumerate(sections):
+        if found := KIND.match(section):
+            listed = "".join(f"\n- `` {html.unescape(text)} ``" for text in of[found["anchor"]])
+            sections[number] = f"{section.rstrip()}\n\nMessages, with … for what is filled in:\n{listed}\n\n"
+    return "".join(sections)
+
+
+def prepare() -> None:
+    shutil.rmtree(PREPARED, ignore_errors=True)
+    shutil.copytree(PAGES, PREPARED, ignore=shutil.ignore_patterns("*.py", "__pycache__", "tables"))
+    for path in PREPARED.rglob("*.md"):
+        page = path.read_text(encoding="utf-8")
+        page = INCLUDE.sub(lambda found: include(found[1]), page)
+        path.write_text(with_messages(page) if path.name == "errors.md" else page, encoding="utf-8")
+
+
+def main() -> int:
+    prepare()
+    command = ["serve"] if "--serve" in sys.argv else ["build", "--strict"]
+    # `NO_MKDOCS_2_WARNING`: the theme's word on what comes after it, which stands above.
+    return subprocess.call([sys.executable, "-m", BUILDER, *command], cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

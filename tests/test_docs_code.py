@@ -1,0 +1,115 @@
+# ruff: noqa: F811 (fixtures are imported by name)
+"""Nothing stands in docs/ that isn't run: every block of Python runs on tiny parents, in the order of its page, and the commands of
+every shell block, those of README too, have the options that they are given."""
+
+import importlib.util
+import re
+import shlex
+
+import pytest
+
+from tests.helpers import fresh_python
+from tests.helpers.docs_world import OWNERS, ROOT, blocks
+from tests.helpers.hub_fixtures import Hub, module_hub  # noqa: F401
+
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+# README's first block is run as it stands by `.ci/stranger.py`, and others go on from what a reader has trained.
+CODE = [page for page in PAGES if page != "README.md" and blocks(ROOT / page, "python")]
+NEEDS = {"docs/llama_cpp.md": ("gguf", "xllamacpp"), "docs/export.md": ("onnx", "onnxruntime", "onnxscript")}
+ALWAYS = ("docs/index.md", "docs/quickstart.md", "docs/data.md")
+
+
+@pytest.fixture(scope="module")
+def world(module_hub: Hub) -> Hub:
+    module_hub.add_user("me", module_hub.token, orgs=OWNERS)
+    module_hub.run("from tests.helpers.docs_world import fill; fill()")
+    return module_hub
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("page", [page if page in ALWAYS else pytest.param(page, marks=pytest.mark.slow) for page in CODE])
+def test_python_runs(page: str, world: Hub) -> None:
+    for package in NEEDS.get(page, ()):
+        pytest.importorskip(package)
+    world.run(f"from tests.helpers.docs_world import run; run({page!r})")
+
+
+# ------------------------------------------------------------------------------------------------------------ shell
+
+# Programs of others, whose options are theirs to test.
+OTHERS = {"llama-server", "pip", "git", "cd", "python3", "vllm", "accelerate", "mkdir", "cp", "curl"}
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    found = []
+    for page in PAGES:
+        for line, block in [one for language in ("bash", "shell", "sh") for one in blocks(ROOT / page, language)]:
+            for command in re.sub(r"\\\n", " ", block).splitlines():
+                for part in re.split(r" && | \| ", command.split("  #")[0].strip()):
+                    if part and not part.startswith("#"):
+                        found.append((f"{page}:{line}", shlex.split(part)))
+    return found
+
+
+COMMANDS = commands()
+
+
+def program(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """What is run, and its arguments: environment variables, `torchrun` and `python -m` are looked through."""
+    words = [*words]
+    while re.match(r"^[A-Z_]+=", words[0]):
+        words.pop(0)
+    if words[0] == "torchrun":
+        words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+    if words[:2] == ["python", "-m"]:
+        rest = words[3:]
+        return ("-m", words[2]), rest[: rest.index("--")] if "--" in rest else rest
+    if words[0] == "python":
+        return (words[1],), words[2:]
+    if words[0] == "frozen-prefix":
+        return ("-m", "modeling_frozen.serving.server", *words[1:2]), words[2:]
+    return (words[0],), words[1:]
+
+
+@pytest.mark.parametrize("place, words", COMMANDS, ids=[place for place, _ in COMMANDS])
+def test_what_a_command_names_is_there(place: str, words: list[str]) -> None:
+    run, _ = program(words)
+    if run[0] == "-m":
+        assert run[1] in ("pytest", "lmms_eval") or importlib.util.find_spec(run[1]), run
+    elif run[0].endswith(".py") or "/" in run[0]:
+        assert (ROOT / run[0]).is_file(), run
+    else:
+        assert run[0] in {*OTHERS, "pytest", "ruff", "mypy", "bash", "."}, run
+    if run[0] == "bash":
+        assert (ROOT / words[1]).is_file(), words
+    if run[0] == "pip":
+        from tests.helpers.packaging import extras
+
+        named = re.findall(r"\[([\w,-]+)\]", " ".join(words))
+        assert {extra for names in named for extra in names.split(",")} <= set(extras()), words
+
+
+def of_ours() -> dict[tuple[str, ...], dict[str, str]]:
+    """Each program of this repository that is given options, with the options and where they are written."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for place, words in COMMANDS:
+        run, arguments = program(words)
+        ours = run[0].startswith(("examples/", "docs/")) or run[0] == "-m" and not run[1].startswith(("pytest", "lmms_eval"))
+        if ours and not place.startswith("docs/llama_cpp"):
+            for word in arguments:
+                if word.startswith("--"):
+                    found.setdefault(run, {})[word.split("=")[0]] = place
+    return found
+
+
+OURS = of_ours()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", OURS, ids=[" ".join(run) for run in OURS])
+def test_options_exist(run: tuple[str, ...]) -> None:
+    done = fresh_python.run(*run, "--help", env=fresh_python.environment(COLUMNS="200"), cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    missing = {option: place for option, place in OURS[run].items() if not re.search(rf"{option}\b", done.stdout)}
+    assert not missing
