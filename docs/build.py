@@ -2,9 +2,10 @@
 
     python docs/build.py --serve    # http://127.0.0.1:8000, built anew when this is started again
 
-What pages include is put in before the build, and not by plugins of MkDocs: files (`<!-- include: FILE -->`), and below each
-kind of error in errors.md its messages. So the builder is one word: MkDocs 1.6 with Material 9.8, which its authors mend until
-May 2027, reads the same `mkdocs.yml` as Zensical, their next one, which was not as strict when this was written (0.0.73).
+What pages include is put in before the build, and not by plugins of MkDocs: files (`<!-- include: FILE -->`), the
+versions, and below each kind of error in errors.md its messages. So the builder is one word: MkDocs 1.6 with Material
+9.8, which its authors mend until May 2027, reads the same `mkdocs.yml` as Zensical, their next one, which was not as
+strict when this was written (0.0.73).
 """
 
 import html
@@ -43,7 +44,7 @@ def with_messages(page: str) -> str:
     of: dict[str, list[str]] = {anchor: [] for anchor in known}
     for message in messages():
         anchor = kind_of(message, known)
-        if anchor and message.text and message.text not in of[anchor]:
+        if anchor and re.search(r"\w", message.text) and message.text not in of[anchor]:
             of[anchor].append(message.text)
     sections = re.split(r"(?=^## )", page, flags=re.MULTILINE)
     for number, section in enumerate(sections):
@@ -53,12 +54,27 @@ def with_messages(page: str) -> str:
     return "".join(sections)
 
 
+def versions() -> str:
+    """A table of the oldest and the newest versions that the checks run with."""
+    pins = [
+        dict(
+            line.split("==")
+            for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+            if "==" in line and line[0] != "#"
+        )
+        for name in ("compat.txt", "constraints.txt")
+    ]
+    shown = ("transformers", "torch", "huggingface-hub", "accelerate", "peft", "datasets", "numpy", "pillow", "trl", "gguf")
+    rows = [f"| {name} | {pins[0].get(name, '')} | {pins[1][name]} |" for name in shown]
+    return "\n".join(["| | oldest | newest |", "|---|---|---|", *rows])
+
+
 def prepare() -> None:
     shutil.rmtree(PREPARED, ignore_errors=True)
     shutil.copytree(PAGES, PREPARED, ignore=shutil.ignore_patterns("*.py", "__pycache__", "tables"))
     for path in PREPARED.rglob("*.md"):
         page = path.read_text(encoding="utf-8")
-        page = INCLUDE.sub(lambda found: include(found[1]), page)
+        page = INCLUDE.sub(lambda found: include(found[1]), page).replace("<!-- versions -->", versions())
         path.write_text(with_messages(page) if path.name == "errors.md" else page, encoding="utf-8")
 
 

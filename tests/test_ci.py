@@ -97,3 +97,29 @@ def test_the_lower_bounds_are_those_that_are_tried() -> None:
         if name in oldest:
             assert Version(oldest[name]) == Version(bound.version), one
         assert Version(newest[name]) >= Version(bound.version), one
+
+
+def test_a_commit_is_linted_by_the_ruff_of_the_checks() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    (ruff,) = [one for one in hooks if one["repo"].endswith("/ruff-pre-commit")]
+    assert ruff["rev"] == f"v{pins('constraints.txt')['ruff']}"
+
+
+def test_the_documentation_is_published_as_it_is_checked() -> None:
+    """The workflow installs what the extra `docs` names, without torch, and builds as `.ci/run` does."""
+    asked = re.search(r'extras\["docs"\] = \[(.*)\]', (ROOT / "setup.py").read_text(encoding="utf-8"))[1]
+    steps = [step.get("run", "") for step in workflow("docs.yml")["jobs"]["build"]["steps"]]
+    (install,) = [step for step in steps if step.startswith("pip install")]
+    for one in re.findall(r'"([^"]+)"', asked):
+        assert one.partition(">=")[0] in install, one
+    assert "python docs/build.py" in steps and "python docs/build.py" in RUN
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.name)
+def test_issue_forms_are_what_github_reads(path: Path) -> None:
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.name != "config.yml":
+        assert form["name"] and form["description"] and form["body"]
+        for field in form["body"]:
+            assert field["type"] in ("markdown", "textarea", "input", "checkboxes", "dropdown")
+            assert field["type"] == "markdown" or field["id"] and field["attributes"]["label"]

@@ -1,6 +1,6 @@
 # ruff: noqa: F811 (fixtures are imported by name)
-"""Nothing stands in docs/ that isn't run: every block of Python runs on tiny parents, in the order of its page, and the commands of
-every shell block, those of README too, have the options that they are given."""
+"""Nothing stands in docs/ that isn't run: every block of Python runs on tiny parents, in the order of its page, and the
+commands of every shell block, those of README too, have the options that they are given."""
 
 import importlib.util
 import re
