@@ -112,7 +112,7 @@ def test_the_documentation_is_published_as_it_is_checked() -> None:
     (install,) = [step for step in steps if step.startswith("pip install")]
     for one in re.findall(r'"([^"]+)"', asked):
         assert one.partition(">=")[0] in install, one
-    assert "python docs/build.py" in steps and "python docs/build.py" in RUN
+    assert "python docs/build_site.py" in steps and "python docs/build_site.py" in RUN
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.name)

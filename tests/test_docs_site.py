@@ -1,4 +1,4 @@
-"""The site as it is built (`python docs/build.py`, with the extra `docs`): its own search finds the page that answers."""
+"""The site as it is built (`python docs/build_site.py`, with the extra `docs`): its own search finds the page that answers."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from tests.helpers.docs_world import ROOT
 SITE = ROOT / "build" / "site"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (SITE / "index.html").is_file(), reason="no site: `python docs/build.py` builds it"),
+    pytest.mark.skipif(not (SITE / "index.html").is_file(), reason="no site: `python docs/build_site.py` builds it"),
     pytest.mark.skipif(shutil.which("node") is None, reason="the search is JavaScript: node runs it"),
 ]
 # What a user types, and the page that answers.
