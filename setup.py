@@ -45,7 +45,7 @@ extras = {
     "deepspeed": ["deepspeed>=0.19.8"],
     "ray": ["ray[train]>=2.60"],
 }
-# The site: `python docs/build_site.py`. Ruff writes the signatures of the reference.
+# The site. Ruff writes the signatures of the reference.
 extras["docs"] = ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "ruff>=0.9"]
 # Of examples/: quickstart.py; and `frozen-prefix demo`.
 extras["quickstart"] = sorted({"datasets>=3.4.1", *extras["metrics"], *extras["plots"]})

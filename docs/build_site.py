@@ -1,6 +1,6 @@
-"""Builds the site: `pip install -e ".[docs]" && python docs/build_site.py`, warnings being errors. It is written to build/site.
+"""Builds the site into build/site, warnings being errors: `pip install -e ".[docs]" && python docs/build_site.py`.
 
-    python docs/build_site.py --serve    # http://127.0.0.1:8000, built anew when this is started again
+    python docs/build_site.py --serve    # http://127.0.0.1:8000
 
 What pages include is put in before the build, and not by plugins of MkDocs: files (`<!-- include: FILE -->`), the
 versions, and below each kind of error in errors.md its messages. So the builder is one word: MkDocs 1.6 with Material

@@ -1,7 +1,7 @@
 """Every message that the package raises, read from its source, and which kind of error of docs/errors.md it is.
 
-The page says what a kind means and what to do, with an expression that finds its messages; `docs/build_site.py` writes the messages
-below it, and a test fails for a message of no kind (`tests/test_docs_errors.py`). Standard library only.
+The page says what a kind means and what to do, with an expression that finds its messages; `docs/build_site.py` writes the
+messages below it, and a test fails for a message of no kind (`tests/test_docs_errors.py`). Standard library only.
 """
 
 import ast
