@@ -1,6 +1,7 @@
 """What setup.py declares, without installing anything."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,10 @@ def extras() -> list[str]:
             if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and target.value.id == "extras":
                 names += [target.slice.value] if isinstance(target.slice, ast.Constant) else []
     return names
+
+
+def command_module() -> str:
+    """The module whose `main` is `frozen-prefix`."""
+    found = re.search(r'"frozen-prefix = ([\w.]+):main"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
