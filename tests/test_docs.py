@@ -61,3 +61,10 @@ def test_the_page_on_several_devices_names_what_there_is() -> None:
         assert name in page and hasattr(checkpoints, name)
     extras = re.findall(r"frozen-prefix\[(\w+)\]", page)
     assert extras and all(f'"{extra}": [' in (ROOT / "setup.py").read_text(encoding="utf-8") for extra in extras)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_first_pages_lead_somewhere(page: Path) -> None:
+    """Those of docs/ are checked as the site is built."""
+    for link in re.findall(r"\]\((?!https?:|#|\{\{)([^)\s#]+)", page.read_text(encoding="utf-8")):
+        assert (ROOT / link).exists(), link
