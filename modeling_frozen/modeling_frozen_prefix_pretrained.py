@@ -38,6 +38,7 @@ from .checkpoints import (
     parts_to_save,
     refill,
     refuse_incomplete,
+    refuse_lost_words,
     refuse_partly_loaded,
     refuse_quantized,
     refuse_unexpected,
@@ -277,6 +278,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                     f"`include_base_models=True` writes the {PARTS[part].description} too, and it is not loaded: "
                     f'`model.load_base_model("{part}")` first.'
                 )
+        refuse_lost_words(self)
         saved = ("connector", *self.backbones) if include_base_models else parts_to_save(self)
         refuse_quantized(self, saved)
         warn_of_changed_quantized(self)
@@ -311,6 +313,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         text_base_model: str | None = None,
         audio_base_model: str | None = None,
         load_vision_tower: bool = True,
+        load_language_model: bool = True,
         **kwargs: Any,
     ) -> "Self":
         """
@@ -325,6 +328,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             load_vision_tower (`bool`, defaults to `True`):
                 `False` leaves the tower (of several, all) where it is, for a model that takes `vision_features`; see
                 [`cache_vision_features`] and [`load_base_model`].
+            load_language_model (`bool`, defaults to `True`):
+                `False` leaves the language model where it is, for a model that encodes alone (`get_image_features` and the
+                like) and whose prefixes another program reads.
             kwargs: as `PreTrainedModel.from_pretrained`. `dtype`, `device_map` and the options about reaching the Hub
                 go on to the backbones; `quantization_config` to the language model; options prefixed with `vision_`,
                 `text_` or `audio_` to that backbone alone, for example `text_device_map="auto"`.
@@ -349,11 +355,11 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             model._finish_loading()
         else:
             name = str(name)
-            left_out = frozenset(() if load_vision_tower else VISION_PARTS)
+            left_out = frozenset((*(() if load_vision_tower else VISION_PARTS), *(() if load_language_model else ("text",))))
             if replaced := left_out.intersection(overrides):
-                raise ValueError(
-                    f"`load_vision_tower=False` and `{min(replaced)}_base_model` contradict each other: leave one out."
-                )
+                part = min(replaced)
+                option = "load_language_model" if part == "text" else "load_vision_tower"
+                raise ValueError(f"`{option}=False` and `{part}_base_model` contradict each other: leave one out.")
             dtypes = {part: own.get("dtype") for part, own in options.items()}
             with while_loading(Loading(left_out.union(overrides), dtypes)) as state:
                 loaded = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)

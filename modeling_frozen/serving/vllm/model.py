@@ -1,0 +1,173 @@
+"""A frozen-prefix model as vLLM runs it: our tower and connector write the prefix, vLLM's own language model reads it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader import DefaultModelLoader
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.transformers.multimodal import (
+    MultiModalDummyInputsBuilder,
+    MultiModalProcessingInfo,
+    MultiModalProcessor,
+)
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
+
+from ...checkpoints import check_recorded
+from ...configuration_frozen_prefix import FrozenPrefixConfig
+from ...export.graphs import why_not_a_reader
+from ...modeling_frozen_prefix import FrozenPrefixModel
+
+
+_WORDS = "model.language_model."  # how names of the language model begin in a checkpoint of ours
+
+
+def _refuse(config: FrozenPrefixConfig) -> None:
+    what = why_not_a_reader(config)
+    if what is not None:
+        raise ValueError(
+            f"This model {what}, and vLLM takes prefixes among the words of a decoder alone: serve it by `frozen-prefix serve`, "
+            "which runs the model itself."
+        )
+    if config.vision_config is None:
+        raise ValueError("This model takes audio alone, and the plug-in for vLLM images: serve it by `frozen-prefix serve`.")
+    if (config.text_base_model or {}).get("gguf_file"):
+        raise ValueError(
+            f"The language model of this checkpoint lies in the GGUF file {config.text_base_model['gguf_file']!r}, which vLLM "
+            "does not read beside a checkpoint: read it by llama.cpp (`modeling_frozen.export.LlamaCppModel`), or join the "
+            "connector to the unquantised repository and serve that."
+        )
+
+
+class ProcessingInfo(MultiModalProcessingInfo):
+    """Images alone, whatever else the processor takes."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__(ctx)
+        _refuse(self.get_hf_config())
+
+    def _get_supported_modalities(self) -> list[str]:
+        return ["image"]
+
+    @property
+    def _is_audio_model(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def _is_video_model(self) -> bool:  # type: ignore[override]
+        return False
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    MultiModalProcessor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+)
+class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
+    """
+    Built by vLLM from a checkpoint of ours, connector-only or whole. Tower and connector are loaded and checked by our own
+    `from_pretrained`; the language model's weights, where the checkpoint lacks them, from the recorded repository and commit.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={_WORDS: "language_model."})  # of LoRA adapters too
+    # Not an adapter's file that lies beside it.
+    allow_patterns_overrides = ["model*.safetensors"]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        model_config = vllm_config.model_config
+        config = self.config = model_config.hf_config
+        _refuse(config)
+        self.configure_mm_token_handling(config.text_config.vocab_size, list(config.placeholder_ids.values()))
+        options = {"token": model_config.hf_token, "cache_dir": vllm_config.load_config.download_dir}
+        options = {name: value for name, value in options.items() if value is not None}
+        with self._mark_tower_model(vllm_config, "image"):
+            self.encoder = self._load_encoder(vllm_config, options)
+        # vLLM gives the language model the outer config's word on it.
+        config.tie_word_embeddings = getattr(config.text_config, "tie_word_embeddings", False)
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config, prefix=maybe_prefix(prefix, "language_model"), hf_config=config.text_config
+            )
+        self.packed_modules_mapping = getattr(self.language_model, "packed_modules_mapping", {})
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.secondary_weights = []
+        record = config.text_base_model
+        if "text" not in (config.saved_parts or ()):
+            check_recorded(config, "text", **options)
+            self.secondary_weights = [
+                DefaultModelLoader.Source(record["name_or_path"], record["revision"], prefix=_WORDS)
+            ]
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        return "<image>"  # of prompts in which nothing says where an image stands
+
+    @staticmethod
+    def _load_encoder(vllm_config: VllmConfig, options: dict[str, Any]) -> nn.Module | None:
+        model_config = vllm_config.model_config
+        if model_config.multimodal_config.get_limit_per_prompt("image") == 0:
+            return None
+        # Not in the dtype and on the device that vLLM builds its own layers in.
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                encoder = FrozenPrefixModel.from_pretrained(
+                    model_config.model, revision=model_config.revision, load_language_model=False, **options
+                )
+        finally:
+            torch.set_default_dtype(before)
+        return encoder.to(vllm_config.device_config.device)
+
+    @torch.no_grad()
+    def embed_multimodal(self, num_image_patches: torch.Tensor | None = None, **inputs: Any) -> list[torch.Tensor]:
+        """One tensor `(vectors, embedding_dim)` for each image; of one cut into tiles, the vectors of all."""
+        pixels = inputs.pop("pixel_values", None)
+        if pixels is None or self.encoder is None:
+            return []
+        device = self.encoder.device
+        if not isinstance(pixels, torch.Tensor):  # of several sizes
+            written = [self._encode({**inputs, "pixel_values": one[None]}, device)[0] for one in pixels]
+        else:
+            written = self._encode({**inputs, "pixel_values": pixels}, device)
+        tiles = [1] * len(written) if num_image_patches is None else num_image_patches.flatten().tolist()
+        return [torch.cat(own) for own in _split(written, tiles)]
+
+    def _encode(self, inputs: dict[str, Any], device: torch.device) -> list[torch.Tensor]:
+        inputs = {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+        return self.encoder.get_image_features(**inputs).pooler_output
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors:
+        return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None:  # as in `generate`, no placeholder is ever written
+            for index in self.config.placeholder_ids.values():
+                logits[..., index : index + 1] = float("-inf")
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        words = ((name, tensor) for name, tensor in weights if name.startswith(_WORDS))
+        loaded = AutoWeightsLoader(self).load_weights(words, mapper=self.hf_to_vllm_mapper)
+        # Tower and connector came with the encoder.
+        return loaded | {f"encoder.{name}" for name, _ in (self.encoder or nn.Module()).named_parameters()}
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        return MultiModelKeys.from_string_field(language_model="language_model")
+
+
+def _split(vectors: list[torch.Tensor], counts: list[int]) -> list[list[torch.Tensor]]:
+    rest = iter(vectors)
+    return [[next(rest) for _ in range(count)] for count in counts]
