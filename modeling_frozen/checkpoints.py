@@ -263,8 +263,8 @@ def refuse_lost_words(model: Any) -> None:
     """
     if "text" not in model.backbones and "text" not in parts_with_source(model):
         raise ValueError(
-            "The language model of this checkpoint lies in it, and was not loaded (`load_language_model=False`), so a checkpoint "
-            "saved now would have none: load the model whole to save it."
+            "The language model of this checkpoint lies in it, and was not loaded (`load_language_model=False`), so a "
+            "checkpoint saved now would have none: load the model whole to save it."
         )
 
 
@@ -446,7 +446,9 @@ def check_recorded(config: FrozenPrefixConfig, part: str, **hub_options: Any) ->
     record = getattr(config, f"{part}_base_model")
     place = {"name_or_path": record["name_or_path"], "revision": record["revision"]}
     full = str(record["fingerprint"]).startswith(FULL)
-    verify_fingerprint(part, record, {**place, "fingerprint": fingerprint(**place, full=full, **gguf_of(record), **hub_options)})
+    verify_fingerprint(
+        part, record, {**place, "fingerprint": fingerprint(**place, full=full, **gguf_of(record), **hub_options)}
+    )
 
 
 def gguf_of(record: dict[str, Any]) -> dict[str, str]:

@@ -203,6 +203,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         Returns:
             [`FrozenPrefixModelOutputWithPast`]
         """
+        self.refuse_without_words()
         callee = self.language_model.base_model
         # Some encoder-decoders have no headless model: the whole one then gives its decoder's hidden states.
         whole = callee is self.language_model
@@ -495,6 +496,17 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         if getattr(self, PARTS[part].attribute) is None:
             raise ValueError(
                 f'The {PARTS[part].description} is not loaded: load it by `model.load_base_model("{part}")`{or_else}.'
+            )
+
+    def refuse_without_words(self) -> None:
+        """
+        Raises:
+            ValueError: if the language model was left where it is.
+        """
+        if self.language_model is None:
+            raise ValueError(
+                "The language model is not loaded (`load_language_model=False`), so this model encodes alone: "
+                "`get_image_features` and the like. Load the checkpoint without that option to read or write words."
             )
 
     def _require(self, modality: str) -> None:
@@ -975,6 +987,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         Raises:
             ValueError: if placeholders and images don't match, or the input is longer than the model's positions.
         """
+        self.model.refuse_without_words()
         media = take_media(kwargs, pixel_values=pixel_values)
         if cache is None and kwargs.get("encoder_outputs") is None:  # else the images may have been read before
             self.model.refuse_placeholders_alone(input_ids, media, mm_encoder_outputs)

@@ -1,7 +1,11 @@
 """LoRA on the frozen language model, with the connector trained beside it (needs the extra `peft`)."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -62,4 +66,43 @@ def lora_config(model: "FrozenPrefixPreTrainedModel | PeftModel", **options: Any
     return LoraConfig(**{"target_modules": targets, "modules_to_save": parts or None, **options})
 
 
-__all__ = ["lora_config"]
+_WRAPPED = "base_model.model."  # how PEFT's names begin
+
+
+def split_adapter(adapter: str | Path, checkpoint: str | Path, save_directory: str | Path) -> tuple[Path, Path]:
+    """
+    Splits an adapter that trained connector and LoRA together, for servers that take LoRA alone beside a model (vLLM): a
+    connector-only checkpoint with the adapter's connector, and an adapter of the language model's LoRA.
+
+    Args:
+        adapter (`str` or `Path`): folder that `PeftModel.save_pretrained` wrote.
+        checkpoint (`str` or `Path`): folder of the connector-only checkpoint that the adapter was trained on.
+        save_directory (`str` or `Path`): the two are written below it, in `checkpoint` and `lora`.
+
+    Returns:
+        Both folders.
+
+    Raises:
+        ValueError: if the adapter holds a tensor that is neither LoRA of the language model nor the checkpoint's.
+    """
+    adapter, checkpoint, out = Path(adapter), Path(checkpoint), Path(save_directory)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    saved = load_file(checkpoint / "model.safetensors")
+    lora = {name: tensor for name, tensor in tensors.items() if ".lora_" in name and ".language_model." in name}
+    whole = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items() if name not in lora}
+    if foreign := sorted(whole.keys() - saved.keys()):
+        raise ValueError(
+            f"The adapter `{adapter}` holds {foreign[:3]}…, which is neither LoRA of the language model nor in "
+            f"`{checkpoint}`: name the checkpoint that it was trained on."
+        )
+    shutil.copytree(checkpoint, out / "checkpoint", dirs_exist_ok=True)
+    save_file({**saved, **whole}, out / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
+    (out / "lora").mkdir(parents=True, exist_ok=True)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config |= {"modules_to_save": None, "base_model_name_or_path": str(out / "checkpoint")}
+    (out / "lora" / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(lora, out / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+    return out / "checkpoint", out / "lora"
+
+
+__all__ = ["lora_config", "split_adapter"]

