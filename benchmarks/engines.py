@@ -196,7 +196,7 @@ def generated(model: Any, processor: FrozenPrefixProcessor, prompt: str, picture
 
 @contextmanager
 def vllm_engine(checkpoint: str, **options: Any) -> Iterator[Any]:
-    """vLLM in this process, freed afterwards."""
+    """vLLM in this process, freed afterwards: let no name hold it on, for the next one shares its process groups."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

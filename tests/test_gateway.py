@@ -19,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_frozen import FrozenPrefixModel, FrozenPrefixProcessor
 from tests.helpers.hub_fixtures import ROOT
 from tests.helpers.talking import QUESTION, TOKENS, Talking, picture, talking, user
 from tests.helpers.tiny import COLOURS, join
@@ -164,12 +163,10 @@ def test_a_clients_mistake_is_named(served: SimpleNamespace, model: str, content
     assert caught.value.status_code == status
 
 
-def test_a_placeholder_in_the_text_takes_no_image(served: SimpleNamespace) -> None:
+def test_a_placeholder_that_a_user_writes_takes_no_image(served: SimpleNamespace) -> None:
     for colours in ((), ("red",)):
-        try:
+        with pytest.raises(openai.BadRequestError, match="leave it out of the text"):
             said(served, "one", turn(*colours, text="what <image> ?"))
-        except openai.BadRequestError as error:
-            assert "leave it out of the text" in str(error)
 
 
 def test_the_upstream_server_dies_and_comes_back_under_load(served: SimpleNamespace, eyes: list[Talking]) -> None:
@@ -182,8 +179,8 @@ def test_the_upstream_server_dies_and_comes_back_under_load(served: SimpleNamesp
             try:
                 events = served.client.chat.completions.create(messages=[turn(list(COLOURS)[index])], **long)
                 outcomes.append("answered" if len(list(events)) > 20 else "cut short without a word")
-            except openai.APIError as error:  # those of a status are such too
-                outcomes.append(str(error))
+            except Exception as error:  # OpenAI's, or that of the library below where the gateway itself dies in a stream
+                outcomes.append(f"{type(error).__name__}: {error}")
                 time.sleep(0.05)
 
     clients = [threading.Thread(target=client, args=(index,)) for index in range(4)]
@@ -201,13 +198,17 @@ def test_the_upstream_server_dies_and_comes_back_under_load(served: SimpleNamesp
     until("can't be asked")
     served.language_model.start()
     until("answered")
+    served.gateway.kill()
+    until("APIConnectionError")
+    served.gateway.start()
+    until("answered")
     stop.set()
     for one in clients:
         one.join(60)
         assert not one.is_alive()
     assert "cut short without a word" not in outcomes
-    strange = [one for one in outcomes if one != "answered" and "can't be asked" not in one and "broke off" not in one]
-    assert not strange
+    known = ("answered", "can't be asked", "broke off", "APIConnectionError", "RemoteProtocolError", "ReadError")
+    assert [one for one in outcomes if not any(sentence in one for sentence in known)] == []
     assert said(served, "one", turn("red")) == eyes[0].says(user("red"))
 
 
@@ -235,7 +236,7 @@ def test_equal_images_are_encoded_once_and_others_in_batches(eyes: list[Talking]
         alone = prompt_embeds(eyes[0].model, eyes[0].processor, picture("red"))
         tensors = [torch.load(io.BytesIO(base64.b64decode(one["data"]))) for one in (parts[0], *alone)]
         assert torch.allclose(*tensors, atol=1e-5)
-        with pytest.raises(ValueError, match="can't be read|opened"):
+        with pytest.raises(ValueError, match="not an image"):
             await ask(contents[0], b"no image")
         await encoder.encode(second, contents[0])
         assert encoder.encoded == 5
@@ -248,33 +249,12 @@ def test_equal_images_are_encoded_once_and_others_in_batches(eyes: list[Talking]
 
 
 def test_what_no_server_of_embeddings_reads_is_refused(tmp_path: Path, eyes: list[Talking]) -> None:
-    model, processor = join(tmp_path, fusion="cross_attention", connector_type="resampler", prefix_length=2)
+    model, _ = join(tmp_path, fusion="cross_attention", connector_type="resampler", prefix_length=2)
     model.save_pretrained(tmp_path / "gated")
     with pytest.raises(ValueError, match="cross_attention.*frozen-prefix serve"):
         load_connectors([str(tmp_path / "gated")])
-    with pytest.raises(ValueError, match="cross_attention"):
-        prompt_embeds(model, processor, picture("red"))
     with pytest.raises(ValueError, match="Two connectors are named 'a'"):
         load_connectors([f"a={eyes[0].path}", f"a={eyes[1].path}"])
-
-
-def test_an_encoder_alone(eyes: list[Talking], tmp_path: Path) -> None:
-    whole, processor = eyes[0].model, eyes[0].processor
-    encoder = FrozenPrefixModel.from_pretrained(eyes[0].path, load_language_model=False)
-    pixels = processor(images=picture("red"), return_tensors="pt")["pixel_values"]
-    assert torch.equal(encoder.get_image_features(pixels).pooler_output[0], whole.get_image_features(pixels).pooler_output[0])
-    encoder.save_pretrained(tmp_path / "again")
-    again = type(whole).from_pretrained(tmp_path / "again")
-    assert torch.equal(again.get_image_features(pixels).pooler_output[0], whole.get_image_features(pixels).pooler_output[0])
-    whole.save_pretrained(tmp_path / "whole", include_base_models=True)
-    encoder = FrozenPrefixModel.from_pretrained(tmp_path / "whole", load_language_model=False)
-    with pytest.raises(ValueError, match="load_language_model=False"):
-        encoder.save_pretrained(tmp_path / "lost")
-    with pytest.raises(ValueError, match="language model is not loaded"):
-        encoder(**processor(text=QUESTION, return_tensors="pt"))
-    with pytest.raises(ValueError, match="contradict"):
-        FrozenPrefixModel.from_pretrained(eyes[0].path, load_language_model=False, text_base_model="x")
-    assert isinstance(FrozenPrefixProcessor.from_model(encoder), FrozenPrefixProcessor)
 
 
 def test_the_gateway_is_an_app_of_its_own(eyes: list[Talking]) -> None:

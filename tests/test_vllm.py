@@ -42,7 +42,7 @@ def test_the_table_of_pairs_is_all_equal(tmp_path: Path) -> None:
     assert [row["pair"] for row in found if not row["different_images_differ"]] == []
 
 
-def test_a_bfloat16_language_model_tiles_and_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_bfloat16_language_model(tmp_path: Path) -> None:
     model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA, "bfloat16")
     asked = engines.requests()
     expected = [engines.generated(model, processor, *one) for one in asked]
@@ -54,7 +54,9 @@ def test_a_bfloat16_language_model_tiles_and_a_whole_checkpoint(tmp_path: Path) 
     # Both round, each in an order of its own.
     assert sum(one[:4] == other[:4] for one, other in zip(got, expected, strict=True)) >= 4
 
-    model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA)
+
+def test_tiles_and_a_whole_checkpoint(tmp_path: Path) -> None:
+    model, processor, _ = engines.save_pair(tmp_path, LLAMA)
     model.save_pretrained(tmp_path / "whole", include_base_models=True)
     processor.tiles = {"crop_to_patches": True, "min_patches": 1, "max_patches": 4, "use_thumbnail": True}
     processor.save_pretrained(tmp_path / "whole")
@@ -189,7 +191,12 @@ def test_openai_server_with_data_urls_two_images_and_streaming(tmp_path: Path) -
     model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA)
     with vllm_server("--model", checkpoint, "--limit-mm-per-prompt", '{"image": 2}') as server:
         for chat in CHATS:
-            options = {"model": server.model, "messages": [turn(*chat)], **GREEDY, "extra_body": FIXED}
+            options = {
+                "model": server.model,
+                "messages": [turn(*chat)],
+                **GREEDY,
+                "extra_body": {**FIXED, "add_special_tokens": True},
+            }
             expected = said_by_generate(model, processor, *chat)
             assert server.client.chat.completions.create(**options).choices[0].message.content == expected
             pieces = [
@@ -252,3 +259,28 @@ def test_stock_server_of_the_bare_language_model_and_the_gateway(tmp_path: Path)
         finally:
             process.terminate()
             process.wait(60)
+
+
+def test_throughput_is_measured(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    sizes = {"vision-width": 64, "vision-layers": 1, "image-size": 32, "text-width": 64, "text-layers": 1, "vocab-size": 100}
+    small = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.serving",
+        *small,
+        "--requests",
+        "1",
+        "2",
+        "--rounds",
+        "1",
+        "--new-tokens",
+        "4",
+    ]
+    done = subprocess.run(
+        [*command, "--output", str(figures)], cwd=ROOT, env={**os.environ, **ENV}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(figures.read_text())["rows"]
+    assert len(rows) == 4 and all(row["ratio"] > 0 for row in rows)
