@@ -63,6 +63,17 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         build_app()(["--port", "0"], standalone_mode=False)
 
 
+def test_continuous_batching_is_for_language_models_alone(saved: Talking) -> None:
+    """transformers' takes ids and no images: with `--continuous-batching` its server answers a model of ours without it."""
+    pytest.importorskip("fastapi")
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.utils import GenerationState
+
+    modality = ModelManager.get_model_modality(saved.model, saved.processor)
+    assert not GenerationState(continuous_batching=True).use_continuous_batching(saved.model, modality)
+    assert GenerationState(continuous_batching=True).use_continuous_batching(saved.model, type(modality)["LLM"])
+
+
 def test_tokens_stream_out_of_generate_as_they_come(saved: Talking) -> None:
     inputs = saved.processor(images=picture("red"), text=f"<image> {QUESTION}", return_tensors="pt")
     streamer = TextIteratorStreamer(saved.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=30)
