@@ -99,7 +99,7 @@ def _content(content: Any, files: list[Path]) -> Any:
     return parts
 
 
-def load_connectors(names: Sequence[str], *, device: str = "cpu", **hub_options: Any) -> dict[str, Connector]:
+def load_connectors(names: Sequence[str], *, device: Any = "cpu", **hub_options: Any) -> dict[str, Connector]:
     """
     Loads tower and connector of each checkpoint; a tower that several were trained with, once.
 
@@ -127,7 +127,8 @@ def load_connectors(names: Sequence[str], *, device: str = "cpu", **hub_options:
         )
         if towers:
             model.vision_tower = towers[0].vision_tower
-        loaded[name] = Connector(name, model.to(device), FrozenPrefixProcessor.from_pretrained(place, **hub_options))
+        model.to(device)
+        loaded[name] = Connector(name, model, FrozenPrefixProcessor.from_pretrained(place, **hub_options))
     return loaded
 
 
@@ -320,7 +321,7 @@ def _sent_on(
         parts += [encoded[index]] if index < len(encoded) else []
     sent = {key: value for key, value in body.items() if key not in _USED_HERE}
     sent |= {"messages": [{"role": "user", "content": parts}], "chat_template": _PASS_THROUGH, "add_special_tokens": False}
-    config = connector.model.config
+    config: Any = connector.model.config
     unsaid = [index for index in config.placeholder_ids.values() if index < config.text_config.vocab_size]
     if unsaid:  # as in `generate`, no placeholder is ever written
         sent["logit_bias"] = {**(body.get("logit_bias") or {}), **{str(index): -100 for index in unsaid}}

@@ -11,6 +11,7 @@ import torch
 
 from ..export.graphs import why_not_a_reader
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from ..processors.image_loading import load_rgb_image
 
 
 def refuse_other_than_readers(config: Any) -> None:
@@ -36,14 +37,14 @@ def encoded_part(prefix: torch.Tensor) -> dict[str, str]:
 def encode_images(model: FrozenPrefixPreTrainedModel, processor: Any, images: list[Any]) -> list[torch.Tensor]:
     """One prefix `(vectors, embedding_dim)` per image, in one batch; of an image cut into tiles, the vectors of all. In the
     dtype that the language model was recorded in, to which its embeddings are rounded anyway."""
+    images = [load_rgb_image(image) for image in images]
     inputs = dict(processor(images=images, return_tensors="pt"))
-    tiles = inputs.pop("num_patches", None)
     core: Any = model.base_model
     inputs = {name: one.to(core.vision_tower.device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
     written = iter(core.get_image_features(**inputs).pooler_output)
     dtype = getattr(torch, str((model.config.text_base_model or {}).get("dtype", "float32")))
-    counts = [1] * len(images) if tiles is None else [int(count) for count in tiles]
-    return [torch.cat([next(written) for _ in range(count)]).to(dtype) for count in counts]
+    tiles = [processor.count_tiles(image) for image in images]
+    return [torch.cat([next(written) for _ in range(count)]).to(dtype) for count in tiles]
 
 
 def prompt_embeds(model: FrozenPrefixPreTrainedModel, processor: Any, images: Any) -> list[dict[str, str]]:

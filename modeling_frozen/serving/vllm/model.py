@@ -36,9 +36,9 @@ def _refuse(config: FrozenPrefixConfig) -> None:
         )
     if config.vision_config is None:
         raise ValueError("This model takes audio alone, and the plug-in for vLLM images: serve it by `frozen-prefix serve`.")
-    if (config.text_base_model or {}).get("gguf_file"):
+    if gguf_file := (config.text_base_model or {}).get("gguf_file"):
         raise ValueError(
-            f"The language model of this checkpoint lies in the GGUF file {config.text_base_model['gguf_file']!r}, which vLLM "
+            f"The language model of this checkpoint lies in the GGUF file {gguf_file!r}, which vLLM "
             "does not read beside a checkpoint: read it by llama.cpp (`modeling_frozen.export.LlamaCppModel`), or join the "
             "connector to the unquantised repository and serve that."
         )
@@ -70,6 +70,9 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
     `from_pretrained`; the language model's weights, where the checkpoint lacks them, from the recorded repository and commit.
     """
 
+    encoder: FrozenPrefixModel | None
+    language_model: Any  # one of vLLM's
+
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={_WORDS: "language_model."})  # of LoRA adapters too
     # Not an adapter's file that lies beside it.
     allow_patterns_overrides = ["model*.safetensors"]
@@ -77,19 +80,19 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         model_config = vllm_config.model_config
-        config = self.config = model_config.hf_config
+        self.config: Any = model_config.hf_config
+        config = self.config
         _refuse(config)
-        self.configure_mm_token_handling(config.text_config.vocab_size, list(config.placeholder_ids.values()))
+        ids = list(config.placeholder_ids.values())
+        SupportsMultiModal.configure_mm_token_handling(self, config.text_config.vocab_size, ids)
         options = {"token": model_config.hf_token, "cache_dir": vllm_config.load_config.download_dir}
         options = {name: value for name, value in options.items() if value is not None}
-        with self._mark_tower_model(vllm_config, "image"):
-            self.encoder = self._load_encoder(vllm_config, options)
+        self.encoder = self._load_encoder(vllm_config, options)
         # vLLM gives the language model the outer config's word on it.
         config.tie_word_embeddings = getattr(config.text_config, "tie_word_embeddings", False)
-        with self._mark_language_model(vllm_config):
-            self.language_model = init_vllm_registered_model(
-                vllm_config, prefix=maybe_prefix(prefix, "language_model"), hf_config=config.text_config
-            )
+        self.language_model = init_vllm_registered_model(
+            vllm_config, prefix=maybe_prefix(prefix, "language_model"), hf_config=config.text_config
+        )
         self.packed_modules_mapping = getattr(self.language_model, "packed_modules_mapping", {})
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.secondary_weights = []
@@ -103,7 +106,7 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
         return "<image>"  # of prompts in which nothing says where an image stands
 
     @staticmethod
-    def _load_encoder(vllm_config: VllmConfig, options: dict[str, Any]) -> nn.Module | None:
+    def _load_encoder(vllm_config: VllmConfig, options: dict[str, Any]) -> FrozenPrefixModel | None:
         model_config = vllm_config.model_config
         if model_config.multimodal_config.get_limit_per_prompt("image") == 0:
             return None
@@ -117,7 +120,8 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
                 )
         finally:
             torch.set_default_dtype(before)
-        return encoder.to(vllm_config.device_config.device)
+        encoder.to(vllm_config.device_config.device)
+        return encoder
 
     @torch.no_grad()
     def embed_multimodal(self, num_image_patches: torch.Tensor | None = None, **inputs: Any) -> list[torch.Tensor]:
@@ -125,17 +129,10 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
         pixels = inputs.pop("pixel_values", None)
         if pixels is None or self.encoder is None:
             return []
-        device = self.encoder.device
-        if not isinstance(pixels, torch.Tensor):  # of several sizes
-            written = [self._encode({**inputs, "pixel_values": one[None]}, device)[0] for one in pixels]
-        else:
-            written = self._encode({**inputs, "pixel_values": pixels}, device)
+        batches = [pixels] if isinstance(pixels, torch.Tensor) else [one[None] for one in pixels]  # of several sizes
+        written = [prefix for batch in batches for prefix in _encode(self.encoder, {**inputs, "pixel_values": batch})]
         tiles = [1] * len(written) if num_image_patches is None else num_image_patches.flatten().tolist()
         return [torch.cat(own) for own in _split(written, tiles)]
-
-    def _encode(self, inputs: dict[str, Any], device: torch.device) -> list[torch.Tensor]:
-        inputs = {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
-        return self.encoder.get_image_features(**inputs).pooler_output
 
     def forward(
         self,
@@ -162,6 +159,12 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(language_model="language_model")
+
+
+def _encode(encoder: FrozenPrefixModel, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    device: Any = encoder.device
+    inputs = {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+    return list(encoder.get_image_features(**inputs).pooler_output)
 
 
 def _split(vectors: list[torch.Tensor], counts: list[int]) -> list[list[torch.Tensor]]:
