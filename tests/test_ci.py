@@ -96,6 +96,8 @@ def test_the_lower_bounds_are_those_that_are_tried() -> None:
         name = _normal(one.name)
         if name in oldest:
             assert Version(oldest[name]) == Version(bound.version), one
+        if name == "vllm":  # which pins torch and transformers, and so has an environment of its own
+            continue
         assert Version(newest[name]) >= Version(bound.version), one
 
 
