@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Beside all options of `transformers serve`: --allow-local-media, --allow-private-addresses, --media-timeout SECONDS, "
         "--max-media-bytes BYTES.\n`frozen-prefix serve --help-all` lists every one, which takes seconds; "
-        "`frozen-prefix serve --upstream URL --help-all` those of the gateway, which serves many connectors over one server of "
-        "the language model."
+        "`frozen-prefix serve --upstream URL --help-all` those of the gateway, which serves many connectors over one server "
+        "of the language model."
     )
     parser.add_argument("--help-all", action="store_true", help="every option, those of transformers' server too")
 

@@ -133,7 +133,7 @@ def load_connectors(names: Sequence[str], *, device: Any = "cpu", **hub_options:
 
 
 def _same_tower(one: FrozenPrefixConfig, other: FrozenPrefixConfig) -> bool:
-    held = any("vision" in (config.saved_parts or ()) for config in (one, other))
+    held = any("vision" in (config.saved_parts or ()) or len(config.vision_parts) > 1 for config in (one, other))
     return not held and one.vision_base_model is not None and one.vision_base_model == other.vision_base_model
 
 

@@ -40,7 +40,7 @@ def encode_images(model: FrozenPrefixPreTrainedModel, processor: Any, images: li
     images = [load_rgb_image(image) for image in images]
     inputs = dict(processor(images=images, return_tensors="pt"))
     core: Any = model.base_model
-    inputs = {name: one.to(core.vision_tower.device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+    inputs = {name: one.to(core.device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
     written = iter(core.get_image_features(**inputs).pooler_output)
     dtype = getattr(torch, str((model.config.text_base_model or {}).get("dtype", "float32")))
     tiles = [processor.count_tiles(image) for image in images]
