@@ -62,10 +62,10 @@ def read_settings(
     args, others = parser.parse_known_args(arguments)
     if args.config is None:
         return args, {}, others
-    own, theirs = {action.dest for action in parser._actions}, {field.name for field in fields(TrainingArguments)}
+    own, theirs = set(vars(parser.parse_args([]))), {field.name for field in fields(TrainingArguments)}
     written = _read_yaml(args.config)
     for name in written:
-        if name not in own | theirs or name in ("config", "help"):
+        if name not in own | theirs or name == "config":
             raise ValueError(f"{args.config}: {_unknown(name, own | theirs)}")
     parser.set_defaults(**{name: value for name, value in written.items() if name in own})
     args, others = parser.parse_known_args(arguments)
@@ -95,17 +95,17 @@ def training_arguments(defaults: Mapping[str, Any], flags: Sequence[str]) -> tup
 
     usage = "frozen-prefix train [flags of `frozen-prefix train --help`] [fields of TrainingArguments]"
     parser = HfArgumentParser(TrainingArguments, prog="frozen-prefix train", usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
-    actions = {option: action.dest for action in parser._actions for option in action.option_strings}
     # As a file says it: a number in it may be a string ("1e-3" in YAML), which is read as a flag's would be.
     parser.set_defaults(**{name: str(one) if _is_number(one) else one for name, one in defaults.items()})
     (training, unknown) = parser.parse_args_into_dataclasses(
         list(flags), return_remaining_strings=True, look_for_args_file=False
     )
+    names = [field.name for field in fields(TrainingArguments) if field.init]
     if unknown:
-        known = {option.lstrip("-") for option in actions} | set(_own_names())
-        raise ValueError(f"argument {_unknown(unknown[0].lstrip('-').partition('=')[0], known)}")
-    named = {actions[flag] for one in flags if (flag := one.partition("=")[0]) in actions}
-    return training, {name: getattr(training, name) for name in named}
+        raise ValueError(f"argument {_unknown(unknown[0].lstrip('-').partition('=')[0], {*names, *_own_names()})}")
+    absent = object()
+    given, _ = parser.parse_known_args(list(flags), argparse.Namespace(**dict.fromkeys(names, absent)))
+    return training, {name: getattr(training, name) for name in names if getattr(given, name) is not absent}
 
 
 def _is_number(value: Any) -> bool:
@@ -115,7 +115,7 @@ def _is_number(value: Any) -> bool:
 def _own_names() -> list[str]:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return [action.dest for action in parser._actions]
+    return list(vars(parser.parse_args([])))
 
 
 # ------------------------------------------------------------------------------------------------------- data and model
