@@ -76,7 +76,7 @@ def test_it_runs_as_a_module() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_flag_stands_in_the_docs(name: str) -> None:
     """In the part of its own command."""
-    page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "command.md").read_text(encoding="utf-8")
     assert f"| `{name}` | " in page
     part = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     parser = argparse.ArgumentParser(add_help=False)
@@ -86,7 +86,7 @@ def test_each_flag_stands_in_the_docs(name: str) -> None:
 
 
 def test_the_docs_name_no_flag_that_is_not_there() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "command.md").read_text(encoding="utf-8")
     known = {"--help", "--traceback", "--port", "--allow-local-media", "--allow-private-addresses"}
     known |= {"--media-timeout", "--max-media-bytes", *(f"--{field.name}" for field in dataclasses.fields(TrainingArguments))}
     for module, _ in COMMANDS.values():

@@ -1,7 +1,7 @@
-"""The reference leaves nothing out: every public name, every field of the config, every command and its options."""
+"""The reference leaves nothing out: every public name, every field of the config. Of commands and
+their options `test_cli.py` asks it."""
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import re
@@ -9,13 +9,11 @@ from typing import Any
 
 import draw
 import pytest
-from transformers import TrainingArguments
 
 import modeling_frozen
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixProcessor
-from tests.helpers import fresh_python
 from tests.helpers.docs_world import ROOT
-from tests.helpers.packaging import command_module, extras
+from tests.helpers.packaging import extras
 
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")}
@@ -63,31 +61,6 @@ def test_every_option_of_the_processor_is_described() -> None:
     text = inspect.getdoc(FrozenPrefixProcessor) or ""
     options = set(inspect.signature(FrozenPrefixProcessor.__init__).parameters) - {"self", "args", "kwargs"}
     assert options and not {name for name in options if not re.search(rf"\b{name}\b", text)}
-
-
-def help_of(*command: str) -> str:
-    done = fresh_python.run(
-        "-m", command_module(), *command, "--help", env=fresh_python.environment(COLUMNS="300"), cwd=ROOT, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def commands() -> list[str]:
-    said = help_of()
-    chosen = re.search(r"\{([\w,-]+)\}", said)
-    return chosen[1].split(",") if chosen else re.findall(r"^  (\w+)  +\S", said.partition("commands:")[2], re.MULTILINE)
-
-
-def test_every_command_and_option_is_described() -> None:
-    """But for the options of Trainer, and of transformers' own commands."""
-    page, known = PAGES["command.md"], {"--help", *(f"--{one.name}" for one in dataclasses.fields(TrainingArguments))}
-    found = commands()
-    assert "check" in found and not [name for name in found if f"## frozen-prefix {name}\n" not in page]
-    for name in set(found) - {"serve", "chat"}:
-        section = page.partition(f"## frozen-prefix {name}\n")[2].partition("\n## ")[0]
-        options = set(re.findall(r"(?<!\S)--[a-z][\w-]+", help_of(name))) - known
-        assert not {option for option in options if f"`{option}" not in section}, name
 
 
 def test_every_option_that_we_add_to_the_server_is_described() -> None:
