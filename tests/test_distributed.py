@@ -111,7 +111,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(way: str, tmp_path: Pat
     frozen = {name: tensor for name, tensor in state.items() if ".connector." not in name and tensor.is_floating_point()}
     checkpoint = tmp_path / f"{way}2" / "checkpoint-10"
     assert not (kept := rows_found(checkpoint, frozen)), f"a resume checkpoint holds {sorted(kept)}"
-    assert rows_found(checkpoint, load_file(checkpoint / "model.safetensors"))
+    if way != "fsdp_sharded":  # whose processes write their own parts of what was learnt, and none of them a whole
+        assert rows_found(checkpoint, load_file(checkpoint / "model.safetensors"))
     parents = sum(tensor.nbytes for tensor in state.values())
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     assert size < parents, (size, parents)
