@@ -19,7 +19,7 @@ pytestmark = [
 QUESTIONS = {
     "my captions are all the same": "symptoms",
     "how many vectors?": "choose",
-    "two GPUs": "gpus",
+    "two GPUs": "several_devices",
     "which licence has the checkpoint?": "share",
     "loss is stuck": "symptoms",
     "loss is NaN": "symptoms",

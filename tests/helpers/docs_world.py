@@ -16,7 +16,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-TOWERS = ("google/siglip2-base-patch16-224", "facebook/dinov2-small", "openai/clip-vit-base-patch32")
+TOWERS = (
+    "google/siglip2-base-patch16-224", "facebook/dinov2-small", "openai/clip-vit-base-patch32",
+    "facebook/dinov2-with-registers-base",
+)  # fmt: skip
 LANGUAGE_MODELS = ("Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "me/my-language-model")
 AUDIO, TRANSLATOR, READER = "openai/whisper-tiny", "google-t5/t5-small", "sentence-transformers/all-MiniLM-L6-v2"
 OWNERS = tuple({name.partition("/")[0] for name in (*TOWERS, *LANGUAGE_MODELS, AUDIO, TRANSLATOR, READER)} - {"me"})
