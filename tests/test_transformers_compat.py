@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, DynamicCache, GPT2Config, PreTrainedConfig
 
 from modeling_frozen import FrozenPrefixConfig
+from modeling_frozen.parts import PARTS
 from modeling_frozen.transformers_compat import (
     CACHE_NAMES,
     cache_argument,
@@ -118,4 +119,4 @@ def test_sub_configs_are_made_of_the_arguments() -> None:
     assert type(config.vision_config) is CLIPVisionConfig and config.vision_config.hidden_size == 24
     assert type(config.text_config) is GPT2Config and config.text_config.n_embd == 12
     assert config.audio_config is None and isinstance(config, PreTrainedConfig)
-    assert set(FrozenPrefixConfig.sub_configs) == {"vision_config", "text_config", "audio_config"}
+    assert set(FrozenPrefixConfig.sub_configs) == {f"{part}_config" for part in PARTS}

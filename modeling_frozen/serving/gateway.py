@@ -28,9 +28,7 @@ from transformers.image_utils import httpx
 
 from ..configuration_frozen_prefix import FrozenPrefixConfig
 from ..modeling_frozen_prefix import FrozenPrefixModel
-from ..processors import FrozenPrefixProcessor
-from ..processors.image_loading import load_rgb_image
-from ..processors.processing_compat import CONTROL_TOKEN_END, CONTROL_TOKEN_START
+from ..processors import CONTROL_TOKEN_END, CONTROL_TOKEN_START, FrozenPrefixProcessor, load_rgb_image
 from .prompt_embeds import encode_images, encoded_part, refuse_other_than_readers
 from .requests import MediaLimits, check_requests
 

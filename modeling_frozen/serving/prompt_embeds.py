@@ -11,7 +11,7 @@ import torch
 
 from ..export.graphs import why_not_a_reader
 from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
-from ..processors.image_loading import load_rgb_image
+from ..processors import load_rgb_image
 
 
 def refuse_other_than_readers(config: Any) -> None:
