@@ -210,13 +210,16 @@ def is_custom_code(backbone: nn.Module) -> bool:
 def keys_of_parts(model: Any, parts: set[str]) -> set[str]:
     """Names in the state dict of all that belongs to these backbones."""
     keys: set[str] = set()
+    owners: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if getattr(module, "_frozen_prefix_part", None) in parts:
+            owners.add(name)
             prefix = f"{name}." if name else ""
             keys.update(f"{prefix}{key}" for key, _ in own_weights(module, remove_duplicate=False))
     if any(is_quantized(backbone) for backbone in model.backbones.values()):
-        # bitsandbytes adds names below a weight's: `weight.absmax`.
-        keys.update(key for key in nn.Module.state_dict(model) if any(stem in keys for stem in _stems(key)))
+        # bitsandbytes adds names below a weight's (`weight.absmax`, 4 bits) and beside it (`SCB`, 8 bits).
+        names = nn.Module.state_dict(model)
+        keys.update(key for key in names if key.rpartition(".")[0] in owners or any(stem in keys for stem in _stems(key)))
     return keys
 
 

@@ -78,6 +78,7 @@ def freeze(model: Any) -> None:
     Sets `requires_grad` of every tensor of the backbones and the connector by `config.trainable`; the one place that
     does. Tensors that others added (LoRA) are left alone. Frozen backbones stay in eval mode under `train()`.
     """
+    keep_gradients(model)
     unlocked = [last_layers(model._layered(part), count) for part, count in unlocked_counts(model).items()]
     unlocked_ids = set().union(*(one.parameters for one in unlocked))
     idle_ids = model._ids_of_idle_parameters()
@@ -90,6 +91,16 @@ def freeze(model: Any) -> None:
                     trains = part in model.config.trainable or id(parameter) in unlocked_ids
                     parameter.requires_grad_(trains and id(parameter) not in idle_ids)
     model.train(model.training)
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """On CPUs with bfloat16 kernels bitsandbytes packs a 4-bit layer that is called in eval mode without gradients, and what a
+    packed one computes has none from then on. A frozen layer is in eval mode always: it is kept as it was loaded."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # which unpacks it
 
 
 def stays_frozen(model: Any) -> list[bool]:
@@ -137,6 +148,6 @@ def recompute_frozen_layers(model: Any, enable: bool) -> None:
 
 
 __all__ = [
-    "CONNECTING", "Unlocked", "freeze", "last_layers", "recompute_frozen_layers", "stays_frozen", "trains",
+    "CONNECTING", "Unlocked", "freeze", "keep_gradients", "last_layers", "recompute_frozen_layers", "stays_frozen", "trains",
     "unlocked_counts",
 ]  # fmt: skip

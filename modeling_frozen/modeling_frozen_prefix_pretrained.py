@@ -62,7 +62,7 @@ from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
 from .hub import auto_map_of, complete_copy, complete_repository, prepare_for_pushes
 from .parts import MODALITIES, PARTS, VISION_PARTS
 from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens, share_sharding
-from .weights import align_weights, is_sharded
+from .weights import align_weights, is_dispatched, is_sharded, move_around
 
 
 if TYPE_CHECKING:
@@ -150,6 +150,14 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         for module, still in zip(modules, stays, strict=True):
             if still and module.training:
                 module.training = False
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> "Self":
+        """As torch's; but a backbone that `device_map` or offloading placed stays there, where its hooks expect it."""
+        dispatched = [backbone for backbone in self.backbones.values() if is_dispatched(backbone)]
+        if not dispatched:
+            return super().to(*args, **kwargs)
+        move_around(self, dispatched, *args, **kwargs)
         return self
 
     def _layered(self, part: str) -> nn.Module:

@@ -14,8 +14,9 @@ import functools
 import hashlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -96,6 +97,26 @@ def brought(module: nn.Module, name: str) -> torch.Tensor:
         return tensor
     with present(module):
         return getattr(module, name).clone()
+
+
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether accelerate placed its weights: on several devices, or off them, from where its hooks bring them."""
+    places = getattr(module, "hf_device_map", None) or {}
+    away = any(parameter.is_meta for parameter in module.parameters())
+    return len(set(places.values())) > 1 or (away and any(hasattr(one, "_hf_hook") for one in module.modules()))
+
+
+def move_around(module: nn.Module, fixed: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
+    """`module.to(*args, **kwargs)` of all but what is in `fixed`, modules below it."""
+    for child in module.children():
+        if any(child is one for one in fixed):
+            continue
+        if any(below is one for below in child.modules() for one in fixed):
+            move_around(child, fixed, *args, **kwargs)
+        else:
+            child.to(*args, **kwargs)
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.data = tensor.data.to(*args, **kwargs)
 
 
 _FACTOR = 0x1E3779B97F4A7C15  # any large odd number
@@ -185,6 +206,6 @@ def _factors(device: torch.device) -> torch.Tensor:
 
 
 __all__ = [
-    "ALIGNMENT", "align_weights", "alone", "brought", "gathers_layers", "is_partitioned", "is_sharded", "own_weights",
-    "present", "tensor_digest", "tensor_digests", "to_weight", "weights_digest",
+    "ALIGNMENT", "align_weights", "alone", "brought", "gathers_layers", "is_dispatched", "is_partitioned", "is_sharded",
+    "move_around", "own_weights", "present", "tensor_digest", "tensor_digests", "to_weight", "weights_digest",
 ]  # fmt: skip

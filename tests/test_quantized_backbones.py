@@ -1,4 +1,5 @@
-"""A backbone that is quantised while it is loaded comes back quantised in the same way, or says that it doesn't."""
+"""A backbone that is quantised while it is loaded comes back quantised in the same way, or says that it doesn't; a connector
+trains over it by the gradient of what it computes, and it is neither changed nor saved."""
 
 import json
 from pathlib import Path
@@ -9,18 +10,26 @@ import torch
 import transformers
 from peft import TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
-from modeling_frozen import FrozenPrefixForConditionalGeneration
-from tests.helpers.tiny import same_logits, save_parents
+from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+from tests.helpers.tiny import recompute_activations, rows, same_logits, save_parents, tokenizer
+from tests.helpers.training import arguments
 
 
 BACKENDS = ("torchao", "bitsandbytes")
+# How far the prefix's gradient may be from that of the same weights unpacked, relative to its norm: rounding of float32; but
+# bitsandbytes in 8 bits (arXiv 2208.07339) rounds what flows through a layer too, to 1/127 of each row's largest value.
+METHODS = {"torchao": 1e-5, "bitsandbytes": 1e-5, "bitsandbytes in 8 bits": 0.1, "gptqmodel": 1e-3}
 Model = FrozenPrefixForConditionalGeneration
 
 
 def quantization(backend: str) -> Any:
-    pytest.importorskip(backend)
+    pytest.importorskip(backend.split()[0], reason=f"needs {backend.split()[0]} (GPTQ and AWQ have no wheel for CPUs on PyPI)")
+    if backend == "gptqmodel":
+        return transformers.GPTQConfig(bits=4, dataset=["a red square ."] * 16, tokenizer=tokenizer(), group_size=32)
+    if backend == "bitsandbytes in 8 bits":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
     if backend == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -117,3 +126,90 @@ def test_a_change_that_no_checkpoint_holds_is_said(
     with caplog.at_level("WARNING"):
         model.save_pretrained(tmp_path / "eyes")
     assert (f"loaded from `{words}` without that change" in caplog.text) is is_lost
+
+
+# ------------------------------------------------------------------------------------------------- training over it
+
+
+def layers_of(model: Model) -> dict[str, torch.nn.Module]:
+    """The linear layers of its blocks, which are what is quantised."""
+    named = model.model.language_model.model.layers.named_modules()
+    return {name: module for name, module in named if name.endswith("_proj")}
+
+
+def unpacked(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight that a layer multiplies by, whatever it holds it as: what it makes of an identity matrix. As in training, for
+    without gradients bitsandbytes takes other kernels, which round."""
+    return layer(torch.eye(layer.in_features, requires_grad=True)).T.detach().float()
+
+
+def plain_twin(model: Model, tower: str, words: str) -> Model:
+    """The same values in an ordinary language model, under the same connector."""
+    twin = join(tower, words)
+    with torch.no_grad():
+        for layer, own in zip(layers_of(twin).values(), layers_of(model).values(), strict=True):
+            layer.weight.copy_(unpacked(own))
+    twin.model.connector.load_state_dict(model.model.connector.state_dict())
+    return twin
+
+
+def prefix_gradient(model: Model) -> torch.Tensor:
+    """Of the loss, by the prefix that the connector writes."""
+    processor, kept = FrozenPrefixProcessor.from_model(model), []
+
+    def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    hook = model.model.connector.register_forward_hook(keep)
+    model.train()
+    model(**DataCollatorForFrozenPrefix(processor)(rows(4))).loss.backward()
+    hook.remove()
+    model.zero_grad()
+    return kept[0].grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_prefix_gets_the_gradient_of_the_quantised_values(method: str, parents: tuple[str, str]) -> None:
+    """Also where it wrote before, for which bitsandbytes lays weights out anew, and what it computes from then on has none."""
+    tower, words = parents
+    loaded = AutoModelForCausalLM.from_pretrained(words, quantization_config=quantization(method))
+    with torch.no_grad():
+        loaded(torch.tensor([[1, 4, 5]]))
+        model = join(tower, loaded)
+        model.model.language_model(torch.tensor([[1, 4, 5]]))
+    own, right = prefix_gradient(model), prefix_gradient(plain_twin(model, tower, words))
+    assert (own - right).norm() <= METHODS[method] * right.norm(), (own - right).norm() / right.norm()
+    other = join(tower, words)
+    other.model.connector.load_state_dict(model.model.connector.state_dict())
+    assert (prefix_gradient(other) - right).norm() > 1e-3 * right.norm(), "the values were not rounded at all"
+    recompute_activations(model)
+    torch.testing.assert_close(prefix_gradient(model), own)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_neither_changes_nor_saves_it_and_resumes(method: str, parents: tuple[str, str], tmp_path: Path) -> None:
+    tower, words = parents
+    torch.manual_seed(0)
+    model = join(tower, words, quantization_config=quantization(method))
+    processor = FrozenPrefixProcessor.from_model(model)
+    before = [unpacked(layer) for layer in layers_of(model).values()]
+    table = model.model.language_model.get_input_embeddings().weight.clone()
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer = Trainer(model, arguments(tmp_path / "run", **options), DataCollatorForFrozenPrefix(processor), rows(16))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(old, unpacked(layer)) for old, layer in zip(before, layers_of(model).values(), strict=True))
+    assert torch.equal(model.model.language_model.get_input_embeddings().weight, table)
+    trained = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    assert trained and not [name for name in trained if not name.startswith("model.connector.")]
+    again = Model.from_pretrained(tmp_path / "run" / "checkpoint-4")
+    assert is_quantized(again) and same_logits(model, again)
+    assert again.config.text_base_model["quantization"] == model.config.text_base_model["quantization"]
+    resumed = Model.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    trainer = Trainer(resumed, arguments(tmp_path / "more", **options), DataCollatorForFrozenPrefix(processor), rows(16))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    after = load_file(tmp_path / "more" / "checkpoint-4" / "model.safetensors")
+    for name in trained:
+        torch.testing.assert_close(trained[name], after[name], rtol=0, atol=0)
