@@ -98,7 +98,7 @@ def keep_gradients(model: nn.Module) -> None:
     packed one computes has none from then on. A frozen layer is in eval mode always: it is kept as it was loaded."""
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a flag, in no stub
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 module.state_dict()  # which unpacks it
 

@@ -152,7 +152,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                 module.training = False
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> "Self":
+    def to(self, *args: Any, **kwargs: Any) -> "Self":  # type: ignore[override]  # transformers wraps it without its types
         """As torch's; but a backbone that `device_map` or offloading placed stays there, where its hooks expect it."""
         dispatched = [backbone for backbone in self.backbones.values() if is_dispatched(backbone)]
         if not dispatched:
