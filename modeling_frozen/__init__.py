@@ -36,6 +36,7 @@ _EXPORTS = {
     "export_image_encoder": "export.graphs",
     "export_prefill": "export.graphs",
     "load_image_text": "data.formats",
+    "store_rows": "data.store_filling",
 }
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .data.feature_cache import cache_vision_features
     from .data.formats import load_image_text
     from .data.retrieval_collator import DataCollatorForFrozenPrefixRetrieval
+    from .data.store_filling import store_rows
     from .export.graphs import export_decode, export_image_encoder, export_prefill
     from .model_card.callback import FrozenPrefixHubCallback
     from .modeling_frozen_prefix import (
@@ -105,4 +107,5 @@ __all__ = [
     "export_image_encoder",
     "export_prefill",
     "load_image_text",
+    "store_rows",
 ]

@@ -191,7 +191,7 @@ def test_a_damaged_shard_is_deleted_and_made_anew(pair: tuple[Any, Any], tmp_pat
 def test_what_dead_processes_left_is_removed(pair: tuple[Any, Any], tmp_path: Path) -> None:
     folder = Path(store(pair, images(0), tmp_path)[0]["image"].store)
     begun = (
-        "import sys; from pathlib import Path; from modeling_frozen.data.feature_store import temporary_path;"
+        "import sys; from pathlib import Path; from modeling_frozen.data.whole_files import temporary_path;"
         "temporary_path(Path(sys.argv[1])).write_bytes(b'half')"
     )
     assert subprocess.run([sys.executable, "-c", begun, str(folder)], cwd=Path(__file__).parents[1]).returncode == 0

@@ -158,6 +158,12 @@ def test_two_processes_see_each_row_once(files: int, workers: int) -> None:
     assert sorted(seen[0] + seen[1]) == list(range(ROWS)) and min(map(len, seen)) > 4
 
 
+def test_a_share_leaves_the_stream_as_it_is() -> None:
+    rows = stream_rows(source(3), buffer_size=0)
+    shares = [ids(rows.shard(2, index)) for index in (0, 1)]
+    assert sorted(sum(shares, [])) == list(range(ROWS)) and ids(rows) == ids(rows) and len(ids(rows)) == ROWS
+
+
 def test_rows_are_shuffled_anew_in_each_epoch_and_by_the_seed() -> None:
     stream = stream_rows(source(), buffer_size=8)
     orders = [ids(stream)]
@@ -400,11 +406,13 @@ def test_the_page_on_streams_runs_as_written(tmp_path: Path, monkeypatch: pytest
     of_format("parquet", tmp_path / "shards")
     monkeypatch.chdir(tmp_path)
     names = dict(zip(("model", "processor"), join(tmp_path), strict=True))
-    first, resume = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    first, resume, store = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(first, names)
     shutil.rmtree(tmp_path / "run/checkpoint-20")  # stopped after 15 steps
     exec(resume, names)
     assert names["trainer"].state.global_step == 20 and (tmp_path / "run/checkpoint-20").is_dir()
+    exec(store, names)
+    assert sorted(row["id"] for row in names["stored"]) == list(range(ROWS))
 
 
 HELD = """

@@ -11,7 +11,8 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -29,9 +30,10 @@ from ..weights import weights_digest
 from . import columns
 from .columns import as_list
 from .draws import draw
-from .feature_store import DTYPES, FeatureStore, StoredImage, remove_leftovers, temporary_path, write_whole
+from .feature_store import DTYPES, FeatureStore, StoredImage
 from .image_reading import Batches, Digests, Hashing, HeldImages, Images, Prepare, inner_feature, load_in_workers, name_of
 from .processes import Processes
+from .whole_files import remove_leftovers, temporary_path, write_whole
 
 
 try:
@@ -170,7 +172,6 @@ def cache_vision_features(
         raise ImportError("`cache_vision_features` needs the package `datasets`: `pip install datasets`.")
     import datasets
 
-    _check_choices(dtype, views, augment, plain_view, min(batch_size, images_per_shard))
     if isinstance(dataset, dict):
         options = dict(locals())
         shared = {name: options[name] for name in cache_vision_features.__kwdefaults__ or ()}
@@ -180,9 +181,38 @@ def cache_vision_features(
             f"A dataset of type {type(dataset).__name__} can't be stored: give a `datasets.Dataset` or `IterableDataset`; "
             "`Dataset.from_list(rows)` makes one."
         )
+    cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix").expanduser()
+    work = prepare_work(
+        model, processor, cache_dir, dtype=dtype, views=views, augment=augment, plain_view=plain_view, seed=seed, pool=pool,
+        batch_size=batch_size, num_workers=num_workers, images_per_shard=images_per_shard, device=device,
+    )  # fmt: skip
+    column = _image_column(dataset, image_column)
+    if isinstance(dataset, datasets.IterableDataset):
+        return _from_stream(dataset, column, work, cache_dir)
+    return _from_rows(dataset, column, work)
+
+
+def prepare_work(
+    model: FrozenPrefixPreTrainedModel,
+    processor: Any,
+    cache_dir: Path,
+    *,
+    dtype: str,
+    views: int,
+    augment: Callable[[Any], Any] | None,
+    plain_view: bool,
+    seed: int,
+    pool: bool,
+    batch_size: int,
+    num_workers: int | None,
+    images_per_shard: int,
+    device: str | torch.device | None,
+) -> "list[Work]":
+    """For each vision tower the store of it and of these options, and who fills it. Arguments and errors are those of
+    [`cache_vision_features`]."""
+    _check_choices(dtype, views, augment, plain_view, min(batch_size, images_per_shard))
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's
     _refuse_trained_tower(model)
-    cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix").expanduser()
     work = []
     for number, part in enumerate(model.config.vision_parts):
         own = processor.of_tower(number)
@@ -190,11 +220,8 @@ def cache_vision_features(
         choices = (dtype, views, augment, plain_view, seed, pool)
         store = FeatureStore.for_key(cache_dir, store_key(model, own, *choices, part=part, tower_digest=tower_digest))
         prepare = Prepare(own, views, augment, plain_view, seed)
-        work.append(_Work(model, part, prepare, store, batch_size, num_workers, images_per_shard, device))
-    column = _image_column(dataset, image_column)
-    if isinstance(dataset, datasets.IterableDataset):
-        return _from_stream(dataset, column, work, cache_dir)
-    return _from_rows(dataset, column, work)
+        work.append(Work(model, part, prepare, store, batch_size, num_workers, images_per_shard, device))
+    return work
 
 
 def _check_choices(dtype: str, views: int, augment: Any, plain_view: bool, smallest: int) -> None:
@@ -213,7 +240,7 @@ def _check_choices(dtype: str, views: int, augment: Any, plain_view: bool, small
         raise ValueError("`plain_view=True` sets the image itself beside augmented views: pass `augment` and `views`.")
 
 
-def _tower(model: FrozenPrefixPreTrainedModel, part: str) -> PreTrainedModel | None:
+def tower_of(model: FrozenPrefixPreTrainedModel, part: str) -> PreTrainedModel | None:
     return cast(PreTrainedModel | None, getattr(model.base_model, PARTS[part].attribute))
 
 
@@ -221,7 +248,7 @@ def _refuse_trained_tower(model: FrozenPrefixPreTrainedModel) -> None:
     if model.config.vision_config is None:
         raise ValueError("This model has no vision tower, so there are no features to store.")
     for part in model.config.vision_parts:
-        tower = _tower(model, part)
+        tower = tower_of(model, part)
         trained = tower is not None and any(parameter.requires_grad for parameter in tower.parameters())
         if part in model.config.trainable or trained:
             raise ValueError(
@@ -300,7 +327,7 @@ def _pooling_connector(model: FrozenPrefixPreTrainedModel) -> Any:
 
 
 def _tower_record(model: FrozenPrefixPreTrainedModel, part: str) -> dict[str, Any]:
-    tower, record = _tower(model, part), dict(getattr(model.config, f"{part}_base_model") or {})
+    tower, record = tower_of(model, part), dict(getattr(model.config, f"{part}_base_model") or {})
     if tower is not None:
         record["dtype"] = str(tower.dtype).removeprefix("torch.")
     return {name: record.get(name) for name in ("name_or_path", "revision", "fingerprint", "dtype", "quantization")}
@@ -311,12 +338,12 @@ def _tower_digest(model: FrozenPrefixPreTrainedModel, part: str, cache_dir: Path
     note in `cache_dir` remembers its digest."""
     record = json.dumps(_tower_record(model, part), sort_keys=True).encode()
     note = cache_dir / f"tower-{hashlib.sha256(record).hexdigest()[:32]}"
-    if (tower := _tower(model, part)) is not None:
+    if (tower := tower_of(model, part)) is not None:
         return weights_digest(tower)
     if not note.is_file():
         model.load_base_model(part)
         cache_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(note, weights_digest(cast(PreTrainedModel, _tower(model, part))).encode())
+        write_whole(note, weights_digest(cast(PreTrainedModel, tower_of(model, part))).encode())
         model.unload_base_model(part)
     return note.read_text(encoding="utf-8")
 
@@ -337,7 +364,7 @@ def _digest_of_function(function: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------- the tower
 
 
-class _Work:
+class Work:
     """A tower, its store, and who does what."""
 
     def __init__(
@@ -374,7 +401,7 @@ class _Work:
         there yet."""
         done = self.store.indices()
         lacking = [(digest, *place) for digest, place in places.items() if digest not in done]
-        tower = _tower(self.model, self.part)
+        tower = tower_of(self.model, self.part)
         if not lacking:
             return
         if tower is None:
@@ -386,27 +413,32 @@ class _Work:
         own = [place for place in lacking if self.processes.does(place[0])]
         if not own:
             return
+        batches = Batches(images, self.prepare, own, self.images_per_batch)
+        with (
+            self.tower_in_place(tower) as device,
+            self.store.writer(self.images_per_shard) as writer,
+            tqdm(total=len(own), desc=title, unit="image", disable=self.processes.rank != 0) as bar,
+        ):
+            loader = load_in_workers(batches, self.workers, pin_memory=device.type == "cuda")
+            for digests, names, features, mask, grids in self.run(tower, loader, device):
+                writer.add(digests, features, mask, names, grids)
+                bar.update(len(digests))
+
+    @contextmanager
+    def tower_in_place(self, tower: PreTrainedModel) -> Iterator[torch.device]:
+        """Inside, the tower is where it runs, which is given."""
         device, home = self._device(tower), tower.device
         moves = device != home and not hasattr(tower, "hf_device_map")
         if moves:
             tower.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
-        device = device if moves else home
-        batches = Batches(images, self.prepare, own, self.images_per_batch)
-        loader = load_in_workers(batches, self.workers, pin_memory=device.type == "cuda")
         try:
-            with (
-                torch.no_grad(),
-                self.store.writer(self.images_per_shard) as writer,
-                tqdm(total=len(own), desc=title, unit="image", disable=self.processes.rank != 0) as bar,
-            ):
-                for digests, names, features, mask, grids in self._run(tower, loader, device):
-                    writer.add(digests, features, mask, names, grids)
-                    bar.update(len(digests))
+            yield device if moves else home
         finally:
             if moves:
                 tower.to(home)  # type: ignore[arg-type]
 
-    def _run(
+    @torch.no_grad()
+    def run(
         self, tower: PreTrainedModel, loader: Iterable[Any], device: torch.device
     ) -> Iterator[tuple[list[bytes], list[str], torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
         """Features on the host; those of a batch come when a GPU is at work on the next."""
@@ -442,7 +474,7 @@ class _Work:
             waiting[1].synchronize()
             yield waiting[0]
 
-    def indices(self, wanted: Iterable[bytes]) -> dict[bytes, int]:
+    def indices(self, wanted: Iterable[bytes]) -> Mapping[bytes, int]:
         """Where the images are, when every process has done its part."""
         self.processes.gather(None)  # waits
         indices = self.store.indices()
@@ -465,7 +497,7 @@ def _by_image(features: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor
 # ------------------------------------------------------------------------------------------------------ two kinds of data
 
 
-def _from_rows(dataset: Any, column: str, work: list[_Work]) -> Any:
+def _from_rows(dataset: Any, column: str, work: list[Work]) -> Any:
     images = Images(dataset, column)
     digests = _hash_rows(images, work[0])
     places: dict[bytes, tuple[int, int]] = {}
@@ -482,7 +514,7 @@ def _note_places(places: dict[bytes, tuple[int, int]], row: int, digests: Digest
             places.setdefault(digest, (row, position))
 
 
-def _hash_rows(images: Images, work: _Work) -> list[Digests]:
+def _hash_rows(images: Images, work: Work) -> list[Digests]:
     """What images each row has; the rows are shared among the processes."""
     hashing, processes = Hashing(images), work.processes
     part = torch.utils.data.Subset(hashing, range(processes.rank, len(hashing), processes.count))
@@ -492,7 +524,7 @@ def _hash_rows(images: Images, work: _Work) -> list[Digests]:
     return [one for chunk in range(len(hashing)) for one in parts[chunk % processes.count][chunk // processes.count]]
 
 
-def _replace(dataset: Any, column: str, digests: list[Digests], wanted: Iterable[bytes], work: list[_Work]) -> Any:
+def _replace(dataset: Any, column: str, digests: list[Digests], wanted: Iterable[bytes], work: list[Work]) -> Any:
     import datasets
 
     indices = [one.indices(wanted) for one in work]
@@ -514,7 +546,7 @@ def _replace(dataset: Any, column: str, digests: list[Digests], wanted: Iterable
     return rest.add_column(column, values, feature=column_type)
 
 
-def _from_stream(stream: Any, column: str, work: list[_Work], cache_dir: Path) -> Any:
+def _from_stream(stream: Any, column: str, work: list[Work], cache_dir: Path) -> Any:
     """One pass: the images of a piece are encoded, its other columns written; all processes pass over all of it."""
     import datasets
 
@@ -596,4 +628,4 @@ def _write_rows(rows: Iterator[dict[str, Any]], features: Any, folder: Path) -> 
     return str(temporary.replace(folder / f"{digest.hexdigest()[:32]}.arrow"))
 
 
-__all__ = ["StoredImage", "VisionFeatures", "cache_vision_features", "store_key"]
+__all__ = ["StoredImage", "VisionFeatures", "Work", "cache_vision_features", "prepare_work", "store_key", "tower_of"]

@@ -12,8 +12,8 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from .image_index import ImageIndex
+from .whole_files import DISK, remove_leftovers, temporary_path, write_whole
+
 
 # What features are stored as: how they are read. int8 has a scale for each position, a float32.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.float32}
 
-_KEY_FILE = "key.json"
+_KEY_FILE, _INDEX_FILE = "key.json", "images.index"
 _ROWS = 1 << 24  # an index is shard * _ROWS + row
 # In a mask, where each image has its own grid, or tiles: a real position that begins a row of it, or a tile. Other real ones
 # are 1.
 _FIRST_OF_ROW = 2
 _SECONDS = 120  # a slow tower's shards are closed after so long, or a killed run would lose hours
-_DISK = "See to the disk, and run `cache_vision_features` again"
+_OPEN = 256  # shards that are held open, some 0.1 MB each
 _AGAIN = "Run `cache_vision_features` again, on the dataset with the images"
 
 
@@ -110,9 +113,8 @@ class FeatureStore:
         self.width, self.views = self.key["vision_width"], self.key["views"]
         self.is_scaled = self.key["dtype"] == "int8"
         self.bytes_of_position = self.width + 4 if self.is_scaled else self.width * self.dtype.itemsize
-        self._tables: dict[int, Any] = {}
-        self._indices: dict[bytes, int] = {}
-        self._indexed: set[int] = set()
+        self._tables: OrderedDict[int, Any] = OrderedDict()
+        self._index: ImageIndex | None = None
 
     @classmethod
     def for_key(cls, cache_dir: str | Path, key: dict[str, Any]) -> "FeatureStore":
@@ -137,30 +139,41 @@ class FeatureStore:
             from datasets.table import MemoryMappedTable
 
             self._tables[shard] = MemoryMappedTable.from_file(str(self._path(shard)))
+            if len(self._tables) > _OPEN:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(shard)
         return self._tables[shard]
 
     def _damaged(self, shard: int, why: object) -> ValueError:
         return ValueError(f"`{self._path(shard)}` is damaged ({why}): delete this file. {_AGAIN}: what it held is made anew.")
 
-    def indices(self) -> dict[bytes, int]:
+    def indices(self) -> ImageIndex:
         """Index of every image that is there, by the digest of its content.
 
         Raises:
             ValueError: if a shard is damaged.
         """
-        # An empty file is a number that was claimed and not filled (yet).
-        shards = sorted(int(path.stem) for path in self.folder.glob("[0-9]*.arrow") if path.stat().st_size)
-        for shard in shards:
-            if shard not in self._indexed:
-                try:
-                    digests = self._table(shard).column("digest")
-                    digests.validate(full=True)
-                except (OSError, ValueError, KeyError) as error:
-                    raise self._damaged(shard, error) from error
-                for row, digest in enumerate(digests.to_pylist()):
-                    self._indices.setdefault(digest, shard * _ROWS + row)
-                self._indexed.add(shard)
-        return self._indices
+        stamps = {}
+        for entry in os.scandir(self.folder):
+            # An empty file is a number that was claimed and not filled (yet).
+            if entry.name.endswith(".arrow") and entry.name[0].isdigit() and (stat := entry.stat()).st_size:
+                stamps[entry.name] = [stat.st_size, stat.st_mtime_ns]
+        index = self._index or ImageIndex(self.folder / _INDEX_FILE)
+        if any(stamps.get(name) != stamp for name, stamp in index.shards.items()):  # a shard was deleted, or made anew
+            with contextlib.suppress(OSError):  # a folder that is only read
+                (self.folder / _INDEX_FILE).unlink(missing_ok=True)
+            self._tables.clear()
+            index = ImageIndex(self.folder / _INDEX_FILE, anew=True)
+        self._index = index
+        for name in sorted(stamps.keys() - index.shards.keys()):
+            shard = int(name.removesuffix(".arrow"))
+            try:
+                digests = self._table(shard).column("digest")
+                digests.validate(full=True)
+            except (OSError, ValueError, KeyError) as error:
+                raise self._damaged(shard, error) from error
+            index.add(name, stamps[name], digests.to_pylist(), shard * _ROWS)
+        return index
 
     def read(self, digest: bytes, view: int = 0, index: int = -1) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -373,7 +386,7 @@ class ShardWriter:
             path.unlink(missing_ok=True)
         raise OSError(
             f"A shard of features could not be written to `{self.store.folder}` ({error}). It was dropped, with {count} "
-            f"images in it; finished shards are kept. {_DISK}."
+            f"images in it; finished shards are kept. {DISK}."
         ) from error
 
 
@@ -401,36 +414,4 @@ def _hash(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()[:32]
 
 
-# ------------------------------------------------------------------------------------------------------- unfinished files
-
-
-def temporary_path(folder: Path) -> Path:
-    """Where this process writes what gets its name when it is whole."""
-    return folder / f"writing-{platform.node()}-{os.getpid()}-{time.time_ns()}"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what processes of this machine began to write in a folder and died over."""
-    import psutil
-
-    for path in folder.glob(f"writing-{platform.node()}-*"):
-        number, began = (int(one) for one in path.name.split("-")[-2:])
-        try:  # the number may be another process's by now, one that was born later
-            alive = psutil.Process(number).create_time() <= began / 1e9
-        except psutil.NoSuchProcess:
-            alive = False
-        if not alive:
-            path.unlink(missing_ok=True)
-
-
-def write_whole(target: Path, data: bytes) -> None:
-    temporary = temporary_path(target.parent)
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"`{target}` could not be written ({error}). {_DISK}.") from error
-
-
-__all__ = ["DTYPES", "FeatureStore", "ShardWriter", "StoredImage", "open_store", "remove_leftovers", "temporary_path"]
+__all__ = ["DTYPES", "FeatureStore", "ShardWriter", "StoredImage", "open_store"]

@@ -126,6 +126,12 @@ def _of_hub(
 def _of_folder(folder: Path, format: str, root: Path | None, split: str | None, streaming: bool) -> Source:
     from datasets import load_dataset, load_from_disk
 
+    if any(folder.glob("rows/part-*-of-*")):
+        from .stored_rows import open_stored_rows
+
+        if not streaming:
+            raise ValueError(f"{folder} holds rows that `store_rows` wrote, which are read as a stream: give streaming=True.")
+        return open_stored_rows(folder)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _of_dataset(load_from_disk(str(folder)), str(folder), format, root or folder, split, streaming)
     metadata = [path for suffix in ("csv", "jsonl", "parquet") for path in folder.rglob(f"metadata.{suffix}")]
@@ -358,8 +364,8 @@ def load_image_text(
 
     Args:
         source: a file (JSON, JSON lines, parquet, csv, tar), several files (VQA v2's questions and annotations, parts of one
-            set), a glob of tars, a folder (`imagefolder` with metadata, `save_to_disk`, tars, parquet), a Hub id, a dataset of
-            `datasets`, or a list of rows.
+            set), a glob of tars, a folder (`imagefolder` with metadata, `save_to_disk`, tars, parquet), what `store_rows`
+            wrote (with `streaming=True`), a Hub id, a dataset of `datasets`, or a list of rows.
         format (`str`): of `FORMATS`; "auto" finds it by the fields of the first row. It is logged, and stands in
             `info.description`.
         image_root (`str` or `Path`, *optional*): the folder of relative paths. Defaults to the file's own folder.

@@ -70,7 +70,8 @@ class RowStream(IterableDataset):
         """Its share of one of `num_shards` processes; each row is in one of them. accelerate's data loaders call it."""
         if not 0 <= index < num_shards:
             raise ValueError(f"index={index} is not in 0..{num_shards - 1}.")
-        part, (count, own) = copy.copy(self), self._process
+        part, (count, own) = object.__new__(type(self)), self._process
+        part.__dict__ = dict(self.__dict__)  # `copy.copy` of what `datasets` makes shares it
         part._process = (count * num_shards, own + count * index)
         return part
 

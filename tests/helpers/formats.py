@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import wave
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -41,7 +42,24 @@ def lay_out(folder: Path) -> Path:
             Image.open(folder / "images" / f"{name}.png").save(content, "PNG" if suffix == "png" else "JPEG")
             files = {suffix: content.getvalue(), "txt": text.encode(), "json": json.dumps({"id": f"s{key}"}).encode()}
             for ending, data in files.items():
-                member = tarfile.TarInfo(f"part/{key}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+                _add(tar, f"part/{key}.{ending}", data)
     return folder
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write_tars(folder: Path, files: list[list[dict[str, Any]]]) -> str:
+    """WebDataset shards of rows with `image` (PIL) and other fields; the pattern of their names."""
+    for number, rows in enumerate(files):
+        with tarfile.open(folder / f"shard-{number}.tar", "w") as tar:
+            for place, row in enumerate(rows):
+                content = io.BytesIO()
+                row["image"].save(content, "PNG")
+                fields = {name: value for name, value in row.items() if name != "image"}
+                _add(tar, f"{number}-{place}.png", content.getvalue())
+                _add(tar, f"{number}-{place}.json", json.dumps(fields).encode())
+    return str(folder / "shard-*.tar")
