@@ -154,7 +154,7 @@ def _fill(
     feature = VisionFeatures(str(work.store.folder), work.store.views)
     stream.track(batch_size, work.workers, _PREFETCH + 2)
     with work.tower_in_place(tower) as device, tqdm(desc=own.name, unit="row", disable=work.processes.rank != 0) as bar:
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             stream, batch_size, num_workers=work.workers, collate_fn=_Ready(work.prepare),
             pin_memory=device.type == "cuda", prefetch_factor=_PREFETCH if work.workers else None,
         )  # fmt: skip
