@@ -75,7 +75,8 @@ def store_rows(
 
     Raises:
         ValueError: for what is no such stream, or holds stored features, videos or audio; for a folder that holds the rows of
-            another stream, model, options or number of parts; for tiles and several vision towers; and as [`cache_vision_features`] does.
+            another stream, model, options or number of parts; for tiles and several vision towers; and as
+            [`cache_vision_features`] does.
         OSError: if a shard can't be written.
 
     Example:
@@ -107,8 +108,8 @@ def store_rows(
     )  # fmt: skip
     if further:
         raise ValueError(
-            f"This model has {1 + len(further)} vision towers, and `store_rows` stores the features of one: store a dataset by "
-            "`cache_vision_features`, which takes several, or train from the images."
+            f"This model has {1 + len(further)} vision towers, and `store_rows` stores the features of one: store a dataset "
+            "by `cache_vision_features`, which takes several, or train from the images."
         )
     setup = {
         "parts": parts,
