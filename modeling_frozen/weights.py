@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
 
@@ -102,8 +102,7 @@ def brought(module: nn.Module, name: str) -> torch.Tensor:
 def is_dispatched(module: nn.Module) -> bool:
     """Whether accelerate placed its weights: on several devices, or off them, from where its hooks bring them."""
     places = getattr(module, "hf_device_map", None) or {}
-    away = any(parameter.is_meta for parameter in module.parameters())
-    return len(set(places.values())) > 1 or (away and any(hasattr(one, "_hf_hook") for one in module.modules()))
+    return len(set(places.values())) > 1 or any(map(has_offloaded_params, module.modules()))
 
 
 def move_around(module: nn.Module, fixed: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:

@@ -31,7 +31,7 @@ def test_messages_are_read_as_they_are_said() -> None:
     assert "`image_token_id=…` is negative; token ids start at 0." in texts
     assert any(text.startswith("The … at `…` has fingerprint …, but the connector was trained with …") for text in texts)
     unread = [f"{one.file}:{one.line}" for one in MESSAGES if not re.search(r"\w", one.text)]
-    assert len(unread) <= 6, unread  # those that carry on what another error said
+    assert len(unread) <= 7, unread  # those that carry on what another error said
 
 
 @pytest.mark.parametrize("raised", ["raise ValueError(f'A new {rule} that nobody described.')", "raise TypeError('Neither.')"])

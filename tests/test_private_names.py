@@ -88,9 +88,6 @@ PRIVATE = [
     Private("transformers.cli.serve:_chat_handler", HANDLER),
     Private("transformers.cli.serve:_completion_handler", HANDLER),
     Private("transformers.cli.serve:_response_handler", HANDLER),
-    Private(
-        "transformers.cli.serving.utils:_run", "a function of ours, in no class; the server's threads have a method so named"
-    ),
     # ------------------------------------------------------------------------------------------------------ generate()
     Private("transformers.GenerationMixin._expand_inputs_for_generation", HOOK_OF_GENERATE),
     Private("transformers.GenerationMixin._expand_multimodal_outputs", HOOK_OF_GENERATE, since="5.18"),
