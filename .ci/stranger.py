@@ -3,43 +3,26 @@
     mkdir -p SOMEWHERE/benchmarks && cp -r README.md tests .ci/stranger.py SOMEWHERE
     cp -r benchmarks/__init__.py benchmarks/loopback_hub SOMEWHERE/benchmarks && cd SOMEWHERE && python stranger.py
 
-Runs beside the package as it was installed, outside a checkout, against the tests' Hub on the loopback address. Only names are
-put in place of those in the snippet: tiny random parents, a dataset of plain squares, a picture. Then a training that stops
-and goes on, and another machine, which has no package, loads what was pushed.
+Runs beside the package as it was installed, outside a checkout, against the tests' Hub on the loopback address, which serves
+tiny random parents and plain squares under the names in the snippet. Then a training that stops and goes on, and another
+machine, which has no package, loads what was pushed.
 """
 
-import re
 import tempfile
 import time
 from pathlib import Path
 
+from tests.helpers.docs_world import OWNERS, blocks
 from tests.helpers.hub_fixtures import Hub
 
 
 PARENTS = """
-import pathlib
 import modeling_frozen
-from datasets import Dataset
-from huggingface_hub import HfApi
-from tests.helpers import tiny
+from tests.helpers.docs_world import serve
 
 assert "site-packages" in modeling_frozen.__file__, modeling_frozen.__file__
-for name, folder in zip(("me/tower", "me/words"), tiny.save_parents(pathlib.Path("parents"))):
-    HfApi().create_repo(name)
-    HfApi().upload_folder(repo_id=name, folder_path=folder)
-rows = tiny.rows(16)
-Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]}).to_parquet("squares.parquet")
-HfApi().create_repo("me/squares", repo_type="dataset")
-HfApi().upload_file(
-    repo_id="me/squares", repo_type="dataset", path_or_fileobj="squares.parquet", path_in_repo="data/train.parquet"
-)
+serve()
 """
-
-IN_PLACE = {
-    "google/siglip2-base-patch16-224": "me/tower",
-    "Qwen/Qwen3-0.6B": "me/words",
-    'load_dataset("…"': 'load_dataset("me/squares"',
-}
 PICTURE = "from PIL import Image\nimage = Image.new('RGB', (20, 18), 'red')\n"
 
 RESUME = """
@@ -50,7 +33,9 @@ from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditio
 
 def train(resume):
     torch.manual_seed(0)
-    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained("me/tower", "me/words", connector_type="mlp")
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        "google/siglip2-base-patch16-224", "Qwen/Qwen3-0.6B", connector_type="mlp"
+    )
     args = TrainingArguments(
         "eyes", max_steps=8, save_steps=4, learning_rate=1e-2, remove_unused_columns=False, use_cpu=True, report_to=[]
     )
@@ -87,13 +72,11 @@ def step(title: str, hub: Hub, code: str, **options: object) -> str:
 
 
 def main() -> None:
-    snippet = re.search(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    for written, tiny in IN_PLACE.items():
-        assert written in snippet, f"README's first snippet has no {written!r} any more"
-        snippet = snippet.replace(written, tiny)
+    snippet = blocks(Path("README.md"), "python")[0][1]
     with tempfile.TemporaryDirectory() as folder:
         hub = Hub(Path(folder))
         try:
+            hub.add_user("me", hub.token, orgs=OWNERS)
             step("tiny parents and a dataset on a Hub", hub, PARENTS)
             said = step("README's first snippet", hub, PICTURE + snippet)
             print(f"it says {said.splitlines()[-1]!r}")

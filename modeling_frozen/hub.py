@@ -139,13 +139,13 @@ def complete_copy(folder: str | Path, model: Any) -> None:
         processor.save_pretrained(folder)
 
 
-def complete_repository(folder: str | Path, model: Any, repo_id: str | None = None) -> None:
-    """Adds to a folder with a saved model what makes it a repository: code, and a card."""
-    write_code(folder)
+def complete_repository(folder: str | Path, model: Any, repo_id: str | None = None) -> list[Path]:
+    """Adds to a folder with a saved model what makes it a repository: code, and a card. Returns these files."""
+    files = write_code(folder)
     warn_of_local_paths(folder)
     try:
         # By name: the card's template is no code, and stays behind where this file runs from the Hub itself.
         card = importlib.import_module(".model_card", __package__)
     except ImportError:
-        return
-    card.write_model_card(folder, model, repo_id=repo_id)
+        return files
+    return [*files, card.write_model_card(folder, model, repo_id=repo_id)]

@@ -305,10 +305,14 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         if include_base_models and is_main_process:
             complete_copy(folder, self)
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # Every way of pushing a model ends here, and in no public method.
-        complete_repository(Path(working_dir), self, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], *args: Any, **kwargs: Any
+    ) -> Any:
+        # Every way of pushing a model ends here, and in no public method. Code and card go along though they lay there
+        # unchanged, as in a folder that `Trainer` wrote: the repository may be a new one.
+        names = {file.name for file in complete_repository(Path(working_dir), self, repo_id)}
+        times = {name: time for name, time in files_timestamps.items() if name not in names}
+        return super()._upload_modified_files(working_dir, repo_id, times, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ loading
 

@@ -203,16 +203,26 @@ class FrozenPrefixProcessor(ProcessorMixin):
         # By name, as transformers' own `get_last_checkpoint` finds them: `Trainer` calls this with nothing but the folder, and
         # writes what else would tell a checkpoint from its output folder (optimizer, `trainer_state.json`) afterwards.
         if push_to_hub or not re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
-            try:
-                from modeling_frozen.hub import AUTO_MAP, write_code
-            except ImportError:  # this file runs from the Hub itself, and transformers copies it on
-                pass
-            else:
-                self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-                write_code(save_directory)
+            if self._write_code(save_directory):
+                self.auto_map = {"AutoProcessor": f"{Path(__file__).stem}.{FrozenPrefixProcessor.__name__}"}
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.__dict__.pop("auto_map", None)  # for the file alone: a reloaded processor has none
         return files
+
+    def _write_code(self, folder: str | os.PathLike) -> set[str]:
+        """Writes the code into the folder; returns the names of its files, none where this file itself runs from the Hub:
+        transformers copies it on then."""
+        try:
+            from modeling_frozen.hub import write_code
+        except ImportError:
+            return set()
+        return {file.name for file in write_code(folder)}
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
+        # As the model's: the code goes along though it lay there before.
+        names = self._write_code(working_dir)
+        times = {name: time for name, time in files_timestamps.items() if name not in names}
+        return super()._upload_modified_files(working_dir, repo_id, times, *args, **kwargs)
 
     def _prepare_tokenizer(self) -> None:
         """Give the tokenizer the placeholders, by which its vocabulary grows at most, and a token to pad with."""

@@ -14,19 +14,14 @@ from tests.helpers.hub_fixtures import Hub, module_hub  # noqa: F401
 from tests.helpers.packaging import command_module, extras
 
 
-def left_to_the_reader(page: str) -> bool:
-    return any('("…"' in block for _, block in blocks(ROOT / page, "python"))
-
-
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-# What leaves a name to the reader ("…") can't run as it stands: README's first block is run by `.ci/stranger.py`.
-# Nor what needs a server or several processes: what such a page says is done by a test of its own.
+# What needs a server or several processes: what such a page says is done by a test of its own.
 ELSEWHERE = {
     "docs/vllm.md": "test_vllm.py",
     "docs/several_devices.md": "test_distributed.py",
     "docs/small_devices.md": "test_quantized_backbones.py",
 }
-CODE = [page for page in PAGES if blocks(ROOT / page, "python") and not left_to_the_reader(page) and page not in ELSEWHERE]
+CODE = [page for page in PAGES if blocks(ROOT / page, "python") and page not in ELSEWHERE]
 NEEDS = {"docs/llama_cpp.md": ("gguf", "xllamacpp"), "docs/export.md": ("onnx", "onnxruntime", "onnxscript")}
 ALWAYS = ("docs/index.md", "docs/quickstart.md", "docs/data.md")
 

@@ -162,6 +162,33 @@ def test_a_file_that_a_push_is_reading_is_never_written_into(tmp_path: Path) -> 
         assert {path: path.stat().st_mtime_ns for path in reading} == before
 
 
+PUSH_FOLDER = (
+    ASK
+    + """
+from transformers import AutoModelForImageTextToText, AutoProcessor
+import modeling_frozen
+model, processor = (auto.from_pretrained("me/eyes") for auto in (AutoModelForImageTextToText, AutoProcessor))
+for part in (model, processor, model, processor):  # the second time everything lies there already, as after a training
+    part.save_pretrained("saved")
+model.save_pretrained("saved", push_to_hub=True, repo_id="me/saved-model")
+processor.save_pretrained("saved", push_to_hub=True, repo_id="me/saved")
+model.save_pretrained("saved", push_to_hub=True, repo_id="me/saved")
+processor.save_pretrained("apart", push_to_hub=True, repo_id="me/saved-processor")
+print(json.dumps(ask(model, processor)))
+"""
+)
+
+
+def test_a_folder_is_pushed_with_the_code_that_lies_in_it(module_hub: Hub, pushed: dict) -> None:  # noqa: F811
+    answers = module_hub.run_json(PUSH_FOLDER)
+    assert [one["answers"] for one in pull(module_hub, ("me/saved", "main"), trust=True)] == [answers] == [pushed["eyes"]]
+    whole = set(module_hub.files("me/eyes")) - {".gitignore"}  # nothing in that is for whoever loads
+    assert set(module_hub.files("me/saved")) == whole
+    assert "modeling_frozen_prefix.py" in module_hub.files("me/saved-model")
+    assert "processing_frozen_prefix.py" in module_hub.files("me/saved-processor")
+    assert "README.md" in module_hub.files("me/saved-model")
+
+
 def test_a_commit_pushed_in_mid_training_loads_with_its_own_connector(pulled: dict[str, dict]) -> None:
     assert pulled["first step"]["trainable"] == ["connector"]
     assert pulled["first step"]["connector"] != pulled["trained"]["connector"]

@@ -152,6 +152,10 @@ PRIVATE = [
         "hook in which push_to_hub and save_pretrained(push_to_hub=True) end",
     ),
     Private(
+        "transformers.ProcessorMixin._upload_modified_files",
+        "hook in which push_to_hub and save_pretrained(push_to_hub=True) end",
+    ),
+    Private(
         "transformers.modeling_layers:_gradient_checkpointing_func",
         "the checkpointing function that was set on a layer; it is nowhere else",
     ),

@@ -39,43 +39,62 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     ]
 
 
+def _upload(name: str, folder: Any, kind: str = "model") -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(name, repo_type=kind)
+    HfApi().upload_folder(repo_id=name, folder_path=folder, repo_type=kind)
+
+
+def _spoken() -> Any:
+    from tests.helpers import tiny
+
+    return tiny.tokenizer([*tiny.WORDS, "user", "assistant", "system", "<|im_start|>"], bos=False, chat_template=CHAT)
+
+
+def serve() -> None:
+    """Puts on the Hub what others have put there: towers and language models, and photos with captions."""
+    from datasets import Dataset
+
+    from tests.helpers import tiny
+
+    spoken = _spoken()
+    sizes = {"vocab_size": len(spoken) + 7, "max_position_embeddings": 512}
+    tower, language_model = tiny.save_parents(Path("parents"), text=sizes)
+    spoken.save_pretrained(language_model)
+    for name, folder in {**dict.fromkeys(TOWERS, tower), **dict.fromkeys(LANGUAGE_MODELS, language_model)}.items():
+        _upload(name, folder)
+    Path("squares/data").mkdir(parents=True)
+    Dataset.from_list(tiny.rows(16)).to_parquet("squares/data/train.parquet")
+    _upload("me/photos", "squares", "dataset")
+
+
 def fill() -> None:
     """Puts every repository that pages name on the Hub."""
     import torch
-    from huggingface_hub import HfApi
     from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
     from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-    from tests.helpers import tiny
     from tests.helpers.audio_towers import AUDIO_TOWERS
 
-    def upload(name: str, folder: Any, kind: str = "model") -> None:
-        HfApi().create_repo(name, repo_type=kind)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, repo_type=kind)
-
-    words = [*tiny.WORDS, "user", "assistant", "system", "<|im_start|>"]
-    sizes = {"vocab_size": len(words) + 7, "max_position_embeddings": 512}
-    tower, language_model = tiny.save_parents(Path("parents"), text=sizes)
-    spoken = tiny.tokenizer(words, bos=False, chat_template=CHAT)
-    spoken.save_pretrained(language_model)
-    for name, folder in {**dict.fromkeys(TOWERS, tower), **dict.fromkeys(LANGUAGE_MODELS, language_model)}.items():
-        upload(name, folder)
+    serve()
+    spoken = _spoken()
     config, kind, extractor = AUDIO_TOWERS["whisper"]
     kind(config).save_pretrained("audio")
     extractor().save_pretrained("audio")
-    upload(AUDIO, "audio")
+    _upload(AUDIO, "audio")
     torch.manual_seed(0)
     t5 = T5Config(
-        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(words), decoder_start_token_id=0,
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(spoken), decoder_start_token_id=0,
         eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     T5ForConditionalGeneration(t5).save_pretrained("t5")
     spoken.save_pretrained("t5")
-    upload(TRANSLATOR, "t5")
+    _upload(TRANSLATOR, "t5")
     bert = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(words), **bert)).save_pretrained("bert")
+    BertModel(BertConfig(vocab_size=len(spoken), **bert)).save_pretrained("bert")
     spoken.save_pretrained("bert")
-    upload(READER, "bert")
+    _upload(READER, "bert")
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
         TOWERS[0], LANGUAGE_MODELS[0], connector_type="resampler", prefix_length=4
     )
@@ -107,6 +126,8 @@ def lay_out() -> dict[str, Any]:
         rows.shard(4, number).to_parquet(f"shards/{number}.parquet")
     model = FrozenPrefixForConditionalGeneration.from_pretrained("me/eyes")
     processor = FrozenPrefixProcessor.from_pretrained("me/eyes")
+    for part in (model, processor):
+        part.save_pretrained("eyes")
     captions = [row["text"] for row in tiny.rows(4)]
     return {
         "model": model, "processor": processor, "image": images[0], "images": images, "captions": captions, "rows": rows,
