@@ -2,15 +2,19 @@
 
     python -m benchmarks.retrieval DATASET TOWER TEXT_MODEL --output retrieval.json
 
-All candidates have the same parents, pictures, captions, batches, steps and learning rates (one for new parts, a smaller one
-for parents), three seeds each:
+With `python -m benchmarks.real_parents --output_dir parents --assets DIR --serve --` in front, the three are ids on the Hub,
+also where there is none: `jxie/flickr8k google/mobilenet_v2_1.0_224 sentence-transformers/all-MiniLM-L6-v2`.
 
-- `both frozen`: connector and projections learn, from stored features;
+All candidates have the same parents, pictures, captions, batches, steps, width of the shared space, start of its temperature
+and learning rates (one for new parts, a smaller one for parents), three seeds each:
+
+- `both frozen`: the projections learn, from stored features;
 - `locked image`: LiT; the text model learns as well, from stored features;
+- `locked image, by a prefix`: the same with a linear connector between tower and projection;
 - `nothing locked`: the tower too, from pixels;
-- `transformers, nothing locked` and `transformers, locked image`: `VisionTextDualEncoderModel`. It takes towers whose config
-  has a `hidden_size` and text models that pool for themselves; where a parent lacks one of the two, it is added here, the
-  pooling being ours (the mean over words).
+- `transformers, nothing locked` and `transformers, locked image`: `VisionTextDualEncoderModel`, the latter from stored
+  features too. It takes towers whose config has a `hidden_size` and text models that pool for themselves; where a parent lacks
+  one of the two, it is added here, the pooling being ours (the mean over words).
 
 The gallery is the validation and test split together, with all captions. A run adds to the figures that are in `--output`
 already, so that long comparisons can be made piece by piece (`--candidates`, `--seeds`).
@@ -51,6 +55,7 @@ from modeling_frozen.text_reading import pool_text
 CANDIDATES = {
     "both frozen": ("connector",),
     "locked image": ("connector", "text"),
+    "locked image, by a prefix": ("connector", "text"),
     "nothing locked": ("connector", "vision", "text"),
     "transformers, locked image": ("text",),
     "transformers, nothing locked": ("vision", "text"),
@@ -70,30 +75,52 @@ class Pooling(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pool_text(states, attention_mask, "mean"))
 
 
-def dual_encoder(tower: str, words: str, dim: int) -> VisionTextDualEncoderModel:
+class Stored(PreTrainedModel):
+    """A locked tower whose features are stored: what comes as pixels is its pooled output already."""
+
+    def __init__(self, tower: PreTrainedModel):
+        super().__init__(tower.config)
+
+    def forward(self, pixel_values, **unused) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=pixel_values)
+
+
+def dual_encoder(tower: str, words: str, dim: int, scale: float, stored: bool) -> VisionTextDualEncoderModel:
     vision, text = AutoModel.from_pretrained(tower), load_base_model("text", words, headless=True)[0]
     if not hasattr(vision.config, "hidden_size"):
         pixels = AutoImageProcessor.from_pretrained(tower)(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             vision.config.hidden_size = vision.eval()(pixels).pooler_output.flatten(1).shape[1]
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config, projection_dim=dim)
-    return VisionTextDualEncoderModel(config, vision, Pooling(text))
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision.config, text.config, projection_dim=dim, logit_scale_init_value=scale
+    )
+    return VisionTextDualEncoderModel(config, Stored(vision) if stored else vision, Pooling(text))
+
+
+def captions_of(rows: Any) -> list[list[str]]:
+    """All captions of each picture: the column `captions`, or as many columns `caption_0`, `caption_1` … as there are."""
+    if "captions" in rows.column_names:
+        return [list(captions) for captions in rows["captions"]]
+    columns = [rows[name] for name in rows.column_names if name.startswith("caption_")]
+    return [list(several) for several in zip(*columns, strict=True)]
 
 
 class Data:
     """Pixels, captions and ids of a split, made once."""
 
     def __init__(self, rows: Any, processor: FrozenPrefixProcessor):
-        self.captions = [list(captions) for captions in rows["captions"]]
+        self.captions = captions_of(rows)
         pixels = []
         for start in range(0, len(rows), 64):
             pixels.append(processor(images=rows[start : start + 64]["image"], return_tensors="pt")["pixel_values"].half())
         self.pixels = torch.cat(pixels)
         self.features: torch.Tensor | None = None
 
-    def images(self, index: torch.Tensor, stored: bool) -> dict[str, torch.Tensor]:
-        if stored:
-            return {"vision_features": self.features[index].float()}
+    def images(self, index: torch.Tensor, stored: str | None) -> dict[str, torch.Tensor]:
+        """`stored`: the input that takes stored features; `None`: the pixels."""
+        if stored is not None:
+            features = self.features[index].float()
+            return {stored: features if stored == "vision_features" else features.flatten(1)}
         return {"pixel_values": self.pixels[index].float()}
 
 
@@ -115,8 +142,6 @@ def train(model: nn.Module, args: argparse.Namespace, batches: Callable[[int], d
         optimizer, lambda n: min((n + 1) / warm, 0.5 * (1 + math.cos(math.pi * n / steps)))
     )
     model.train()
-    if getattr(model, "locked", None) is not None:  # transformers has no lock of its own
-        model.locked.eval()
     start = time.perf_counter()
     for step in range(steps):
         loss = model(**batches(step), return_loss=True).loss
@@ -129,7 +154,7 @@ def train(model: nn.Module, args: argparse.Namespace, batches: Callable[[int], d
 
 
 @torch.no_grad()
-def recall(model: nn.Module, data: Data, tokenizer: Any, stored: bool) -> dict[str, float]:
+def recall(model: nn.Module, data: Data, tokenizer: Any, stored: str | None) -> dict[str, float]:
     model.eval()
     seen = [
         model.get_image_features(**data.images(index, stored)).pooler_output.flatten(1)
@@ -146,15 +171,13 @@ def recall(model: nn.Module, data: Data, tokenizer: Any, stored: bool) -> dict[s
 
 
 def run(name: str, seed: int, args: argparse.Namespace, parts: dict[str, Any]) -> dict[str, float]:
-    trainable, stored = CANDIDATES[name], name in ("both frozen", "locked image")
+    trainable, theirs = CANDIDATES[name], name.startswith("transformers")
+    stored = None if "vision" in trainable else "pixel_values" if theirs else "vision_features"
     torch.manual_seed(seed)
-    if name.startswith("transformers"):
-        model: Any = dual_encoder(args.tower, args.text_model, args.projection_dim)
-        model.locked = None
-        if "vision" not in trainable:
-            model.locked = model.vision_model.requires_grad_(False)
+    if theirs:
+        model: Any = dual_encoder(args.tower, args.text_model, args.projection_dim, args.logit_scale, stored is not None)
     else:
-        model = parts["make"](trainable)
+        model = parts["make"](trainable, by_prefix=name.endswith("by a prefix"))
     tokenizer, learn = parts["processor"].tokenizer, parts["train"]
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -209,7 +232,9 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="photos with `captions`, splits train, validation, test: id or folder")
+    parser.add_argument(
+        "dataset", help="id or folder, splits train, validation, test, columns image and captions or caption_0 …"
+    )
     parser.add_argument("tower")
     parser.add_argument("text_model")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
@@ -218,15 +243,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--parents-learning-rate", type=float, default=2e-4)
-    parser.add_argument("--connector-type", default="linear", help="of ours; transformers' image side is linear")
-    parser.add_argument("--projection-dim", type=int, default=256)
+    parser.add_argument("--projection-dim", type=int, default=512)
+    parser.add_argument("--logit-scale", type=float, default=2.0, help="logarithm of the inverse temperature at the start")
     parser.add_argument("--output", default="retrieval.json")
     args = parser.parse_args(arguments)
 
-    def make(trainable: tuple[str, ...]) -> FrozenPrefixForImageTextRetrieval:
+    def make(trainable: tuple[str, ...], by_prefix: bool = False) -> FrozenPrefixForImageTextRetrieval:
         return FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(
-            args.tower, args.text_model, trainable=trainable, vision_feature_select_strategy="pooled", prefix_length=1,
-            connector_type=args.connector_type, text_pooling="mean", projection_dim=args.projection_dim,
+            args.tower, args.text_model, trainable=trainable, vision_feature_select_strategy="pooled",
+            connector_type="linear", prefix_length=1, image_embedding="prefix" if by_prefix else "tower",
+            text_pooling="mean", projection_dim=args.projection_dim, logit_scale_init_value=args.logit_scale,
         )  # fmt: skip
 
     model = make(("connector",))

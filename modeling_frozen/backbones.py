@@ -192,6 +192,34 @@ def find_feature_extractor(audio_name_or_path: str, **kwargs: Any) -> Any:
         return None
 
 
+# How sentence-transformers calls its ways of pooling -> ours. Divided by the root of the length, a mean keeps its direction.
+_SENTENCE_POOLINGS = {"mean": "mean", "mean_sqrt_len": "mean", "cls": "cls", "lasttoken": "last"}
+
+
+def find_sentence_pooling(text_name_or_path: str, **kwargs: Any) -> str | None:
+    """How a sentence encoder pools its words, by the files that sentence-transformers writes beside the weights; `None` where
+    there are none, or where `pool_text` has no such way, with a warning."""
+    optional = {"_raise_exceptions_for_missing_entries": False, **kwargs}
+    listed = cached_file(text_name_or_path, "modules.json", **optional)
+    modules = [] if listed is None else json.loads(Path(listed).read_text(encoding="utf-8"))
+    for module in modules:
+        if not module["type"].endswith(".Pooling"):
+            continue
+        file = cached_file(text_name_or_path, f"{module['path']}/config.json", **optional)
+        facts = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        # A switch for each way (`pooling_mode_mean_tokens`), or their names under one key.
+        switched = [key.removeprefix("pooling_mode_") for key in facts if key.startswith("pooling_mode_") and facts[key]]
+        ways = facts.get("pooling_mode") or [re.sub("_tokens?$", "", way) for way in switched]
+        ways = [ways] if isinstance(ways, str) else ways
+        if len(ways) == 1 and ways[0] in _SENTENCE_POOLINGS:
+            return _SENTENCE_POOLINGS[ways[0]]
+        logger.warning(
+            f"`{text_name_or_path}` pools its words by {ways}, which is no `text_pooling` here: they are pooled "
+            "by the default of its architecture, as it was not trained to be."
+        )
+    return None
+
+
 def _weight_files(name_or_path: str, revision: str | None, gguf_file: str | None, **hub_options: Any) -> list[str]:
     """Paths of the safetensors, or the GGUF file, that hold a backbone's weights; empty if it has them in another format."""
     # Private, as transformers' own loaders do: an `OSError` is the same for what is missing and what is out of reach.
@@ -621,7 +649,8 @@ def skips_padding(language_model: PreTrainedModel) -> bool:
 
 __all__ = [
     "build_language_model", "changed_processor_files", "find_feature_extractor", "find_image_processor",
-    "find_placeholder_ids", "fingerprint", "is_headless", "language_model_geometry", "load_base_model",
+    "find_placeholder_ids", "find_sentence_pooling", "fingerprint", "is_headless", "language_model_geometry",
+    "load_base_model",
     "max_learned_positions", "probe_language_model", "reads_ahead", "skips_padding", "text_half", "verify_fingerprint",
     "word_embedding_norm",
 ]  # fmt: skip

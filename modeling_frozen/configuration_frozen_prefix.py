@@ -124,8 +124,9 @@ class FrozenPrefixConfig(CompositeConfig):
             What a classifier reads, in this order: of `"image"`, `"video"`, `"audio"`, `"text"`. Defaults to the tower's
             medium and text.
         image_embedding (`"prefix"` or `"tower"`, defaults to `"prefix"`):
-            The image's embedding in a classifier: the mean over its prefix, or over the tower's own features, without the
-            connector.
+            The image's embedding in a classifier, or for retrieval: the mean over its prefix, or over the tower's own
+            features, without the connector. Retrieval with a text model that only reads is joined with `"tower"`, unless a
+            connector is asked for.
         prompt_sees_media (`bool`, defaults to `False`):
             Whether the language model of a classifier reads the prefix among the words (dearer: the backward pass goes through
             its layers), or the words alone.
@@ -608,6 +609,11 @@ class FrozenPrefixConfig(CompositeConfig):
         weights = {name: getattr(self, name) for name in ("contrastive_loss_weight", "caption_loss_weight")}
         if min(weights.values()) < 0 or max(weights.values()) == 0:
             raise ValueError(f"{weights}: weights of losses can't be negative, nor both zero.")
+        if self.image_embedding == "tower" and self.caption_loss_weight:
+            raise ValueError(
+                f"`image_embedding='tower'` leaves the connector out and `caption_loss_weight={self.caption_loss_weight}` "
+                "needs it: choose one."
+            )
         if self.text_headless and self.caption_loss_weight:
             raise ValueError(
                 f"`caption_loss_weight={self.caption_loss_weight}` trains captions, and this text model only reads "

@@ -18,6 +18,7 @@ from .backbones import (
     find_feature_extractor,
     find_image_processor,
     find_placeholder_ids,
+    find_sentence_pooling,
     is_headless,
     language_model_geometry,
     load_base_model,
@@ -554,9 +555,12 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         language_model = backbones["text"][0]
         if cls._text_headless is not False:
             config_options["text_headless"] = is_headless(language_model)
+            if config_options.get("text_pooling") is None and isinstance(sources["text"], str):
+                config_options["text_pooling"] = find_sentence_pooling(sources["text"], **hub_options["text"])
             pooling_unset = config_options.get("text_pooling") is None and not hasattr(language_model.config, "is_decoder")
             if config_options["text_headless"] and pooling_unset:  # DistilBERT reads ahead, CLIP's text half doesn't
                 config_options["text_pooling"] = "mean" if reads_ahead(language_model) else "last"
+            cls._choose_options(config_options)
         tokens = {"image": image_token, "video": video_token, "audio": audio_token}
         if config_options.get("num_frames") is None:
             del tokens["video"]
@@ -590,6 +594,10 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         for part in () if load_vision_tower else vision_parts:
             model.unload_base_model(part)
         return model
+
+    @classmethod
+    def _choose_options(cls, options: dict[str, Any]) -> None:
+        """What a class chooses by the text model that is joined, before its config is made."""
 
     @classmethod
     def _from_parts(

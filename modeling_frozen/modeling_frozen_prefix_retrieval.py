@@ -44,7 +44,8 @@ class ContrastiveHead(Head):
     Two projections into one space, and the scale and bias of the cosines there (CLIP, arXiv 2103.00020).
 
     Args:
-        embedding_dim (`int`): width of the prefix, whose mean is the image's embedding.
+        image_width (`int`): width of what the image's embedding is projected from: the prefix's mean, or the tower's.
+        embedding_dim (`int`): width of words.
         text_width (`int`): width of a pooled text.
         projection_dim (`int`): width of the shared space.
         logit_scale (`float`): logarithm of the inverse temperature at the start.
@@ -55,6 +56,7 @@ class ContrastiveHead(Head):
     def __init__(
         self,
         *,
+        image_width: int,
         embedding_dim: int,
         text_width: int,
         projection_dim: int,
@@ -63,7 +65,7 @@ class ContrastiveHead(Head):
         ret: bool = False,
     ):
         super().__init__()
-        self.visual_projection = nn.Linear(embedding_dim, projection_dim, bias=False)
+        self.visual_projection = nn.Linear(image_width, projection_dim, bias=False)
         self.text_projection = nn.Linear(text_width, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.empty(()))
@@ -73,6 +75,9 @@ class ContrastiveHead(Head):
     def _reset_own(self) -> None:
         scale, bias = self._starts
         init.constant_(self.logit_scale, scale)
+        # As transformers' dual encoders: of a larger matrix, Adam's steps are a smaller part, and it learns more slowly.
+        for projection in (self.visual_projection, self.text_projection):
+            init.normal_(projection.weight, std=0.02)
         if self.logit_bias is not None and bias is not None:
             init.constant_(self.logit_bias, bias)
         if self.ret is not None:
@@ -119,8 +124,10 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     """
     Tower, connector and text model that embed images and texts in one space.
 
-    The image's embedding is the mean over its prefix, projected; the text's are the pooled hidden states of the text model
-    (`config.text_pooling`), projected. Any text model serves: a decoder, an encoder, the encoder of an encoder-decoder.
+    The image's embedding is the mean over its prefix, projected, or over the tower's own features
+    (`config.image_embedding="tower"`); the text's are the pooled hidden states of the text model (`config.text_pooling`),
+    projected. Any text model serves: a decoder, an encoder, the encoder of an encoder-decoder. With one that only reads, no
+    prefix is ever read, and joining it chooses `"tower"` unless a connector is asked for.
 
     As in CLIP, [`get_image_features`] and [`get_text_features`] give embeddings in the shared space. The prefix, which the
     generative class's method of that name gives, is `model.model.get_image_features(...)` here; `model.generator` is the
@@ -157,6 +164,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         starts = (config.logit_scale_init_value, config.logit_bias_init_value)
         kind = config.contrastive_loss_type
         self.contrastive_head = ContrastiveHead(
+            image_width=config.features_width if self._reads_tower else config.embedding_dim,  # type: ignore[arg-type]
             embedding_dim=config.embedding_dim,  # type: ignore[arg-type]  # without it FrozenPrefixModel raises
             text_width=config.text_width,
             projection_dim=config.projection_dim,
@@ -188,6 +196,18 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         return super().from_vision_text_pretrained(
             vision_model_name_or_path, text_model_name_or_path, audio_model_name_or_path, **kwargs
         )
+
+    @classmethod
+    def _choose_options(cls, options: dict[str, Any]) -> None:
+        # A prefix is written to be read among words. Where nothing reads it, a second map between tower and shared space
+        # only learns the training images by heart (docs/search.md has the figures).
+        asked = {"connector_type", "connector_config", "prefix_length", "prefix_lengths"} & options.keys()
+        if options["text_headless"] and not asked:
+            options.setdefault("image_embedding", "tower")
+
+    @property
+    def _reads_tower(self) -> bool:
+        return self.config.image_embedding == "tower"
 
     def _layered(self, part: str) -> nn.Module:
         return text_reader(self.backbones[part]) if part == "text" else super()._layered(part)
@@ -296,6 +316,8 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
 
     def _embed_images(self, media: dict[str, Any]) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
         """Embeddings, and the prefixes from which they come, as generation takes them."""
+        if self._reads_tower:
+            return self._embed_features(media)
         prefixes = self.model.get_image_features(**media, return_dict=True)
         width: Any = self.config.embedding_dim
         rows = [row.reshape(-1, width) for row in prefixes.pooler_output]
@@ -306,6 +328,21 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         weight = self.visual_projection.weight
         embeds = self.visual_projection(to_weight(means, weight))
         return type(prefixes)(**{**prefixes, "pooler_output": embeds}), prefixes
+
+    def _embed_features(self, media: dict[str, Any]) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
+        """The same from the tower's own features, without the connector; there are no prefixes."""
+        flags = {key: media.pop(key) for key in ("output_hidden_states", "output_attentions") if key in media}
+        index = media.pop("image_index", None)
+        features, mask, outputs = self.model.read_images(media, flags)
+        means = pool_text(features.float(), mask, "mean")
+        embeds = self.visual_projection(to_weight(means, self.visual_projection.weight))
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=None if outputs is None else outputs.get("last_hidden_state"),
+            pooler_output=embeds if index is None else embeds[index.to(embeds.device)],
+            hidden_states=None if outputs is None else outputs.get("hidden_states"),
+            attentions=None if outputs is None else outputs.get("attentions"),
+        )
+        return output, output
 
     # --------------------------------------------------------------------------------------------------- forward
 
@@ -411,6 +448,9 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
     def _idle_parts(self) -> list[nn.Module]:
         """What trains and has no part in retrieval: gated blocks, the audio connector."""
         parts = self.model._idle_parts({"image"})
+        if self._reads_tower and self.training and torch.is_grad_enabled():
+            connector = self.model.connector
+            parts += [connector] if any(parameter.requires_grad for parameter in connector.parameters()) else []
         gated = self.model.cross_attention
         trains = gated is not None and any(parameter.requires_grad for parameter in gated.parameters())
         return [*parts, gated] if trains and torch.is_grad_enabled() else parts

@@ -1,5 +1,6 @@
 """Matching pictures and texts: any text model, a lock on either side, CLIP's conventions, and all the usual routes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,35 @@ def test_pooling_by_default_is_the_text_model_s(tmp_path: Path) -> None:
         assert retrieval_model(tmp_path, text)[0].config.resolved_text_pooling == pooling
 
 
+@pytest.mark.parametrize(
+    ("described", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean"),  # of the same direction
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "cls"}, "cls"),
+        ({"pooling_mode_max_tokens": True}, "mean"),  # there is none such here: the default, and a warning
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "mean"),
+    ],
+)
+def test_a_sentence_encoder_s_own_pooling_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, described: dict[str, Any], pooling: str
+) -> None:
+    tower, words = parents(tmp_path, "bert")
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules += [{"path": "7_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (Path(words) / "modules.json").write_text(json.dumps(modules))
+    (Path(words) / "7_Pooling").mkdir()
+    (Path(words) / "7_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **described}))
+    with caplog.at_level("WARNING"):
+        model = Retrieval.from_vision_text_pretrained(tower, words, projection_dim=16)
+    assert model.config.resolved_text_pooling == pooling
+    assert ("max" in str(described)) == ("pools its words by" in caplog.text)
+    assert Retrieval.from_vision_text_pretrained(tower, words, text_pooling="last").config.text_pooling == "last"
+    model.save_pretrained(tmp_path / "saved")
+    assert Retrieval.from_pretrained(tmp_path / "saved").config.resolved_text_pooling == pooling
+
+
 def test_pooling_reads_the_place_it_names(tmp_path: Path) -> None:
     """Against hidden states of the language model itself."""
     model, processor = retrieval_model(tmp_path, text_pooling="last")
@@ -147,6 +177,42 @@ def test_pooling_reads_the_place_it_names(tmp_path: Path) -> None:
     for pooling, pooled in {"last": states[-1], "mean": states.mean(0)}.items():
         model.config.text_pooling = pooling
         torch.testing.assert_close(model.get_text_features(ids).pooler_output[0], model.text_projection(pooled))
+
+
+def test_with_a_text_model_that_only_reads_the_tower_is_embedded_itself(tmp_path: Path) -> None:
+    """A prefix is for a language model to read; where there is none, the connector would only stand in between."""
+    for text, embedding in {None: "prefix", "gpt2": "prefix", "t5": "prefix", "bert": "tower", "distilbert": "tower"}.items():
+        assert retrieval_model(tmp_path, text)[0].config.image_embedding == embedding
+    asked = retrieval_model(tmp_path, "bert", connector_type="mlp", prefix_length=None)[0]
+    assert asked.config.image_embedding == "prefix" and asked.visual_projection.in_features == asked.config.embedding_dim
+    with pytest.raises(ValueError, match="choose one"):
+        retrieval_model(tmp_path, image_embedding="tower", caption_loss_weight=1.0)
+
+    model, processor = retrieval_model(tmp_path, "bert", trainable=("connector", "text"))
+    batch = inputs(processor)
+    with torch.no_grad():
+        features = model.model.read_images({"pixel_values": batch["pixel_values"]}, {})[0]
+        expected = model.visual_projection(features.mean(1))
+        seen = model.get_image_features(batch["pixel_values"], output_hidden_states=True)
+        torch.testing.assert_close(seen.pooler_output, expected)
+        assert seen.hidden_states is not None
+        stored = model.get_image_features(vision_features=features, image_index=torch.tensor([2, 0])).pooler_output
+        torch.testing.assert_close(stored, expected[[2, 0]])
+    output = model.train()(**batch)
+    output.loss.backward()
+    assert model.visual_projection.weight.grad.abs().sum() > 0
+    for parameter in model.model.connector.parameters():  # a gradient, if zero: distributed training waits for one
+        assert parameter.grad is not None and not parameter.grad.any()
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = Retrieval.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(again.get_image_features(batch["pixel_values"]).pooler_output, expected)
+
+
+def test_projections_start_as_those_of_transformers(tmp_path: Path) -> None:
+    for text in (None, "bert"):
+        model, _ = retrieval_model(tmp_path, text, projection_dim=512)
+        for projection in (model.visual_projection, model.text_projection):
+            torch.testing.assert_close(projection.weight.std(), torch.tensor(0.02), atol=0, rtol=0.1)
 
 
 def test_ret_is_read_behind_the_words(tmp_path: Path) -> None:

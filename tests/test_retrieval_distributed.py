@@ -16,6 +16,7 @@ from tests.helpers.tiny import rows, save_parents
 WAYS: dict[str, dict[str, Any]] = {
     "locked image": {"trainable": ("connector", "text"), "text_pooling": "ret"},
     "sigmoid": {"contrastive_loss_type": "siglip"},
+    "the tower itself": {"image_embedding": "tower"},
     "triplet": {"contrastive_loss_type": "triplet", "contrastive_loss_config": {"negatives": "all"}},
     "describing too": {"caption_loss_weight": 1.0, "text_pooling": "ret"},
 }

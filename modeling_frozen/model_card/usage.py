@@ -151,6 +151,7 @@ def _classification(model: Any, served: list[str]) -> CardUsage:
 
 def _retrieval(model: Any, served: list[str]) -> CardUsage:
     config = model.config
+    embedded = "the tower's features" if config.image_embedding == "tower" else "the prefix"
     return CardUsage(
         auto_class=_RETRIEVAL if _RETRIEVAL in served else None,
         pipeline_tag="zero-shot-image-classification",
@@ -163,7 +164,7 @@ def _retrieval(model: Any, served: list[str]) -> CardUsage:
         "among it. Read every score beside its blind baseline.",
         head=(
             ("space", f"{config.projection_dim} numbers, compared by cosine"),
-            ("image embedding", "the mean over the prefix, projected"),
+            ("image embedding", f"the mean over {embedded}, projected"),
             ("text embedding", f"hidden states pooled by `{config.resolved_text_pooling}`, projected"),
             ("loss", f"`{config.contrastive_loss_type}`"),
         ),
