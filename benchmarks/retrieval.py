@@ -9,8 +9,8 @@ All candidates have the same parents, pictures, captions, batches, steps, width 
 and learning rates (one for new parts, a smaller one for parents), three seeds each:
 
 - `both frozen`: the projections learn, from stored features;
+- `both frozen, by a prefix`: the same with a linear connector between tower and projection;
 - `locked image`: LiT; the text model learns as well, from stored features;
-- `locked image, by a prefix`: the same with a linear connector between tower and projection;
 - `nothing locked`: the tower too, from pixels;
 - `transformers, nothing locked` and `transformers, locked image`: `VisionTextDualEncoderModel`, the latter from stored
   features too. It takes towers whose config has a `hidden_size` and text models that pool for themselves; where a parent lacks
@@ -54,8 +54,8 @@ from modeling_frozen.text_reading import pool_text
 
 CANDIDATES = {
     "both frozen": ("connector",),
+    "both frozen, by a prefix": ("connector",),
     "locked image": ("connector", "text"),
-    "locked image, by a prefix": ("connector", "text"),
     "nothing locked": ("connector", "vision", "text"),
     "transformers, locked image": ("text",),
     "transformers, nothing locked": ("vision", "text"),
@@ -65,6 +65,8 @@ KS = (1, 5, 10)
 
 class Pooling(PreTrainedModel):
     """A text model that pools: what `VisionTextDualEncoderModel` asks of one."""
+
+    _supports_sdpa = True  # the model inside says so for itself
 
     def __init__(self, text_model: PreTrainedModel):
         super().__init__(text_model.config)
@@ -82,7 +84,7 @@ class Stored(PreTrainedModel):
         super().__init__(tower.config)
 
     def forward(self, pixel_values, **unused) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=pixel_values)
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values[:, None], pooler_output=pixel_values)
 
 
 def dual_encoder(tower: str, words: str, dim: int, scale: float, stored: bool) -> VisionTextDualEncoderModel:

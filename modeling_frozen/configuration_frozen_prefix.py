@@ -609,15 +609,15 @@ class FrozenPrefixConfig(CompositeConfig):
         weights = {name: getattr(self, name) for name in ("contrastive_loss_weight", "caption_loss_weight")}
         if min(weights.values()) < 0 or max(weights.values()) == 0:
             raise ValueError(f"{weights}: weights of losses can't be negative, nor both zero.")
-        if self.image_embedding == "tower" and self.caption_loss_weight:
-            raise ValueError(
-                f"`image_embedding='tower'` leaves the connector out and `caption_loss_weight={self.caption_loss_weight}` "
-                "needs it: choose one."
-            )
         if self.text_headless and self.caption_loss_weight:
             raise ValueError(
                 f"`caption_loss_weight={self.caption_loss_weight}` trains captions, and this text model only reads "
                 "(`text_headless=True`): take a language model that writes, or leave the weight out."
+            )
+        if self.image_embedding == "tower" and self.caption_loss_weight:
+            raise ValueError(
+                f"`image_embedding='tower'` leaves the connector out and `caption_loss_weight={self.caption_loss_weight}` "
+                "needs it: choose one."
             )
         for part, count in (self.unlocked_layers or {}).items():
             if part not in PARTS or isinstance(count, bool) or not isinstance(count, int) or count < 1:
