@@ -248,6 +248,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--projection-dim", type=int, default=512)
     parser.add_argument("--logit-scale", type=float, default=2.0, help="logarithm of the inverse temperature at the start")
     parser.add_argument("--output", default="retrieval.json")
+    parser.add_argument("--table", type=Path, help="a Markdown file that gets the table too")
     args = parser.parse_args(arguments)
 
     def make(trainable: tuple[str, ...], by_prefix: bool = False) -> FrozenPrefixForImageTextRetrieval:
@@ -269,7 +270,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             parts[name].features = stack_features(list(stored["image"]))["vision_features"]
 
     output = Path(args.output)
-    settings = {key: value for key, value in vars(args).items() if key not in ("candidates", "seeds", "output")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("candidates", "seeds", "output", "table")}
     results = json.loads(output.read_text()) if output.exists() else {"settings": settings, "runs": {}}
     if results["settings"] != settings:
         raise ValueError(f"`{output}` holds figures of other settings ({results['settings']}): name another file.")
@@ -279,6 +280,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             results["runs"].setdefault(name, {})[str(seed)] = run(name, seed, args, parts)
             output.write_text(json.dumps(results, indent=2) + "\n")
             print(name, seed, {key: round(value, 4) for key, value in results["runs"][name][str(seed)].items()}, flush=True)
+    if args.table is not None:
+        args.table.write_text(table(results) + "\n")
     print(f"\n{len(rows['train'])} photos to learn from, {len(rows['test'])} to find\n{table(results)}")
     return results
 

@@ -50,6 +50,7 @@ class ContrastiveHead(Head):
         projection_dim (`int`): width of the shared space.
         logit_scale (`float`): logarithm of the inverse temperature at the start.
         logit_bias (`float`, *optional*): what is added to the scaled cosine at the start (SigLIP); `None`: nothing, ever.
+        projection_std (`float`, *optional*): of the projections' start; by default it keeps variance, as connectors' maps do.
         ret (`bool`): holds a learnt vector `[RET]` of width `embedding_dim`, to be read behind the words (FROMAGe).
     """
 
@@ -62,6 +63,7 @@ class ContrastiveHead(Head):
         projection_dim: int,
         logit_scale: float,
         logit_bias: float | None = None,
+        projection_std: float | None = None,
         ret: bool = False,
     ):
         super().__init__()
@@ -71,13 +73,14 @@ class ContrastiveHead(Head):
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.empty(()))
         self.ret = nn.Parameter(torch.empty(embedding_dim)) if ret else None
         self._starts = (logit_scale, logit_bias)
+        self._projection_std = projection_std
 
     def _reset_own(self) -> None:
         scale, bias = self._starts
         init.constant_(self.logit_scale, scale)
-        # As transformers' dual encoders: of a larger matrix, Adam's steps are a smaller part, and it learns more slowly.
-        for projection in (self.visual_projection, self.text_projection):
-            init.normal_(projection.weight, std=0.02)
+        if self._projection_std is not None:
+            for projection in (self.visual_projection, self.text_projection):
+                init.normal_(projection.weight, std=self._projection_std)
         if self.logit_bias is not None and bias is not None:
             init.constant_(self.logit_bias, bias)
         if self.ret is not None:
@@ -170,6 +173,8 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             projection_dim=config.projection_dim,
             logit_scale=LOGIT_SCALE_STARTS[kind] if starts[0] is None else starts[0],
             logit_bias=LOGIT_BIAS_STARTS[kind] if starts[1] is None else starts[1],
+            # transformers' own start: of a larger matrix, Adam's steps are a smaller part, and it learns more slowly.
+            projection_std=0.02 if self._reads_tower else None,
             ret=config.text_pooling == "ret",
         )
         self.post_init()
