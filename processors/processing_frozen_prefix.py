@@ -216,7 +216,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             from modeling_frozen.hub import write_code
         except ImportError:
             return set()
-        return {file.name for file in write_code(folder)}
+        return {file.name for file in write_code(Path(folder))}
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         # As the model's: the code goes along though it lay there before.
