@@ -139,8 +139,11 @@ def complete_copy(folder: str | Path, model: Any) -> None:
         processor.save_pretrained(folder)
 
 
-def complete_repository(folder: str | Path, model: Any, repo_id: str | None = None) -> list[Path]:
-    """Adds to a folder with a saved model what makes it a repository: code, and a card. Returns these files."""
+def complete_repository(
+    folder: str | Path, model: Any, repo_id: str | None = None, own_card: bytes | None = None
+) -> list[Path]:
+    """Adds to a folder with a saved model what makes it a repository: code, and a card. `own_card` is what lay there before a
+    push, in whose place transformers puts that of the repository, or a template. Returns these files."""
     files = write_code(folder)
     warn_of_local_paths(folder)
     try:
@@ -148,4 +151,6 @@ def complete_repository(folder: str | Path, model: Any, repo_id: str | None = No
         card = importlib.import_module(".model_card", __package__)
     except ImportError:
         return files
+    if own_card is not None:
+        card.keep_own_card(folder, own_card)
     return [*files, card.write_model_card(folder, model, repo_id=repo_id)]

@@ -101,6 +101,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     _is_assembled = False
     # What a save in progress leaves out.
     _left_out_now: set[str] | None = None
+    _own_card: bytes | None = None  # of the folder that is being pushed
     # Set while the word embeddings' output requires gradients.
     _hook_of_words: Any = None
 
@@ -295,11 +296,13 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         variant, is_main_process = kwargs.get("variant"), kwargs.get("is_main_process", True)
         folder = Path(save_directory)
         before = weight_files(folder, variant)
+        card = folder / "README.md"
+        self._own_card = card.read_bytes() if kwargs.get("push_to_hub") and card.is_file() else None
         self._left_out_now, self.config.saved_parts = keys_left_out(self, set(saved)), saved
         try:
             super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         finally:
-            self._left_out_now, self.config.saved_parts = None, saved_before
+            self._left_out_now, self.config.saved_parts, self._own_card = None, saved_before, None
         if is_main_process:
             finish_weights(folder, before, variant)
             prepare_for_pushes(folder)
@@ -311,7 +314,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     ) -> Any:
         # Every way of pushing a model ends here, and in no public method. Code and card go along though they lay there
         # unchanged, as in a folder that `Trainer` wrote: the repository may be a new one.
-        names = {file.name for file in complete_repository(Path(working_dir), self, repo_id)}
+        names = {file.name for file in complete_repository(Path(working_dir), self, repo_id, self._own_card)}
         times = {name: time for name, time in files_timestamps.items() if name not in names}
         return super()._upload_modified_files(working_dir, repo_id, times, *args, **kwargs)
 

@@ -168,9 +168,15 @@ PUSH_FOLDER = (
 from transformers import AutoModelForImageTextToText, AutoProcessor
 import modeling_frozen
 model, processor = (auto.from_pretrained("me/eyes") for auto in (AutoModelForImageTextToText, AutoProcessor))
+from pathlib import Path
+from modeling_frozen.model_card import write_model_card
 for part in (model, processor, model, processor):  # the second time everything lies there already, as after a training
     part.save_pretrained("saved")
+write_model_card("saved", model, metrics={"sighted": {"cider": 0.61}, "blind": {"cider": 0.12}})
 model.save_pretrained("saved", push_to_hub=True, repo_id="me/saved-model")
+card = Path("saved/README.md")
+written = card.read_text().replace("Calls without an image", "It likes squares. Calls without an image")
+card.write_text(written)
 processor.save_pretrained("saved", push_to_hub=True, repo_id="me/saved")
 model.save_pretrained("saved", push_to_hub=True, repo_id="me/saved")
 processor.save_pretrained("apart", push_to_hub=True, repo_id="me/saved-processor")
@@ -186,7 +192,10 @@ def test_a_folder_is_pushed_with_the_code_that_lies_in_it(module_hub: Hub, pushe
     assert set(module_hub.files("me/saved")) == whole
     assert "modeling_frozen_prefix.py" in module_hub.files("me/saved-model")
     assert "processing_frozen_prefix.py" in module_hub.files("me/saved-processor")
-    assert "README.md" in module_hub.files("me/saved-model")
+    # The folder's own card goes up: its scores, and what a person wrote into it.
+    assert "| cider | 0.61 | 0.12 |" in module_hub.read("me/saved-model", "README.md").decode()
+    edited = module_hub.read("me/saved", "README.md").decode()
+    assert "| cider | 0.61 | 0.12 |" in edited and "It likes squares." in edited
 
 
 def test_a_commit_pushed_in_mid_training_loads_with_its_own_connector(pulled: dict[str, dict]) -> None:

@@ -311,6 +311,18 @@ def _write(path: Path, content: str) -> None:
     os.replace(draft, path)
 
 
+def keep_own_card(folder: str | os.PathLike, own: bytes) -> None:
+    """Puts back the card that lay in a folder before it was pushed, unless the one in its place was written or edited by a
+    person, on the Hub."""
+    path = Path(folder) / CARD_NAME
+    try:
+        _, body = split_card(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError):
+        return
+    if read_marker(body) is not None or is_automatic(body):
+        path.write_bytes(own)
+
+
 def write_model_card(
     folder: str | os.PathLike,
     model: Any,
