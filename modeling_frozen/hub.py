@@ -148,7 +148,7 @@ def complete_repository(
     warn_of_local_paths(folder)
     try:
         # By name: the card's template is no code, and stays behind where this file runs from the Hub itself.
-        card = importlib.import_module(".model_card", __package__)
+        card = importlib.import_module(".model_card.card", __package__)
     except ImportError:
         return files
     if own_card is not None:
