@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import fresh_python
 from tests.helpers.docs_world import OWNERS, ROOT, blocks
-from tests.helpers.hub_fixtures import Hub, module_hub  # noqa: F401
+from tests.helpers.hub_fixtures import Hub, hub, module_hub  # noqa: F401
 from tests.helpers.packaging import command_module, extras
 
 
@@ -21,16 +21,20 @@ ELSEWHERE = {
     "docs/several_devices.md": "test_distributed.py",
     "docs/small_devices.md": "test_quantized_backbones.py",
 }
-CODE = [page for page in PAGES if blocks(ROOT / page, "python") and page not in ELSEWHERE]
+CODE = [page for page in PAGES if blocks(ROOT / page, "python") and page not in (*ELSEWHERE, "README.md")]
 NEEDS = {"docs/llama_cpp.md": ("gguf", "xllamacpp"), "docs/export.md": ("onnx", "onnxruntime", "onnxscript")}
 ALWAYS = ("docs/index.md", "docs/quickstart.md", "docs/data.md")
 
 
+def filled(hub: Hub) -> Hub:
+    hub.add_user("me", hub.token, orgs=OWNERS)
+    hub.run("from tests.helpers.docs_world import fill; fill()")
+    return hub
+
+
 @pytest.fixture(scope="module")
 def world(module_hub: Hub) -> Hub:
-    module_hub.add_user("me", module_hub.token, orgs=OWNERS)
-    module_hub.run("from tests.helpers.docs_world import fill; fill()")
-    return module_hub
+    return filled(module_hub)
 
 
 def test_what_is_run_elsewhere_is_there() -> None:
@@ -43,6 +47,13 @@ def test_python_runs(page: str, world: Hub) -> None:
     for package in NEEDS.get(page, ()):
         pytest.importorskip(package)
     world.run(f"from tests.helpers.docs_world import run; run({page!r})")
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_readme_runs(hub: Hub) -> None:
+    """On a Hub of its own: what it pushes as "me/eyes" is not what the pages find there."""
+    filled(hub).run("from tests.helpers.docs_world import run; run('README.md')")
 
 
 # ------------------------------------------------------------------------------------------------------------ shell

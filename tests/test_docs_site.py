@@ -39,7 +39,7 @@ QUESTIONS = {
     "is it blind?": "evaluation",
     "LoRA": "memory",
     "chat template": "chat",
-    "quantised": "memory",
+    "quantised": "small_devices",
     # by the words of an error
     "has fingerprint, but the connector was trained with": "errors",
     "reads padding as if it were words": "errors",
