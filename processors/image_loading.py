@@ -229,8 +229,12 @@ def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | No
             image = BytesIO(image)
         if not (isinstance(image, str) or hasattr(image, "read")):
             raise ValueError("expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor")
-        with Image.open(image) as opened:
+        opened = Image.open(image)
+        try:
             return _pil_to_rgb(opened, ours=True)  # animated: PIL opens at the first frame
+        finally:
+            with contextlib.suppress(ValueError):  # Pillow 10 raises where the image is closed already
+                opened.__exit__()  # closes the file, and leaves the image
     except Exception as error:  # PIL, the network and the file system raise some twenty kinds
         reason = "it is not an image that PIL can read" if "cannot identify image file" in str(error) else str(error)
         raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error

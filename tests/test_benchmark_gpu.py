@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu, training
+from tests.helpers.tiny import skip_before
 
 
 def test_its_small_form_measures_all_that_it_says(tmp_path: Path) -> None:
+    skip_before("5.21", "takes no mask in `logits_to_keep`, by which the limit is computed")
     options = ["--small", "--rounds", "1", "--loads", "1", "2", "--steps", "6", "--new-tokens", "3"]
     gpu.main([*options, "--output", str(tmp_path / "gpu.json")])
     results = json.loads((tmp_path / "gpu.json").read_text())
