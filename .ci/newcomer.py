@@ -52,6 +52,8 @@ Path("llava.json").write_text(json.dumps(rows))
 image.save("photo.jpg")
 """
 
+PHOTO = "from PIL import Image\nImage.new('RGB', (20, 18), 'red').save('photo.jpg')\n"
+
 
 def written(page: str, heading: str, language: str, number: int = 0) -> str:
     """A block of a page: the `number`th in `language` of the section under `heading`."""
@@ -136,7 +138,7 @@ for name in {[row["image"] for row in rows]} + ["photo.jpg"]:
 
 def on_another_machine(machine: Machine) -> None:
     """What somebody does who has neither the package nor a checkout."""
-    machine.python("a photo", "from PIL import Image\nImage.new('RGB', (20, 18), 'red').save('photo.jpg')")
+    machine.python("a photo", PHOTO)
     absent = "import importlib.util\nassert importlib.util.find_spec('modeling_frozen') is None\n"
     code = written("share.md", "Whoever loads it", "python", 1)
     assert machine.python("loaded without the package", absent, code).strip()
@@ -169,6 +171,7 @@ def main() -> None:
                 subprocess.run(["bash", "-c", SHELL + command], check=True, env=pip, cwd=folder)
             another = Machine(Path(folder, "third"), hub, fresh)
             on_another_machine(another)
+            first.python("the same photo", PHOTO)
             with_package, without = blocks_of_card(hub)
             assert another.python("the card's own code, without the package", without) == first.python(
                 "the card's own code, with the package", with_package
