@@ -35,7 +35,7 @@ extras = {
     "gguf": ["gguf>=0.17.1"],
     "llama-cpp": ["gguf>=0.17.1", "xllamacpp>=2026.10.11549"],
     "augment": ["kornia>=0.8"],
-    "search": ["datasets>=3.4.1", "faiss-cpu>=1.9", "matplotlib>=3.7"],
+    "search": ["datasets>=4.0.0", "faiss-cpu>=1.9", "matplotlib>=3.7"],
     # Decoders without torchcodec, whose builds follow those of torch. transformers reads audio with librosa before 5.22 and
     # with soundfile and soxr since; librosa brings both.
     "video": ["av>=12.0"],
@@ -50,7 +50,7 @@ extras = {
 # The site. Ruff writes the signatures of the reference.
 extras["docs"] = ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "ruff>=0.9"]
 # Of examples/: quickstart.py; and `frozen-prefix demo`.
-extras["quickstart"] = sorted({"datasets>=3.4.1", *extras["metrics"], *extras["plots"]})
+extras["quickstart"] = sorted({"datasets>=4.0.0", *extras["metrics"], *extras["plots"]})
 extras["demo"] = sorted({*extras["quickstart"], "gradio>=6.0.2"})
 extras["page"] = extras["demo"]  # its name in 0.1.0
 tested = ("quickstart", "peft", "gguf", "augment", "search", "video")
