@@ -246,6 +246,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--parents-learning-rate", type=float, default=2e-4)
     parser.add_argument("--projection-dim", type=int, default=512)
+    parser.add_argument("--projection-dropout", type=float, default=0.0, help="ours alone: transformers' has none")
     parser.add_argument("--logit-scale", type=float, default=2.0, help="logarithm of the inverse temperature at the start")
     parser.add_argument("--output", default="retrieval.json")
     parser.add_argument("--table", type=Path, help="a Markdown file that gets the table too")
@@ -255,7 +256,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return FrozenPrefixForImageTextRetrieval.from_vision_text_pretrained(
             args.tower, args.text_model, trainable=trainable, vision_feature_select_strategy="pooled",
             connector_type="linear", prefix_length=1, image_embedding="prefix" if by_prefix else "tower",
-            text_pooling="mean", projection_dim=args.projection_dim, logit_scale_init_value=args.logit_scale,
+            text_pooling="mean", projection_dim=args.projection_dim, projection_dropout=args.projection_dropout,
+            logit_scale_init_value=args.logit_scale,
         )  # fmt: skip
 
     model = make(("connector",))

@@ -144,6 +144,9 @@ class FrozenPrefixConfig(CompositeConfig):
         text_headless (`bool`, defaults to `False`):
             The text model reads and doesn't write: an encoder such as BERT, or any other without its head.
         projection_dim (`int`, *optional*): width of the space of image and text embeddings.
+        projection_dropout (`float`, defaults to 0.0):
+            Share of what the image's projection reads that is set to zero in training. Pays where the photos are few
+            (docs/search.md has the figures).
         contrastive_loss_type (`"clip"`, `"siglip"` or `"triplet"`, defaults to `"clip"`):
             See `modeling_frozen.contrastive_losses`.
         contrastive_loss_config (`dict`): options of that loss, `margin` and `negatives` of `"triplet"`.
@@ -241,6 +244,7 @@ class FrozenPrefixConfig(CompositeConfig):
     unlocked_layers: dict[str, int] | None = None
     text_headless: bool = False
     projection_dim: int | None = None
+    projection_dropout: float = 0.0
     contrastive_loss_type: str = "clip"
     contrastive_loss_config: dict | None = None
     logit_scale_init_value: float | None = None
@@ -606,6 +610,8 @@ class FrozenPrefixConfig(CompositeConfig):
             check_contrastive_loss(self.contrastive_loss_type, self.contrastive_loss_config or {})
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"`projection_dim={self.projection_dim}` leaves no space to match in; it must be at least 1.")
+        if not 0 <= self.projection_dropout < 1:
+            raise ValueError(f"`projection_dropout={self.projection_dropout}` must be at least 0 and below 1.")
         weights = {name: getattr(self, name) for name in ("contrastive_loss_weight", "caption_loss_weight")}
         if min(weights.values()) < 0 or max(weights.values()) == 0:
             raise ValueError(f"{weights}: weights of losses can't be negative, nor both zero.")

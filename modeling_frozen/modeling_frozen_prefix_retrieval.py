@@ -51,6 +51,7 @@ class ContrastiveHead(Head):
         logit_scale (`float`): logarithm of the inverse temperature at the start.
         logit_bias (`float`, *optional*): what is added to the scaled cosine at the start (SigLIP); `None`: nothing, ever.
         projection_std (`float`, *optional*): of the projections' start; by default it keeps variance, as connectors' maps do.
+        projection_dropout (`float`): share of what the image's projection reads that is set to zero in training.
         ret (`bool`): holds a learnt vector `[RET]` of width `embedding_dim`, to be read behind the words (FROMAGe).
     """
 
@@ -64,11 +65,13 @@ class ContrastiveHead(Head):
         logit_scale: float,
         logit_bias: float | None = None,
         projection_std: float | None = None,
+        projection_dropout: float = 0.0,
         ret: bool = False,
     ):
         super().__init__()
         self.visual_projection = nn.Linear(image_width, projection_dim, bias=False)
         self.text_projection = nn.Linear(text_width, projection_dim, bias=False)
+        self.dropout = nn.Dropout(projection_dropout)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.empty(()))
         self.ret = nn.Parameter(torch.empty(embedding_dim)) if ret else None
@@ -175,6 +178,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             logit_bias=LOGIT_BIAS_STARTS[kind] if starts[1] is None else starts[1],
             # transformers' own start: of a larger matrix, Adam's steps are a smaller part, and it learns more slowly.
             projection_std=0.02 if self._reads_tower else None,
+            projection_dropout=config.projection_dropout,
             ret=config.text_pooling == "ret",
         )
         self.post_init()
@@ -330,8 +334,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             means = torch.stack(rows).mean(1)
         else:
             means = torch.stack([row.mean(0) for row in rows])
-        weight = self.visual_projection.weight
-        embeds = self.visual_projection(to_weight(means, weight))
+        embeds = self._project_image(means)
         return type(prefixes)(**{**prefixes, "pooler_output": embeds}), prefixes
 
     def _embed_features(self, media: dict[str, Any]) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
@@ -339,8 +342,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         flags = {key: media.pop(key) for key in ("output_hidden_states", "output_attentions") if key in media}
         index = media.pop("image_index", None)
         features, mask, outputs = self.model.read_images(media, flags)
-        means = pool_text(features.float(), mask, "mean")
-        embeds = self.visual_projection(to_weight(means, self.visual_projection.weight))
+        embeds = self._project_image(pool_text(features.float(), mask, "mean"))
         output = BaseModelOutputWithPooling(
             last_hidden_state=None if outputs is None else outputs.get("last_hidden_state"),
             pooler_output=embeds if index is None else embeds[index.to(embeds.device)],
@@ -348,6 +350,9 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             attentions=None if outputs is None else outputs.get("attentions"),
         )
         return output, output
+
+    def _project_image(self, means: torch.Tensor) -> torch.Tensor:
+        return self.visual_projection(self.contrastive_head.dropout(to_weight(means, self.visual_projection.weight)))
 
     # --------------------------------------------------------------------------------------------------- forward
 

@@ -208,6 +208,27 @@ def test_with_a_text_model_that_only_reads_the_tower_is_embedded_itself(tmp_path
     torch.testing.assert_close(again.get_image_features(batch["pixel_values"]).pooler_output, expected)
 
 
+@pytest.mark.parametrize("text", ["gpt2", "bert"])
+def test_what_the_image_projection_reads_is_dropped_in_training_alone(tmp_path: Path, text: str) -> None:
+    """From the prefix's mean and from the tower's: some of it is zero, the rest larger by as much; texts lose nothing."""
+    model, processor = retrieval_model(tmp_path, text, projection_dropout=0.5, projection_dim=8)
+    assert FrozenPrefixConfig.from_dict(model.config.to_dict()).projection_dropout == 0.5
+    batch = inputs(processor)
+    seen: list[torch.Tensor] = []
+    model.visual_projection.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model.get_image_features(batch["pixel_values"])
+    words = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+    model.train()
+    model.get_image_features(batch["pixel_values"])
+    whole, dropped = seen
+    kept = dropped != 0
+    assert 0.2 < kept.float().mean() < 0.8
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
+    torch.testing.assert_close(model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output, words)
+    with pytest.raises(ValueError, match="`projection_dropout=1.0` must be at least 0 and below 1"):
+        FrozenPrefixConfig(projection_dropout=1.0)
+
+
 def test_projections_of_a_tower_start_as_those_of_transformers(tmp_path: Path) -> None:
     model, _ = retrieval_model(tmp_path, "bert", projection_dim=512)
     for projection in (model.visual_projection, model.text_projection):
