@@ -1,11 +1,13 @@
 """`frozen-prefix train`: from flags or a file to a saved model with its card; what it chooses, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
 from modeling_frozen import load_image_text
@@ -106,6 +108,39 @@ def test_it_goes_on_where_it_stopped_and_from_a_checkpoint(
     assert not torch.equal(connector(tmp_path / "more"), connector(tmp_path / "whole"))
 
 
+def test_a_second_stage_with_lora_beside_the_connector(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter alone is saved, on the first stage's checkpoint; it loads, resumes and is scored as any."""
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *parents(folder), "--output_dir", "align", *FEW]) == 0
+    capsys.readouterr()
+    second = ["train", "--model", "align", "--lora", "4", "--dataset", str(folder / "rows.jsonl"), "--held_out", "0.2"]
+    second += ["--use_cpu", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--save_steps", "1"]
+    assert main([*second, "--output_dir", "once", "--max_steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "LoRA of rank 4" in said and "Another image adds" in said
+    assert main([*second, "--output_dir", "twice", "--max_steps", "2"]) == 0
+    shutil.rmtree("twice/checkpoint-2")
+    assert main([*second, "--output_dir", "twice", "--max_steps", "2", "--resume"]) == 0
+    assert not Path("once/model.safetensors").exists()
+    weights = load_file("once/adapter_model.safetensors")
+    assert all(torch.equal(weight, weights[name]) for name, weight in load_file("twice/adapter_model.safetensors").items())
+    assert any(".connector." in name for name in weights) and any("language_model" in name for name in weights)
+    assert not any(".vision_tower." in name for name in weights)
+
+    processor = AutoProcessor.from_pretrained("once")
+    inputs = processor(images=rows(1)[0]["image"], text="<image>a", return_tensors="pt")
+    with torch.no_grad():
+        first, then = (AutoModelForImageTextToText.from_pretrained(name).eval()(**inputs).logits for name in ("align", "once"))
+    assert not torch.equal(first, then)
+    few = ["--kinds", "sighted", "--max_new_tokens", "2"]
+    assert main(["evaluate", "--model", "once", "--dataset", "once/held_out", *few]) == 0
+    assert main(["caption", str(folder / "images" / "0.png"), "--model", "once"]) == 0
+    assert "align" in Path("once/README.md").read_text()
+
+
 def test_streams_are_trained_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["train", *parents(folder), "--streaming", "--output_dir", str(tmp_path / "eyes"), *FEW]
     assert main(arguments) == 1  # 256 rows a step, and Trainer would look for the 65th batch for ever
@@ -121,6 +156,8 @@ def test_streams_are_trained_on(folder: Path, tmp_path: Path, capsys: pytest.Cap
         (["--vision", "t", "--text", "w", "--model", "eyes", "--dataset", "rows.jsonl"], "or --model CHECKPOINT to go on"),
         ([], "--vision ID --text ID, or --model CHECKPOINT"),
         (["--vision", "t", "--text", "w"], "--dataset FILE, FOLDER or ID"),
+        (["--vision", "t", "--text", "w", "--dataset", "d", "--lora", "8"], "train one first without --lora"),
+        (["--model", "m", "--dataset", "d", "--lora", "0"], "--lora 0 must be a rank"),
         (["--model", "m", "--dataset", "d", "--held_out", "1"], "--held_out 1.0 must be a share"),
         (["--model", "m", "--dataset", "d", "--streaming", "--cache_features"], "leave one out"),
         (["--model", "m", "--dataset", "d", "--learning_rat", "1"], "'learning_rat' is unknown: did you mean 'learning_rate'"),

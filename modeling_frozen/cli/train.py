@@ -17,6 +17,7 @@ Those that you leave out follow the sizes of language model and data, and are pr
 
   frozen-prefix train --vision google/siglip2-base-patch16-224 --text Qwen/Qwen3-0.6B \\
       --dataset llava.json --image_root images --output_dir eyes
+  frozen-prefix train --model eyes --lora 16 --dataset questions.json --output_dir assistant    # a second stage
   frozen-prefix train --config eyes.yaml --learning_rate 1e-3    # names as above, without dashes; flags win over the file
 """
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vision", metavar="ID", help="vision tower: Hub id or folder")
     add("--text", metavar="ID", help="language model: Hub id or folder")
     add("--model", metavar="CHECKPOINT", help="go on with a trained connector, in place of --vision and --text")
+    add("--lora", type=int, metavar="RANK", help="with --model: LoRA in the language model, beside its trained connector")
     add("--dataset", nargs="+", help="any form of load_image_text: file, files of one set, folder, or Hub id")
     add("--image_root", metavar="FOLDER", help="of relative image paths (default: the file's own)")
     add("--format", default="auto", help="of load_image_text (default: found by the fields)")
@@ -172,6 +174,13 @@ def check(args: argparse.Namespace) -> None:
     if args.model is None and (args.vision is None or args.text is None):
         missing = "--vision" if args.vision is None else "--text"
         raise ValueError(f"{missing} ID is missing: a connector stands between two parents.")
+    if args.lora is not None and args.lora < 1:
+        raise ValueError(f"--lora {args.lora} must be a rank, at least 1; leave it out for none.")
+    if args.lora is not None and args.model is None:
+        raise ValueError(
+            f"--lora {args.lora} adapts a language model whose connector is trained: train one first without --lora, then go "
+            "on with --model CHECKPOINT."
+        )
     if not args.dataset:
         raise ValueError(
             "Give rows to train on: --dataset FILE, FOLDER or ID (`frozen-prefix check` says what is wrong with them)."
@@ -222,8 +231,9 @@ def run(args: argparse.Namespace) -> None:
             one if one is None else cache_vision_features(one, model, processor, cache_dir=out / "features")
             for one in (rows, held_out)
         )
+    trained = model if args.lora is None else _with_lora(model, args.lora, verbose=is_first)
     trainer = Trainer(
-        model=model, args=training, train_dataset=rows, eval_dataset=held_out, data_collator=collator,
+        model=trained, args=training, train_dataset=rows, eval_dataset=held_out, data_collator=collator,
         processing_class=processor, callbacks=_callbacks(args, collator),
     )  # fmt: skip
     if training.push_to_hub:
@@ -240,6 +250,18 @@ def run(args: argparse.Namespace) -> None:
     if training.push_to_hub:
         trainer.push_to_hub()
     print(_farewell(args, asking, out, sight, held_out is not None, drawn))
+
+
+def _with_lora(model: Any, rank: int, verbose: bool) -> Any:
+    from peft import get_peft_model
+
+    from ..training.lora import lora_config
+
+    tuned = get_peft_model(model, lora_config(model, r=rank, lora_alpha=2 * rank))
+    if verbose:
+        learnt = sum(weight.numel() for name, weight in tuned.named_parameters() if ".lora_" in name)
+        print(f"LoRA of rank {rank}, scaled by 2: {learnt:,} parameters beside the connector's.")
+    return tuned
 
 
 def _ours(held_out: Any) -> dict[str, Any]:
