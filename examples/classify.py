@@ -24,9 +24,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetsError
-from own_data import read_splits
-from shapes import QUESTIONS, draw, split_scenes, train_language_model, train_tower
-from tiny_world import ExampleTrainingArguments
+from own_data import ExampleTrainingArguments, read_splits
 from transformers import HfArgumentParser, Trainer, set_seed
 
 from modeling_frozen import (
@@ -37,6 +35,8 @@ from modeling_frozen import (
 from modeling_frozen.evaluation.plots import plot_training
 from modeling_frozen.metrics import classification_compute_metrics
 from modeling_frozen.model_card import write_model_card
+from modeling_frozen.shapes.parents import train_language_model, train_tower
+from modeling_frozen.shapes.scenes import QUESTIONS, draw, split_scenes
 
 
 @dataclass

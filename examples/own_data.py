@@ -1,9 +1,11 @@
 """Rows of your own, in any form that `load_image_text` reads, for the examples that take `--dataset`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, Image
+from transformers import TrainingArguments
 
 from modeling_frozen.data.splits import load_splits
 
@@ -54,3 +56,24 @@ def _pairs(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
         else:
             question = text if turn["role"] == "user" else question
     return pairs
+
+
+@dataclass
+class ExampleTrainingArguments(TrainingArguments):
+    """Defaults of the examples that take all of Trainer's arguments."""
+
+    learning_rate: float = 3e-3
+    num_train_epochs: float = 4
+    per_device_train_batch_size: int = 32
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.02
+    logging_steps: float = 20
+    logging_first_step: bool = True
+    save_strategy: str = "no"
+    report_to: str = "none"
+    remove_unused_columns: bool = False  # the collator reads the columns
+
+
+def first_sentence(text: str) -> str:
+    """What is said up to the first full stop, as sentences of the little world end."""
+    return text.split(".")[0].strip() + " ."

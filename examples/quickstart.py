@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from shapes import QUESTIONS, Scene, draw, split_scenes, train_language_model, train_tower
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.evaluation.plots import plot_sheet, plot_training
 from modeling_frozen.metrics import caption_metrics, caption_scores
+from modeling_frozen.shapes.parents import train_language_model, train_tower
+from modeling_frozen.shapes.scenes import QUESTIONS, Scene, draw, split_scenes
 
 
 @dataclass

@@ -24,12 +24,13 @@ import torch
 from datasets import Dataset, load_from_disk
 from own_data import read_splits
 from PIL import ImageOps
-from shapes import draw, split_scenes, train_language_model, train_tower
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefixRetrieval, FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.evaluation.retrieval import embed_images, embed_texts, evaluate_retrieval
+from modeling_frozen.shapes.parents import train_language_model, train_tower
+from modeling_frozen.shapes.scenes import draw, split_scenes
 
 
 matplotlib.use("Agg")

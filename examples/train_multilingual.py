@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, Value, load_dataset
-from languages import LANGUAGES, tell, words, write
-from shapes import draw, split_scenes, train_language_model, train_tower
-from tiny_world import ExampleTrainingArguments, first_sentence
+from own_data import ExampleTrainingArguments, first_sentence
 from transformers import HfArgumentParser, Trainer, set_seed
 
+from benchmarks.shapes.languages import LANGUAGES, tell, words, write
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
     FrozenPrefixForConditionalGeneration,
@@ -29,6 +28,8 @@ from modeling_frozen import (
 )
 from modeling_frozen.evaluation import evaluate
 from modeling_frozen.evaluation.plots import plot_training
+from modeling_frozen.shapes.parents import train_language_model, train_tower
+from modeling_frozen.shapes.scenes import draw, split_scenes
 
 
 FEATURES = Features({name: Value("string") for name in ("prompt", "answer", "language", "task")} | {"image": Image()})

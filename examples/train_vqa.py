@@ -21,9 +21,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, Features, Image, Value
-from own_data import read_splits
-from shapes import QUESTIONS, draw, split_scenes, train_language_model, train_tower
-from tiny_world import ExampleTrainingArguments
+from own_data import ExampleTrainingArguments, read_splits
 from transformers import HfArgumentParser, Trainer, set_seed
 
 from modeling_frozen import (
@@ -36,6 +34,8 @@ from modeling_frozen.evaluation import Evaluation, evaluate
 from modeling_frozen.evaluation.plots import plot_sheet, plot_training
 from modeling_frozen.interpretation import sightedness
 from modeling_frozen.metrics import exact_match
+from modeling_frozen.shapes.parents import train_language_model, train_tower
+from modeling_frozen.shapes.scenes import QUESTIONS, draw, split_scenes
 
 
 @dataclass

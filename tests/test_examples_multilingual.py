@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import languages
 from datasets import Dataset, Image
-from shapes import Scene, make_tokenizer, split_scenes
 
+from benchmarks.shapes import languages
+from modeling_frozen.shapes.parents import make_tokenizer
+from modeling_frozen.shapes.scenes import Scene, split_scenes
 from tests.helpers.scripts import run_example
 from tests.helpers.tiny import rows, save_parents
 

@@ -113,7 +113,7 @@ def imported(path: Path) -> set[str]:
 
 def test_nobody_imports_a_second_copy_of_the_processors() -> None:
     """`import processors` would give other classes than `modeling_frozen.processors`, or a folder of the user's."""
-    for path in [*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in [*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
         assert not any(name.split(".")[0] == "processors" for name in imported(path)), path
 
 
@@ -128,7 +128,7 @@ def test_no_test_imports_another() -> None:
 def test_benchmarks_import_neither_tests_nor_examples() -> None:
     others_code = ("peers.py", "real_parents.py")  # of a checkout, of a wheel
     others = {"tests", "examples", *(path.stem for path in ROOT.glob("examples/*.py"))}
-    for path in ROOT.glob("benchmarks/*.py"):
+    for path in ROOT.glob("benchmarks/**/*.py"):
         assert not others & {name.split(".")[0] for name in imported(path)}, path
         assert "sys.path" not in path.read_text(encoding="utf-8") or path.name in others_code, path
 
@@ -176,7 +176,7 @@ print({{name: module.__file__ for name, module in sys.modules.items() if "proces
 
 def test_static_tools_find_the_processors() -> None:
     """They can follow `modeling_frozen.processors` to the top of a checkout, but none of its modules."""
-    for path in [*SOURCES, *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in [*SOURCES, *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert not re.match(r"(modeling_frozen\.)?processors\.", node.module or ""), (path, ast.unparse(node))

@@ -1,15 +1,26 @@
-"""The little world of `shapes.py` described in English, German, French and Czech, and a language model of all four.
+"""The little world of shapes described in English, German, French and Czech, and a language model of all four.
 
 The model reads the same scene in several languages after one another, so it can translate, but it never meets a picture. In
 some of its texts the first sentence lacks the colour: then it can only guess the colour of the next.
+
+    python -m benchmarks.shapes.languages --output_dir languages
+    python examples/train_multilingual.py --vision languages/tower --text languages/language_model --dataset languages/texts
+
+The table in `texts` has the columns that the example reads: an image, a sentence in each language, and the same without the
+colour, from which translations start.
 """
 
+import argparse
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
-from shapes import Scene, split_scenes
+from modeling_frozen.shapes.folders import write_split
+from modeling_frozen.shapes.parents import train_language_model, train_tower
+from modeling_frozen.shapes.scenes import Scene, draw, split_scenes
 
 
-LANGUAGES = ("English", "German", "French", "Czech")
+LANGUAGES = {"English": "en", "German": "de", "French": "fr", "Czech": "cs"}  # and their columns
 HIDDEN = "[?]"  # stands for a colour that a sentence doesn't tell
 
 # Words that agree with the shape's gender: German by masculine, neuter, feminine; French by masculine, feminine.
@@ -66,6 +77,31 @@ def words() -> list[str]:
 
 def write(rng: random.Random, scenes: list[Scene]) -> str:
     """A text for the language model: one scene in two languages."""
-    scene, (first, second) = rng.choice(scenes), rng.sample(LANGUAGES, 2)
+    scene, (first, second) = rng.choice(scenes), rng.sample(list(LANGUAGES), 2)
     start = tell(scene, first, hide_colour=rng.random() < 0.3)
     return f"{first} : {start} {second} : {tell(scene, second)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("languages"))
+    parser.add_argument("--pictures", type=int, default=1200, help="to train on")
+    parser.add_argument("--test_pictures", type=int, default=100, help="of held-out scenes")
+    parser.add_argument("--tower_steps", type=int, default=1000)
+    parser.add_argument("--language_model_steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    train_tower(args.output_dir / "tower", args.tower_steps, args.seed)
+    train_language_model(args.output_dir / "language_model", args.language_model_steps, args.seed, write, words())
+    for number, (split, count) in enumerate({"train": args.pictures, "test": args.test_pictures}.items()):
+        rng, rows = random.Random(args.seed + number), []
+        for _ in range(count):
+            scene = rng.choice(split_scenes()[number])
+            told = {column: tell(scene, one) for one, column in LANGUAGES.items()}
+            masked = {f"{column}_masked": tell(scene, one, hide_colour=True) for one, column in LANGUAGES.items()}
+            rows.append({"image": draw(scene, rng), **told, **masked})
+        write_split(args.output_dir / "texts", split, rows)
+
+
+if __name__ == "__main__":
+    main()

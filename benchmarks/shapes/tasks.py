@@ -1,6 +1,6 @@
-"""What examples of several pictures share: tiny parents made for a task, a connector between them, scores beside blind.
+"""What the experiments share: tiny parents made for a task, a connector between them, scores beside blind.
 
-A task gives texts for the language model (`shapes.py` trains it, on words alone) and rows with pictures for the connector.
+A task gives texts for the language model (which is trained on words alone) and rows with pictures for the connector.
 """
 
 import json
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import Scene, build_llama, train_language_model, train_tower
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.evaluation.plots import plot_training
+from modeling_frozen.shapes.parents import build_llama, train_language_model, train_tower
+from modeling_frozen.shapes.scenes import Scene
 
 
 @dataclass
@@ -32,22 +33,6 @@ class Arguments:
     learning_rate: float = 3e-3
     held_out: int = field(default=64, metadata={"help": "How many held-out rows are described."})
     seed: int = 0
-
-
-@dataclass
-class ExampleTrainingArguments(TrainingArguments):
-    """Defaults of the examples that take all of Trainer's arguments."""
-
-    learning_rate: float = 3e-3
-    num_train_epochs: float = 4
-    per_device_train_batch_size: int = 32
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.02
-    logging_steps: float = 20
-    logging_first_step: bool = True
-    save_strategy: str = "no"
-    report_to: str = "none"
-    remove_unused_columns: bool = False  # the collator reads the columns
 
 
 def parse(arguments_class: type = Arguments) -> Any:

@@ -1,8 +1,8 @@
-"""One architecture of tower, trained in five ways on the same pictures of shapes.py, for LiMBeR's question.
+"""One architecture of tower, trained in five ways on the same pictures of shapes, for LiMBeR's question.
 
 LiMBeR (arXiv 2209.15162) lays a linear map between a frozen tower and a frozen language model and finds: the more language
 the tower met in its training, the more of the picture gets through. Its towers differ in size and data too; here they don't.
-All are the small ResNet of `shapes.make_tower`, see the same pictures as often, in batches of the same size, at the same
+All are the small ResNet of `make_tower`, see the same pictures as often, in batches of the same size, at the same
 learning rate, and all but `self-supervised` are read for their loss by the mean over positions and one linear layer:
 
 - `language`: pictures against captions, by FrozenPrefixForImageTextRetrieval with everything trainable (CLIP). Its text model
@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, draw, make_tokenizer, make_tower, optimize, split_scenes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_frozen import FrozenPrefixForImageTextRetrieval
+from modeling_frozen.shapes.parents import make_tokenizer, make_tower, optimize
+from modeling_frozen.shapes.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, draw, split_scenes
 
 
 PROPERTIES = tuple(len(names) for names in (SIZES, COLOURS, SHAPES, PLACES))  # as in `Scene.numbers`

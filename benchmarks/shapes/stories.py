@@ -1,6 +1,6 @@
 """A story from a series of pictures: one sentence each, in their order, by a frozen language model that never saw one.
 
-    python examples/story.py --output_dir story_output
+    python -m benchmarks.shapes.stories --output_dir story_output
 
 The language model has read stories, as words; the connector learns from series of pictures what to read in them. Told are
 series of scenes that nobody met in training. Beside the score stand those of the same model with another series (*blind*)
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from shapes import Scene, draw, split_scenes
-from tiny_world import Arguments, blinded, exact_match, join_parents, parse, tell, train_connector, write_results
-
+from benchmarks.shapes.tasks import Arguments, blinded, exact_match, join_parents, parse, tell, train_connector, write_results
 from modeling_frozen.metrics import caption_metrics
+from modeling_frozen.shapes.scenes import Scene, draw, split_scenes
 
 
 @dataclass

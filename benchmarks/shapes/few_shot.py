@@ -1,6 +1,6 @@
 """Naming made-up categories from a few pictures in the prompt: Frozen's open-ended miniImageNet, and its figure 4.
 
-    python examples/few_shot.py --output_dir few_shot_output
+    python -m benchmarks.shapes.few_shot --output_dir few_shot_output
 
 The protocol of arXiv 2106.13884, section 4.2. An episode binds made-up names ("dax", "blicket") to categories by `--shots`
 pictures of each, every one followed by its name, after a sentence that says what the task is (task induction); then comes
@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import COLOURS, SHAPES, Scene, draw, split_scenes
-from tiny_world import Arguments, join_parents, start, train_connector, write_results
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Lfm2Config, Lfm2ForCausalLM
 
+from benchmarks.shapes.tasks import Arguments, join_parents, start, train_connector, write_results
 from modeling_frozen.evaluation.plots import plot_shots
 from modeling_frozen.processors import INTERLEAVED_CHAT_TEMPLATE, few_shot_messages
+from modeling_frozen.shapes.scenes import COLOURS, SHAPES, Scene, draw, split_scenes
 
 
 # One token each. Many, so that none can be learnt by heart: which is meant is said by the text alone.
@@ -88,7 +88,7 @@ def is_new(scene: Scene) -> bool:
 
 
 def split() -> tuple[list[Scene], list[Scene]]:
-    """Scenes to learn from, and the others: those that `shapes.py` holds out, and all of new pairs."""
+    """Scenes to learn from, and the others: those that are held out, and all of new pairs."""
     known, held_out = split_scenes()
     return [one for one in known if not is_new(one)], held_out + [one for one in known if is_new(one)]
 

@@ -1,11 +1,11 @@
 """Does the method behave as its papers say? Four claims, tried on data that is made here, each with a verdict.
 
-    python examples/faithfulness.py --output_dir faithfulness                        (all claims, seeds 0, 1 and 2)
-    python examples/faithfulness.py --only towers frozen --seeds 0                   (some of them, one seed)
+    python -m benchmarks.shapes.faithfulness --output_dir faithfulness         (all claims, seeds 0, 1 and 2)
+    python -m benchmarks.shapes.faithfulness --only towers frozen --seeds 0    (some of them, one seed)
 
-- `shots`: more shots in the prompt help (Frozen, arXiv 2106.13884, figure 4), by examples/few_shot.py;
+- `shots`: more shots in the prompt help (Frozen, arXiv 2106.13884, figure 4), by few_shot.py;
 - `towers`: through a linear connector gets more of the picture, the more language the tower was trained with (LiMBeR,
-  arXiv 2209.15162); five towers of one architecture, see examples/shape_towers.py;
+  arXiv 2209.15162); five towers of one architecture, see towers.py;
 - `frozen`: a language model that is tuned on few captions fits them better, and forgets and generalises worse (Frozen,
   section 3), beside LoRA;
 - `prefix_length`: a longer prefix helps a frozen language model, and there the transformer beats the MLP (ClipCap, arXiv
@@ -15,9 +15,9 @@ A claim is a few *statements* of the form "A is larger than B". One `holds` wher
 either standard deviation, is `contrary` where they do so the other way round, and is `open` otherwise. A claim is
 `reproduced` where all its statements hold, `partly` where some do, `not reproduced` where none does. Nothing else decides.
 
-The world is that of examples/shapes.py. Scores are of scenes that neither the tower nor the language model nor the connector
-met. What a tiny world shows is whether the mechanism is there, not how large it is with real parents. A run goes on where
-one before it with the same settings and `--output_dir` was stopped, so that a long one can be made piece by piece.
+The world is that of `modeling_frozen.shapes`. Scores are of scenes that neither the tower nor the language model nor the
+connector met. What a tiny world shows is whether the mechanism is there, not how large it is with real parents. A run goes on
+where one before it with the same settings and `--output_dir` was stopped, so that a long one can be made piece by piece.
 
 What came out. `frozen`, three seeds: partly; tuning forgets and no longer answers what it was never asked, but held-out
 captions, of the same few words, gain by it. `prefix_length`, two seeds: partly; CIDEr 3 with one vector, 7 with two, 9 with
@@ -44,19 +44,20 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from few_shot import FewShotArguments
-from few_shot import run as run_episodes
-from shape_towers import WAYS, Pictures, train_tower_by
-from shapes import QUESTIONS, Scene, draw, sentence_and_questions, split_scenes, train_language_model
-from tiny_world import Arguments, first_sentence, train_connector
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
+from benchmarks.shapes.few_shot import FewShotArguments
+from benchmarks.shapes.few_shot import run as run_episodes
+from benchmarks.shapes.tasks import Arguments, first_sentence, train_connector
+from benchmarks.shapes.towers import WAYS, Pictures, train_tower_by
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.evaluation import evaluate
 from modeling_frozen.evaluation.plots import BLUE, GREEN, GREY, ORANGE, RED, finish, new_figure, plain_axes
 from modeling_frozen.metrics import exact_match, perplexity
+from modeling_frozen.shapes.parents import train_language_model
+from modeling_frozen.shapes.scenes import QUESTIONS, Scene, draw, sentence_and_questions, split_scenes
 
 
 Run = dict[str, dict[str, float]]  # of one seed: row of the table -> column -> figure
@@ -216,7 +217,7 @@ class World:
         return self._stored[key]
 
     def train(self, model: Any, processor: Any, rows: Dataset, callbacks: Iterable[TrainerCallback] = ()) -> None:
-        """As the examples train their connectors, by Trainer, from stored features."""
+        """As the other experiments train their connectors, by Trainer, from stored features."""
         arguments = Arguments(
             self.folder, steps=self.args.steps, batch_size=32, learning_rate=self.args.learning_rate, seed=self.seed
         )
@@ -553,7 +554,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--held_out", type=int, default=96, help="held-out scenes that are described")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 3, 5])
-    parser.add_argument("--few_shot_options", nargs="*", default=[], metavar="NAME=VALUE", help="of examples/few_shot.py")
+    parser.add_argument("--few_shot_options", nargs="*", default=[], metavar="NAME=VALUE", help="of few_shot.py")
     args = parser.parse_args(arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     apart = ("only", "seeds", "output_dir", "parents_dir")

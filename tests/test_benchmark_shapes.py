@@ -1,4 +1,4 @@
-"""examples/few_shot.py, story.py and describe_video.py: tiny runs write what they say; their worlds are what they claim."""
+"""benchmarks/shapes: tiny runs of the experiments write what they say; their worlds are what they claim."""
 
 import random
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.helpers.scripts import run_example
+from tests.helpers.scripts import run_benchmark
 
 
 FEW = ["--tower_steps", "2", "--language_model_steps", "2", "--steps", "2", "--held_out", "16", "--batch_size", "2"]
 
 
 def run(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    results, printed = run_example(name, folder, *FEW, *arguments)
+    results, printed = run_benchmark(f"shapes.{name}", folder, *FEW, *arguments)
     assert all(name in printed for name in results)
     return results
 
@@ -32,18 +32,18 @@ def test_few_shot(tmp_path: Path) -> None:
 
 
 def test_story(tmp_path: Path) -> None:
-    results = run("story", tmp_path)
+    results = run("stories", tmp_path)
     assert {"exact_match", "blind_exact_match", "turned_round_exact_match", "cider", "blind_cider"} < set(results)
 
 
 def test_describe_video(tmp_path: Path) -> None:
-    results = run("describe_video", tmp_path)
+    results = run("films", tmp_path)
     assert {"exact_match", "blind_exact_match", "backwards_exact_match", "where_from", "blind_where_to"} < set(results)
 
 
 def test_an_episode_names_what_it_shows() -> None:
-    from few_shot import NAMES, is_new, make_episode, split, words
-    from shapes import split_scenes
+    from benchmarks.shapes.few_shot import NAMES, is_new, make_episode, split, words
+    from modeling_frozen.shapes.scenes import split_scenes
 
     learnt, others = split()
     assert set(split_scenes()[1]) < set(others) and not set(learnt) & set(others)
@@ -62,8 +62,8 @@ def test_an_episode_names_what_it_shows() -> None:
 
 
 def test_the_connector_meets_single_pictures_and_no_made_up_name() -> None:
-    from few_shot import NAMES, is_new, make_rows, split, write
-    from shapes import Scene
+    from benchmarks.shapes.few_shot import NAMES, is_new, make_rows, split, write
+    from modeling_frozen.shapes.scenes import Scene
 
     learnt, others = split()
     rows = make_rows(learnt, 60, random.Random(0))
@@ -80,8 +80,7 @@ def test_the_connector_meets_single_pictures_and_no_made_up_name() -> None:
 
 def test_words_and_pictures_of_an_episode_stand_in_the_same_order() -> None:
     """In words and sighted differ in the descriptions alone: what is read around them is the same."""
-    from few_shot import in_words, induction, make_episode, split, words
-
+    from benchmarks.shapes.few_shot import in_words, induction, make_episode, split, words
     from modeling_frozen.processors import few_shot_messages
 
     episode = make_episode(random.Random(0), split()[1], ways=2, shots=2)
@@ -96,16 +95,16 @@ def test_words_and_pictures_of_an_episode_stand_in_the_same_order() -> None:
 
 
 def test_a_story_backwards() -> None:
-    from shapes import split_scenes
-    from story import reversed_story, story
+    from benchmarks.shapes.stories import reversed_story, story
+    from modeling_frozen.shapes.scenes import split_scenes
 
     scenes = split_scenes()[0][:3]
     assert " ".join(reversed_story(story(scenes))) == story(scenes[::-1])
 
 
 def test_a_film_run_backwards_answers_the_other_way_round() -> None:
-    from describe_video import backwards, make_rows
-    from shapes import split_scenes
+    from benchmarks.shapes.films import backwards, make_rows
+    from modeling_frozen.shapes.scenes import split_scenes
 
     for row in make_rows(split_scenes()[1], 16, random.Random(0)):
         turned = backwards(row)

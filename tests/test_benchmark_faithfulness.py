@@ -1,13 +1,15 @@
-"""examples/faithfulness.py: verdicts follow from the figures alone, measures measure, and all of it runs in small."""
+"""benchmarks/shapes/faithfulness.py: verdicts follow from the figures alone, measures measure, and all of it runs in small."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import faithfulness
 import pytest
 import torch
-from faithfulness import (
+from transformers import ResNetModel, Trainer, TrainingArguments
+
+from benchmarks.shapes import faithfulness
+from benchmarks.shapes.faithfulness import (
     Statement,
     Unchanged,
     caption_loss,
@@ -17,9 +19,7 @@ from faithfulness import (
     verdict_of,
     words_right,
 )
-from shape_towers import WAYS, Pictures, train_tower_by
-from transformers import ResNetModel, Trainer, TrainingArguments
-
+from benchmarks.shapes.towers import WAYS, Pictures, train_tower_by
 from modeling_frozen import DataCollatorForFrozenPrefix
 from tests.helpers import tiny
 

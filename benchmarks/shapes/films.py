@@ -1,6 +1,6 @@
 """Questions about a short film, over its frames: what it is, where it starts, where it ends.
 
-    python examples/describe_video.py --output_dir video_output
+    python -m benchmarks.shapes.films --output_dir video_output
 
 A shape moves from one place to another; three frames of it go through the tower and the connector, one after the other. The
 language model has read sentences about such films, and never saw a picture.
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
-from shapes import PLACES, Scene, draw, split_scenes
-from tiny_world import (
+
+from benchmarks.shapes.tasks import (
     Arguments,
     blinded,
     exact_match,
@@ -25,6 +25,7 @@ from tiny_world import (
     train_connector,
     write_results,
 )
+from modeling_frozen.shapes.scenes import PLACES, Scene, draw, split_scenes
 
 
 @dataclass
