@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_frozen.data.augmentation import PhotoAugmentation
+from modeling_frozen.data.augmentation import PhotoAugmentation, random_crop
 
 
 pytest.importorskip("kornia")
@@ -50,3 +50,15 @@ def test_numbers_outside_their_range_are_named() -> None:
         PhotoAugmentation(crop=0)
     with pytest.raises(ValueError, match=r"flip=2"):
         PhotoAugmentation(flip=2)
+
+
+def test_a_random_crop_is_of_the_image_and_repeats() -> None:
+    torch.manual_seed(0)
+    crops = [random_crop(picture()) for _ in range(20)]
+    assert all(20 <= crop.width <= 60 and 20 <= crop.height <= 40 for crop in crops) and len({crop.size for crop in crops}) > 5
+    assert all(0.45 < crop.width * crop.height / 2400 <= 1 for crop in crops)
+    for crop in crops:  # nothing turned or mirrored
+        assert crop.getpixel((0, 0))[0] > 0 or crop.getpixel((crop.width - 1, 0))[2] > 0
+        assert crop.getpixel((0, 0))[2] <= crop.getpixel((crop.width - 1, 0))[2]
+    torch.manual_seed(0)
+    assert random_crop(picture()).tobytes() == crops[0].tobytes()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
+from modeling_frozen.training.arguments import training_arguments
 from modeling_frozen.training.recommended import recommended_arguments
 from tests.helpers.tiny import join
 
@@ -81,3 +82,17 @@ def test_of_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model.save_pretrained(tmp_path / "eyes")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "eyes")
     assert recommended_arguments(again, range(762), verbose=False)["learning_rate"] == 2e-4
+
+
+def test_arguments_come_from_flags_then_from_the_script_then_from_the_sizes(tmp_path: Path) -> None:
+    (model, _), out = join(tmp_path), str(tmp_path / "out")
+    flags = ["--num_train_epochs", "7", "--per_device_train_batch_size", "4"]
+    training = training_arguments(flags, model=model, rows=range(64), output_dir=out, weight_decay=0.1, logging_steps=5)
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (7, 4)
+    assert (training.weight_decay, training.logging_steps, training.output_dir) == (0.1, 5, out)
+    assert (training.learning_rate, training.gradient_accumulation_steps) == (3e-3, 8)  # 32 rows a step, by fours
+    assert training_arguments(["--weight_decay", "0.2"], output_dir=out, weight_decay=0.1).weight_decay == 0.2
+    with pytest.raises(ValueError, match="argument 'learning_rat' is unknown: did you mean 'learning_rate'?"):
+        training_arguments(["--learning_rat", "1"], output_dir=out)
+    with pytest.raises(ValueError, match="argument 'visoin' is unknown: did you mean 'vision'?"):
+        training_arguments(["--visoin", "a"], others=["vision"], output_dir=out)

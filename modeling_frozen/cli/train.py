@@ -1,7 +1,6 @@
 """`frozen-prefix train`: a connector between two frozen parents, by `Trainer`, from one file of settings or flags."""
 
 import argparse
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -61,6 +60,8 @@ def read_settings(
     """Our settings; those of `TrainingArguments` in the file; and the flags that are `TrainingArguments`'."""
     from transformers import TrainingArguments
 
+    from ..training.arguments import _nearest
+
     args, others = parser.parse_known_args(arguments)
     if args.config is None:
         return args, {}, others
@@ -68,7 +69,7 @@ def read_settings(
     written = _read_yaml(args.config)
     for name in written:
         if name not in own | theirs or name == "config":
-            raise ValueError(f"{args.config}: {_unknown(name, own | theirs)}")
+            raise ValueError(f"{args.config}: {_nearest(name, own | theirs)}")
     parser.set_defaults(**{name: value for name, value in written.items() if name in own})
     args, others = parser.parse_known_args(arguments)
     return args, {name: value for name, value in written.items() if name not in own}, others
@@ -84,34 +85,6 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}: write `name: value` on each line.")
     return dict(content)
-
-
-def _unknown(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"{name!r} is unknown" + (f": did you mean {near[0]!r}?" if near else ".")
-
-
-def training_arguments(defaults: Mapping[str, Any], flags: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """`TrainingArguments` of defaults, which flags overrule, and those fields that flags set."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    usage = "frozen-prefix train [flags of `frozen-prefix train --help`] [fields of TrainingArguments]"
-    parser = HfArgumentParser(TrainingArguments, prog="frozen-prefix train", usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
-    # As a file says it: a number in it may be a string ("1e-3" in YAML), which is read as a flag's would be.
-    parser.set_defaults(**{name: str(one) if _is_number(one) else one for name, one in defaults.items()})
-    (training, unknown) = parser.parse_args_into_dataclasses(
-        list(flags), return_remaining_strings=True, look_for_args_file=False
-    )
-    names = [field.name for field in fields(TrainingArguments) if field.init]
-    if unknown:
-        raise ValueError(f"argument {_unknown(unknown[0].lstrip('-').partition('=')[0], {*names, *_own_names()})}")
-    absent = object()
-    given, _ = parser.parse_known_args(list(flags), argparse.Namespace(**dict.fromkeys(names, absent)))
-    return training, {name: getattr(training, name) for name in names if getattr(given, name) is not absent}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _own_names() -> list[str]:
@@ -200,9 +173,6 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     args, in_file, flags = read_settings(args.parser, args.arguments)
     check(args)
-    first, by_flags = training_arguments({**in_file, "output_dir": args.output_dir}, flags)
-    given = {**{name: getattr(first, name) for name in in_file}, **by_flags}
-
     from transformers import Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -210,17 +180,17 @@ def run(args: argparse.Namespace) -> None:
     from ..data.feature_cache import cache_vision_features
     from ..model_card.callback import FrozenPrefixHubCallback
     from ..model_card.card import write_model_card
-    from ..training.recommended import recommended_arguments
+    from ..training.arguments import training_arguments
 
-    out = Path(args.output_dir)
+    out, chosen = Path(args.output_dir), {**in_file, "output_dir": args.output_dir}
+    named: dict[str, Any] = {"prog": "frozen-prefix train", "others": _own_names()}
+    first = training_arguments(flags, **named, **chosen)  # before anything is read
     set_seed(first.seed)
     with first.main_process_first(desc="reading the data"):
         rows, held_out = load_data(args)
     model, processor = build_model(args)
-    is_first = first.process_index == 0
-    recommended = recommended_arguments(model, rows, given=given, verbose=is_first)
-    training, _ = training_arguments({**_ours(held_out), **recommended, **in_file, "output_dir": args.output_dir}, flags)
-
+    training = training_arguments(flags, model=model, rows=rows, **named, **{**_ours(held_out), **chosen})
+    is_first = training.process_index == 0
     if held_out is not None and is_first:
         held_out.save_to_disk(str(out / "held_out"))
     asking = Asking(processor, args.question, chat=False if args.no_chat else None)

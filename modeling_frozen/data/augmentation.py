@@ -81,4 +81,22 @@ class PhotoAugmentation:
         return Image.fromarray(array)
 
 
-__all__ = ["PhotoAugmentation"]
+def random_crop(image: Image.Image) -> Image.Image:
+    """
+    Half to all of an image, nearly in its own shape, from torch's global generator. Never mirrored, for captions say left and
+    right. Needs no kornia.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode.
+
+    Returns:
+        `PIL.Image.Image`: of the same mode, smaller.
+    """
+    width, height = image.size
+    area, shape = (torch.rand(2) * torch.tensor([0.5, 0.4]) + torch.tensor([0.5, -0.2])).tolist()
+    wide, high = (min(1.0, (area * torch.e**turn) ** 0.5) for turn in (shape, -shape))
+    left, top = (torch.rand(2) * torch.tensor([1 - wide, 1 - high])).tolist()
+    return image.crop((left * width, top * height, (left + wide) * width, (top + high) * height))  # type: ignore[arg-type]
+
+
+__all__ = ["PhotoAugmentation", "random_crop"]
