@@ -1,202 +1,119 @@
-"""A frozen language model learns to see, from nothing, without a network, in a few minutes on two cores.
+"""A frozen language model learns to see, from nothing, without a network, in about two minutes on two cores.
 
     python examples/quickstart.py --output_dir quickstart_output
-    python examples/quickstart.py --vision ID_OR_FOLDER --text ID_OR_FOLDER      (real parents instead of the tiny ones)
 
-Two tiny parents are trained apart (`shapes.py`): a language model on sentences, which never meets a picture, and a tower
-on pictures, which never meets a word. Both are saved as ordinary folders and frozen. Then only a connector is trained,
+Two tiny parents are trained apart (`modeling_frozen.shapes`): a language model on sentences, which meets no picture, and a
+tower on pictures, which never meets a word. Both are saved as ordinary folders and frozen. Then only a connector is trained,
 with `Trainer`, and describes pictures of scenes that nobody met in training, neither drawn nor described. Beside the score
 stand those of the same model *blind* (pictures shuffled) and of a *random connector*. Written to `--output_dir`: the parents,
-the checkpoint, `results.json`, `training.png` and `pictures.png`.
+the checkpoint, `results.json`, `training.png` and `pictures.png`. With real parents and photos: `quickstart_real.py`.
 """
 
+import argparse
 import json
 import random
-import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from PIL import Image
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-
-from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from modeling_frozen.evaluation.plots import plot_sheet, plot_training
-from modeling_frozen.metrics import caption_metrics, caption_scores
-from modeling_frozen.shapes.parents import train_language_model, train_tower
-from modeling_frozen.shapes.scenes import QUESTIONS, Scene, draw, split_scenes
+from modeling_frozen.shapes.scenes import QUESTIONS, draw, split_scenes
 
 
-@dataclass
-class Arguments:
-    output_dir: Path = field(default=Path("quickstart_output"), metadata={"help": "Where everything is written."})
-    vision: str | None = field(default=None, metadata={"help": "A real vision tower: Hub id or folder."})
-    text: str | None = field(default=None, metadata={"help": "A real language model: Hub id or folder."})
-    connector_type: str = "mlp"
-    prefix_length: int | None = field(default=None, metadata={"help": "For connectors that choose their own length."})
-    tower_steps: int = field(default=1000, metadata={"help": "Steps of training for the tiny tower."})
-    language_model_steps: int = field(default=110, metadata={"help": "Steps of training for the tiny language model."})
-    steps: int = field(default=1800, metadata={"help": "Steps of training for the connector."})
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    held_out: int = field(default=96, metadata={"help": "How many held-out pictures are described."})
-    seed: int = 0
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("quickstart_output"), help="where everything is written")
+    parser.add_argument("--tower_steps", type=int, default=1000, help="of training the tiny tower")
+    parser.add_argument("--language_model_steps", type=int, default=110, help="of training the tiny language model")
+    parser.add_argument("--steps", type=int, default=1800, help="of training the connector")
+    parser.add_argument("--held_out", type=int, default=96, help="how many held-out pictures are described")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
 
 
-def make_rows(scenes: list[Scene], count: int, rng: random.Random, questions: bool = True) -> list[dict]:
+def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """Pictures, each with its description, or (every other one) with a question and its answer."""
+    rng, (known, _) = random.Random(seed), split_scenes()
     rows = []
     for i in range(count):
-        scene = rng.choice(scenes) if questions else scenes[i % len(scenes)]
-        question = rng.choice(list(QUESTIONS)) if questions and i % 2 else None
+        scene = rng.choice(known)
+        question = rng.choice(list(QUESTIONS)) if i % 2 else None
         answer = scene.sentence if question is None else scene.answer(question)
-        rows.append({"image": draw(scene, rng), "prompt": question or "", "answer": answer, "scene": scene})
+        rows.append({"image": draw(scene, rng), "prompt": question or "", "answer": answer})
     return rows
 
 
-@torch.no_grad()
-def answer(model, processor, images: list[Image.Image], prompts: list[str], title: str) -> list[str]:
-    """What the model says of each picture, up to its first full stop."""
-    said = []
-    for at in tqdm(range(0, len(images), 30), desc=title):
-        inputs = processor(images=images[at : at + 30], text=prompts[at : at + 30], return_tensors="pt", padding=True)
-        ids = model.generate(**inputs.to(model.device), max_new_tokens=16, do_sample=False)
-        texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        said += [text.split(".")[0].strip() + " ." for text in texts]
-    return said
+def make_held_out(count: int, seed: int) -> list[dict[str, Any]]:
+    rng, (_, held_out) = random.Random(seed), split_scenes()
+    scenes = rng.sample(held_out, len(held_out))[:count]  # each once
+    return [{"image": draw(scene, rng), "prompt": "", "answer": scene.sentence} for scene in scenes]
 
 
-def shuffled(images: list[Image.Image], rows: list[dict]) -> list[Image.Image]:
-    """Every row gets a picture of another scene than its own."""
-    rng, order = random.Random(0), list(range(len(images)))
-    while any(rows[i]["scene"] == rows[j]["scene"] for i, j in enumerate(order)):
-        for i, j in enumerate(order):
-            if rows[i]["scene"] == rows[j]["scene"]:
-                other = rng.randrange(len(order))
-                order[i], order[other] = order[other], order[i]
-    return [images[j] for j in order]
+def first_sentence(text: str) -> str:
+    return text.split(".")[0].strip() + " ."
 
 
-def score(said: list[str], rows: list[dict]) -> dict[str, float]:
-    right = [row["answer"] for row in rows]
-    exact = sum(a == b for a, b in zip(said, right, strict=True)) / len(right)
-    return {"exact_match": exact, "cider": caption_metrics(said, [[text] for text in right])["cider"]}
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)  # before torch is imported, so that --help comes at once
+    from transformers import Trainer, TrainingArguments, set_seed
 
+    from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+    from modeling_frozen.evaluation import evaluate
+    from modeling_frozen.evaluation.plots import plot_sheet, plot_training
+    from modeling_frozen.metrics import caption_scores, exact_match
+    from modeling_frozen.shapes.folders import write_parents
 
-def folder_bytes(folder: str | Path, pattern: str = "*.safetensors") -> int:
-    return sum(file.stat().st_size for file in Path(folder).glob(pattern))
-
-
-def draw_sheet(path: Path, images: list[Image.Image], rows: list[dict], said: list[str], colours: list[str]) -> None:
-    """Held-out pictures, the best, the middle and the worst, with what the model said of them and of their colour."""
-    right = [row["answer"] for row in rows]
-    scores = caption_scores(said, [[text] for text in right])["cider"]
-    outputs = [f"{text}  what colour ?  {reply}" for text, reply in zip(said, colours, strict=True)]
-    title = "Held-out scenes: nobody met them in training, neither drawn nor described"
-    plot_sheet(images, outputs, right, scores, path, each=4, score_name="CIDEr", title=title)
-
-
-FRESH = """
-import json, sys
-import modeling_frozen
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-images = [Image.open(path) for path in sys.argv[2:]]
-inputs = processor(images=images, text=[""] * len(images), return_tensors="pt", padding=True)
-ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-print(json.dumps([text.split(".")[0].strip() + " ." for text in texts]))
-"""
-
-
-def said_in_a_fresh_process(checkpoint: Path, images: list[Image.Image], folder: Path) -> list[str]:
-    """Reloads by the Auto classes, as somebody else would."""
-    files = []
-    for i, image in enumerate(images):
-        files.append(str(folder / f"picture_{i}.png"))
-        image.save(files[-1])
-    command = [sys.executable, "-c", FRESH, str(checkpoint), *files]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def main() -> dict:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     begin, out = time.time(), args.output_dir
-    out.mkdir(parents=True, exist_ok=True)
+    write_parents(out, tower_steps=args.tower_steps, language_model_steps=args.language_model_steps, seed=args.seed)
     set_seed(args.seed)
-    tower, words = args.vision or str(out / "tower"), args.text or str(out / "language_model")
-    if args.vision is None:
-        train_tower(Path(tower), args.tower_steps, args.seed)
-    if args.text is None:
-        train_language_model(Path(words), args.language_model_steps, args.seed)
-
-    def join() -> FrozenPrefixForConditionalGeneration:
-        return FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-            tower, words, connector_type=args.connector_type, prefix_length=args.prefix_length
-        )
-
-    set_seed(args.seed)
-    model = join()
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        str(out / "tower"), str(out / "language_model"), connector_type="mlp"
+    )
     processor = FrozenPrefixProcessor.from_model(model)
-    known, held_out = split_scenes()
-    rng = random.Random(args.seed)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            str(out / "training"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=20, logging_steps=20,
-            logging_first_step=True, remove_unused_columns=False, save_strategy="no", report_to="none", seed=args.seed,
+            str(out / "training"), max_steps=args.steps, per_device_train_batch_size=32, learning_rate=3e-3,
+            lr_scheduler_type="cosine", warmup_steps=20, logging_steps=20, logging_first_step=True,
+            remove_unused_columns=False, save_strategy="no", report_to="none", seed=args.seed,
         ),
-        train_dataset=make_rows(known, args.steps * args.batch_size // 4, rng),
+        train_dataset=make_rows(args.steps * 8, args.seed),
         data_collator=DataCollatorForFrozenPrefix(processor),
         processing_class=processor,
     )  # fmt: skip
     trainer.train()
     plot_training(trainer, out / "training.png")
-    model.eval()
+    trainer.save_model(str(out / "eyes"))  # the connector, its config and the processor
 
-    rng = random.Random(args.seed + 1)
-    rows = make_rows(rng.sample(held_out, len(held_out)), args.held_out, rng, questions=False)
-    images, prompts = [row["image"] for row in rows], [""] * len(rows)
-    said = answer(model, processor, images, prompts, "describing held-out pictures")
-    set_seed(args.seed + 1)
-    results = {
-        "sighted": score(said, rows),
-        "blind": score(answer(model, processor, shuffled(images, rows), prompts, "blind"), rows),
-        "random_connector": score(answer(join(), processor, images, prompts, "random connector"), rows),
-    }
-    colours = answer(model, processor, images, ["what colour ?"] * len(images), "asking for colours")
+    rows, options = make_held_out(args.held_out, args.seed + 1), {"batch_size": 30, "postprocess": first_sentence}
+    kinds = ("sighted", "blind", "random_connector")
+    result = evaluate(model, processor, rows, kinds=kinds, seed=args.seed, max_new_tokens=16, **options)
+    asked = [{**row, "prompt": "what colour ?"} for row in rows]
+    colours = evaluate(model, processor, asked, kinds=("sighted",), num_resamples=0, max_new_tokens=4, **options)
+    said = result.predictions["sighted"]
+    lines = [f"{text}  what colour ?  {reply}" for text, reply in zip(said, colours.predictions["sighted"], strict=True)]
+    score, images = caption_scores(said, result.references)["cider"], [row["image"] for row in rows]
+    plot_sheet(images, lines, result.references, score, out / "pictures.png", each=4, score_name="CIDEr")
 
-    checkpoint = out / "eyes"
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    model.save_pretrained(checkpoint)
-    results["checkpoint_bytes"] = folder_bytes(checkpoint, "*")
-    results["parents_bytes"] = folder_bytes(tower) + folder_bytes(words)
-    processor.save_pretrained(checkpoint)
-    again = said_in_a_fresh_process(checkpoint, images[:10], out)
-    if again != said[:10]:
-        raise RuntimeError(f"Reloaded, the model says {again} where it said {said[:10]}.")
-    draw_sheet(out / "pictures.png", images, rows, said, colours)
-    results["seconds"] = round(time.time() - begin, 1)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    # What was saved, read as somebody else would read it: by a command, in a process of its own.
+    shown = [str(out / f"picture_{i}.png") for i in range(min(10, len(images)))]
+    for image, path in zip(images, shown, strict=False):
+        image.save(path)
+    command = [sys.executable, "-m", "modeling_frozen.cli", "caption", *shown, "--model", str(out / "eyes"), "--json"]
+    again = subprocess.run([*command, "--no_chat", "--max_new_tokens", "16"], check=True, stdout=subprocess.PIPE, text=True)
+    if [first_sentence(json.loads(line)["text"]) for line in again.stdout.splitlines()] != said[: len(shown)]:
+        raise RuntimeError(f"Reloaded, the model says\n{again.stdout}where it said {said[: len(shown)]}.")
 
+    scores = {k: {"exact_match": exact_match(result.predictions[k], result.references), **result.scores[k]} for k in kinds}
+    size = sum(file.stat().st_size for file in (out / "eyes").glob("*.safetensors"))
+    parents = sum(file.stat().st_size for file in out.glob("*/*.safetensors")) - size
+    facts = {"checkpoint_bytes": size, "parents_bytes": parents, "seconds": round(time.time() - begin, 1)}
+    (out / "results.json").write_text(json.dumps({**scores, **facts}, indent=2) + "\n")
     print(f"\n{f'{len(rows)} images of scenes that nobody met in training':<53} exact match   CIDEr")
-    for name in ("sighted", "blind", "random_connector"):
-        print(f"{name:<53} {results[name]['exact_match']:>11.3f} {results[name]['cider']:>7.3f}")
-    print(
-        f"\ncheckpoint {results['checkpoint_bytes']:,} bytes (config included), its parents {results['parents_bytes']:,}; "
-        f"reloaded in a fresh process it says the same.\n{results['seconds']} seconds. "
-        f"See {out / 'pictures.png'} and {out / 'results.json'}, and ask it yourself:\n"
-        f"    frozen-prefix demo {checkpoint} --first_sentence --pictures {out}/picture_*.png"
-    )
-    return results
+    print("\n".join(f"{name:<53} {one['exact_match']:>11.3f} {one['cider']:>7.3f}" for name, one in scores.items()))
+    print(f"\nThe connector has {size:,} bytes, its parents {parents:,}. {facts['seconds']} seconds: {out}/pictures.png")
+    print(f"    frozen-prefix demo {out / 'eyes'} --first_sentence --pictures {out}/picture_*.png")
 
 
 if __name__ == "__main__":

@@ -9,49 +9,38 @@ checkpoint (`eyes`), `results.json`, `predictions.jsonl`, `training.png` and `sh
 data set is of any form that `load_image_text` reads, with the splits train, validation and test.
 """
 
+import argparse
 import json
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from modeling_frozen import (
-    DataCollatorForFrozenPrefix,
-    FrozenPrefixForConditionalGeneration,
-    FrozenPrefixProcessor,
-    cache_vision_features,
-    load_image_text,
-)
-from modeling_frozen.data.augmentation import PhotoAugmentation
-from modeling_frozen.evaluation import evaluate
-from modeling_frozen.evaluation.plots import plot_sheet, plot_training
-from modeling_frozen.metrics import caption_scores
-from modeling_frozen.training.sight import SightCallback
-
-
-@dataclass
-class Arguments:
-    vision: str = field(default="google/mobilenet_v2_1.0_224", metadata={"help": "Vision tower: Hub id or folder."})
-    text: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Language model: Hub id or folder."})
-    dataset: str = field(default="jxie/flickr8k", metadata={"help": "Captioned photos: Hub id, folder or file."})
-    output_dir: Path = Path("quickstart_real_output")
-    prompt: str = "Describe the photo."
-    question: str = field(default="What is the dog doing?", metadata={"help": "Asked about the first photos at the end."})
-    prefix_length: int = 10
-    connector_config: str = field(default="{}", metadata={"help": "Options of the connector, as JSON."})
-    crops: int = field(default=0, metadata={"help": "Random crops of each training photo, beside the photo itself."})
-    steps: int = 480
-    photos_per_step: int = 4
-    learning_rate: float = 3e-3
-    test_photos: int = 125
-    num_beams: int = 3
-    seed: int = 0
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--vision", default="google/mobilenet_v2_1.0_224", help="vision tower: Hub id or folder")
+    add("--text", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="language model: Hub id or folder")
+    add("--dataset", default="jxie/flickr8k", help="captioned photos: Hub id, folder or file")
+    add("--output_dir", type=Path, default=Path("quickstart_real_output"))
+    add("--prompt", default="Describe the photo.")
+    add("--question", default="What is the dog doing?", help="asked about the first photos at the end")
+    add("--prefix_length", type=int, default=10)
+    add("--connector_config", type=json.loads, default={}, metavar="JSON", help="options of the connector")
+    add("--crops", type=int, default=0, help="random crops of each training photo, beside the photo itself")
+    add("--steps", type=int, default=480)
+    add("--photos_per_step", type=int, default=4)
+    add("--learning_rate", type=float, default=3e-3)
+    add("--test_photos", type=int, default=125)
+    add("--num_beams", type=int, default=3)
+    add("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
 
 
-def read(args: Arguments, processor: Any, split: str, count: int | None = None) -> Any:
+def read(args: argparse.Namespace, processor: Any, split: str, count: int | None = None) -> Any:
     """Photos with all their captions, each of which answers the prompt."""
+    from modeling_frozen import load_image_text
+
     rows = load_image_text(args.dataset, split=split)
     prompt = processor.chat_prompt(args.prompt)
 
@@ -64,24 +53,31 @@ def read(args: Arguments, processor: Any, split: str, count: int | None = None) 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    args = parse(arguments)  # before torch is imported, so that --help comes at once
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    import modeling_frozen as frozen
+    from modeling_frozen.data.augmentation import PhotoAugmentation
+    from modeling_frozen.evaluation import evaluate
+    from modeling_frozen.evaluation.plots import plot_sheet, plot_training
+    from modeling_frozen.metrics import caption_scores
+    from modeling_frozen.training.sight import SightCallback
+
     begin, processor_begin, out = time.time(), time.process_time(), args.output_dir
     set_seed(args.seed)
-    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-        args.vision,
-        args.text,
-        connector_type="mlp",
-        connector_config=json.loads(args.connector_config),
+    model = frozen.FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        args.vision, args.text, connector_type="mlp", connector_config=args.connector_config,
         prefix_length=args.prefix_length,
         vision_feature_select_strategy="pooled",  # one vector for a photo, from which the connector writes the whole prefix
-    )
-    processor = FrozenPrefixProcessor.from_model(model)
+    )  # fmt: skip
+    processor = frozen.FrozenPrefixProcessor.from_model(model)
     crops = {"views": args.crops + 1, "augment": PhotoAugmentation(), "plain_view": True} if args.crops else {}
     seen = {
-        split: cache_vision_features(read(args, processor, split), model, processor, cache_dir=out / "features", **options)
+        split: frozen.cache_vision_features(
+            read(args, processor, split), model, processor, cache_dir=out / "features", **options
+        )
         for split, options in (("train", crops), ("validation", {}))
     }
-    collator = DataCollatorForFrozenPrefix(processor, all_texts=True)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -91,9 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
             seed=args.seed,
         ),
         train_dataset=seen["train"],
-        data_collator=collator,
+        data_collator=frozen.DataCollatorForFrozenPrefix(processor, all_texts=True),
         processing_class=processor,
-        callbacks=[SightCallback(seen["validation"], DataCollatorForFrozenPrefix(processor))],
+        callbacks=[SightCallback(seen["validation"], frozen.DataCollatorForFrozenPrefix(processor))],
     )  # fmt: skip
     trainer.train()
     trainer.save_model(str(out / "eyes"))

@@ -17,7 +17,7 @@ def test_a_short_run_writes_everything(tmp_path: Path) -> None:
     few = ["--tower_steps", "2", "--language_model_steps", "2", "--steps", "2", "--held_out", "12"]
     results, printed = run_example("quickstart", tmp_path, *few)
     assert set(results) == {"sighted", "blind", "random_connector", "checkpoint_bytes", "parents_bytes", "seconds"}
-    assert all(set(results[name]) == {"exact_match", "cider"} for name in ("sighted", "blind", "random_connector"))
+    assert all(set(results[name]) > {"exact_match", "cider"} for name in ("sighted", "blind", "random_connector"))
     assert results["checkpoint_bytes"] < results["parents_bytes"] / 10
     assert (tmp_path / "pictures.png").stat().st_size > 10_000
     names = [tmp_path / "eyes", tmp_path / "picture_*.png"]
