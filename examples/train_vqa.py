@@ -1,167 +1,101 @@
-"""Teaches a frozen language model to answer questions about pictures, with LoRA on top if asked.
+"""Teaches a frozen language model to answer questions about images, with LoRA on top if asked.
 
-    python examples/train_vqa.py                                          (parents and pictures made here, see `shapes.py`)
-    python examples/train_vqa.py --lora_rank 8
-    python examples/train_vqa.py --vision TOWER --text MODEL --dataset DATASET --template "Question: {} Answer:"
-    torchrun --nproc_per_node 2 examples/train_vqa.py                     (on two processes)
+    python examples/train_vqa.py --dataset llava.json --image_root images --output_dir vqa
+    python examples/train_vqa.py --dataset questions.json annotations.json --lora_rank 8
+    torchrun --nproc_per_node 2 examples/train_vqa.py --dataset llava.json                        (on two processes)
 
-DATASET is whatever `load_image_text` reads (a Hub id, a folder, VQA v2's two files, LLaVA's JSON, …), rows with one image, in
-the splits train and test, or without: then a tenth of its images is held out. Every picture is encoded once and then read from
-the store. The test split is answered four times: sighted, blind (pictures shuffled), with a random connector, and by the
-language model alone. Into `--output_dir` go `results.json`, `predictions.jsonl`, the checkpoint, `training.png`, `sheet.png`
-(pictures with answers), and `sightedness.png` (what each word of the answers owes to the picture).
+The dataset is whatever `load_image_text` reads (a Hub id, a folder, VQA v2's two files, LLaVA's JSON, …), in the splits train
+and test, or without: then a tenth of its images is held out. A chat model is asked in its own turns, any other by the
+question alone. Every image is encoded once and then read from the store. The test split is answered four times: sighted,
+blind (images shuffled), with a random connector, and by the language model alone. Into `--output_dir` go the checkpoint
+(`eyes`), `results.json`, `predictions.jsonl`, `training.png` and `sheet.png` (images with answers). Every field of
+`TrainingArguments` is a flag too; those left out follow the sizes of language model and data.
+
+Without a network, parents and questions are made here:
+
+    python -m modeling_frozen.shapes --output_dir shapes
+    python examples/train_vqa.py --vision shapes/tower --text shapes/language_model --dataset shapes/questions
 """
 
-import random
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import partial
+import argparse
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from datasets import Dataset, Features, Image, Value
-from own_data import ExampleTrainingArguments, read_splits
-from transformers import HfArgumentParser, Trainer, set_seed
 
-from modeling_frozen import (
-    DataCollatorForFrozenPrefix,
-    FrozenPrefixForConditionalGeneration,
-    FrozenPrefixProcessor,
-    cache_vision_features,
-)
-from modeling_frozen.evaluation import Evaluation, evaluate
-from modeling_frozen.evaluation.plots import plot_sheet, plot_training
-from modeling_frozen.interpretation import sightedness
-from modeling_frozen.metrics import exact_match
-from modeling_frozen.shapes.parents import train_language_model, train_tower
-from modeling_frozen.shapes.scenes import QUESTIONS, draw, split_scenes
-
-
-@dataclass
-class Arguments:
-    vision: str | None = field(default=None, metadata={"help": "Vision tower: Hub id or folder; made here by default."})
-    text: str | None = field(default=None, metadata={"help": "Language model: Hub id or folder; made here by default."})
-    dataset: list[str] | None = field(
-        default=None, metadata={"help": "Any form of load_image_text, or several files of one set; made here by default."}
-    )
-    image_root: str | None = field(default=None, metadata={"help": "Folder of relative image paths; default: the file's."})
-    template: str = field(default="{}", metadata={"help": "The prompt; {} stands for the question."})
-    rows: int = field(default=6000, metadata={"help": "Questions to train on, at most."})
-    test_rows: int = field(default=400, metadata={"help": "Questions to be scored, at most."})
-    connector: str = "mlp"
-    prefix_length: int | None = None
-    lora_rank: int = field(default=0, metadata={"help": "LoRA on the language model as well, of this rank; 0: none."})
-    max_new_tokens: int = 4
-
-
-@dataclass
-class VQATrainingArguments(ExampleTrainingArguments):
-    output_dir: str = "vqa"
-
-
-def made_here(count: int, held_out: bool, seed: int) -> Iterable[dict[str, Any]]:
-    """Pictures of one coloured shape, and all questions about each. Scenes of the test split are met by nobody else."""
-    rng, scenes = random.Random(seed), split_scenes()[held_out]
-    for _ in range(count):
-        scene = rng.choice(scenes)
-        questions = list(QUESTIONS)
-        yield {
-            "image": draw(scene, rng),
-            "questions": questions,
-            "answers": [[scene.answer(one).removesuffix(" .")] for one in questions],
-        }
-
-
-def one_question_a_row(dataset: Dataset, args: Arguments, limit: int, seed: int) -> Dataset:
-    """Rows `image`, `prompt`, `answer`: `limit` of them, drawn at random."""
-    pairs = []
-    for index, (asked, said) in enumerate(zip(dataset["questions"], dataset["answers"], strict=True)):
-        pairs += [(index, args.template.format(one), answers) for one, answers in zip(asked, said, strict=True)]
-    pairs = random.Random(seed).sample(pairs, min(limit, len(pairs)))
-    rows = dataset.select([index for index, _, _ in pairs]).select_columns(["image"])
-    rows = rows.add_column("prompt", [prompt for _, prompt, _ in pairs])
-    return rows.add_column("answer", [answers for _, _, answers in pairs])
-
-
-def parents(args: Arguments, folder: Path, seed: int) -> tuple[str, str]:
-    """The two parents' folders or ids; those that are made here are trained once, by the first process."""
-    tower, words = args.vision or str(folder / "tower"), args.text or str(folder / "language_model")
-    with PartialState().main_process_first():
-        if args.vision is None and not (Path(tower) / "config.json").is_file():
-            train_tower(Path(tower), 1000, seed)
-        if args.text is None and not (Path(words) / "config.json").is_file():
-            train_language_model(Path(words), 110, seed)
-    return tower, words
-
-
-def read(args: Arguments, seed: int) -> dict[str, Dataset]:
-    limits = {"train": args.rows, "test": args.test_rows}
-    if args.dataset is not None:
-        loaded = read_splits(args.dataset, list(limits), args.image_root, seed)
-        return {split: one_question_a_row(loaded[split], args, limit, seed) for split, limit in limits.items()}
-    columns = Features({"image": Image(), "questions": [Value("string")], "answers": [[Value("string")]]})
-    made = {}
-    for split, limit in limits.items():
-        generator = partial(made_here, -(-limit // len(QUESTIONS)), split == "test", seed)
-        rows = Dataset.from_list(list(generator()), features=columns)
-        made[split] = one_question_a_row(rows, args, limit, seed)
-    return made
-
-
-def draw_plots(folder: Path, model: Any, processor: Any, trainer: Trainer, test: Dataset, result: Evaluation) -> None:
-    """How training went, and some pictures with what was asked and said of them."""
-    plot_training(trainer, folder / "training.png")
-    few = range(min(64, len(test)))
-    images, said = test.select(few)["image"][:], result.predictions["sighted"]
-    lines = [f"{result.prompts[i]} {said[i]}" for i in few]
-    right = [exact_match([said[i]], [result.references[i]]) for i in few]
-    plot_sheet(images, lines, result.references[: len(few)], right, folder / "sheet.png", each=3, score_name="right")
-    answers = [f" {some[0]}" for some in result.references[: len(few)]]
-    sightedness(model, processor, images, answers, prompts=result.prompts[: len(few)]).plot(folder / "sightedness.png")
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    add = parser.add_argument
+    add("--vision", default="google/siglip2-base-patch16-224", help="vision tower: Hub id or folder")
+    add("--text", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="language model: Hub id or folder")
+    add("--dataset", nargs="+", required=True, help="any form of load_image_text, or several files of one set")
+    add("--image_root", help="folder of relative image paths (default: the file's own)")
+    add("--output_dir", type=Path, default=Path("vqa"))
+    add("--rows", type=int, help="train on so many, drawn at random (default: all)")
+    add("--test_rows", type=int, default=400, help="score at most so many")
+    add("--connector", default="mlp")
+    add("--prefix_length", type=int, help="vectors an image, for connectors that choose it")
+    add("--lora_rank", type=int, default=0, help="LoRA on the language model as well, of this rank (default: none)")
+    add("--max_new_tokens", type=int, default=16)
+    return parser.parse_known_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    args, training = HfArgumentParser((Arguments, VQATrainingArguments)).parse_args_into_dataclasses(arguments)
-    folder = Path(training.output_dir)
+    args, flags = parse(arguments)  # before torch is imported, so that --help comes at once
+    from transformers import Trainer, set_seed
+
+    from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor, cache_vision_features
+    from modeling_frozen.data.asking import Asking, AskingCollator
+    from modeling_frozen.data.splits import load_splits
+    from modeling_frozen.evaluation import evaluate
+    from modeling_frozen.evaluation.plots import plot_sheet, plot_training
+    from modeling_frozen.metrics import exact_match
+    from modeling_frozen.training.arguments import training_arguments
+
+    out = args.output_dir
+    chosen = {"output_dir": str(out / "training"), "logging_steps": 20, "logging_first_step": True, "save_strategy": "no"}
+    training = training_arguments(flags, **chosen)
     set_seed(training.seed)
-    tower, words = parents(args, folder, training.seed)
-    data = read(args, training.seed)
+    with training.main_process_first():
+        rows = load_splits(args.dataset, ("train", "test"), image_root=args.image_root, on_error="skip")
+    rows = {split: some.shuffle(seed=training.seed) for split, some in rows.items()}
+    train = rows["train"].select(range(min(args.rows or len(rows["train"]), len(rows["train"]))))
+    test = rows["test"].select(range(min(args.test_rows, len(rows["test"]))))
+
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-        tower, words, connector_type=args.connector, prefix_length=args.prefix_length
+        args.vision, args.text, connector_type=args.connector, prefix_length=args.prefix_length
     )
     processor = FrozenPrefixProcessor.from_model(model)
-    stored = cache_vision_features(data["train"], model, processor, cache_dir=folder / "features")
+    asking = Asking(processor)  # in the language model's own turns, where it has such
+    training = training_arguments(flags, model=model, rows=train, **chosen)
     trained = model
     if args.lora_rank:
         from peft import get_peft_model
 
-        from modeling_frozen.lora import lora_config
+        from modeling_frozen.training.lora import lora_config
 
         trained = get_peft_model(model, lora_config(model, r=args.lora_rank, lora_alpha=2 * args.lora_rank))
-        trained.print_trainable_parameters()
     trainer = Trainer(
         model=trained,
         args=training,
-        train_dataset=stored,
-        data_collator=DataCollatorForFrozenPrefix(processor),
+        train_dataset=cache_vision_features(train, model, processor, cache_dir=out / "features"),
+        data_collator=AskingCollator(processor, asking=asking),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(str(folder / "eyes"))
+    trainer.save_model(str(out / "eyes"))
     if not trainer.is_world_process_zero():
         return {}
-    result = evaluate(
-        model,
-        processor,
-        data["test"],
-        task="vqa",
-        batch_size=64,
-        output_dir=folder,
-        postprocess=lambda text: text.split(".")[0].strip(),
-        max_new_tokens=args.max_new_tokens,
-    )
-    draw_plots(folder, model, processor, trainer, data["test"], result)
+
+    plot_training(trainer, out / "training.png")
+    asked = [asking.row(row) for row in test]
+    options = {"batch_size": 64, "max_new_tokens": args.max_new_tokens}
+    result = evaluate(model, processor, asked, task="vqa", output_dir=out, seed=training.seed, **options)
+    said = result.predictions["sighted"]
+    right = [exact_match([one], [some]) for one, some in zip(said, result.references, strict=True)]
+    images = [row["image"] if "image" in row else row["images"][0] for row in test]
+    lines = [f"{prompt}  {one}" for prompt, one in zip(result.prompts, said, strict=True)]
+    plot_sheet(images, lines, result.references, right, out / "sheet.png", each=3, score_name="right")
     print(result.table())
     return result.as_dict()
 
