@@ -1,192 +1,116 @@
-"""Teaches two frozen parents to tell classes by picture and text together: any tower, any language model, one small head.
+"""Teaches two frozen parents to tell classes by image and text together: any tower, any language model, one small head.
 
-    python examples/classify.py --output_dir classifier
-    python examples/classify.py --vision ID_OR_FOLDER --text ID_OR_FOLDER --dataset DATASET        (your own data)
+    python examples/classify.py --dataset DATASET --output_dir classifier
 
-Without arguments everything is made here: two tiny parents that never met (`shapes.py`), pictures of scenes, a question to
-each as its text ("what colour ?"), and the answer as its class. Neither the picture nor the question alone tells it:
-`--fused_inputs image` and `--fused_inputs text` show how far each gets. DATASET has the splits train and test, and columns of
-images, texts and labels (numbers, names, or `ClassLabel`); or it is whatever `load_image_text` reads: the answer to a question
-is its class then.
+DATASET has the splits train and test, and columns of images, texts and labels (numbers, names, or `ClassLabel`); or it is
+whatever `load_image_text` reads: the answer to a question is its class then. `--fused_inputs image` and `… text` show how far
+each gets alone. Accuracy and macro F1 on the test rows stand beside those of the same model *blind* (images shuffled,
+so that none keeps its own) and before training (*random connector*, and a random head). Into `--output_dir` go the checkpoint,
+its card and `results.json`. Every field of `TrainingArguments` is a flag too. Without a network, on parents made here:
 
-Accuracy and macro F1 on the test rows stand beside those of the same model *blind* (pictures shuffled, so that none keeps its
-own) and before training (*random connector*, and a random head). Into `--output_dir` go the checkpoint, its card and
-`results.json`. All of `TrainingArguments` are arguments too.
+    python -m modeling_frozen.shapes --output_dir shapes
+    python examples/classify.py --vision shapes/tower --text shapes/language_model --dataset shapes/questions
 """
 
-import contextlib
+import argparse
 import json
 import random
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
-from datasets.exceptions import DatasetsError
-from own_data import ExampleTrainingArguments, read_splits
-from transformers import HfArgumentParser, Trainer, set_seed
 
-from modeling_frozen import (
-    DataCollatorForFrozenPrefixClassification,
-    FrozenPrefixForSequenceClassification,
-    FrozenPrefixProcessor,
-)
-from modeling_frozen.evaluation.plots import plot_training
-from modeling_frozen.metrics import classification_compute_metrics
-from modeling_frozen.model_card import write_model_card
-from modeling_frozen.shapes.parents import train_language_model, train_tower
-from modeling_frozen.shapes.scenes import QUESTIONS, draw, split_scenes
-
-
-@dataclass
-class Arguments:
-    vision: str | None = field(default=None, metadata={"help": "A real vision tower: Hub id or folder."})
-    text: str | None = field(default=None, metadata={"help": "A real language model: Hub id or folder."})
-    dataset: list[str] | None = field(
-        default=None, metadata={"help": "Rows with labels, or any form of load_image_text, or several files of one set."}
-    )
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder of relative image paths, if not the dataset's own."}
-    )
-    image_column: str = "image"
-    text_column: str = "text"
-    label_column: str = "label"
-    fused_inputs: list[str] = field(default_factory=lambda: ["image", "text"], metadata={"help": "What the head reads."})
-    connector_type: str = "resampler"
-    connector_config: str = field(
-        default='{"num_layers": 1, "num_heads": 4, "hidden_size": 96, "position_embedding": true}',
-        metadata={"help": "Options of the connector, as JSON."},
-    )
-    prefix_length: int = 8
-    balanced: bool = field(default=False, metadata={"help": "Weigh classes by how rare they are."})
-    train_rows: int = field(default=4000, metadata={"help": "How many pictures are drawn to train."})
-    test_rows: int = field(default=400, metadata={"help": "How many pictures of held-out scenes are drawn to test."})
-    tower_steps: int = field(default=400, metadata={"help": "Steps of training for the tiny tower."})
-    language_model_steps: int = field(default=60, metadata={"help": "Steps of training for the tiny language model."})
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    add = parser.add_argument
+    add("--vision", default="google/siglip2-base-patch16-224", help="vision tower: Hub id or folder")
+    add("--text", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="language model: Hub id or folder")
+    add("--dataset", nargs="+", required=True, help="with labels; or any form of load_image_text, or several files of one set")
+    add("--image_root", help="folder of relative image paths (default: the file's own)")
+    for column in ("image", "text", "label"):
+        add(f"--{column}_column", default=column)
+    add("--output_dir", type=Path, default=Path("classifier"))
+    add("--fused_inputs", nargs="+", default=["image", "text"], help="what the head reads (default: image text)")
+    small = {"num_layers": 1, "num_heads": 4, "hidden_size": 96, "position_embedding": True}
+    add("--connector_config", type=json.loads, default=small, metavar="JSON", help="of the resampler")
+    add("--prefix_length", type=int, default=8)
+    add("--balanced", action="store_true", help="weigh classes by how rare they are")
+    return parser.parse_known_args(arguments)
 
 
-@dataclass
-class ClassificationTrainingArguments(ExampleTrainingArguments):
-    output_dir: str = "classifier"
-    learning_rate: float = 2e-3
-    num_train_epochs: float = 3
-    per_device_eval_batch_size: int = 64
-    warmup_steps: float = 0.05
-    logging_steps: float = 25
+def read_rows(args: argparse.Namespace) -> Any:
+    """Splits with columns of images, texts and labels (`ClassLabel`)."""
+    from datasets import ClassLabel, DatasetDict, load_dataset
+
+    from modeling_frozen.data.splits import load_questions
+
+    try:
+        rows = load_dataset(args.dataset[0])
+        labelled = args.label_column in rows["train"].column_names
+    except (OSError, ValueError):  # a form that `datasets` alone can't read
+        labelled = False
+    if not labelled:
+        loaded = load_questions(args.dataset, ("train", "test"), image_root=args.image_root, flat=True)
+        columns = {"image": args.image_column, "question": args.text_column, "answer": args.label_column}
+        rows = DatasetDict(loaded).rename_columns(columns)
+    label = args.label_column
+    if not isinstance(rows["train"].features[label], ClassLabel):
+        values = sorted(rows["train"].unique(label))
+        if unknown := set(rows["test"].unique(label)) - set(values):
+            raise ValueError(f"{min(unknown)!r} is a class of the test rows, but of no row to train on.")
+        rows = rows.map(lambda row: {label: values.index(row[label])})
+        rows = rows.cast_column(label, ClassLabel(names=[str(value) for value in values]))
+    return rows
 
 
-def draw_rows(count: int, held_out: bool, seed: int) -> Dataset:
-    """Pictures, each with a question and, as its class, the answer."""
-    scenes, rng = split_scenes()[held_out], random.Random(seed)
-    names = sorted({scene.answer(question).rstrip(" .") for scene in scenes for question in QUESTIONS})
-    rows: dict[str, list[Any]] = {"image": [], "text": [], "label": []}
-    for _ in range(count):
-        scene, question = rng.choice(scenes), rng.choice(list(QUESTIONS))
-        for column, value in zip(rows, (draw(scene, rng), question, scene.answer(question).rstrip(" .")), strict=True):
-            rows[column].append(value)
-    return Dataset.from_dict(rows, Features({"image": Image(), "text": Value("string"), "label": ClassLabel(names=names)}))
-
-
-def own_rows(args: Arguments, seed: int) -> dict[str, Dataset]:
-    """The splits of a dataset that has labels; of any other, questions as texts and answers as labels."""
-    if len(args.dataset) == 1 and not Path(args.dataset[0]).is_file():
-        with contextlib.suppress(DatasetsError, FileNotFoundError, ValueError):  # what `datasets` alone can't read
-            rows = load_dataset(args.dataset[0])
-            if args.label_column in rows["train"].column_names:
-                return rows
-    splits = read_splits(args.dataset, ("train", "test"), args.image_root, seed)
-    return {name: rows.map(partial(_asked, args), batched=True, batch_size=64, remove_columns=rows.column_names)
-            for name, rows in splits.items()}  # fmt: skip
-
-
-def _asked(args: Arguments, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    asked = [
-        (image, question, answers[0])
-        for image, questions, said in zip(rows["image"], rows["questions"], rows["answers"], strict=True)
-        for question, answers in zip(questions, said, strict=True)
-    ]
-    columns = (args.image_column, args.text_column, args.label_column)
-    return dict(zip(columns, map(list, zip(*asked, strict=True)), strict=True)) if asked else {name: [] for name in columns}
-
-
-def read_rows(args: Arguments, seed: int) -> tuple[Dataset, Dataset, list[str]]:
-    """Rows to train and to test, and the names of the classes."""
-    if args.dataset is None:
-        rows = {"train": draw_rows(args.train_rows, False, seed), "test": draw_rows(args.test_rows, True, seed + 1)}
-    else:
-        rows = own_rows(args, seed)
-    kind = rows["train"].features[args.label_column]
-    if isinstance(kind, ClassLabel):
-        return rows["train"], rows["test"], list(kind.names)
-    values = sorted(set(rows["train"][args.label_column]))
-    place = {value: index for index, value in enumerate(values)}
-    if unknown := set(rows["test"][args.label_column]) - set(values):
-        raise ValueError(f"{min(unknown, key=str)!r} is a class of the test rows, but of no row to train on.")
-    labelled = (rows[split].map(lambda row: {args.label_column: place[row[args.label_column]]}) for split in ("train", "test"))
-    return *labelled, [str(value) for value in values]
-
-
-def blind(rows: Dataset, image_column: str, seed: int) -> list[dict[str, Any]]:
-    """The same rows, each with the picture of another: one cycle through all."""
+def blind(rows: Any, image_column: str, seed: int) -> list[dict[str, Any]]:
+    """The same rows, each with the image of another: one cycle through all."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     other = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [{**rows[index], image_column: rows[other[index]][image_column]} for index in range(len(rows))]
+    return [{**row, image_column: rows[other[index]][image_column]} for index, row in enumerate(rows)]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((Arguments, ClassificationTrainingArguments))
-    args, training = parser.parse_args_into_dataclasses(arguments)
-    out = Path(training.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    set_seed(training.seed)
-    tower, words = args.vision or str(out / "tower"), args.text or str(out / "language_model")
-    if args.vision is None:
-        train_tower(Path(tower), args.tower_steps, training.seed)
-    if args.text is None:
-        train_language_model(Path(words), args.language_model_steps, training.seed)
-    train_rows, test_rows, names = read_rows(args, training.seed)
+    args, flags = parse(arguments)  # before torch is imported, so that --help comes at once
+    from transformers import Trainer, set_seed
 
-    weights = None
-    if args.balanced:
-        counts = [max(1, train_rows[args.label_column].count(index)) for index in range(len(names))]
-        weights = [len(train_rows) / len(names) / count for count in counts]
-    set_seed(training.seed)
-    model = FrozenPrefixForSequenceClassification.from_vision_text_pretrained(
-        tower,
-        words,
-        id2label=dict(enumerate(names)),
-        fused_inputs=args.fused_inputs,
-        class_weights=weights,
-        connector_type=args.connector_type,
-        connector_config=json.loads(args.connector_config),
-        prefix_length=args.prefix_length,
-    )
-    processor = FrozenPrefixProcessor.from_model(model)
-    columns = {name: getattr(args, name) for name in ("image_column", "text_column", "label_column")}
+    import modeling_frozen as frozen
+    from modeling_frozen.metrics import classification_compute_metrics
+    from modeling_frozen.model_card import write_model_card
+    from modeling_frozen.training.arguments import training_arguments
+
+    rows = read_rows(args)
+    names = rows["train"].features[args.label_column].names
+    chosen = {"output_dir": str(args.output_dir), "logging_steps": 25, "save_strategy": "no", "per_device_eval_batch_size": 64}
+    set_seed(training_arguments(flags, **chosen).seed)
+    counts = [max(1, rows["train"][args.label_column].count(index)) for index in range(len(names))]
+    model = frozen.FrozenPrefixForSequenceClassification.from_vision_text_pretrained(
+        args.vision, args.text, id2label=dict(enumerate(names)), fused_inputs=args.fused_inputs,
+        class_weights=[len(rows["train"]) / len(names) / count for count in counts] if args.balanced else None,
+        connector_type="resampler", connector_config=args.connector_config, prefix_length=args.prefix_length,
+    )  # fmt: skip
+    processor = frozen.FrozenPrefixProcessor.from_model(model)
+    training = training_arguments(flags, model=model, rows=rows["train"], **chosen)
     trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=train_rows,
-        data_collator=DataCollatorForFrozenPrefixClassification(processor, **columns),
+        model=model, args=training, train_dataset=rows["train"], processing_class=processor,
         compute_metrics=classification_compute_metrics,
-        processing_class=processor,
-    )
+        data_collator=frozen.DataCollatorForFrozenPrefixClassification(
+            processor, image_column=args.image_column, text_column=args.text_column, label_column=args.label_column
+        ),
+    )  # fmt: skip
 
-    def score(rows: Any) -> dict[str, float]:
-        measured = trainer.evaluate(rows)
+    def score(some: Any) -> dict[str, float]:
+        measured = trainer.evaluate(some)
         return {name: measured[f"eval_{name}"] for name in ("accuracy", "f1", "loss")}
 
-    results = {"random_connector": score(test_rows)}
+    results = {"random_connector": score(rows["test"])}
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    plot_training(trainer, out / "training.png")
-    results |= {"sighted": score(test_rows), "blind": score(blind(test_rows, args.image_column, training.seed))}
+    results |= {"sighted": score(rows["test"]), "blind": score(blind(rows["test"], args.image_column, training.seed))}
     trainer.save_model()
-    processor.save_pretrained(out)
-    write_model_card(out, model, training=trainer, metrics=results, dataset=" ".join(args.dataset or ["shapes, drawn here"]))
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for name in ("sighted", "blind", "random_connector"):
-        print(f"{name:18}" + "".join(f"{key} {value:.3f}   " for key, value in results[name].items()))
+    write_model_card(args.output_dir, model, training=trainer, metrics=results, dataset=" ".join(args.dataset))
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for name, scores in results.items():
+        print(f"{name:18}" + "".join(f"{key} {value:.3f}   " for key, value in scores.items()))
     return results
 
 

@@ -1,4 +1,4 @@
-"""examples/classify.py: drawn scenes and rows of one's own; what it writes, and that it sees."""
+"""examples/classify.py: rows with labels and rows with answers; what it writes, and that it sees."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,20 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from safetensors.torch import load_file
 
 from modeling_frozen import FrozenPrefixForSequenceClassification
+from modeling_frozen.shapes.folders import write_data, write_parents
 from tests.helpers.tiny import COLOURS, rows, save_parents
 
 
 SMALL = '{"num_layers": 1, "num_heads": 2, "hidden_size": 16}'
 
 
+BARE = object()  # a flag without a value
+
+
 def run(**options: object) -> dict:
     options = {"use_cpu": True, "disable_tqdm": True, "connector_config": SMALL, "prefix_length": 2, **options}
-    return example.main([word for name, value in options.items() for word in (f"--{name}", *str(value).split("|"))])
+    words = ((f"--{name}", *(() if value is BARE else str(value).split("|"))) for name, value in options.items())
+    return example.main([word for some in words for word in some])
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def test_rows_of_ones_own_are_learnt_by_their_pictures(own_rows: str, tmp_path: 
     vision, text = save_parents(tmp_path)
     folder = tmp_path / "out"
     results = run(
-        vision=vision, text=text, dataset=own_rows, output_dir=folder, num_train_epochs=20, learning_rate=1e-2, balanced=True,
+        vision=vision, text=text, dataset=own_rows, output_dir=folder, num_train_epochs=20, learning_rate=1e-2, balanced=BARE,
         image_column="photo", text_column="words", label_column="class", per_device_train_batch_size=8,
     )  # fmt: skip
     assert results["sighted"]["accuracy"] == results["sighted"]["f1"] == 1
@@ -63,8 +68,9 @@ def test_answers_of_any_form_are_classes(tmp_path: Path) -> None:
         said = [{"from": who, "value": value} for who, value in zip(senders, turns, strict=True)]
         data.append({"id": number, "image": f"{number}.png", "conversations": said})
     (tmp_path / "rows.json").write_text(json.dumps(data))
-    args = example.Arguments(dataset=[str(tmp_path / "rows.json")])
-    train, test, names = example.read_rows(args, 0)
+    args, _ = example.parse(["--dataset", str(tmp_path / "rows.json")])
+    train, test = (example.read_rows(args)[split] for split in ("train", "test"))
+    names = train.features["label"].names
     assert names == sorted([*COLOURS, "a square"]) and len(train) + len(test) == 80
     assert set(train["text"]) == set(test["text"]) == {"what colour", "a square ?"}
     for row in [*train, *test]:
@@ -75,31 +81,34 @@ def test_answers_of_any_form_are_classes(tmp_path: Path) -> None:
     assert set(results) == {"sighted", "blind", "random_connector"}
 
 
-def test_drawn_scenes(tmp_path: Path) -> None:
-    results = run(
-        output_dir=tmp_path / "out", train_rows=32, test_rows=16, tower_steps=2, language_model_steps=2, max_steps=2,
-        fused_inputs="image|text",
-    )  # fmt: skip
-    assert set(results) == {"sighted", "blind", "random_connector"}
-    assert all(set(one) == {"accuracy", "f1", "loss"} for one in results.values())
-
-
-def test_no_picture_keeps_its_place_and_every_text_does() -> None:
-    data = example.draw_rows(9, True, 0)
+def test_no_picture_keeps_its_place_and_every_text_does(tmp_path: Path) -> None:
+    write_data(tmp_path, pictures=200, test_pictures=9)  # every class is learnt
+    data = example.read_rows(example.parse(["--dataset", str(tmp_path / "questions")])[0])["test"]
     shuffled = example.blind(data, "image", 0)
-    assert [row["text"] for row in shuffled] == data["text"] and [row["label"] for row in shuffled] == data["label"]
+    assert [row["text"] for row in shuffled] == data["text"][:] and [row["label"] for row in shuffled] == data["label"][:]
+    data = data.select(range(0, len(data), 4))  # four questions to a picture
+    shuffled = example.blind(data, "image", 0)
     assert all(a["image"].tobytes() != b["image"].tobytes() for a, b in zip(data, shuffled, strict=True))
+
+
+def test_a_class_that_nobody_learns_is_named(tmp_path: Path) -> None:
+    for split, colours in {"train": ("red", "blue"), "test": ("red", "green")}.items():
+        data = [{"image": row["image"], "text": "what colour", "label": colours[i % 2]} for i, row in enumerate(rows(4))]
+        Dataset.from_list(data).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(ValueError, match="'green' is a class of the test rows, but of no row to train on"):
+        example.read_rows(example.parse(["--dataset", str(tmp_path)])[0])
 
 
 @pytest.mark.slow
 def test_picture_and_question_together_tell_what_neither_tells_alone(tmp_path: Path) -> None:
-    results = {}
-    options = {"connector_config": example.Arguments().connector_config, "prefix_length": 8}
-    parents: dict[str, object] = {}
-    for inputs in ("image|text", "image", "text"):
-        folder = tmp_path / inputs.replace("|", "_")
-        results[inputs] = run(output_dir=folder, fused_inputs=inputs, **options, **parents)
-        parents = parents or {"vision": folder / "tower", "text": folder / "language_model"}
+    write_parents(tmp_path, tower_steps=400, language_model_steps=60)
+    write_data(tmp_path, pictures=1000, test_pictures=96)
+    own = {"vision": tmp_path / "tower", "text": tmp_path / "language_model", "dataset": tmp_path / "questions"}
+    usual = {"connector_config": json.dumps(example.parse(["--dataset", ""])[0].connector_config), "prefix_length": 8}
+    results = {
+        inputs: run(output_dir=tmp_path / inputs.replace("|", "_"), fused_inputs=inputs, **own, **usual)
+        for inputs in ("image|text", "image", "text")
+    }
     both = results["image|text"]["sighted"]["accuracy"]
     assert both > 0.8 and both > max(results[one]["sighted"]["accuracy"] for one in ("image", "text")) + 0.3
     assert results["image|text"]["blind"]["accuracy"] < 0.45
