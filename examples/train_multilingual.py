@@ -1,147 +1,118 @@
-"""One connector, four languages: captions with the language named in the prompt, and translation helped by the picture.
+"""One connector, several languages: captions with the language named in the prompt, and translation helped by the image.
 
-    python examples/train_multilingual.py                          (pictures, sentences and parents made here: `languages.py`)
-    python examples/train_multilingual.py --vision TOWER --text MODEL --dataset TEXTS --images PHOTOS --image_key COLUMN
+    python examples/train_multilingual.py --dataset TEXTS --images PHOTOS --image_key COLUMN
+    python examples/train_multilingual.py --dataset TEXTS --languages English=en German=de
 
-In the second form TEXTS has a column per language (`--columns en de fr cs`) and one, COLUMN, that names the photo by PHOTOS'
-`image_id`, as Multi30k (Elliott et al. 2016, arXiv 1605.00459) does; its splits train and test are used. Translations of the
-world made here lack the colour in the source, so that only the picture tells it (the protocol of Caglayan et al. 2019, arXiv
-1903.08678). Each language is scored sighted and blind.
+TEXTS, a Hub id or folder with the splits train and test, is a table of translations: a row has a caption in each language,
+in columns `en`, `de`, …, and the photo, in a column `image`, or by its name in COLUMN, as `image_id` in PHOTOS, a set with the
+columns `image` and `image_id`, says it too:
+
+    en                       de                         fr                          cs                   flickr8k_image
+    Two dogs play in snow.   Zwei Hunde im Schnee.      Deux chiens dans la neige.  Dva psi ve sněhu.    3585117340.jpg
+
+as Multi30k has it (Elliott et al. 2016, arXiv 1605.00459). Where there is a column `en_masked` too, translations from English
+start from that: a sentence without a word that the image alone tells (as in Caglayan et al. 2019, arXiv 1903.08678).
+Each language is scored sighted and blind. Every field of `TrainingArguments` is a flag too. Without a network, with parents:
+
+    python -m benchmarks.shapes.languages --output_dir languages
+    python examples/train_multilingual.py --vision languages/tower --text languages/language_model --dataset languages/texts
 """
 
+import argparse
 import json
 import random
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value, load_dataset
-from own_data import ExampleTrainingArguments, first_sentence
-from transformers import HfArgumentParser, Trainer, set_seed
 
-from benchmarks.shapes.languages import LANGUAGES, tell, words, write
-from modeling_frozen import (
-    DataCollatorForFrozenPrefix,
-    FrozenPrefixForConditionalGeneration,
-    FrozenPrefixProcessor,
-    cache_vision_features,
-)
-from modeling_frozen.evaluation import evaluate
-from modeling_frozen.evaluation.plots import plot_training
-from modeling_frozen.shapes.parents import train_language_model, train_tower
-from modeling_frozen.shapes.scenes import draw, split_scenes
-
-
-FEATURES = Features({name: Value("string") for name in ("prompt", "answer", "language", "task")} | {"image": Image()})
-
-
-@dataclass
-class Arguments:
-    vision: str | None = field(default=None, metadata={"help": "Vision tower: Hub id or folder; made here by default."})
-    text: str | None = field(default=None, metadata={"help": "Language model: Hub id or folder; made here by default."})
-    dataset: str | None = field(default=None, metadata={"help": "Texts of several languages; made here by default."})
-    columns: list[str] = field(default_factory=lambda: ["en", "de", "fr", "cs"])
-    images: str | None = field(default=None, metadata={"help": "Photos, with the columns image and image_id."})
-    image_key: str = field(default="flickr8k_image", metadata={"help": "Column of the texts that names the photo."})
-    pictures: int = field(default=1200, metadata={"help": "Pictures to train on, at most."})
-    test_pictures: int = field(default=100, metadata={"help": "Pictures to be scored, at most."})
-    language_model_steps: int = field(default=400, metadata={"help": "For the one that is made here."})
-    connector: str = "mlp"
-    connector_config: str = field(default="{}", metadata={"help": "Options of the connector, as JSON."})
-    prefix_length: int | None = None
-    vision_features: str = field(default="default", metadata={"help": "'default' (every position) or 'pooled'."})
-    max_new_tokens: int = 24
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    add = parser.add_argument
+    add("--vision", default="google/siglip2-base-patch16-224", help="vision tower: Hub id or folder")
+    add("--text", default="Qwen/Qwen3-0.6B", help="language model: Hub id or folder")
+    add("--dataset", required=True, help="the table of translations: Hub id or folder")
+    names = ["English=en", "German=de", "French=fr", "Czech=cs"]
+    add("--languages", nargs="+", default=names, help=f"names, as prompts say them, and columns (default: {' '.join(names)})")
+    add("--images", help="photos, with the columns image and image_id, where the table has none")
+    add("--image_key", default="flickr8k_image", help="column of the table that names the photo")
+    add("--output_dir", type=Path, default=Path("multilingual"))
+    add("--pictures", type=int, default=1200, help="images to train on, at most")
+    add("--test_pictures", type=int, default=100, help="images to be scored, at most")
+    add("--connector_config", type=json.loads, default={}, metavar="JSON")
+    add("--prefix_length", type=int)
+    add("--vision_features", default="default", help="'default' (every position) or 'pooled'")
+    add("--max_new_tokens", type=int, default=24)
+    return parser.parse_known_args(arguments)
 
 
-@dataclass
-class MultilingualTrainingArguments(ExampleTrainingArguments):
-    output_dir: str = "multilingual"
+def read(args: argparse.Namespace, split: str, limit: int, seed: int) -> Any:
+    """Of each image a caption in each language, and a translation into each from another."""
+    from datasets import Dataset, Features, Image, Value, load_dataset
 
-
-def rows_of(image: Any, sentences: dict[str, str], hidden: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
-    """A caption in each language, and a translation into each from another; `hidden` are the sources."""
-    rows = []
-    for language, sentence in sentences.items():
-        source = rng.choice([other for other in sentences if other != language])
-        common = {"image": image, "answer": sentence, "language": language}
-        rows.append({**common, "task": "caption", "prompt": f"{language} :"})
-        rows.append({**common, "task": "translation", "prompt": f"{source} : {hidden[source]} {language} :"})
-    return rows
-
-
-def read(args: Arguments, split: str, limit: int, seed: int) -> Dataset:
-    rng, rows = random.Random(f"{seed} {split}"), []
-    if args.dataset is None:
-        scenes = split_scenes()[split == "test"]
-        for _ in range(limit):
-            scene = rng.choice(scenes)
-            sentences = {language: tell(scene, language) for language in LANGUAGES}
-            hidden = {language: tell(scene, language, hide_colour=True) for language in LANGUAGES}
-            rows += rows_of(draw(scene, rng), sentences, hidden, rng)
-        return Dataset.from_list(rows, features=FEATURES)
-    photos = {}
-    for part in load_dataset(args.images).values():
+    photos, rng, rows = {}, random.Random(f"{seed} {split}"), []
+    for part in load_dataset(args.images).values() if args.images else ():
         photos.update({name: (part, index) for index, name in enumerate(part["image_id"])})
+    columns = dict(one.split("=") for one in args.languages)
     for row in load_dataset(args.dataset, split=split):
-        if row[args.image_key] in photos and len(rows) < limit * 2 * len(args.columns):
-            part, index = photos[row[args.image_key]]
-            sentences = dict(zip(LANGUAGES, (row[column] for column in args.columns), strict=False))
-            sentences = {language: text for language, text in sentences.items() if text}
-            rows += rows_of(part[index]["image"], sentences, sentences, rng)
-    return Dataset.from_list(rows, features=FEATURES)
+        told = {name: row[column] for name, column in columns.items() if row[column]}
+        if args.images:
+            part, index = photos.get(row[args.image_key], (None, 0))
+            row["image"] = part and part[index]["image"]
+        if row["image"] is None or len(told) < 2 or limit == 0:
+            continue
+        limit -= 1
+        for name, sentence in told.items():
+            source = rng.choice([other for other in told if other != name])
+            start = row.get(f"{columns[source]}_masked") or told[source]
+            common = {"image": row["image"], "answer": sentence, "language": name}
+            rows.append({**common, "task": "caption", "prompt": f"{name} :"})
+            rows.append({**common, "task": "translation", "prompt": f"{source} : {start} {name} :"})
+    texts = {name: Value("string") for name in ("prompt", "answer", "language", "task")}
+    return Dataset.from_list(rows, features=Features({"image": Image(), **texts}))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    args, training = HfArgumentParser((Arguments, MultilingualTrainingArguments)).parse_args_into_dataclasses(arguments)
-    folder = Path(training.output_dir)
-    set_seed(training.seed)
-    tower, text = args.vision or str(folder / "tower"), args.text or str(folder / "language_model")
-    if args.vision is None and not (Path(tower) / "config.json").is_file():
-        train_tower(Path(tower), 1000, training.seed)
-    if args.text is None and not (Path(text) / "config.json").is_file():
-        train_language_model(Path(text), args.language_model_steps, training.seed, write, words())
-    limits = {"train": args.pictures, "test": args.test_pictures}
-    data = {split: read(args, split, limit, training.seed) for split, limit in limits.items()}
-    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-        tower,
-        text,
-        connector_type=args.connector,
-        connector_config=json.loads(args.connector_config),
-        prefix_length=args.prefix_length,
-        vision_feature_select_strategy=args.vision_features,
+    args, flags = parse(arguments)  # before torch is imported, so that --help comes at once
+    from transformers import Trainer, set_seed
+
+    import modeling_frozen as frozen
+    from modeling_frozen.evaluation import evaluate
+    from modeling_frozen.metrics import exact_match
+    from modeling_frozen.training.arguments import training_arguments
+
+    out, chosen = (
+        args.output_dir,
+        {"output_dir": str(args.output_dir / "training"), "logging_steps": 20, "save_strategy": "no"},
     )
-    processor = FrozenPrefixProcessor.from_model(model)
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=cache_vision_features(data["train"], model, processor, cache_dir=folder / "features"),
-        data_collator=DataCollatorForFrozenPrefix(processor),
-        processing_class=processor,
-    )
+    seed = training_arguments(flags, **chosen).seed
+    set_seed(seed)
+    train, test = read(args, "train", args.pictures, seed), read(args, "test", args.test_pictures, seed)
+    model = frozen.FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+        args.vision, args.text, connector_type="mlp", connector_config=args.connector_config,
+        prefix_length=args.prefix_length, vision_feature_select_strategy=args.vision_features,
+    )  # fmt: skip
+    processor = frozen.FrozenPrefixProcessor.from_model(model)
+    training = training_arguments(flags, model=model, rows=train, **chosen)
+    stored = frozen.cache_vision_features(train, model, processor, cache_dir=out / "features")
+    collator = frozen.DataCollatorForFrozenPrefix(processor)
+    trainer = Trainer(model, training, train_dataset=stored, data_collator=collator, processing_class=processor)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(str(folder / "eyes"))
-    plot_training(trainer, folder / "training.png")
+    trainer.save_model(str(out / "eyes"))
 
     results: dict[str, Any] = {}
-    columns = ("bleu_4", "cider", "exact_match")
-    print(f"\n{'':24}" + "".join(f"{name + ' ' + kind:>20}" for name in columns for kind in ("sighted", "blind")))
     for task in ("caption", "translation"):
-        for language in dict.fromkeys(data["test"]["language"]):
-            rows = data["test"].filter(lambda one, key=(task, language): (one["task"], one["language"]) == key)
+        for language in test.unique("language"):
+            rows = test.filter(lambda row, key=(task, language): (row["task"], row["language"]) == key)
             options = {"kinds": ("sighted", "blind"), "batch_size": 64, "max_new_tokens": args.max_new_tokens}
-            place = folder / f"{task}-{language}"
-            result = evaluate(model, processor, rows, output_dir=place, postprocess=first_sentence, **options)
-            exact = {kind: _share_right(said, result.references) for kind, said in result.predictions.items()}
-            scores = {kind: {**result.scores[kind], "exact_match": exact[kind]} for kind in result.scores}
-            results[f"{task} {language}"] = scores
-            cells = [f"{scores[kind][name]:>20.3f}" for name in columns for kind in ("sighted", "blind")]
-            print(f"{task + ', ' + language:24}" + "".join(cells))
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            result = evaluate(model, processor, rows, output_dir=out / f"{task}-{language}", seed=seed, **options)
+            exact = {kind: exact_match(said, result.references) for kind, said in result.predictions.items()}
+            results[f"{task} {language}"] = {k: {"exact_match": exact[k], **scores} for k, scores in result.scores.items()}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for name, scores in results.items():
+        cells = [f"{metric} {kind} {scores[kind][metric]:.3f}" for metric in ("exact_match", "cider") for kind in scores]
+        print(f"{name:24}" + "   ".join(cells))
     return results
-
-
-def _share_right(said: list[str], references: list[list[str]]) -> float:
-    return sum(one in some for one, some in zip(said, references, strict=True)) / len(said)
 
 
 if __name__ == "__main__":

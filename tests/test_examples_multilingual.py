@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from datasets import Dataset, Image
+import train_multilingual
+from datasets import Dataset, Image, load_dataset
 
 from benchmarks.shapes import languages
 from modeling_frozen.shapes.parents import make_tokenizer
@@ -29,12 +30,22 @@ def test_sentences_of_each_language() -> None:
 def run(folder: Path, *options: str) -> dict:
     tower, words = save_parents(folder / "parents")
     few = ["--max_steps", "2", "--pictures", "4", "--test_pictures", "3", "--max_new_tokens", "4", "--use_cpu", "true"]
+    few += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
     parents = ["--vision", tower, "--text", words]
     return run_example("train_multilingual", folder / "out", *parents, *few, *options)[0]
 
 
 def test_it_trains_and_scores_each_language_beside_blind(tmp_path: Path) -> None:
-    results = run(tmp_path)
+    steps = ["--tower_steps", "1", "--language_model_steps", "1", "--pictures", "4", "--test_pictures", "3"]
+    languages.main(["--output_dir", str(tmp_path / "made"), *steps])
+    table = load_dataset(str(tmp_path / "made" / "texts"), split="test")[0]
+    assert "[?]" in table["de_masked"] and "[?]" not in table["de"]
+    rows = train_multilingual.read(train_multilingual.parse(["--dataset", str(tmp_path / "made" / "texts")])[0], "test", 3, 0)
+    assert len(rows) == 3 * 4 * 2
+    for row in rows:
+        hidden = "[?]" in row["prompt"]
+        assert hidden == (row["task"] == "translation") and row["prompt"].endswith(f"{row['language']} :")
+    results = run(tmp_path, "--dataset", str(tmp_path / "made" / "texts"))
     assert set(results) == {f"{t} {n}" for t in ("caption", "translation") for n in ("English", "German", "French", "Czech")}
     assert all(set(scores) == {"sighted", "blind"} and "bleu_4" in scores["blind"] for scores in results.values())
 
@@ -47,6 +58,14 @@ def test_texts_and_photos_from_two_datasets(tmp_path: Path) -> None:
     photos = Dataset.from_dict({"image": [row["image"] for row in rows(8)], "image_id": [f"{i}.jpg" for i in range(8)]})
     (tmp_path / "photos").mkdir()
     photos.cast_column("image", Image()).to_parquet(tmp_path / "photos" / "train.parquet")
-    options = ["--dataset", str(tmp_path / "texts"), "--columns", "en", "de", "--images", str(tmp_path / "photos")]
+    options = [
+        "--dataset",
+        str(tmp_path / "texts"),
+        "--languages",
+        "English=en",
+        "German=de",
+        "--images",
+        str(tmp_path / "photos"),
+    ]
     results = run(tmp_path, *options, "--image_key", "photo")
     assert set(results) == {f"{t} {n}" for t in ("caption", "translation") for n in ("English", "German")}
