@@ -9,11 +9,6 @@ clients at once.
 
 import argparse
 
-from openai import OpenAI
-
-from modeling_frozen import FrozenPrefixModel, FrozenPrefixProcessor
-from modeling_frozen.serving.prompt_embeds import prompt_embeds
-
 
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -22,7 +17,11 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--server", default="http://localhost:8000")
     parser.add_argument("--question", default="What is it?")
     parser.add_argument("--max_tokens", type=int, default=64)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)  # before torch is imported, so that --help comes at once
+    from openai import OpenAI
+
+    from modeling_frozen import FrozenPrefixModel, FrozenPrefixProcessor
+    from modeling_frozen.serving.prompt_embeds import prompt_embeds
 
     model = FrozenPrefixModel.from_pretrained(args.model_name_or_path, load_language_model=False)
     processor = FrozenPrefixProcessor.from_pretrained(args.model_name_or_path)

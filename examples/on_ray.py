@@ -13,9 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
-
 
 def work(job: dict[str, Any]) -> None:
     os.chdir(job["folder"])
@@ -30,7 +27,10 @@ def main() -> None:
     parser.add_argument("--use_gpu", action="store_true")
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    given = parser.parse_args()
+    given = parser.parse_args()  # before Ray is imported, so that --help comes at once
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     job = {"folder": os.getcwd(), "script": str(given.script.resolve()), "arguments": given.arguments}
     scaling = ScalingConfig(num_workers=given.num_workers, use_gpu=given.use_gpu)
     TorchTrainer(work, train_loop_config=job, scaling_config=scaling).fit()
