@@ -23,7 +23,7 @@ from modeling_frozen.shapes.scenes import Scene
 
 @dataclass
 class Arguments:
-    output_dir: Path = field(default=Path("tiny_world_output"), metadata={"help": "Where everything is written."})
+    output_dir: Path = field(default=Path("shapes_output"), metadata={"help": "Where everything is written."})
     vision: str | None = field(default=None, metadata={"help": "A vision tower of your own: Hub id or folder."})
     text: str | None = field(default=None, metadata={"help": "A language model of your own: Hub id or folder."})
     tower_steps: int = field(default=500, metadata={"help": "Steps of training for the tiny tower."})

@@ -1,0 +1,220 @@
+"""Runs what prints the figures of the documentation, and writes them where its pages include them: docs/tables/NAME.md.
+
+    python -m benchmarks.results                        # all, in hours; on a quiet machine, for many are timings
+    python -m benchmarks.results --only quickstart vqa
+    python -m benchmarks.results --list                 # names, commands, and what each needs
+
+A file holds what the command printed (or the table that it wrote), and a last line that says by which command, when, on which
+versions, on how many cores. A command that fails leaves its file as it is. Files whose last line says "earlier
+code" were put together from what these commands printed before there was this one; running them writes the files anew.
+
+Most need nothing that can't be had. The others name a place that an option stands for: `assets/…`, a folder with the story
+model, photos and questions (`--assets`; the Hub's ids, in their place, where these are known), and checkouts of others' code
+(`--clipcap`, `--nanovlm`). Without its place a result is left out, which is said. Ids are fetched from the Hub; behind `python
+-m benchmarks.real_parents … --serve -- python -m benchmarks.results` they come from the loopback.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import modeling_frozen
+
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "docs" / "tables"
+PLACES = {"assets": "assets", "clipcap": "CLIP_prefix_caption", "nanovlm": "nanoVLM"}  # option -> as commands name it
+EARLIER = "Taken on earlier code of 0.2.0, before a run wrote down its date and versions."
+FOOTER = re.compile(r"\n\n```bash\n(?P<command>.+?)\n```\n\n\*(?P<taken>.+)\*\n$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    Args:
+        name: of the file in docs/tables.
+        command: what prints the figures, after what it needs, with `&&` between.
+        timing: whether it measures time, so that nothing else may run beside it.
+        table: whether the command's last word names a Markdown file that it writes; else what it prints is kept.
+    """
+
+    name: str
+    command: str
+    timing: bool = False
+    table: bool = False
+
+    @property
+    def needs(self) -> list[str]:
+        """Options without which it can't run."""
+        return [option for option, place in PLACES.items() if re.search(rf"(^| ){place}\b", self.command)]
+
+
+OUT = "build/results"
+SHAPES = f"python -m modeling_frozen.shapes --output_dir {OUT}/shapes && "
+OFFLINE = f"--vision {OUT}/shapes/tower --text {OUT}/shapes/language_model --dataset {OUT}/shapes"
+MOBILENET, STORY = "assets/vision/mobilenet_v2_1.0_224", "assets/lm/tinystories_instruct_3m_chat"
+CAPTIONING = f"python examples/train_captioning.py --vision {MOBILENET} --text {STORY} --dataset assets/captions/flickr8k_1k"
+CAPTIONED = " ".join(f"{OUT}/captioning/{seed}" for seed in range(3))
+
+RESULTS = (
+    # ----------------------------------------------------------------------------------------- examples, without a network
+    Result("quickstart", f"python examples/quickstart.py --output_dir {OUT}/quickstart"),
+    Result("vqa", f"{SHAPES}python examples/train_vqa.py {OFFLINE}/questions --output_dir {OUT}/vqa"),
+    Result("vqa_lora", f"{SHAPES}python examples/train_vqa.py {OFFLINE}/questions --lora_rank 8 --output_dir {OUT}/vqa_lora"),
+    Result("search", f"{SHAPES}python examples/search.py {OFFLINE}/captions --learning_rate 1e-3 --output_dir {OUT}/search"),
+    Result("classify", f"{SHAPES}python examples/classify.py {OFFLINE}/questions --output_dir {OUT}/classify"),
+    Result(
+        "multilingual",
+        f"python -m benchmarks.shapes.languages --output_dir {OUT}/languages && python examples/train_multilingual.py "
+        f"--vision {OUT}/languages/tower --text {OUT}/languages/language_model --dataset {OUT}/languages/texts "
+        f"--output_dir {OUT}/multilingual",
+    ),
+    Result("stories", f"python -m benchmarks.shapes.stories --output_dir {OUT}/stories"),
+    Result("films", f"python -m benchmarks.shapes.films --output_dir {OUT}/films"),
+    Result("few_shot", f"python -m benchmarks.shapes.few_shot --output_dir {OUT}/few_shot"),
+    Result("faithfulness", f"python -m benchmarks.shapes.faithfulness --seeds 0 1 2 --output_dir {OUT}/faithfulness"),
+    Result("digits", "python -m benchmarks.digits"),
+    # ----------------------------------------------------------------------------------------------------------- real data
+    Result("photos", f"python examples/quickstart_real.py --output_dir {OUT}/photos"),
+    Result(
+        "captioning",
+        " && ".join(f"{CAPTIONING} --seed {seed} --output_dir {OUT}/captioning/{seed}" for seed in range(3))
+        + f" && frozen-prefix evaluate --model {CAPTIONED} --dataset assets/captions/flickr8k_1k --split test --no_chat "
+        f"--num_beams 5 --no_repeat_ngram_size 3 --output_dir {OUT}/captioning/scores",
+    ),
+    Result(
+        "captioning_coco",
+        f"frozen-prefix evaluate --model {OUT}/captioning/0 --dataset assets/captions/coco_open --no_chat --kinds sighted "
+        "--num_beams 5 --no_repeat_ngram_size 3",
+    ),
+    Result(
+        "easy_vqa",
+        f"python examples/train_vqa.py --vision {MOBILENET} --text {STORY} --dataset assets/vqa/easy_vqa --rows 6000 "
+        f"--output_dir {OUT}/easy_vqa",
+    ),
+    Result(
+        "recall",
+        "python -m benchmarks.retrieval assets/captions/flickr8k_1k google/mobilenet_v2_1.0_224 "
+        "sentence-transformers/all-MiniLM-L6-v2 --steps 120 --parents-learning-rate 5e-5 "
+        '--candidates "locked image" "transformers, locked image" --seeds 0 1 --table docs/tables/recall.md',
+        table=True,
+    ),
+    Result(
+        "recall_story",
+        f"python -m benchmarks.retrieval assets/captions/flickr8k_1k assets/vision/mobilenet_v1_0.25_128 {STORY} --steps 120 "
+        "--projection-dim 256 --logit-scale 2.66 --table docs/tables/recall_story.md",
+        table=True,
+    ),
+    Result(
+        "clipcap",
+        f"python -m benchmarks.clipcap CLIP_prefix_caption --vision {MOBILENET} --text {STORY} "
+        "--dataset assets/captions/flickr8k_1k --epochs 1 --batch-size 20",
+    ),
+    # ------------------------------------------------------------------------------------------------------------- timings
+    Result("training", "python -m benchmarks.training", timing=True),
+    Result("generation", "python -m benchmarks.generation", timing=True),
+    Result(
+        "generation_clipcap", "python -m benchmarks.generation --text-type gpt2 --clipcap CLIP_prefix_caption", timing=True
+    ),
+    Result("lit_step", "python -m benchmarks.lit_step", timing=True),
+    Result("feature_cache", "python -m benchmarks.feature_cache --images 192", timing=True),
+    Result("loading", "python -m benchmarks.loading --clock cpu", timing=True),
+    Result("llava", "python -m benchmarks.llava --rounds 1 --pictures 8", timing=True),
+    Result("peers", "python -m benchmarks.peers --nanovlm nanoVLM --rounds 3", timing=True),
+)
+
+
+def footer(command: str, taken: str) -> str:
+    """The last lines of a file, which `FOOTER` reads: the commands, a line each, and what is known of the run."""
+    lines = "\n".join(command.split(" && "))
+    return f"\n\n```bash\n{lines}\n```\n\n*{taken}*\n"
+
+
+def taken_now(seconds: float) -> str:
+    """When and on what: the date, versions, cores."""
+    found = [f"Python {platform.python_version()}"]
+    for name in ("torch", "transformers", "peft", "datasets"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    cores = f"{os.cpu_count()} cores" + (f", {threads} thread(s) a process" if threads else "")
+    code = f"frozen-prefix {modeling_frozen.__version__}, {', '.join(found)}"
+    return f"Taken on {time.strftime('%Y-%m-%d')} in {seconds:.0f} seconds; {code}; {cores}."
+
+
+def printed(stdout: str) -> str:
+    """What is kept of what a command printed: of a training what comes behind the last line that Trainer logs."""
+    lines = stdout.splitlines()
+    logged = [number for number, line in enumerate(lines) if line.startswith("{'")]
+    kept = lines[logged[-1] + 1 :] if logged else lines
+    return "```\n" + "\n".join(line.rstrip() for line in kept).strip("\n") + "\n```"
+
+
+def words_of(command: str, places: dict[str, str]) -> list[list[str]]:
+    """The commands of a line, as they are run here: this Python, the places that were named."""
+    commands = []
+    for part in command.split(" && "):
+        words = shlex.split(part)
+        words = [sys.executable, *words[1:]] if words[0] == "python" else words
+        words = [sys.executable, "-m", "modeling_frozen.cli", *words[1:]] if words[0] == "frozen-prefix" else words
+        for shown, place in places.items():
+            words = [re.sub(rf"^{shown}(?=/|$)", lambda _, place=place: place, word) for word in words]
+        commands.append(words)
+    return commands
+
+
+def run(result: Result, places: dict[str, str], folder: Path = TABLES) -> bool:
+    """Runs a result's commands and writes its file; False where one of them fails."""
+    start, stdout = time.monotonic(), ""
+    path = folder / f"{result.name}.md"
+    for words in words_of(result.command, places):
+        print(f"$ {shlex.join(words)}", flush=True)
+        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            print(f"{result.name}: exit code {done.returncode}; {path} stays as it is.\n{done.stdout[-2000:]}", flush=True)
+            return False
+        stdout = done.stdout
+    body = path.read_text(encoding="utf-8").rstrip("\n") if result.table else printed(stdout)
+    path.write_text(body + footer(result.command, taken_now(time.monotonic() - start)), encoding="utf-8")
+    print(body, flush=True)
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [result.name for result in RESULTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="these")
+    parser.add_argument("--without_timings", action="store_true", help="leave out what measures time")
+    parser.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
+    for option, shown in PLACES.items():
+        parser.add_argument(f"--{option}", metavar="FOLDER", help=f"what commands call {shown}")
+    args = parser.parse_args(arguments)
+    places = {shown: getattr(args, option) for option, shown in PLACES.items() if getattr(args, option)}
+    failed = []
+    for result in RESULTS:
+        if result.name not in args.only or (args.without_timings and result.timing):
+            continue
+        missing = [f"--{option}" for option in result.needs if PLACES[option] not in places]
+        if args.list:
+            print(f"{result.name}: {result.command}" + (f"  (needs {', '.join(missing)})" if missing else ""))
+        elif missing:
+            print(f"{result.name} is left out: it needs {', '.join(missing)}.")
+        elif not run(result, places):
+            failed.append(result.name)
+    if failed:
+        print(f"failed: {' '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
