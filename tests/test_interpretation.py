@@ -1,6 +1,7 @@
 """What the prefix says, where the words look, whether they see: against the model's own numbers."""
 
 import copy
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,35 @@ def test_figures_show_the_data(joined: tuple[Any, Any], tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 500 and len(np.unique(np.array(image.convert("L")))) > 20
     assert COLOURS  # the squares above are of these
+
+
+@pytest.mark.parametrize("width", [3.6, 7.5, None])
+def test_figures_keep_within_their_width(joined: tuple[Any, Any], width: float | None) -> None:
+    """Nothing that is written runs out of a figure, however narrow, and however long the prompt."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    model, processor = joined
+    prompt = "<|im_start|>system\nYou are a helpful assistant named after nobody .<|im_end|>\n" * 3 + "what is it ?"
+    text = "a green red square . a green red square . a green red square ."
+    looked = attention_to_image(model, processor, IMAGES[0], text=text)
+    nowhere = dataclasses.replace(looked, grid=None, why_not_spatial="the connector reads one vector of the whole image.")
+    seen = sightedness(model, processor, IMAGES[:2], TEXTS[:2], prompts=prompt)
+    near = nearest_words(model, processor, IMAGES[0], top_k=5)
+    for result in (looked, nowhere, seen, near):
+        figure = result.plot() if width is None else result.plot(width=width)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        wide, high = figure.bbox.width, figure.bbox.height
+        assert width is None or wide <= (width + 0.01) * figure.dpi
+        written = [*figure.texts, *(text for axes in figure.axes for text in (*axes.texts, axes.title))]
+        written += [label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label)]
+        for one in written:
+            box = one.get_window_extent(canvas.get_renderer())
+            if one.get_text().strip():
+                assert -1 <= box.x0 and box.x1 <= wide + 1 and -1 <= box.y0 and box.y1 <= high + 1, one.get_text()
+    shown = [one.get_text() for one in seen.plot(width=3.6).findobj(Text)]
+    assert any(one.startswith("… ") and one.endswith("what is it ?") for one in shown)
 
 
 def test_one_picture_of_the_encoder_serves_all(joined: tuple[Any, Any]) -> None:

@@ -26,16 +26,15 @@ def run(args: argparse.Namespace) -> None:
         import gradio
     except ImportError as error:
         raise ImportError('The page needs gradio: pip install "frozen-prefix[demo]".') from error
-    from ..serving.page import build_page
+    from ..serving.page import CSS, build_page
 
-    title = f"Model: `{args.model}`. Its parents are frozen; a connector between them was trained."
     page = build_page(
-        *load(args.model, args.device), title, max_new_tokens=args.max_new_tokens, pictures=pictures, questions=args.questions,
-        first_sentence=args.first_sentence,
+        *load(args.model, args.device), args.model, max_new_tokens=args.max_new_tokens, pictures=pictures,
+        questions=args.questions, first_sentence=args.first_sentence,
     )  # fmt: skip
     # No font from the web.
     theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page.launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme)
+    page.launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme, css=CSS)
 
 
 __all__ = ["add_arguments", "run"]

@@ -61,24 +61,40 @@ class NearestWords:
             lines.append(f"{position:>4}  " + "  ".join(f"{cell:<16}" for cell in cells).rstrip())
         return "\n".join(lines)
 
-    def plot(self, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32) -> Any:
-        """A table of one image's prefix, darker where a word is nearer; a matplotlib `Figure`, written to `path`."""
-        return _draw_nearest_words(self, path, image=image, max_positions=max_positions)
+    def plot(
+        self, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32, width: float | None = None
+    ) -> Any:
+        """A table of one image's prefix, darker where a word is nearer; a matplotlib `Figure`, written to `path`. Where
+        `width` (inches) is too little for the image beside it, or for all ranks, these are left out."""
+        return _draw_nearest_words(self, path, image=image, max_positions=max_positions, width=width)
 
 
 def _draw_nearest_words(
-    result: NearestWords, path: str | Path | None = None, *, image: int = 0, max_positions: int = 32
+    result: NearestWords,
+    path: str | Path | None = None,
+    *,
+    image: int = 0,
+    max_positions: int = 32,
+    width: float | None = None,
 ) -> Any:
     """A row per prefix vector, a column per rank, darker where the word is nearer."""
     words, values = result.words[image][:max_positions], result.similarities[image][:max_positions]
-    positions, top_k = len(words), len(words[0])
     shown_image = result.images[image] if result.images else None
-    table_width = 1.0 + 1.15 * top_k
-    figure = new_figure(table_width + (2.6 if shown_image is not None else 0) + 0.9, max(2.8, 0.34 * positions + 1.2))
+    column, beside, around = 1.15, 2.6, 1.9  # inches
+    if width is not None:
+        column = 0.9
+        room = max(1, int((width - around) / column))
+        if around + beside + column * len(words[0]) > width:
+            shown_image = None
+        words, values = [row[:room] for row in words], values[:, :room]
+    positions, top_k = len(words), len(words[0])
+    table_width = around + column * top_k
+    alone = shown_image is None
+    figure = new_figure(table_width + (0 if alone else beside), max(2.8 if alone else 3.4, 0.34 * positions + 1.2))
     if shown_image is None:
         axes = figure.add_subplot()
     else:
-        left, axes = figure.subplots(1, 2, width_ratios=[2.6, table_width + 0.9])
+        left, axes = figure.subplots(1, 2, width_ratios=[beside, table_width])
         show_image(left, shown_image)
         left.set_anchor("N")
         norms = result.norms[image]
@@ -165,9 +181,17 @@ class ImageAttention:
         on_positions = self.by_word(layers) @ self.origins
         return on_positions[:, self.num_leading :].reshape(-1, *self.grid)
 
-    def plot(self, path: str | Path | None = None, *, layers: int | Sequence[int] | None = None, max_words: int = 24) -> Any:
-        """Over the image where the prefix is spatial, else bars; a matplotlib `Figure`, written to `path`."""
-        return _draw_attention(self, path, layers=layers, max_words=max_words)
+    def plot(
+        self,
+        path: str | Path | None = None,
+        *,
+        layers: int | Sequence[int] | None = None,
+        max_words: int = 24,
+        width: float | None = None,
+    ) -> Any:
+        """Over the image where the prefix is spatial, else bars; a matplotlib `Figure`, written to `path`, at most so many
+        inches wide."""
+        return _draw_attention(self, path, layers=layers, max_words=max_words, width=width)
 
 
 def _draw_attention(
@@ -176,6 +200,7 @@ def _draw_attention(
     *,
     layers: int | Sequence[int] | None = None,
     max_words: int = 24,
+    width: float | None = None,
 ) -> Any:
     """An image per word with the attention over it; without places, bars over the prefix vectors."""
     if not result.words:
@@ -187,7 +212,7 @@ def _draw_attention(
     if result.kind == "gated":
         title = f"Attention of the gated blocks to the image, averaged over heads and {averaged}"
     draw = _draw_bars if result.grid is None else _draw_maps
-    return finish(draw(result, title, layers, max_words), path)
+    return finish(draw(result, title, layers, max_words, width), path)
 
 
 def _spans(words: list[str], joined: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
@@ -208,15 +233,28 @@ def _titles(result: ImageAttention, layers: Any, max_words: int) -> list[str]:
     return [f"{word}  {share:.0%}" for word, share in zip(words, shares, strict=True)]
 
 
-def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) -> Any:
+def _fitted(text: str, wide: float, points: float) -> str:
+    """A line broken so that it fits into so many inches, at about half its size a letter."""
+    return textwrap.fill(text, int(wide * 72 / (0.58 * points)))
+
+
+def _points(text: str, wide: float, most: float) -> float:
+    """The size at which a line fits into so many inches; bold letters are two thirds of it wide."""
+    return min(most, wide * 72 / (0.66 * len(text)))
+
+
+def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int, wide: float | None) -> Any:
     from matplotlib import colormaps
 
     titles = _titles(result, layers, max_words)
     height, width = result.image.shape[:2]
-    columns = min(6, len(titles) + 1)
+    side = 2.0 if wide is None else min(2.0, (wide - 1.1) / 2)
+    columns = min(6 if wide is None else max(2, int((wide - 1.1) / side)), len(titles) + 1)
     rows = -(-(len(titles) + 1) // columns)
-    side = 2.0
-    figure = new_figure(max(6.5, side * columns + 1.1), (side * height / width + 0.3) * rows + 0.75)
+    wide = max(6.5, side * columns + 1.1) if wide is None else side * columns + 1.1
+    title = _fitted(title, wide, 12)
+    lines = 0.2 * title.count("\n")
+    figure = new_figure(wide, (side * height / width + 0.3) * rows + 0.75 + 2 * lines)
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False)
     maps = _over_words(result, result.maps(layers), max_words)
@@ -227,7 +265,8 @@ def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) 
         place.set_axis_off()
         if index == 0:
             place.imshow(result.image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-            place.set_title("what the tower saw", fontsize=10, color=GREY)
+            title = "what the tower saw"
+            place.set_title(title, fontsize=_points(title, side, 10), color=GREY)
         elif index <= len(titles):
             there = maps[index - 1]
             there = there / there.max().clamp(min=1e-12)
@@ -236,19 +275,22 @@ def _draw_maps(result: ImageAttention, title: str, layers: Any, max_words: int) 
             drawn = place.imshow(
                 there.numpy(), cmap=colours, vmin=0, vmax=1, alpha=0.62, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
             )
-            place.set_title(titles[index - 1], fontsize=11, fontweight="bold")
+            title = titles[index - 1]
+            place.set_title(title, fontsize=_points(title, side, 11), fontweight="bold")
     bar = figure.colorbar(drawn, ax=axes, location="right", shrink=0.8, aspect=25, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["none", "half", "most"])
     bar.set_label("attention, within each word")
     if result.kind != "gated":
         note = "Percentages: the part of the word's whole attention that goes to the image."
-        figure.supxlabel(note, fontsize=9.5, color=GREY)
+        figure.supxlabel(_fitted(note, wide, 9.5), fontsize=9.5, color=GREY)
     return figure
 
 
-def _draw_bars(result: ImageAttention, title: str, layers: Any, max_words: int) -> Any:
+def _draw_bars(result: ImageAttention, title: str, layers: Any, max_words: int, wide: float | None) -> Any:
     titles, values = _titles(result, layers, max_words), 100 * _over_words(result, result.by_word(layers), max_words)
-    figure = new_figure(7.6, 0.55 * len(titles) + 1.7)
+    wide = 7.6 if wide is None else min(7.6, wide)
+    title = _fitted(title, wide, 12)
+    figure = new_figure(wide, 0.55 * len(titles) + 1.7 + 0.2 * title.count("\n"))
     figure.suptitle(title, fontsize=12)
     all_axes = figure.subplots(len(titles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, name, bars in zip(all_axes, titles, values, strict=True):
@@ -258,7 +300,7 @@ def _draw_bars(result: ImageAttention, title: str, layers: Any, max_words: int) 
         axes.locator_params(axis="y", nbins=2)
     all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
     reason = (result.why_not_spatial or "").rstrip(".")
-    reason = textwrap.fill(f"(no places on the image: {reason})", 72)
+    reason = _fitted(f"(no places on the image: {reason})", wide - 1.5, 9.5)
     all_axes[-1].set_xlabel(f"prefix vector\n{reason}", fontsize=9.5)
     figure.supylabel("% of the word's attention", fontsize=10)
     return figure
@@ -318,12 +360,12 @@ class Sightedness:
             )
         ]
 
-    def plot(self, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
-        """Words coloured by their drop, beside their images; a matplotlib `Figure`, written to `path`."""
-        return _draw_sightedness(self, path, max_texts=max_texts)
+    def plot(self, path: str | Path | None = None, *, max_texts: int = 6, width: float = 8.8) -> Any:
+        """Words coloured by their drop, beside their images; a matplotlib `Figure` so many inches wide, written to `path`."""
+        return _draw_sightedness(self, path, max_texts=max_texts, wide=width)
 
 
-def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, max_texts: int = 6) -> Any:
+def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, max_texts: int = 6, wide: float = 8.8) -> Any:
     """Each text beside its image, every word on the colour of its drop, with the number under it."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -334,13 +376,16 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
     drops = [_drops(sample) for sample in samples]
     furthest = max([0.1, *(abs(drop) for some in drops for drop in some)])
     colours = ScalarMappable(TwoSlopeNorm(0, -furthest, furthest), colormaps["PuOr"])
-    width, line = 6.4, 0.56  # inches
+    beside = min(1.7, wide / 4)
+    width, line = wide - beside - 0.7, 0.56  # inches
     laid = [_lay_out(sample, width) for sample in samples]
     tops = [0.42 if sample.prompt else 0.12 for sample in samples]
     heights = [max(1.15, line * (rows[-1][0] + 1) + top) for rows, top in zip(laid, tops, strict=True)]
-    figure = new_figure(width + 2.4, sum(heights) + 1.35)
-    figure.suptitle("What each word loses when the image is another", fontsize=12)
-    all_axes = figure.subplots(len(samples), 2, squeeze=False, width_ratios=[1.7, width], height_ratios=heights)
+    title = _fitted("What each word loses when the image is another", wide, 12)
+    label = _fitted("log-likelihood with its own image minus with others (nats per word)", wide, 11)
+    figure = new_figure(wide, sum(heights) + 1.35 + 0.2 * f"{title}{label}".count("\n"))
+    figure.suptitle(title, fontsize=12)
+    all_axes = figure.subplots(len(samples), 2, squeeze=False, width_ratios=[beside, width], height_ratios=heights)
     for (left, right), sample, of_words, rows, height, top in zip(all_axes, samples, drops, laid, heights, tops, strict=True):
         if sample.image is None:
             left.set_axis_off()
@@ -350,17 +395,19 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
         right.set_xlim(0, width)
         right.set_ylim(height, 0)
         if sample.prompt:
-            right.text(0, 0.22, sample.prompt.strip(), fontsize=10, color=GREY, va="center", style="italic")
-        for (row, x, wide, word), drop in zip(rows, of_words, strict=True):
+            prompt, room = " ".join(sample.prompt.split()), int(width * 72 / (0.58 * 10))
+            prompt = prompt if len(prompt) <= room else f"… {prompt[2 - room :]}"  # a chat's question stands at its end
+            right.text(0, 0.22, prompt, fontsize=10, color=GREY, va="center", style="italic")
+        for (row, x, across, word), drop in zip(rows, of_words, strict=True):
             colour = colours.to_rgba(drop)
             y = top + line * row
             box = FancyBboxPatch(
-                (x, y), wide, 0.27, "round,pad=0,rounding_size=0.05", linewidth=0.6, facecolor=colour, edgecolor="#999999"
+                (x, y), across, 0.27, "round,pad=0,rounding_size=0.05", linewidth=0.6, facecolor=colour, edgecolor="#999999"
             )
             right.add_patch(box)
-            right.text(x + wide / 2, y + 0.135, word, ha="center", va="center", fontsize=10.5, color=_ink(colour))
+            right.text(x + across / 2, y + 0.135, word, ha="center", va="center", fontsize=10.5, color=_ink(colour))
             right.text(
-                x + wide / 2,
+                x + across / 2,
                 y + 0.38,
                 f"{drop:+.1f}".replace("-0.0", "+0.0"),
                 ha="center",
@@ -369,7 +416,7 @@ def _draw_sightedness(result: Sightedness, path: str | Path | None = None, *, ma
                 color=GREY,
             )
     bar = figure.colorbar(colours, ax=all_axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
-    bar.set_label("log-likelihood with its own image minus with others (nats per word)")
+    bar.set_label(label)
     for left in all_axes[:, 0]:  # beside the first line; the bar moves them
         left.set_anchor("N")
     return finish(figure, path)
