@@ -120,6 +120,27 @@ def test_long_texts_are_cut_where_they_would_run_into_the_next() -> None:
     assert len(lines) == 5 and lines[3].endswith("…") and max(map(len, lines)) <= 44
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (60, 90), (90, 60)])
+@pytest.mark.parametrize("each", [1, 4])
+def test_texts_of_a_sheet_lie_within_it_and_apart(each: int, shape: tuple[int, int]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    count = 12
+    images = [Image.new("RGB", shape, "red") for _ in range(count)]
+    outputs = ["a small purple triangle at the bottom right .  what colour ?  purple . " * 2] * count
+    references = ["a large green triangle at the bottom right beside the wall"] * count
+    figure = plot_sheet(images, outputs, references, list(range(count)), each=each, title="Photos that nobody met in training")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [*figure.texts, *(text for axes in figure.axes for text in (axes._left_title, axes.xaxis.label))]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    for index, box in enumerate(boxes):
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0 and box.y1 <= figure.bbox.height, texts[index]
+        assert not [other for other in boxes[:index] if box.overlaps(other)], texts[index]
+    sizes = {round(axes.get_window_extent().width) for axes in figure.axes}
+    assert len(sizes) == 1 and sizes.pop() > 200  # the images are not squeezed to make room
+
+
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "frozen-prefix\[plots\]"'):

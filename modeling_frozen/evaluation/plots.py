@@ -250,24 +250,37 @@ def plot_sheet(
             "give one of each for every image."
         )
     groups = choose(scores, each)
-    columns = max(len(group) for group in groups.values()) if each > 1 else len(groups)
-    rows = len(groups) if each > 1 else 1
-    width = 3.9
-    figure = new_figure(max(6.0, width * columns), 4.9 * rows + (0.5 if title else 0))
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
-    for row, (name, group) in enumerate(groups.items()):
-        for column, index in enumerate(group):
-            place = row * columns + column + 1 if rows > 1 else row + 1
-            axes = figure.add_subplot(rows, columns, place)
+    rows = [[(name, index) for index in group] for name, group in groups.items()]
+    if each == 1:
+        rows = [[panel for row in rows for panel in row]]
+    columns = max(map(len, rows))
+    side, gap, line = 3.6, 0.25, 0.2  # inches; of a line of text its height
+    above, left = 0.55 if title else 0.1, 0.15
+    width = max(6.0, 2 * left + columns * (side + gap) - gap)
+    # Each panel is placed by hand: how long its text is says how much room it needs.
+    figure, panels, bottom = new_figure(width, side), [], above
+    figure.set_layout_engine("none")
+    for row in rows:
+        drawn = []
+        for column, (name, index) in enumerate(row):
+            axes = figure.add_axes((0, 0, 1, 1))
             show_image(axes, images[index])
-            axes.set_anchor("N")  # titles in one line, whatever the images' shapes
+            axes.set_anchor("NW")
             axes.set_title(f"{name}  ({score_name} {scores[index]:.2f})", fontsize=12, fontweight="bold", loc="left")
             of_one = references[index]
             expected = of_one if isinstance(of_one, str) else of_one[0]
-            lines = _wrapped("model", outputs[index]) + "\n" + _wrapped("person", expected)
-            axes.set_xlabel(lines, loc="left", fontsize=10.5, linespacing=1.35)
+            text = _wrapped("model", outputs[index]) + "\n" + _wrapped("person", expected)
+            axes.set_xlabel(text, loc="left", fontsize=10.5, linespacing=1.35)
+            high, wide = axes.images[0].get_array().shape[:2]
+            drawn.append((axes, left + column * (side + gap), min(side * high / wide, 1.4 * side)))
+        top = bottom + 0.35
+        panels += [(axes, x, top, tall) for axes, x, tall in drawn]
+        bottom = top + max(tall + line * (axes.get_xlabel().count("\n") + 1) for axes, _, tall in drawn) + 0.2
+    figure.set_size_inches(width, bottom)
+    for axes, x, top, tall in panels:
+        axes.set_position((x / width, 1 - (top + tall) / bottom, side / width, tall / bottom))
     if title:
-        figure.suptitle(title, fontweight="bold")
+        figure.suptitle(title, fontweight="bold", y=1 - 0.15 / bottom, va="top")
     return finish(figure, path)
 
 
