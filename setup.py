@@ -53,6 +53,8 @@ extras["docs"] = ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "ruff>=0.
 extras["quickstart"] = sorted({"datasets>=4.0.0", *extras["metrics"], *extras["plots"]})
 extras["demo"] = sorted({*extras["quickstart"], "gradio>=6.0.2"})
 extras["page"] = extras["demo"]  # its name in 0.1.0
+# The notebooks of docs/notebooks/, and what makes them.
+extras["notebooks"] = sorted({*extras["quickstart"], "ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"})
 tested = ("quickstart", "peft", "gguf", "augment", "search", "video")
 extras["test"] = sorted(
     {
@@ -63,8 +65,8 @@ extras["test"] = sorted(
 # What the slow tests run beside: `pytest -m slow` skips what is not installed.
 extras["slow"] = sorted(
     {
-        *(one for name in ("serving", "export", "llama-cpp", "deepspeed", "ray") for one in extras[name]),
-        *("openai>=2.0", "parameterized>=0.9", "trl>=1.0"),
+        *(one for name in ("serving", "export", "llama-cpp", "deepspeed", "ray", "notebooks", "demo") for one in extras[name]),
+        *("openai>=2.0", "parameterized>=0.9", "playwright>=1.45", "trl>=1.0"),
     }
 )
 

@@ -3,17 +3,20 @@
     python docs/build_site.py --serve    # http://127.0.0.1:8000
 
 What pages include is put in before the build, and not by plugins of MkDocs: files (`<!-- include: FILE -->`), the
-versions, and below each kind of error in errors.md its messages. So the builder is one word: MkDocs 1.6 with Material
-9.8, which its authors mend until May 2027, reads the same `mkdocs.yml` as Zensical, their next one, which was not as
-strict when this was written (0.0.73).
+versions, notebooks as pages, and below each kind of error in errors.md its messages. So the builder is one word: MkDocs 1.6
+with Material 9.8, which its authors mend until May 2027, reads the same `mkdocs.yml` as Zensical, their next one, which was
+not as strict when this was written (0.0.73).
 """
 
+import base64
 import html
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from error_messages import KIND, ROOT, kind_of, kinds, messages
 
@@ -69,12 +72,36 @@ def versions() -> str:
     return "\n".join(["| | oldest | newest |", "|---|---|---|", *rows])
 
 
+def notebook_page(path: Path) -> str:
+    """A notebook as a page, with what its cells printed and drew; images go beside it."""
+    parts = ["---\nsearch:\n  boost: 0.5\n---"]  # below the pages that answer
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for place, output in enumerate(cell["outputs"]):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            drawn = next((kind for kind in ("png", "jpeg") if f"image/{kind}" in data), None)
+            if drawn:
+                image = path.with_name(f"{path.stem}_{number}_{place}.{drawn}")
+                image.write_bytes(base64.b64decode(data[f"image/{drawn}"]))
+                parts.append(f"![What the cell above drew]({image.name})")
+            else:
+                parts.append(f"```{{ .text .no-copy }}\n{''.join(data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def prepare() -> None:
     shutil.rmtree(PREPARED, ignore_errors=True)
     shutil.copytree(PAGES, PREPARED, ignore=shutil.ignore_patterns("*.py", "__pycache__", "tables"))
+    for path in sorted(PREPARED.rglob("*.ipynb")):
+        path.with_suffix(".md").write_text(notebook_page(path), encoding="utf-8")
     for path in PREPARED.rglob("*.md"):
         page = path.read_text(encoding="utf-8")
         page = INCLUDE.sub(lambda found: include(found[1]), page).replace("<!-- versions -->", versions())
+        page = page.replace(".ipynb)", ".md)")  # a link to a notebook, which GitHub shows as it is
         path.write_text(with_messages(page) if path.name == "errors.md" else page, encoding="utf-8")
 
 

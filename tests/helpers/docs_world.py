@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 TOWERS = (
     "google/siglip2-base-patch16-224", "facebook/dinov2-small", "openai/clip-vit-base-patch32",
-    "facebook/dinov2-with-registers-base",
+    "facebook/dinov2-with-registers-base", "google/mobilenet_v2_1.0_224",
 )  # fmt: skip
 LANGUAGE_MODELS = ("Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "me/my-language-model")
 AUDIO, TRANSLATOR, READER = "openai/whisper-tiny", "google-t5/t5-small", "sentence-transformers/all-MiniLM-L6-v2"
-OWNERS = tuple({name.partition("/")[0] for name in (*TOWERS, *LANGUAGE_MODELS, AUDIO, TRANSLATOR, READER)} - {"me"})
+CAPTIONS = "jxie/flickr8k"
+OWNERS = tuple({name.partition("/")[0] for name in (*TOWERS, *LANGUAGE_MODELS, AUDIO, TRANSLATOR, READER, CAPTIONS)} - {"me"})
 CHAT = (
     "{% for message in messages %}{{ '<|im_start|> ' + message['role'] + ' ' + message['content'] + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
@@ -67,6 +68,11 @@ def serve() -> None:
     Path("squares/data").mkdir(parents=True)
     Dataset.from_list(tiny.rows(16)).to_parquet("squares/data/train.parquet")
     _upload("me/photos", "squares", "dataset")
+    Path("captions/data").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        captioned = [{"image": row["image"], **{f"caption_{n}": row["text"] for n in range(5)}} for row in tiny.rows(16)]
+        Dataset.from_list(captioned).to_parquet(f"captions/data/{split}-00000-of-00001.parquet")
+    _upload(CAPTIONS, "captions", "dataset")
 
 
 def fill() -> None:
