@@ -14,7 +14,7 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
 from modeling_frozen.export import LlamaCppModel, export_mmproj
 from tests.helpers.gguf_files import write_gguf
-from tests.helpers.tiny import save_parents, skip_before
+from tests.helpers.tiny import NOT_READERS, join_not_a_reader, save_parents, skip_before
 
 
 pytest.importorskip("gguf", reason="GGUF files are read and written by the package gguf")
@@ -208,9 +208,15 @@ def test_other_towers_and_fusions_are_refused_by_name(tmp_path: Path) -> None:
     processor.tiles = {"crop_to_patches": True}
     with pytest.raises(ValueError, match="tiles"):
         export_mmproj(model, tmp_path / "mmproj.gguf", processor)
-    model.config.fusion = "cross_attention"
-    with pytest.raises(ValueError, match="fusion='cross_attention'"):
+
+
+@pytest.mark.parametrize("kind", NOT_READERS)
+def test_what_reads_no_prefix_among_words_is_refused_both_ways(kind: str, tmp_path: Path) -> None:
+    model, processor = join_not_a_reader(tmp_path, kind)
+    with pytest.raises(ValueError, match=NOT_READERS[kind]):
         LlamaCppModel(model, "words.gguf")
+    with pytest.raises(ValueError, match=NOT_READERS[kind]):
+        export_mmproj(model, tmp_path / "mmproj.gguf", processor)
 
 
 @pytest.mark.slow

@@ -15,8 +15,6 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     ImageTextToTextPipeline,
-    T5Config,
-    T5ForConditionalGeneration,
     TextIteratorStreamer,
     pipeline,
 )
@@ -25,7 +23,7 @@ from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixPr
 from tests.helpers import fresh_python
 from tests.helpers.hub_fixtures import Hub, module_hub  # noqa: F401
 from tests.helpers.talking import QUESTION, TOKENS, Talking, picture, talking, user
-from tests.helpers.tiny import COLOURS, WORDS, save_parents, tokenizer
+from tests.helpers.tiny import COLOURS, save_encoder_decoder, save_parents
 
 
 PROMPT = f"<image> {QUESTION}"
@@ -202,11 +200,8 @@ def test_half_precision_and_models_that_are_loaded_already(saved: Talking) -> No
 
 def test_an_encoder_decoder(tmp_path: Path) -> None:
     tower, _ = save_parents(tmp_path)
-    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": len(WORDS) + 3}
-    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
-    T5ForConditionalGeneration(T5Config(**sizes, **ids, initializer_factor=4.0)).save_pretrained(tmp_path / "t5")
-    tokenizer(bos=False).save_pretrained(tmp_path / "t5")
-    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(tower, str(tmp_path / "t5"), connector_type="mlp")
+    words = save_encoder_decoder(tmp_path / "t5", initializer_factor=4.0)
+    model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(tower, words, connector_type="mlp")
     processor = FrozenPrefixProcessor.from_model(model)
     model.save_pretrained(tmp_path / "eyes")
     processor.save_pretrained(tmp_path / "eyes")

@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
@@ -69,6 +71,35 @@ def join(folder: Path, **options: Any) -> tuple[FrozenPrefixForConditionalGenera
     options = {"connector_type": "mlp", **options}
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(str(tower), str(words), **options)
     return model, FrozenPrefixProcessor.from_model(model)
+
+
+def save_encoder_decoder(folder: Path, **options: Any) -> str:
+    """Writes a T5 as its own tool would; returns its folder."""
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": len(WORDS) + 3}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(**{**sizes, **ids, **options})).save_pretrained(folder)
+    tokenizer(bos=False).save_pretrained(folder)
+    return str(folder)
+
+
+# Of language models that are more than a decoder that reads prefixes among its words: how they are refused.
+NOT_READERS = {"an encoder-decoder": "is an encoder-decoder", "gated cross-attention": "has fusion='cross_attention'"}
+
+
+def join_not_a_reader(folder: Path, kind: str) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
+    """A model of a kind in `NOT_READERS`, saved in `folder / "eyes"` with its processor."""
+    if kind == "an encoder-decoder":
+        save_parents(folder)
+        words = save_encoder_decoder(folder / "t5")
+        model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
+            str(folder / "tower"), words, connector_type="mlp"
+        )
+        processor = FrozenPrefixProcessor.from_model(model)
+    else:
+        model, processor = join(folder, fusion="cross_attention", connector_type="resampler", prefix_length=2)
+    model.save_pretrained(folder / "eyes")
+    processor.save_pretrained(folder / "eyes")
+    return model, processor
 
 
 def length_of_its_own(connector_type: str, length: int = 3) -> dict[str, int]:
