@@ -1,6 +1,6 @@
 """Asks a stock vLLM server of the bare language model about images: tower and connector run here, the words there.
 
-    vllm serve Qwen/Qwen3-0.6B --enable-prompt-embeds
+    vllm serve Qwen/Qwen3-0.6B --enable-prompt-embeds --trust-request-chat-template
     python examples/ask_vllm.py --model_name_or_path me/eyes --server http://localhost:8000 --question "What is it?" photo.jpg
 
 One running server answers for every connector of its language model. `frozen-prefix serve --upstream` does the same for many
@@ -21,16 +21,17 @@ def main(arguments: list[str] | None = None) -> str:
     from openai import OpenAI
 
     from modeling_frozen import FrozenPrefixModel, FrozenPrefixProcessor
-    from modeling_frozen.serving.prompt_embeds import prompt_embeds
+    from modeling_frozen.serving.prompt_embeds import chat_request
 
     model = FrozenPrefixModel.from_pretrained(args.model_name_or_path, load_language_model=False)
     processor = FrozenPrefixProcessor.from_pretrained(args.model_name_or_path)
-    content = [*prompt_embeds(model, processor, args.images), {"type": "text", "text": args.question}]
+    images = [{"type": "image", "image": image} for image in args.images]
+    turn = {"role": "user", "content": [*images, {"type": "text", "text": args.question}]}
 
     client = OpenAI(base_url=f"{args.server}/v1", api_key="none")
     answer = client.chat.completions.create(
         model=client.models.list().data[0].id,
-        messages=[{"role": "user", "content": content}],
+        **chat_request(model, processor, [turn]),
         max_tokens=args.max_tokens,
         temperature=0,
         stream=True,

@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests.helpers.hub_fixtures import ROOT
 from tests.helpers.talking import QUESTION, TOKENS, Talking, picture, talking, user
-from tests.helpers.tiny import COLOURS, join
+from tests.helpers.tiny import COLOURS, NOT_READERS, join, join_not_a_reader
 
 
 pytest.importorskip("fastapi", reason="the gateway is of the extra serving")
@@ -163,6 +163,11 @@ def test_a_clients_mistake_is_named(served: SimpleNamespace, model: str, content
     assert caught.value.status_code == status
 
 
+def test_what_is_asked_of_the_processor_is_refused(served: SimpleNamespace) -> None:
+    with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs.*another processor"):
+        said(served, "one", turn("red"), extra_body={"mm_processor_kwargs": {"crop_to_patches": True}})
+
+
 def test_a_placeholder_that_a_user_writes_takes_no_image(served: SimpleNamespace) -> None:
     for colours in ((), ("red",)):
         with pytest.raises(openai.BadRequestError, match="leave it out of the text"):
@@ -248,11 +253,14 @@ def test_equal_images_are_encoded_once_and_others_in_batches(eyes: list[Talking]
     asyncio.run(together())
 
 
-def test_what_no_server_of_embeddings_reads_is_refused(tmp_path: Path, eyes: list[Talking]) -> None:
-    model, _ = join(tmp_path, fusion="cross_attention", connector_type="resampler", prefix_length=2)
-    model.save_pretrained(tmp_path / "gated")
-    with pytest.raises(ValueError, match="cross_attention.*frozen-prefix serve"):
-        load_connectors([str(tmp_path / "gated")])
+@pytest.mark.parametrize("kind", NOT_READERS)
+def test_what_no_server_of_embeddings_reads_is_refused(kind: str, tmp_path: Path) -> None:
+    join_not_a_reader(tmp_path, kind)
+    with pytest.raises(ValueError, match=f"{NOT_READERS[kind]}.*frozen-prefix serve"):
+        load_connectors([str(tmp_path / "eyes")])
+
+
+def test_two_connectors_of_one_name_are_refused(eyes: list[Talking]) -> None:
     with pytest.raises(ValueError, match="Two connectors are named 'a'"):
         load_connectors([f"a={eyes[0].path}", f"a={eyes[1].path}"])
 

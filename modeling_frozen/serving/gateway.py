@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,14 +27,13 @@ from transformers.image_utils import httpx
 
 from ..configuration_frozen_prefix import FrozenPrefixConfig
 from ..modeling_frozen_prefix import FrozenPrefixModel
-from ..processors import CONTROL_TOKEN_END, CONTROL_TOKEN_START, FrozenPrefixProcessor, load_rgb_image
-from .prompt_embeds import encode_images, encoded_part, refuse_other_than_readers
+from ..processors import FrozenPrefixProcessor, load_rgb_image
+from .prompt_embeds import as_one_message, encode_images, encoded_part, refuse_other_than_readers, texts_between
 from .requests import MediaLimits, check_requests
 
 
 logger = logging.getLogger(__name__)
 
-_PASS_THROUGH = "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
 # Of the client's: what the rendering here has used up, or the upstream server must not see.
 _USED_HERE = ("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "add_special_tokens")
 
@@ -66,19 +64,7 @@ class Connector:
             tools=body.get("tools"),
             **(body.get("chat_template_kwargs") or {}),
         )
-        tokenizer = self.processor.tokenizer
-        bos = tokenizer.special_tokens_map.get("bos_token")
-        if bos and not text.startswith(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-            text = bos + text
-        token = re.escape(self.processor.tokens["image"])
-        texts = re.split(f"(?<!{CONTROL_TOKEN_START}){token}", text)
-        if len(texts) != len(files) + 1:
-            raise ValueError(
-                f"The chat holds {len(files)} images, and its text {len(texts) - 1} times "
-                f"{self.processor.tokens['image']!r}, which stands for one: leave it out of the text."
-            )
-        marks = re.compile(f"[{CONTROL_TOKEN_START}{CONTROL_TOKEN_END}]")
-        return [marks.sub("", one) for one in texts], files
+        return texts_between(self.processor, text, len(files)), files
 
 
 def _content(content: Any, files: list[Path]) -> Any:
@@ -275,6 +261,11 @@ def build_gateway(
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await request.json()
+        if body.get("mm_processor_kwargs"):
+            raise ValueError(
+                "mm_processor_kwargs: this server encodes images as each checkpoint's processor says. Leave it out, or have a "
+                "copy of the checkpoint with another processor served beside it, `--connector other=folder`."
+            )
         connector = connectors.get(body["model"])
         if connector is None:
             return _error(
@@ -313,17 +304,10 @@ def _sent_on(
     body: dict[str, Any], connector: Connector, texts: list[str], encoded: Sequence[dict[str, str]]
 ) -> dict[str, Any]:
     """The request as the upstream server gets it: one message, of texts and prefixes."""
-    parts: list[dict[str, str]] = []
-    for index, text in enumerate(texts):
-        parts += [{"type": "text", "text": text}] if text else []
-        parts += [encoded[index]] if index < len(encoded) else []
+    read = as_one_message(connector.model.config, texts, encoded)
+    unsaid = {**(body.get("logit_bias") or {}), **read.pop("logit_bias")}
     sent = {key: value for key, value in body.items() if key not in _USED_HERE}
-    sent |= {"messages": [{"role": "user", "content": parts}], "chat_template": _PASS_THROUGH, "add_special_tokens": False}
-    config: Any = connector.model.config
-    unsaid = [index for index in config.placeholder_ids.values() if index < config.text_config.vocab_size]
-    if unsaid:  # as in `generate`, no placeholder is ever written
-        sent["logit_bias"] = {**(body.get("logit_bias") or {}), **{str(index): -100 for index in unsaid}}
-    return sent
+    return {**sent, **read, **({"logit_bias": unsaid} if unsaid else {})}
 
 
 async def _stream(response: httpx.Response, name: str, upstream: str) -> AsyncIterator[bytes]:
