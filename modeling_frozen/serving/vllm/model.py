@@ -16,6 +16,7 @@ from vllm.model_executor.models.transformers.multimodal import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.sequence import IntermediateTensors
 
 from ...checkpoints import check_recorded
@@ -25,6 +26,7 @@ from ...modeling_frozen_prefix import FrozenPrefixModel
 
 
 _WORDS = "model.language_model."  # how names of the language model begin in a checkpoint of ours
+_VECTORS = "image_replacement_sizes"  # what vLLM calls the number of placeholders of each image
 
 
 def _refuse(config: FrozenPrefixConfig) -> None:
@@ -63,7 +65,30 @@ class ProcessingInfo(MultiModalProcessingInfo):
         return False
 
 
-@MULTIMODAL_REGISTRY.register_processor(MultiModalProcessor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder)
+class Processor(MultiModalProcessor):
+    """vLLM's own, which tells the model how many vectors each image is to have, and knows tiles that a request asked for."""
+
+    def _apply_hf_processor_main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._apply_hf_processor_main(*args, **kwargs)
+        except ValueError as error:
+            # What our processor said, in place of the whole of what it was given.
+            raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        if _VECTORS in hf_inputs:
+            fields[_VECTORS] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return fields
+
+    def _get_num_image_patches(self, hf_inputs: Any, mm_data: Any, num_images: int) -> torch.Tensor:
+        vectors, rows = hf_inputs[_VECTORS], len(hf_inputs["pixel_values"])
+        if rows == num_images:
+            return torch.ones(num_images, dtype=torch.long)
+        return vectors * rows // vectors.sum()  # tiles, of as many vectors each
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder)
 class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
     """
     Built by vLLM from a checkpoint of ours, connector-only or whole. Tower and connector are loaded and checked by our own
@@ -126,13 +151,23 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
     @torch.no_grad()
     def embed_multimodal(self, num_image_patches: torch.Tensor | None = None, **inputs: Any) -> list[torch.Tensor]:
         """One tensor `(vectors, embedding_dim)` for each image; of one cut into tiles, the vectors of all."""
-        pixels = inputs.pop("pixel_values", None)
-        if pixels is None or self.encoder is None:
+        vectors = inputs.pop(_VECTORS, None)
+        if inputs.get("pixel_values") is None or self.encoder is None:
             return []
-        batches = [pixels] if isinstance(pixels, torch.Tensor) else [one[None] for one in pixels]  # of several sizes
-        written = [prefix for batch in batches for prefix in _encode(self.encoder, {**inputs, "pixel_values": batch})]
-        tiles = [1] * len(written) if num_image_patches is None else num_image_patches.flatten().tolist()
-        return [torch.cat(own) for own in _split(written, tiles)]
+        rows = len(inputs["pixel_values"])
+        tiles = [1] * rows if num_image_patches is None else num_image_patches.flatten().tolist()
+        lengths: list[int | None] = [None] * len(tiles)
+        if self.config.prefix_lengths is not None and vectors is not None:
+            lengths = [total // count for total, count in zip(vectors.flatten().tolist(), tiles, strict=True)]
+        if len(set(lengths)) == 1 and all(isinstance(one, torch.Tensor) for one in inputs.values()):
+            written = iter(_encode(self.encoder, inputs, lengths[0]))
+        else:  # of several lengths, or of several sizes
+            of_rows = [length for length, count in zip(lengths, tiles, strict=True) for _ in range(count)]
+            alone = [{name: one[row][None] for name, one in inputs.items()} for row in range(rows)]
+            written = iter(
+                prefix for one, length in zip(alone, of_rows, strict=True) for prefix in _encode(self.encoder, one, length)
+            )
+        return [torch.cat([next(written) for _ in range(count)]) for count in tiles]
 
     def forward(
         self,
@@ -161,12 +196,7 @@ class FrozenPrefixForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
         return MultiModelKeys.from_string_field(language_model="language_model")
 
 
-def _encode(encoder: FrozenPrefixModel, inputs: dict[str, Any]) -> list[torch.Tensor]:
+def _encode(encoder: FrozenPrefixModel, inputs: dict[str, Any], prefix_length: int | None) -> list[torch.Tensor]:
     device: Any = encoder.device
-    inputs = {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
-    return list(encoder.get_image_features(**inputs).pooler_output)
-
-
-def _split(vectors: list[torch.Tensor], counts: list[int]) -> list[list[torch.Tensor]]:
-    rest = iter(vectors)
-    return [[next(rest) for _ in range(count)] for count in counts]
+    inputs = {name: one.to(device) for name, one in inputs.items()}
+    return list(encoder.get_image_features(**inputs, prefix_length=prefix_length).pooler_output)
