@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import httpx
 
 from tests.helpers.hub_fixtures import ROOT
 from tests.helpers.talking import QUESTION, TOKENS, Talking, picture, talking, user
@@ -43,8 +44,12 @@ def data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def data_part(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
 def turn(*colours: str, text: str = QUESTION) -> dict[str, Any]:
-    pictures = [{"type": "image_url", "image_url": {"url": data_url(picture(one))}} for one in colours]
+    pictures = [data_part(picture(one)) for one in colours]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
 
@@ -118,15 +123,21 @@ def served(eyes: list[Talking]) -> Iterator[SimpleNamespace]:
 
 def said(served: SimpleNamespace, model: str, *messages: dict[str, Any], **options: Any) -> str:
     answer = served.client.chat.completions.create(model=model, messages=list(messages), max_tokens=TOKENS, **options)
-    assert answer.model == model
-    return answer.choices[0].message.content
+    if not options.get("stream"):
+        assert answer.model == model
+        return answer.choices[0].message.content
+    events = list(answer)
+    assert {event.model for event in events} == {model}
+    pieces = [event.choices[0].delta.content for event in events]
+    assert len([piece for piece in pieces if piece]) > 2
+    return "".join(pieces)
 
 
 def test_two_connectors_at_once_say_what_generate_says(served: SimpleNamespace, eyes: list[Talking]) -> None:
-    asked = [(index, colour) for index in range(2) for colour in COLOURS] * 2
+    asked = [(index, colour, stream) for stream in (False, True) for index in range(2) for colour in COLOURS]
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda one: said(served, ("one", "two")[one[0]], turn(one[1])), asked))
-    expected = [eyes[index].says(user(colour)) for index, colour in asked]
+        got = list(pool.map(lambda one: said(served, ("one", "two")[one[0]], turn(one[1]), stream=one[2]), asked))
+    expected = [eyes[index].says(user(colour)) for index, colour, _ in asked]
     assert got == expected
     assert len(set(expected)) > 4
     assert served.client.models.list().data[1].id == "two"
@@ -140,13 +151,17 @@ def test_several_images_turns_and_text_alone(served: SimpleNamespace, eyes: list
     assert said(served, "one", turn()) == eyes[0].says(user())
 
 
-def test_words_stream_as_they_come(served: SimpleNamespace, eyes: list[Talking]) -> None:
-    options: dict[str, Any] = {"model": "two", "messages": [turn("green")], "max_tokens": TOKENS, "stream": True}
-    events = list(served.client.chat.completions.create(**options))
-    assert {event.model for event in events} == {"two"}
-    pieces = [event.choices[0].delta.content for event in events]
-    assert "".join(pieces) == eyes[1].says(user("green"))
-    assert len([piece for piece in pieces if piece]) > 2
+def test_images_are_encoded_once_for_all_who_ask(served: SimpleNamespace) -> None:
+    def counted() -> dict[str, int]:
+        return httpx.get(f"http://127.0.0.1:{served.gateway.port}/health", trust_env=False).json()
+
+    said(served, "two", turn("green"))
+    before = counted()
+    with ThreadPoolExecutor(8) as pool:
+        answers = set(pool.map(lambda stream: said(served, "two", turn("green"), stream=stream), [False, True] * 4))
+    assert len(answers) == 1 and counted() == before
+    said(served, "two", {"role": "user", "content": [data_part(Image.new("RGB", (20, 18), (1, 2, 3))), turn()["content"][0]]})
+    assert counted()["images"] == before["images"] + 1
 
 
 SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}

@@ -210,6 +210,22 @@ def test_other_towers_and_fusions_are_refused_by_name(tmp_path: Path) -> None:
         export_mmproj(model, tmp_path / "mmproj.gguf", processor)
 
 
+def test_several_towers_are_refused_by_name(tmp_path: Path) -> None:
+    towers: Any = [siglip(tmp_path), save_parents(tmp_path)[0]]
+    model, processor, _ = loud(tmp_path, towers, connector_type="mlp", vision_feature_layer=-2)
+    with pytest.raises(ValueError, match="2 vision towers.*LlamaCppModel"):
+        export_mmproj(model, tmp_path / "mmproj.gguf", processor)
+
+
+@pytest.mark.slow
+def test_several_towers_in_process(tmp_path: Path, binding: Any) -> None:
+    towers: Any = [siglip(tmp_path), save_parents(tmp_path)[0]]
+    model, processor, file = loud(tmp_path, towers, connector_type="mlp")
+    inputs, new = said(model, processor, pictures()[0])
+    out = LlamaCppModel(model, file, n_ctx=64).generate(**inputs, max_new_tokens=NEW)
+    assert out[0, inputs["input_ids"].shape[1] :].tolist() == new
+
+
 @pytest.mark.parametrize("kind", NOT_READERS)
 def test_what_reads_no_prefix_among_words_is_refused_both_ways(kind: str, tmp_path: Path) -> None:
     model, processor = join_not_a_reader(tmp_path, kind)

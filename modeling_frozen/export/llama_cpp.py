@@ -279,6 +279,8 @@ def _not_in_mmproj(model: FrozenPrefixForConditionalGeneration, processor: Any) 
         problems.append(f"a tower of type {kind!r} (SigLIP alone, at one size)")
     elif tower.config.hidden_act not in ("gelu_pytorch_tanh", "quick_gelu"):
         problems.append(f"a tower with hidden_act={tower.config.hidden_act!r} (gelu_pytorch_tanh and quick_gelu alone)")
+    if (towers := len(config.vision_parts)) > 1:
+        problems.append(f"{towers} vision towers")
     if type(connector) not in (LinearConnector, MLPConnector):
         problems.append(f"the connector {config.connector_type!r} ('linear' and 'mlp' alone)")
     elif connector.positions is not None:
