@@ -191,9 +191,6 @@ def test_commit_and_token_go_on(tmp_path: Path, hub: Hub) -> None:  # noqa: F811
     ask = f"""
         import json, torch
         from benchmarks import engines
-from modeling_frozen import FrozenPrefixProcessor
-from modeling_frozen.serving.prompt_embeds import chat_request
-from tests.helpers.audio_towers import save_audio_tower
         if __name__ == "__main__":
             prompt, pictures = {prompt!r}, engines.images()[:1]
             with engines.vllm_engine("me/eyes", hf_token="hf_me") as engine:
