@@ -7,7 +7,8 @@ same order, by `Trainer`, so both end at the same loss (printed). LLaVA reads ev
 epoch. Ours runs the tower once per picture into the store (its first epoch holds that too) and trains from there. Each picture
 has five captions. They stand together, so that those of one batch share what the language model reads of the picture; with
 `--shuffled` they don't, and then nothing but tower and head is spared. Peak memory is each process's own high-water mark, and
-that above its weights and libraries.
+that above its weights and libraries. With `--compile BACKEND` (`inductor`, `aot_eager`) ours is trained once more, by
+Trainer's `torch_compile=True`; its first epoch holds the compiling.
 """
 
 import argparse
@@ -145,7 +146,7 @@ def train(kind: str, folder: Path, sizes: parents.Sizes, args: argparse.Namespac
     else:
         model, collator = ours, DataCollatorForFrozenPrefix(processor)
     weights = peak_bytes()
-    if kind == "ours":
+    if kind != "llava":
         begin = time.perf_counter()
         rows = cache_vision_features(
             rows, model, processor, cache_dir=tempfile.mkdtemp(dir=folder), dtype="float32", batch_size=args.batch_size
@@ -168,6 +169,8 @@ def train(kind: str, folder: Path, sizes: parents.Sizes, args: argparse.Namespac
             report_to="none",
             disable_tqdm=True,
             seed=0,
+            torch_compile=kind == "compiled",
+            torch_compile_backend=args.compile if kind == "compiled" else None,
         ),
         train_dataset=rows,
         data_collator=collator,
@@ -197,6 +200,7 @@ def run_apart(kind: str, folder: str, sizes: parents.Sizes, args: argparse.Names
     for name in (*sizes.as_dict(), "pictures", "epochs", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(settings[name])]
     command += ["--shuffled"] if args.shuffled else []
+    command += ["--compile", args.compile] if args.compile else []
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
     if done.returncode and "DefaultCPUAllocator" in done.stderr:
         return {"peak": memory_limit(), "ran_out": True}
@@ -215,14 +219,17 @@ def compare(
     """The rows of one vocabulary."""
     first = {kind: timing.Timing(kind, [one["epochs"][0] for one in runs]) for kind, runs in results.items()}
     later = {kind: timing.Timing(kind, [s for one in runs for s in one["epochs"][1:]]) for kind, runs in results.items()}
+    above = {kind: timing.Timing(kind, [one["peak"] - one["weights"] for one in runs]) for kind, runs in results.items()}
+    peak = {kind: timing.Timing(kind, [one["peak"] for one in runs]) for kind, runs in results.items()}
     report.compare(f"{name}: first epoch, store included", first["ours"], first["llava"], bar=1.0, unit="s", scale=1)
     report.compare(f"{name}: later epochs", later["ours"], later["llava"], bar=1 / 3, unit="s", scale=1)
-    for what, above in (("peak memory", False), ("peak above weights", True)):
-        taken = {
-            kind: timing.Timing(kind, [one["peak"] - (one["weights"] if above else 0) for one in runs])
-            for kind, runs in results.items()
-        }
+    for what, taken in (("peak memory", peak), ("peak above weights", above)):
         report.compare(f"{name}: {what}", taken["ours"], taken["llava"], unit="MB", scale=1e-6)
+    if args.compile:
+        by = f"{name}, compiled by {args.compile}"
+        report.compare(f"{by}: later epochs, to ours as it is", later["compiled"], later["ours"], bar=1.0, unit="s", scale=1)
+        report.compare(f"{by}: peak memory", peak["compiled"], peak["llava"], bar=0.5, unit="MB", scale=1e-6)
+        report.compare(f"{by}: peak above weights", above["compiled"], above["llava"], bar=0.5, unit="MB", scale=1e-6)
     if memory:
         values = {kind: timing.Timing(kind, [one["peak"]]) for kind, one in memory.items()}
         what = f"{name}: peak memory, batch {args.short_batch} of short captions"
@@ -241,7 +248,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--short-batch", type=int, default=64, help="batch of the memory figure with short captions; 0: none")
     parser.add_argument("--shuffled", action="store_true", help="a picture's captions in any order among the others")
-    parser.add_argument("--worker", choices=["ours", "llava"], help=argparse.SUPPRESS)
+    parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile: ours compiled as well")
+    parser.add_argument("--worker", choices=["ours", "compiled", "llava"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     timing.add_arguments(parser, rounds=2)
     args = parser.parse_args(arguments)
@@ -255,11 +263,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     for vocab_size in args.vocab_sizes:
         sizes = dataclasses.replace(parents.sizes_of(args), vocab_size=vocab_size)
-        results: dict[str, list[dict[str, Any]]] = {"ours": [], "llava": []}
+        kinds = ["ours", "llava", *(["compiled"] if args.compile else [])]
+        results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         with tempfile.TemporaryDirectory() as folder:
             parents.save_parents(folder, sizes)
             for turn in range(args.rounds):
-                for kind in ("ours", "llava") if turn % 2 else ("llava", "ours"):
+                for kind in kinds if turn % 2 else kinds[::-1]:
                     results[kind].append(run_apart(kind, folder, sizes, args))
             memory = {}
             if args.short_batch:
@@ -270,7 +279,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     "pictures": 2 * args.short_batch // CAPTIONS,
                 }
                 small = dataclasses.replace(sizes, text_length=12)
-                memory = {kind: run_apart(kind, folder, small, args, **short) for kind in results}
+                memory = {kind: run_apart(kind, folder, small, args, **short) for kind in ("ours", "llava")}
         compare(f"vocabulary {vocab_size:,}", report, results, memory, args)
         report.save(args.output)
     report.print()

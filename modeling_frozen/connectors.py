@@ -1139,8 +1139,8 @@ def draws(module: nn.Module) -> bool:
 def _rate(module: nn.Module) -> float:
     if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
         return module.p
-    numbers = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
-    return max(numbers, default=0.0)
+    # No `max` with a default, which torch traces not.
+    return max([0.0, *(value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))])
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .backbones import fake_language_model
 from .connectors import fill_layers, mark_filled
+from .losses import compiled_part
 from .transformers_compat import cache_of
 from .weights import to_weight
 
@@ -348,7 +349,7 @@ class GatedCrossAttention(nn.ModuleList):
         attended.blocks = dict(zip(self.layer_indices, self, strict=True))  # type: ignore[arg-type]  # torch: any Module
         token = _in_progress.set(attended)
         try:
-            outputs = callee(**inputs, return_dict=True)
+            outputs = compiled_part(callee, **inputs, return_dict=True)
         finally:
             _in_progress.reset(token)
         # Training with layer drop, and nothing else, may leave layers out.

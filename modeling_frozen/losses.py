@@ -13,12 +13,15 @@ Where Liger is installed, the head is on a GPU and is a linear layer and nothing
 """
 
 import difflib
+import functools
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -150,24 +153,19 @@ def _with_part_replaced(module: nn.Module, path: list[str], replacement: nn.Modu
 
 
 class _Caught(nn.Module):
-    """Stands before the headless base: keeps hidden states where a label is, and lets through to the head those of no
-    position at all (or, to probe, of all)."""
+    """Stands before the headless base: keeps its hidden states, and lets through to the head those of no position at all
+    (or, to probe, of all)."""
 
-    def __init__(self, base: nn.Module, keep: torch.Tensor | None):
+    def __init__(self, base: nn.Module, passes: bool):
         super().__init__()
-        self.base, self.keep = base, keep
+        self.base, self.passes = base, passes
         self.hidden_states = torch.empty(0)
         self.output_class: type[ModelOutput] = BaseModelOutput
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.base(*args, **kwargs)
-        hidden_states = outputs[0]
-        if self.keep is None:
-            self.hidden_states = hidden_states
-            passed = hidden_states
-        else:
-            self.hidden_states = hidden_states[self.keep.to(hidden_states.device)]
-            passed = hidden_states[:, :0]
+        self.hidden_states = outputs[0]
+        passed = outputs[0] if self.passes else outputs[0][:, :0]
         if not isinstance(outputs, ModelOutput):
             return (passed, *outputs[1:])
         self.output_class = type(outputs)
@@ -203,13 +201,17 @@ class HeadlessCall:
     """
 
     def __init__(self, language_model: PreTrainedModel, path: str, keep: torch.Tensor | None):
-        self.language_model, self.path = language_model, path.split(".")
-        self._caught = _Caught(language_model.get_submodule(path), keep)
+        self.language_model, self.path, self._keep = language_model, path.split("."), keep
+        self._caught = _Caught(language_model.get_submodule(path), passes=keep is None)
         self.callee = _with_part_replaced(language_model, self.path, self._caught)
 
     @property
     def hidden_states(self) -> torch.Tensor:
-        return self._caught.hidden_states
+        caught = self._caught
+        if self._keep is not None and caught.hidden_states.ndim > 2:
+            # Here and not as they are caught: a choice by a mask has no place in a compiled graph.
+            caught.hidden_states = caught.hidden_states[self._keep.to(caught.hidden_states.device)]
+        return caught.hidden_states
 
     def _standing_in(self, hidden_states: torch.Tensor) -> nn.Module:
         part = _HandsOut(hidden_states[None], self._caught.output_class)
@@ -424,6 +426,56 @@ def chunked_loss(
     return _normalized(total, len(targets), num_items_in_batch)
 
 
+# ------------------------------------------------------------------------------------ training beside a compiled graph
+
+# What compiles the frames around [`_beside_graph`].
+_COMPILER: ContextVar[Any] = ContextVar("_COMPILER", default=None)
+
+
+def trains_beside_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Decorates the `forward` of a model that learns from labels. How many labels and which common starts a batch has are
+    known by its values, by which no graph can be cut: where the whole model is compiled (`torch.compile(model)`), training
+    runs beside the graph, and what costs, tower, connector and language model, is compiled part by part, by whatever
+    compiles the model ([`compiled_part`]). `skip_logits=False` keeps it in one graph, with logits of every position.
+    """
+
+    @functools.wraps(forward)
+    def by_parts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        learns = self.training and kwargs.get("labels") is not None and kwargs.get("skip_logits") is not False
+        if learns and torch.compiler.is_dynamo_compiling():
+            return _beside_graph(forward, self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return by_parts
+
+
+@torch.compiler.disable(recursive=False)
+def _beside_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token = _COMPILER.set(eval_frame.get_eval_frame_callback())
+    try:
+        return _uncompiled(function, *args, **kwargs)
+    finally:
+        _COMPILER.reset(token)
+
+
+@torch.compiler.disable
+def _uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def compiled_part(part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a part of a model: compiled, beside a graph; else as it is."""
+    compiler = None if torch.compiler.is_compiling() else _COMPILER.get()
+    if compiler is None:
+        return part(*args, **kwargs)
+    before = eval_frame.set_eval_frame(compiler)
+    try:
+        return part(*args, **kwargs)
+    finally:
+        eval_frame.set_eval_frame(before)
+
+
 # ------------------------------------------------------------------------------------------------ one call and its loss
 
 
@@ -433,7 +485,7 @@ class LossPlan:
 
     In training with labels the head runs only where a label is: on hidden states of the headless base, chunk by chunk, where
     calling the two apart is exact ([`headless_path`]), else by `logits_to_keep`. A user's own loss function, evaluation and
-    models compiled as a whole get logits of every position.
+    graphs of the whole model get logits of every position.
 
     Args:
         model ([`FrozenPrefixForConditionalGeneration`]).

@@ -32,7 +32,7 @@ from .configuration_frozen_prefix import FrozenPrefixConfig
 from .connectors import Connector, build_connector, draws
 from .cross_attention import GatedCrossAttention
 from .generation_frozen_prefix import FrozenPrefixGenerationMixin
-from .losses import LossPlan
+from .losses import LossPlan, compiled_part, trains_beside_graph
 from .modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
 from .padding import counts_fit, describe_mismatch, pad_right, position_ids_from_mask, reads_in_chunks, words_of
 from .parts import FURTHER_IMAGE_INPUTS, MODALITIES, PARTS, FrozenPrefixKwargs, input_of, take_media
@@ -264,7 +264,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             placeholders = None if ids_with_placeholders is None else self.placeholders(ids_with_placeholders)
             outputs = self.cross_attention.call(callee, inputs, placeholders, ordered)
             return outputs, {} if ordered is None else {"image_hidden_states": torch.cat(ordered)}
-        outputs = callee(**inputs, return_dict=True)
+        outputs = compiled_part(callee, **inputs, return_dict=True)
         return outputs, {f"{modality}_hidden_states": prefix for modality, prefix in prefixes.items()}
 
     # ------------------------------------------------------------------------------------------ from images to prefixes
@@ -483,7 +483,8 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         self._refuse_unloaded(part, f", or pass `{input_of(part, 'vision_features')}`, which `cache_vision_features` stores")
         tower = getattr(self, PARTS[part].attribute)
         with _gradients_through(tower, pixel_values):
-            return encode_images(
+            return compiled_part(
+                encode_images,
                 tower,
                 pixel_values,
                 layer=getattr(self.config, f"{part}_feature_layer"),
@@ -569,7 +570,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         # Offloaded, its weights are on the meta device until accelerate's hooks bring them, and the features with them.
         device = parameters[0].device if parameters and not parameters[0].is_meta else features.device
         kwargs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
-        return connector(features.to(device), **kwargs)
+        return compiled_part(connector, features.to(device), **kwargs)
 
     def _by_placeholder(self, prefix: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         return [vectors if self.cross_attention is None else vectors.flatten()[None] for vectors in prefix]
@@ -925,6 +926,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.language_model.set_output_embeddings(new_embeddings)
 
+    @trains_beside_graph
     @can_return_tuple
     @takes_cache
     def forward(
@@ -976,7 +978,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): encoder-decoders only.
             skip_logits (`bool`, *optional*):
                 Run the head only where a label is, on a chunk of labels at a time, and return no logits. Defaults to doing
-                so in training with labels, but for models compiled as a whole.
+                so in training with labels; where the model is compiled that runs beside its graphs, and `False` keeps one.
             kwargs (`Any`):
                 `num_items_in_batch`, what the summed loss is divided by; `loss_config`, for this call, in place of the
                 config's (which holds in training alone); all else goes to the language model.

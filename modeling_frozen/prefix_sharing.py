@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .caches import copied_cache, narrowed_cache, new_kept_cache
 from .connectors import draws, in_eval_mode
-from .losses import nearly_equal
+from .losses import compiled_part, nearly_equal
 from .padding import distinct_rows
 
 
@@ -165,7 +165,8 @@ def read_shared_start(model: Any, start: SharedStart, inputs_embeds: torch.Tenso
     if cache is None:
         raise ValueError(f"{type(model.language_model).__name__} has no cache that can be kept: read each row by itself.")
     embeds = inputs_embeds[start.rows.to(inputs_embeds.device), : start.length]
-    reader(**model.language_inputs(reader, None, embeds, None, None, cache, {"use_cache": True}), return_dict=True)
+    inputs = model.language_inputs(reader, None, embeds, None, None, cache, {"use_cache": True})
+    compiled_part(reader, **inputs, return_dict=True)
     return narrowed_cache(copied_cache(cache, start.groups))
 
 
@@ -173,7 +174,8 @@ def encode_alike(model: Any, start: SharedStart, inputs_embeds: torch.Tensor, at
     """The encoder's output `(batch, sequence, hidden_size)` of rows of which some are alike, each read once."""
     encoder, rows = model.language_model.get_encoder(), start.rows.to(inputs_embeds.device)
     mask = None if attention_mask is None else attention_mask[rows]
-    states = encoder(**model.language_inputs(encoder, None, inputs_embeds[rows], mask, None, None, {}), return_dict=True)[0]
+    inputs = model.language_inputs(encoder, None, inputs_embeds[rows], mask, None, None, {})
+    states = compiled_part(encoder, **inputs, return_dict=True)[0]
     return BaseModelOutput(last_hidden_state=states.index_select(0, start.groups.to(states.device)))
 
 

@@ -208,6 +208,11 @@ PRIVATE = [
         "which buffers are not saved; the state dict, which tells too, is gathered where it is sharded",
     ),
     Private("torch._C._current_graph_task_id", "tells that a backward pass runs; nothing public does"),
+    Private(
+        "torch._C._dynamo.eval_frame.get_eval_frame_callback",
+        "what compiles the model, so that its parts are compiled by the same where the rest runs beside a graph",
+    ),
+    Private("torch._C._dynamo.eval_frame.set_eval_frame", "the same; `torch.compile` would have to be told its options again"),
     Private("torch._dynamo.exc.UserError", "what torch.export raises of a graph that can't be; no public module has it"),
     Private("torch._subclasses.fake_tensor.FakeTensorMode", "shapes without memory, on a device that counts as the CPU"),
 ]
