@@ -5,8 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
+from modeling_frozen import DataCollatorForFrozenPrefix
+from modeling_frozen.data.lengths import add_lengths
 from modeling_frozen.training.arguments import training_arguments
 from modeling_frozen.training.recommended import recommended_arguments
 from tests.helpers.tiny import join
@@ -61,6 +64,18 @@ def test_what_is_given_wins_and_the_rest_follows_it(capsys: pytest.CaptureFixtur
     assert of(rows=558_128, given={"gradient_accumulation_steps": 32})["per_device_train_batch_size"] == 8
     assert "num_train_epochs" not in of(given={"max_steps": 9})
     assert of(rows=9_000, given={"per_device_train_batch_size": 300})["num_train_epochs"] == 16
+
+
+def test_rows_with_lengths_are_grouped_by_them(tmp_path: Path) -> None:
+    model, processor = join(tmp_path)
+    plain = Dataset.from_list([{"image": "a.png", "text": f"{'a red square ' * count}."} for count in range(1, 9)])
+    counted = add_lengths(plain, DataCollatorForFrozenPrefix(processor))
+    chosen = recommended_arguments(model, counted, verbose=False)
+    assert TrainingArguments(str(tmp_path), **chosen).train_sampling_strategy == "group_by_length"
+    assert "train_sampling_strategy" not in recommended_arguments(model, plain, verbose=False)
+    assert "train_sampling_strategy" not in recommended_arguments(model, counted.to_iterable_dataset(), verbose=False)
+    named, own = counted.rename_column("length", "tokens"), {"length_column_name": "tokens"}
+    assert recommended_arguments(model, named, given=own, verbose=False)["train_sampling_strategy"] == "group_by_length"
 
 
 def test_each_number_says_where_it_is_from(capsys: pytest.CaptureFixture) -> None:
