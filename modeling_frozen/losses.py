@@ -15,7 +15,8 @@ Where Liger is installed, the head is on a GPU and is a linear layer and nothing
 import difflib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -452,7 +453,7 @@ def trains_beside_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable(recursive=False)
 def _beside_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    token = _COMPILER.set(eval_frame.get_eval_frame_callback())
+    token = _COMPILER.set(eval_frame.get_eval_frame_callback() if _uncompiled(_traces_forwards) else None)
     try:
         return _uncompiled(function, *args, **kwargs)
     finally:
@@ -462,6 +463,21 @@ def _beside_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 @torch.compiler.disable
 def _uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
+
+
+@functools.cache
+def _traces_forwards() -> bool:
+    """Whether torch traces what decorates the `forward` of transformers' models. torch 2.6 breaks its graph there and loses
+    what outputs hold; parts then run as they are."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x + ("x" in forward.__code__.co_varnames)
+
+    try:
+        torch.compile(forward, backend="eager", fullgraph=True)(torch.zeros(1))
+    except Exception:  # torch has no public name for what it raises here
+        return False
+    return True
 
 
 def compiled_part(part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -474,6 +490,16 @@ def compiled_part(part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return part(*args, **kwargs)
     finally:
         eval_frame.set_eval_frame(before)
+
+
+@contextmanager
+def parts_uncompiled() -> Iterator[None]:
+    """For probes of a model, whose shapes no batch has."""
+    token = _COMPILER.set(None)
+    try:
+        yield
+    finally:
+        _COMPILER.reset(token)
 
 
 # ------------------------------------------------------------------------------------------------ one call and its loss

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .caches import copied_cache, narrowed_cache, new_kept_cache
 from .connectors import draws, in_eval_mode
-from .losses import compiled_part, nearly_equal
+from .losses import compiled_part, nearly_equal, parts_uncompiled
 from .padding import distinct_rows
 
 
@@ -188,7 +188,7 @@ def reads_in_parts(model: Any, reader: nn.Module) -> bool:
         return False
     if language_model not in _TRIED:
         try:
-            with in_eval_mode(language_model):
+            with in_eval_mode(language_model), parts_uncompiled():
                 _TRIED[language_model] = _try_parts(model, reader)
         except Exception:  # whatever it is that this model does otherwise, the plain way is always open
             _TRIED[language_model] = False

@@ -96,15 +96,16 @@ def test_no_graph_holds_logits(family: str) -> None:
     ours = step(compiled, batch(family, images=3))
     check_equal(plain, ours)
     assert ours[0].logits is None and recorder.most_logits() == 0
+    skip_where_torch_traces_no_forward()
     assert sum(products >= 4 for products in recorder.products()) == 2, "tower and language model are to be compiled"
 
 
 def test_an_image_of_several_captions_is_read_once() -> None:
     model, recorder = build(prefix_length=None), Recorder()
     inputs = batch(rows=6, images=1)
-    plain = step(model, inputs)
-    ours = step(torch.compile(model, backend=recorder), inputs)
-    check_equal(plain, ours)
+    ours = step(torch.compile(model, backend=recorder), inputs)  # before what is tried once is tried uncompiled
+    check_equal(step(model, inputs), ours)
+    skip_where_torch_traces_no_forward()
     read = []
     for graph, products in zip(recorder.graphs, recorder.products(), strict=True):
         values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -124,6 +125,8 @@ def test_changing_lengths_compile_nothing_anew() -> None:
         seen.append(len(recorder.graphs))
     # Once as they come, and once for any length and any number of rows.
     assert seen[-1] == seen[2] <= 8, seen
+    skip_where_torch_traces_no_forward()
+    assert seen[0] > 1
 
 
 def test_one_graph_is_to_be_had_with_all_logits() -> None:
