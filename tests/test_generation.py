@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import ModelOutput
 
 from modeling_frozen import FrozenPrefixForConditionalGeneration
+from modeling_frozen.generation_frozen_prefix import CandidatesOfText
 from modeling_frozen.transformers_compat import cache_of
 from tests.helpers.families_joined import IMAGE, PREFIX, build, pictures, prompt, shared_model
 from tests.helpers.families_text import DECODERS, ENCODER_DECODERS, FAMILIES, VOCAB_SIZE, language_model
@@ -117,6 +118,41 @@ def test_an_assistant_that_cannot_see_changes_nothing(family: str, knows: str) -
         expected = model.generate(ids, pixel_values=images, **GREEDY)
         ours = model.generate(ids, pixel_values=images, assistant_model=assistant, **GREEDY)
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+@torch.no_grad()
+def test_what_an_assistant_foretells_is_read_at_once(images: int) -> None:
+    """The language model itself, asked without the picture, foretells each word of a text, and behind a picture what it can:
+    a word that is kept spares a call."""
+    model, assistant = build("llama"), copy.deepcopy(shared_model("llama").model.language_model)
+    assistant.generation_config.assistant_confidence_threshold = 0.0  # it proposes as many words as there are to come
+    calls: list[int] = []
+    model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    seen = {"pixel_values": pictures()} if images else {}
+    expected = model.generate(prompt(images=images), **seen, **GREEDY)
+    assert len(calls) == 8
+    calls.clear()
+    kept: list[int] = []
+    update = CandidatesOfText.update_candidate_strategy
+
+    class Counting(CandidatesOfText):
+        def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+            kept.append(int(num_matches))
+            update(self, input_ids, scores, num_matches)
+
+    make = model._get_candidate_generator
+
+    def counted(**kwargs: object) -> CandidatesOfText:
+        generator = make(**kwargs)
+        generator.__class__ = Counting
+        return generator
+
+    model._get_candidate_generator = counted
+    assert torch.equal(model.generate(prompt(images=images), **seen, assistant_model=assistant, **GREEDY), expected)
+    assert len(calls) + sum(kept) == 8
+    if not images:
+        assert len(calls) == 1
 
 
 @torch.no_grad()
