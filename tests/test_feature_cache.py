@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures are imported by name)
 """The tower runs once per distinct image, what it made is kept and read again by all it depends on, and training from it is
 training without it."""
 
@@ -12,7 +13,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,12 @@ from modeling_frozen.data.feature_cache import StoredImage, VisionFeatures, stor
 from modeling_frozen.data.feature_store import FeatureStore
 from tests.helpers import fresh_python
 from tests.helpers.families_vision import TOWERS, tiny_tower, vision_config
-from tests.helpers.feature_stores import noise, tower_features
-from tests.helpers.tiny import join, rows, save_parents, text_config, tokenizer
+from tests.helpers.feature_stores import noise, pair, parents, seen, tower_features  # noqa: F401
+from tests.helpers.tiny import join, rows, text_config, tokenizer
 
 
 PICTURE = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
 Model = FrozenPrefixForConditionalGeneration
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parents")
-    save_parents(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pair(parents: Path) -> tuple[Model, FrozenPrefixProcessor]:
-    """For the checks that change nothing in it."""
-    return join(parents)
 
 
 def captioned(images: int = 4, captions: int = 3) -> datasets.Dataset:
@@ -63,16 +50,6 @@ def captioned(images: int = 4, captions: int = 3) -> datasets.Dataset:
     return datasets.Dataset.from_list(
         [{"image": noise(index % images), "text": text} for index, text in enumerate(texts)], features=PICTURE
     )
-
-
-@contextmanager
-def seen(model: Model) -> Iterator[list[int]]:
-    """How many images the tower read, call by call."""
-    counts: list[int] = []
-    tower = model.model.vision_tower
-    hook = tower.register_forward_pre_hook(lambda _, args, kwargs: counts.append(len(args[0])), with_kwargs=True)
-    yield counts
-    hook.remove()
 
 
 def store(pair: tuple[Any, Any], dataset: Any, folder: Path, **options: Any) -> Any:

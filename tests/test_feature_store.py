@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures are imported by name)
 """What a store of features gives is of the image that is asked for, whole, and of the tower that is at hand; or it is refused
 with the image, the row or the file, and the way out."""
 
@@ -19,21 +20,8 @@ from PIL import Image
 
 from modeling_frozen import DataCollatorForFrozenPrefix, cache_vision_features
 from tests.helpers import fresh_python
-from tests.helpers.feature_stores import noise, tower_features
-from tests.helpers.tiny import join, save_parents
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parents")
-    save_parents(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pair(parents: Path) -> tuple[Any, Any]:
-    """For the checks that change nothing in it."""
-    return join(parents)
+from tests.helpers.feature_stores import noise, pair, parents, tower_features  # noqa: F401
+from tests.helpers.tiny import join
 
 
 def images(*seeds: int) -> datasets.Dataset:

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures are imported by name)
 """A store that is filled from a stream, in parts: each row once with its own features, killed and resumed anywhere, nothing
 half-written or of another stream read; and training from it, which resumes exactly."""
 
@@ -8,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,14 @@ from modeling_frozen.data.image_index import ImageIndex
 from modeling_frozen.data.streaming import RowStream
 from modeling_frozen.training.streaming import StreamCallback
 from tests.helpers import fresh_python
-from tests.helpers.feature_stores import noise, tower_features
+from tests.helpers.feature_stores import noise, pair, parents, seen, tower_features  # noqa: F401
 from tests.helpers.formats import write_tars
 from tests.helpers.streaming_run import Stop
-from tests.helpers.tiny import join, save_parents
+from tests.helpers.tiny import join
 from tests.helpers.training import arguments
 
 
 ROWS, IMAGES = 23, 9
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parents")
-    save_parents(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pair(parents: Path) -> tuple[Any, Any]:
-    return join(parents)
 
 
 def tars(folder: Path, files: int = 3) -> str:
@@ -61,15 +48,6 @@ def stream(pattern: Any, **options: Any) -> RowStream:
 def store(pair: tuple[Any, Any], rows: Any, folder: Path, **options: Any) -> None:
     defaults = {"num_workers": 0, "dtype": "float32", "rows_per_shard": 4, "batch_size": 2}
     store_rows(rows, *pair, folder, **{**defaults, **options})
-
-
-@contextmanager
-def seen(model: Any) -> Iterator[list[int]]:
-    counts: list[int] = []
-    tower = model.model.vision_tower
-    hook = tower.register_forward_pre_hook(lambda _, args, kwargs: counts.append(len(args[0])), with_kwargs=True)
-    yield counts
-    hook.remove()
 
 
 def check(pair: tuple[Any, Any], folder: Path, wanted: set[int] = frozenset(range(ROWS))) -> None:
