@@ -17,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -100,29 +101,48 @@ def add_figures(report: Report, timings: Sequence[Timing], rows: int) -> None:
         report.rows[-1] |= {"rounds": len(timing.rounds), "ours_rounds": timing.rounds, "quartiles": [low, high]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None, rounds: int, *further: tuple[str, int, str]) -> argparse.Namespace:
+    """The arguments of a benchmark over sets of growing length; `further` numbers: name, default, what it is."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, action="append", help="length of a set (default: 1000, 10000 and 100000)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each length (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="of the data loader (default: %(default)s)")
-    parser.add_argument("--buffer", type=int, default=500, help="rows of the shuffle buffer (default: %(default)s)")
+    numbers = (
+        ("rounds", rounds, "runs of each length"),
+        ("workers", 2, "of the data loader that reads"),
+        ("buffer", 500, "rows of a shuffle buffer"),
+        *further,
+    )
+    for name, default, what in numbers:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)")
     parser.add_argument("--output", help="file that the figures are written to, as JSON")
     arguments = parser.parse_args()
+    arguments.rows = arguments.rows or [1000, 10_000, 100_000]
+    return arguments
+
+
+@contextmanager
+def reported(title: str, output: str | None, **settings: int) -> Iterator[Report]:
+    """Prints the figures that are added, and the machine's load before and after."""
     print("load of the machine (1, 5, 15 minutes):", *(f"{load:.2f}" for load in os.getloadavg()))
-    settings = {"workers": arguments.workers, "buffer": arguments.buffer}
-    report = Report("A stream of rows, images opened", **settings)
-    for rows in arguments.rows or (1000, 10_000, 100_000):
-        with tempfile.TemporaryDirectory() as folder:
-            source = write(Path(folder), rows, some_images())
-            code = READ.format(source=source, rows=rows, use="pass", **settings)
-            timings = [Timing("rows a second"), Timing("peak memory")]
-            for _ in range(arguments.rounds):
-                for timing, value in zip(timings, run(code), strict=True):
-                    timing.rounds.append(value)
-        add_figures(report, timings, rows)
+    report = Report(title, **settings)
+    yield report
     report.print()
     print("load of the machine at the end:", *(f"{load:.2f}" for load in os.getloadavg()))
-    report.save(arguments.output)
+    report.save(output)
+
+
+def main() -> None:
+    arguments = parse(__doc__, rounds=3)
+    settings = {"workers": arguments.workers, "buffer": arguments.buffer}
+    with reported("A stream of rows, images opened", arguments.output, **settings) as report:
+        for rows in arguments.rows:
+            with tempfile.TemporaryDirectory() as folder:
+                source = write(Path(folder), rows, some_images())
+                code = READ.format(source=source, rows=rows, use="pass", **settings)
+                timings = [Timing("rows a second"), Timing("peak memory")]
+                for _ in range(arguments.rounds):
+                    for timing, value in zip(timings, run(code), strict=True):
+                        timing.rounds.append(value)
+            add_figures(report, timings, rows)
 
 
 if __name__ == "__main__":

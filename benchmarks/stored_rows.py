@@ -11,15 +11,13 @@ loader with workers, every image's features loaded. Each is a Python of its own;
 some rows that have everything imported. Mapped files are not counted: the system takes them back when it needs the room.
 """
 
-import argparse
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.rows import READ, add_figures, run, write
-from benchmarks.timing import Report, Timing
+from benchmarks.rows import READ, add_figures, parse, reported, run, write
+from benchmarks.timing import Timing
 
 
 FILL = """
@@ -52,32 +50,21 @@ def image_of_its_own(row: int) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, action="append", help="length of a set (default: 1000, 10000 and 100000)")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each length (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="of the data loader that reads (default: %(default)s)")
-    parser.add_argument("--buffer", type=int, default=500, help="rows of the shuffle buffers (default: %(default)s)")
-    parser.add_argument("--rows-per-shard", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument("--output", help="file that the figures are written to, as JSON")
-    arguments = parser.parse_args()
-    print("load of the machine (1, 5, 15 minutes):", *(f"{load:.2f}" for load in os.getloadavg()))
+    arguments = parse(__doc__, 1, ("rows-per-shard", 1000, "rows of a file of the store"))
     settings = {"workers": arguments.workers, "buffer": arguments.buffer, "rows_per_shard": arguments.rows_per_shard}
-    report = Report("A store filled from a stream, and read", **settings)
-    for rows in arguments.rows or (1000, 10_000, 100_000):
-        timings = [Timing(f"{what}{name}") for what in ("filling", "reading") for name in ("", ": peak memory")]
-        for _ in range(arguments.rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "rows").mkdir()
-                source = write(Path(folder) / "rows", rows, image_of_its_own)
-                filled = run(FILL.format(folder=folder, source=source, rows=rows, **settings))
-                use = "[image.load() for row in batch for image in row['images']]"
-                read = run(READ.format(source=f"{folder}/store", rows=rows, use=use, **settings))
-            for timing, value in zip(timings, [*filled, *read], strict=True):
-                timing.rounds.append(value)
-        add_figures(report, timings, rows)
-    report.print()
-    print("load of the machine at the end:", *(f"{load:.2f}" for load in os.getloadavg()))
-    report.save(arguments.output)
+    with reported("A store filled from a stream, and read", arguments.output, **settings) as report:
+        for rows in arguments.rows:
+            timings = [Timing(f"{what}{name}") for what in ("filling", "reading") for name in ("", ": peak memory")]
+            for _ in range(arguments.rounds):
+                with tempfile.TemporaryDirectory() as folder:
+                    (Path(folder) / "rows").mkdir()
+                    source = write(Path(folder) / "rows", rows, image_of_its_own)
+                    filled = run(FILL.format(folder=folder, source=source, rows=rows, **settings))
+                    use = "[image.load() for row in batch for image in row['images']]"
+                    read = run(READ.format(source=f"{folder}/store", rows=rows, use=use, **settings))
+                for timing, value in zip(timings, [*filled, *read], strict=True):
+                    timing.rounds.append(value)
+            add_figures(report, timings, rows)
 
 
 if __name__ == "__main__":
