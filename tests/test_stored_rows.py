@@ -283,6 +283,7 @@ def test_an_index_of_shards_that_are_gone_is_made_anew(
     store(pair, stream(tars(tmp_path)), folder)
     shelf = FeatureStore(next(folder.glob("*/key.json")).parent)
     assert len(shelf.indices()) == IMAGES and (shelf.folder / "images.index").is_file()
+    assert not FeatureStore(shelf.folder)._tables and not shelf._tables, "shards that were passed over are held in memory"
     gone = sorted(shelf.folder.glob("0*.arrow"))[-1]
     gone.unlink()
     left = len(FeatureStore(shelf.folder).indices())

@@ -134,11 +134,15 @@ class FeatureStore:
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:08d}.arrow"
 
-    def _table(self, shard: int) -> Any:
-        if shard not in self._tables:
-            from datasets.table import MemoryMappedTable
+    def _opened(self, shard: int) -> Any:
+        from datasets.table import MemoryMappedTable
 
-            self._tables[shard] = MemoryMappedTable.from_file(str(self._path(shard)))
+        return MemoryMappedTable.from_file(str(self._path(shard)))
+
+    def _table(self, shard: int) -> Any:
+        """Of a shard, which is then held open."""
+        if shard not in self._tables:
+            self._tables[shard] = self._opened(shard)
             if len(self._tables) > _OPEN:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(shard)
@@ -168,7 +172,8 @@ class FeatureStore:
         for name in sorted(stamps.keys() - index.shards.keys()):
             shard = int(name.removesuffix(".arrow"))
             try:
-                digests = self._table(shard).column("digest")
+                # Not held open: what fills a store passes over each shard once.
+                digests = self._opened(shard).column("digest")
                 digests.validate(full=True)
             except (OSError, ValueError, KeyError) as error:
                 raise self._damaged(shard, error) from error
