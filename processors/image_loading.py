@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import image_utils
 
 
 _EXIF_ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)  # of its values
 _BITS_PER_SAMPLE = 258  # of TIFF
 _OVERSHOOT = 0.1  # of the range: resizing with cubic filters leaves it by less
 _RANGES = {"bool": 1, "uint8": 255, "uint16": 65535}
@@ -195,6 +196,44 @@ def _read_source(source: str) -> bytes:
         raise ValueError("there is no such file, and it is neither a URL nor base64") from error
 
 
+@contextlib.contextmanager
+def _named(image: Any, name: str) -> Iterator[None]:
+    """Has what can't be opened said with its name."""
+    if isinstance(image, str | os.PathLike):
+        text = os.fspath(image)
+        shown = repr(text if len(text) <= 120 else text[:60] + "…" + text[-40:])
+    elif isinstance(image, Mapping):
+        shown = repr(image.get("path")) if image.get("path") else "as bytes"
+    else:
+        shown = f"of type {type(image).__name__}"
+    try:
+        yield
+    except Exception as error:  # PIL, the network and the file system raise some twenty kinds
+        reason = "it is not an image that PIL can read" if "cannot identify image file" in str(error) else str(error)
+        raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error
+
+
+@contextlib.contextmanager
+def _file(image: Any) -> Iterator[Image.Image]:
+    """An encoded image, wherever it lies, as PIL opens it: its header is read, its pixels are not."""
+    if isinstance(image, Mapping):
+        data = image.get("bytes")
+        image = data if data is not None else image.get("path")
+    if isinstance(image, str | os.PathLike):
+        path = os.fspath(image)
+        image = path if len(path) < 4096 and os.path.isfile(path) else _read_source(str(path))
+    if isinstance(image, bytes | bytearray | memoryview):
+        image = BytesIO(image)
+    if not (isinstance(image, str) or hasattr(image, "read")):
+        raise ValueError("expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor")
+    opened = Image.open(image)
+    try:
+        yield opened
+    finally:
+        with contextlib.suppress(ValueError):  # Pillow 10 raises where the image is closed already
+            opened.__exit__()  # closes the file, and leaves the image
+
+
 def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | None = None) -> Image.Image:
     """Open one image of any kind as 8-bit RGB.
 
@@ -207,37 +246,27 @@ def load_rgb_image(image: Any, name: str = "image", *, channels_first: bool | No
 
     Errors: ValueError that names the image where it can't be opened.
     """
-    if isinstance(image, str | os.PathLike):
-        text = os.fspath(image)
-        shown = repr(text if len(text) <= 120 else text[:60] + "…" + text[-40:])
-    elif isinstance(image, Mapping):
-        shown = repr(image.get("path")) if image.get("path") else "as bytes"
-    else:
-        shown = f"of type {type(image).__name__}"
-    try:
+    with _named(image, name):
         if isinstance(image, Image.Image):
             return _pil_to_rgb(image)
         if isinstance(image, np.ndarray) or hasattr(image, "is_floating_point"):
             return _pil_to_rgb(_array_to_pil(image, channels_first))
-        if isinstance(image, Mapping):
-            data = image.get("bytes")
-            image = data if data is not None else image.get("path")
-        if isinstance(image, str | os.PathLike):
-            path = os.fspath(image)
-            image = path if len(path) < 4096 and os.path.isfile(path) else _read_source(str(path))
-        if isinstance(image, bytes | bytearray | memoryview):
-            image = BytesIO(image)
-        if not (isinstance(image, str) or hasattr(image, "read")):
-            raise ValueError("expected a PIL image, path, URL, base64, bytes, a {'bytes', 'path'} dict, numpy array or tensor")
-        opened = Image.open(image)
-        try:
+        with _file(image) as opened:
             return _pil_to_rgb(opened, ours=True)  # animated: PIL opens at the first frame
-        finally:
-            with contextlib.suppress(ValueError):  # Pillow 10 raises where the image is closed already
-                opened.__exit__()  # closes the file, and leaves the image
-    except Exception as error:  # PIL, the network and the file system raise some twenty kinds
-        reason = "it is not an image that PIL can read" if "cannot identify image file" in str(error) else str(error)
-        raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error
 
 
-__all__ = ["load_rgb_image", "to_uint8"]
+def upright_size(image: Any, name: str = "image") -> tuple[int, int]:
+    """Height and width that `load_rgb_image` would give an encoded image (path, URL, bytes, …). Its pixels are not decoded,
+    but for PNGs, in which what turns them may stand behind the pixels, and TIFFs, which PIL turns as it decodes them.
+
+    Errors: as of `load_rgb_image`.
+    """
+    with _named(image, name), _file(image) as opened:
+        if opened.format == "TIFF":
+            opened.load()
+        turned = opened.getexif().get(_EXIF_ORIENTATION, 1) in _ON_ITS_SIDE
+        width, height = opened.size
+        return (width, height) if turned else (height, width)
+
+
+__all__ = ["load_rgb_image", "to_uint8", "upright_size"]

@@ -26,7 +26,7 @@ from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import cached_file, logging
 
 from .chat_templates import DEFAULT_CHAT_TEMPLATE, with_media
-from .image_loading import load_rgb_image
+from .image_loading import load_rgb_image, upright_size
 from .image_tiles import DEFAULTS, TilesKwargs, checked, count_tiles, cut_tiles
 from .media_loading import IS_ONE, load_video, load_waveform, one_range
 from .processing_compat import (
@@ -491,7 +491,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return bool(self.tile_options()["crop_to_patches"])
 
     def count_tiles(self, image: Any, options: Mapping[str, Any] | None = None) -> int:
-        """How many tiles an opened image, or one in a store, has; `options` as of [`tile_options`]."""
+        """How many tiles an image has: open, encoded (path, bytes, …) or in a store; `options` as of [`tile_options`]."""
         options = self.tile_options() if options is None else options
         if hasattr(type(image), "tile_options"):
             stored = image.tile_options or checked({})
@@ -503,12 +503,16 @@ class FrozenPrefixProcessor(ProcessorMixin):
             return image.count_tiles()
         if not options["crop_to_patches"]:
             return 1
-        if not isinstance(image, Image.Image):
+        if isinstance(image, Image.Image):
+            size = image.height, image.width
+        elif isinstance(image, str | os.PathLike | bytes | Mapping):
+            size = upright_size(image)
+        else:
             raise ValueError(
                 f"crop_to_patches=True cuts tiles from images as they are opened, and here is a {type(image).__name__}: give "
                 "images, paths or arrays that are rescaled, or leave it out."
             )
-        return count_tiles(image.height, image.width, self._tile_size(), options)
+        return count_tiles(*size, self._tile_size(), options)
 
     def _tile_size(self) -> tuple[int, int]:
         """Height and width of what the image processor makes."""

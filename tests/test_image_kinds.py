@@ -125,6 +125,9 @@ KINDS: dict[str, tuple[bytes, Callable[[bytes], np.ndarray]]] = {
     "jpeg, cmyk": (saved(RGB.convert("CMYK"), "JPEG"), on_white),
     "jpeg, progressive": (saved(RGB, "JPEG", progressive=True), on_white),
     "jpeg, turned": (saved(RGB, "JPEG", exif=turned()), on_white),
+    "png, turned": (saved(RGB, "PNG", exif=turned()), on_white),
+    "tiff, turned": (saved(RGB, "TIFF", exif=turned()), on_white),
+    "webp, turned": (saved(RGB, "WEBP", lossless=True, exif=turned()), on_white),
     "jpeg, profile": (saved(RGB, "JPEG", icc_profile=profile(b"RGB ")), by_profile("RGB")),
     "jpeg, profile of sRGB": (
         saved(RGB, "JPEG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()), on_white,
@@ -199,7 +202,7 @@ def test_an_image_is_what_its_file_says(kind: str) -> None:
         pytest.skip(f"this PIL does not read {kind}: {error}")
     opened = load_rgb_image(data)
     np.testing.assert_array_equal(np.asarray(opened), expected)
-    assert opened.mode == "RGB"
+    assert opened.mode == "RGB" and image_loading.upright_size(data) == expected.shape[:2]
     np.testing.assert_array_equal(np.asarray(load_rgb_image(opened)), expected)  # so once more
     np.testing.assert_array_equal(np.asarray(load_rgb_image(Image.open(io.BytesIO(data)))), expected)
     np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(opened))), expected)  # as workers send it

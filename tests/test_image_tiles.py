@@ -21,6 +21,7 @@ from modeling_frozen import (
 )
 from modeling_frozen.connectors import CONNECTORS
 from modeling_frozen.data.feature_cache import cache_vision_features
+from modeling_frozen.data.lengths import add_lengths
 from modeling_frozen.evaluation.retrieval import embed_images
 from modeling_frozen.interpretation import attention_to_image
 from modeling_frozen.processors.image_tiles import count_tiles, cut_tiles, tile_grid
@@ -148,6 +149,23 @@ def test_training_rows_hold_tiles_too(tmp_path: Path) -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.model.connector.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="take 15 positions that are never cut"):
         DataCollatorForFrozenPrefix(processor, max_length=15)(data[:1])
+
+
+def test_lengths_of_rows_count_the_tiles_of_images_that_are_not_open(tmp_path: Path) -> None:
+    _, processor = tiled(tmp_path)
+    collator = DataCollatorForFrozenPrefix(processor)
+    images = [noise(32, 48), noise(16, 16), noise(20, 70)]
+    data = [{"image": image, "text": "a square ."} for image in images]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    with_lengths = add_lengths(datasets.Dataset.from_list(data, features=features), collator, batch_size=2)
+    assert list(with_lengths["length"]) == [collator([row])["input_ids"].shape[1] for row in data]
+    for place, image in enumerate(images):
+        image.save(tmp_path / f"{place}.png")
+    paths = [{"image": str(tmp_path / f"{place}.png"), "text": "a square ."} for place in range(3)]
+    assert list(add_lengths(datasets.Dataset.from_list(paths), collator)["length"]) == list(with_lengths["length"])
+    paths[1]["image"] = str(tmp_path / "missing.png")
+    with pytest.raises(ValueError, match=r"Can't open image .*missing.png"):
+        add_lengths(datasets.Dataset.from_list(paths), collator)
 
 
 def test_truncation_counts_tiles(tmp_path: Path) -> None:

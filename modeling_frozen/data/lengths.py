@@ -59,7 +59,8 @@ def add_lengths(
     ```
 
     Args:
-        dataset (`datasets.Dataset`): rows as the collator takes them. Images aren't opened, only texts are tokenised.
+        dataset (`datasets.Dataset`): rows as the collator takes them. Texts are tokenised, and images aren't opened;
+            but where they are cut into tiles, whose number follows from their size, it is read from each file.
         collator ([`DataCollatorForFrozenPrefix`]): the one that will make the batches.
         column (`str`): its name; `TrainingArguments.length_column_name`.
         batch_size (`int`): rows per call of the tokenizer.
