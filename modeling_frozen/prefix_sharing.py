@@ -22,6 +22,7 @@ from .caches import copied_cache, narrowed_cache, new_kept_cache
 from .connectors import draws, in_eval_mode
 from .losses import compiled_part, nearly_equal, parts_uncompiled
 from .padding import distinct_rows
+from .weights import gathers_layers
 
 
 # Reading in two parts has a cost of its own: it must spare at least this share of the batch's positions.
@@ -132,6 +133,8 @@ def find_shared_start(
     masks = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
     reader, encodes = model.language_model.get_submodule(path), model.config.is_encoder_decoder
     if torch.compiler.is_compiling() or not masks or draws(model.connector) or model.cross_attention is not None:
+        return None
+    if gathers_layers(model.language_model):  # all processes run each layer as often, and none knows of the others' rows
         return None
     if not reads_in_parts(model, reader):
         return None

@@ -24,7 +24,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_pr
 
 # How each engine starts two processes.
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-ENGINES = ["plain", "fsdp", "fsdp_sharded", "fsdp_tower_pictured", "zero2", "zero3_pictured"]
+ENGINES = ["plain", "fsdp", "fsdp_sharded", "fsdp_tower_pictured", "zero2", "zero3_pictured", "ray"]
 ROOT = Path(__file__).parents[1]
 
 
@@ -49,14 +49,18 @@ def result_of(folder: Path, way: str, batch_size: int, done: subprocess.Complete
 
 
 def run(folder: Path, way: str, batch_size: int, processes: int) -> dict:
-    """By `accelerate launch`, and DeepSpeed's ways by `torchrun`, for the former sets none of them up on CPUs."""
+    """By `accelerate launch`; DeepSpeed's ways by `torchrun`, which sets them up on CPUs too; Ray's by `on_ray.py`."""
+    module: tuple[str, ...] = ("-m", "tests.helpers.distributed_run")
     if way.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
         launcher: tuple[str, ...] = (*TORCHRUN, "--master_port", free_port())
+    elif way.startswith("ray"):
+        pytest.importorskip("ray", reason="needs the extra `ray`")
+        launcher, module = ("examples/on_ray.py", "--num_workers", "2"), ("tests/helpers/distributed_run.py",)
     else:
         several = ["--multi_gpu", "--main_process_port", free_port()] if processes > 1 else ["--cpu"]
         launcher = (*LAUNCH, "--num_processes", str(processes), *several)
-    done = start(*launcher, "-m", "tests.helpers.distributed_run", str(folder), way, str(batch_size))
+    done = start(*launcher, *module, str(folder), way, str(batch_size))
     return result_of(folder, way, batch_size, done)
 
 
@@ -102,7 +106,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(way: str, tmp_path: Pat
     save_parents(tmp_path)
     alone = "plain_pictured" if way.endswith("pictured") else "plain"
     single, double = run(tmp_path, alone, 4, processes=1), run(tmp_path, way, 2, processes=2)
-    kind = {"p": "MULTI_CPU", "f": "FSDP", "z": "DEEPSPEED"}[way[0]]
+    kind = {"p": "MULTI_CPU", "r": "MULTI_CPU", "f": "FSDP", "z": "DEEPSPEED"}[way[0]]
     assert (single["processes"], double["processes"], double["kind"]) == (1, 2, kind)
     check_same(tmp_path, (f"{alone}4", single), (f"{way}2", double))
 

@@ -4,11 +4,11 @@
 
 FOLDER holds the tiny parents. WAY is `plain`, `fsdp` (FSDP2, by Trainer and accelerate), `fsdp_sharded` (its checkpoints in
 shards), `fsdp_tower` (the tower's layers sharded too), `fsdp_half` (with parents in bf16 and the connector in fp32), `zero2`
-and `zero3` (DeepSpeed), `zero2_unclipped` (its config says nothing of gradient clipping), each of these also as `…_pictured`
-(all rows have a picture) and `…_resumed` (from its checkpoint in mid-training), `tp` (the language model tensor-parallel),
-`evaluated` or `fsdp_evaluated` (no training, but `Trainer.evaluate` with `EvaluationCallback`, twice into one folder). Some
-rows have no picture, and stand so that in some steps one process, or both, see none. After step DIES_AT the last process is
-killed; the same run, started again, goes on at the last whole checkpoint.
+and `zero3` (DeepSpeed), `zero2_unclipped` (its config says nothing of gradient clipping), `ray` (as `plain`), each of these
+also as `…_pictured` (all rows have a picture) and `…_resumed` (from its checkpoint in mid-training), `tp` (the language
+model tensor-parallel), `evaluated` or `fsdp_evaluated` (no training, but `Trainer.evaluate` with `EvaluationCallback`, twice
+into one folder). Some rows have no picture, and stand so that in some steps one process, or both, see none. After step DIES_AT
+the last process is killed; the same run, started again, goes on at the last whole checkpoint.
 """
 
 import json
@@ -19,26 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.backbones import word_embedding_norm
 from modeling_frozen.evaluation import EvaluationCallback
 from modeling_frozen.training.checkpoints import DeepSpeedCheckpointCallback, last_whole_checkpoint
+from tests.helpers.fsdp_on_cpus import as_on_gpus
 from tests.helpers.tiny import captioned_rows, join, rows
 
 
 def data(way: str) -> list[dict]:
-    """24 rows, as blocks of 2 that one of two processes would see at a step."""
+    """24 rows, as blocks of 2 that one of two processes would see at a step. In some blocks both have the same picture, which
+    the language model then reads once, where the other process reads its two."""
     seen = [True, True, True, False, False, True, False, False, True, False, False, True]
     if "pictured" in way:
         seen = [True] * 12
     texts = ["", " that is a picture .", " ?"]  # of unequal length: a mean of means would weigh words by their neighbours
-    return [
-        {"image": row["image"] if seen[i // 2] else None, "text": row["text"] + texts[i % 3]} for i, row in enumerate(rows(24))
-    ]
+    made = rows(24)
+    pictures = [made[i - i % 2 if i // 2 in (1, 2, 8) else i]["image"] for i in range(24)]
+    return [{"image": pictures[i] if seen[i // 2] else None, "text": row["text"] + texts[i % 3]} for i, row in enumerate(made)]
 
 
 class DiesAt(TrainerCallback):
@@ -80,9 +81,8 @@ def arguments(output: Path, way: str, batch_size: int) -> TrainingArguments:
         **options,
     )  # fmt: skip
     made.save_only_model = way == "tp"  # Trainer resumes no model that was sharded as it was loaded
-    if (fsdp or way == "tp") and made.device.type == "cpu":
-        # On CPUs accelerate passes FSDP by without a word, and refuses tensor parallel; the code is the same.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if fsdp or way == "tp":
+        as_on_gpus(made)
     return made
 
 
@@ -159,7 +159,9 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # all is written; threads of torch's that still run while Python ends abort it now and then
+    if not sys.argv[2].startswith("ray"):  # whose worker goes on
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # all is written; threads of torch's that still run while Python ends abort it now and then
