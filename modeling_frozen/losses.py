@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo import eval_frame
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -429,6 +428,11 @@ def chunked_loss(
 
 # ------------------------------------------------------------------------------------ training beside a compiled graph
 
+try:  # torch's switch of what compiles the frames that are called, which has no public name
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
+except ImportError:  # a release without them: parts then run as they are
+    get_eval_frame_callback = set_eval_frame = None  # type: ignore[assignment]
+
 # What compiles the frames around [`_beside_graph`].
 _COMPILER: ContextVar[Any] = ContextVar("_COMPILER", default=None)
 
@@ -453,7 +457,8 @@ def trains_beside_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable(recursive=False)
 def _beside_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    token = _COMPILER.set(eval_frame.get_eval_frame_callback() if _uncompiled(_traces_forwards) else None)
+    compiler = None if get_eval_frame_callback is None else get_eval_frame_callback()
+    token = _COMPILER.set(compiler if _uncompiled(_traces_forwards) else None)
     try:
         return _uncompiled(function, *args, **kwargs)
     finally:
@@ -485,11 +490,11 @@ def compiled_part(part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     compiler = None if torch.compiler.is_compiling() else _COMPILER.get()
     if compiler is None:
         return part(*args, **kwargs)
-    before = eval_frame.set_eval_frame(compiler)
+    before = set_eval_frame(compiler)
     try:
         return part(*args, **kwargs)
     finally:
-        eval_frame.set_eval_frame(before)
+        set_eval_frame(before)
 
 
 @contextmanager

@@ -133,14 +133,13 @@ def _headers_of_files(name: str, weights: str, index: str | None) -> Iterator[_H
     import json
     import struct
 
-    from transformers.utils import cached_file
+    from huggingface_hub import try_to_load_from_cache
 
     def find(file: str) -> Path | None:
-        path = cached_file(
-            name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-        return None if path is None else Path(path)
+        if Path(name).is_dir():
+            return Path(name) / file if (Path(name) / file).is_file() else None
+        path = try_to_load_from_cache(name, file)
+        return Path(path) if isinstance(path, str) else None
 
     for file in _files(weights, index, find):
         with file.open("rb") as opened:
