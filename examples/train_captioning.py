@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     from modeling_frozen.evaluation.plots import plot_sheet, plot_training
     from modeling_frozen.metrics import caption_scores
     from modeling_frozen.training.arguments import training_arguments
-    from modeling_frozen.training.checkpoints import DeepSpeedCheckpointCallback, last_whole_checkpoint
+    from modeling_frozen.training.checkpoints import DeepSpeedCheckpointCallback, last_whole_checkpoint, whole_model
     from modeling_frozen.training.starting import start_as_words
 
     out, training = args.output_dir, training_arguments(flags, **RECIPE, output_dir=str(args.output_dir))
@@ -103,10 +103,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(out) if args.resume else training.resume_from_checkpoint)
     trainer.save_model()
 
-    captions = [sum(answers, []) for answers in photos["test"]["answers"]]
-    test = photos["test"].select_columns(["image"]).add_column("captions", captions)
+    test = photos["test"].select_columns(["image"]).add_column("captions", [sum(one, []) for one in photos["test"]["answers"]])
     options = {name: getattr(args, name) for name in ("prompt", "num_beams", "no_repeat_ngram_size", "max_new_tokens")}
-    result = evaluate(model, processor, test, output_dir=out, seed=training.seed, batch_size=25, distributed=True, **options)
+    options |= {"output_dir": out, "seed": training.seed, "batch_size": 25, "distributed": True}
+    result = evaluate(whole_model(trainer, out), processor, test, **options)
     if trainer.is_world_process_zero():
         plot_training(trainer, out / "training.png")
         said, images = result.predictions["sighted"], test["image"][:]

@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     from modeling_frozen.evaluation.plots import plot_sheet, plot_training
     from modeling_frozen.metrics import exact_match
     from modeling_frozen.training.arguments import training_arguments
+    from modeling_frozen.training.checkpoints import whole_model
 
     out = args.output_dir
     chosen = {"output_dir": str(out / "training"), "logging_steps": 20, "logging_first_step": True, "save_strategy": "no"}
@@ -84,13 +85,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(str(out / "eyes"))
+
+    asked = [asking.row(row) for row in test]
+    options = {"batch_size": 64, "max_new_tokens": args.max_new_tokens, "distributed": True}
+    whole = model if args.lora_rank else whole_model(trainer, out / "eyes")
+    result = evaluate(whole, processor, asked, task="vqa", output_dir=out, seed=training.seed, **options)
     if not trainer.is_world_process_zero():
         return {}
-
     plot_training(trainer, out / "training.png")
-    asked = [asking.row(row) for row in test]
-    options = {"batch_size": 64, "max_new_tokens": args.max_new_tokens}
-    result = evaluate(model, processor, asked, task="vqa", output_dir=out, seed=training.seed, **options)
     said = result.predictions["sighted"]
     right = [exact_match([one], [some]) for one, some in zip(said, result.references, strict=True)]
     images = [row["image"] if "image" in row else row["images"][0] for row in test]

@@ -73,6 +73,21 @@ def gathers_layers(module: nn.Module) -> bool:
     return any(is_sharded(one) for one in module.modules())
 
 
+@contextmanager
+def root_gathered(module: nn.Module) -> Iterator[None]:
+    """The weights that FSDP2 dealt out with the model itself and not with one of its layers (the connector's), there for what
+    is no `forward` of the whole, as `generate` is none. All processes must come here."""
+    if not is_sharded(module):
+        yield
+        return
+    root: Any = module
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
+
+
 def is_partitioned(tensor: torch.Tensor) -> bool:
     """Whether DeepSpeed's ZeRO-3 dealt out a parameter over the processes, so that none holds it."""
     return hasattr(tensor, "ds_id") and tensor.numel() == 0
@@ -206,5 +221,5 @@ def _factors(device: torch.device) -> torch.Tensor:
 
 __all__ = [
     "ALIGNMENT", "align_weights", "alone", "brought", "gathers_layers", "is_dispatched", "is_partitioned", "is_sharded",
-    "move_around", "own_weights", "present", "tensor_digest", "tensor_digests", "to_weight", "weights_digest",
+    "move_around", "own_weights", "present", "root_gathered", "tensor_digest", "tensor_digests", "to_weight", "weights_digest",
 ]  # fmt: skip

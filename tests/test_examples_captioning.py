@@ -81,6 +81,8 @@ def test_each_caption_of_a_photo_is_a_row(dataset: str) -> None:
 
 ZERO = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto"}
 TWO = ("--nproc_per_node", "2")
+FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+FSDP |= {"state_dict_type": "FULL_STATE_DICT"}
 
 
 def launchers() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -88,6 +90,10 @@ def launchers() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     accelerate = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
     return {
         "torchrun": (("-m", "torch.distributed.run", "--standalone", *TWO), ()),
+        "fsdp": (
+            ("-m", "torch.distributed.run", "--standalone", *TWO, "-m", "tests.helpers.fsdp_on_cpus"),
+            ("--fsdp", "--fsdp_config", json.dumps(FSDP)),
+        ),
         "accelerate": (("-m", "accelerate.commands.launch", *accelerate, "--dynamo_backend", "no"), ()),
         "deepspeed": (
             ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--master_port", "29517"),

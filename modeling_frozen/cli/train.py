@@ -212,13 +212,15 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = get_last_checkpoint(str(out)) if args.resume and out.is_dir() else training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    drawn = None
+    if trainer.is_world_process_zero():
+        dataset = args.dataset[0] if len(args.dataset) == 1 else ", ".join(args.dataset)
+        write_model_card(out, model, training=trainer, dataset=dataset)
+        drawn = _draw(trainer, out)
+    if training.push_to_hub:
+        trainer.push_to_hub()  # all processes: it saves once more, which gathers what FSDP2 dealt out
     if not trainer.is_world_process_zero():
         return
-    dataset = args.dataset[0] if len(args.dataset) == 1 else ", ".join(args.dataset)
-    write_model_card(out, model, training=trainer, dataset=dataset)
-    drawn = _draw(trainer, out)
-    if training.push_to_hub:
-        trainer.push_to_hub()
     print(_farewell(args, asking, out, sight, held_out is not None, drawn))
 
 

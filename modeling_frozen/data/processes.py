@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..weights import alone, gathers_layers
+
 
 class Processes:
     """This process among those that run the same program, whether or not they met already; or this one alone."""
@@ -32,4 +34,22 @@ class Processes:
         return int.from_bytes(digest[:8], "little") % self.count == self.rank
 
 
-__all__ = ["Processes"]
+def refuse_parts(model: torch.nn.Module, instead: str = "") -> None:
+    """
+    For what one process does by itself.
+
+    Args:
+        instead (`str`): another way out.
+
+    Raises:
+        ValueError: where others hold parts of the model, so that this process would wait for them for ever.
+    """
+    if not alone() and gathers_layers(model):
+        raise ValueError(
+            "This model was dealt out over the processes (FSDP2, DeepSpeed ZeRO-3), and one that runs it alone would wait for "
+            f"the others for ever: {instead}take the whole one, by `whole_model(trainer, folder)` of "
+            "`modeling_frozen.training.checkpoints` after `trainer.save_model(folder)`."
+        )
+
+
+__all__ = ["Processes", "refuse_parts"]

@@ -35,10 +35,10 @@ from ..connectors import in_eval_mode
 from ..data.collator import OTHERS, clean_messages, open_media, others_of, place_in_turns, place_media, plain_text
 from ..data.columns import images_of, no_image_column, unread_image
 from ..data.image_reading import digest_of_image, digest_of_media
-from ..data.processes import Processes
+from ..data.processes import Processes, refuse_parts
 from ..freezing import CONNECTING
 from ..metrics.scores import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
-from ..weights import weights_digest
+from ..weights import root_gathered, weights_digest
 
 
 KINDS = ("sighted", "blind", "random_connector", "language_model")
@@ -173,6 +173,9 @@ def evaluate(
         raise ValueError(f"task={task!r} is unknown: choose one of {sorted(TASKS)}.")
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"kinds hold {sorted(unknown)}: the choices are {list(KINDS)}.")
+    if not distributed or "random_connector" in kinds:  # drawing one anew runs it apart from the model
+        way = "call `evaluate(…, distributed=True, kinds=…)` on all processes, without 'random_connector' among the kinds, or "
+        refuse_parts(model, way)
     if "sighted" not in kinds:
         raise ValueError(f"kinds={list(kinds)} lack 'sighted', beside which the others stand.")
     if "generation_config" not in generate_kwargs:
@@ -196,18 +199,19 @@ def evaluate(
     others = _rows_of_others(rows, seed) if "blind" in kinds else list(range(len(rows)))
     predictions: dict[str, list[str]] = {}
     known: dict[tuple[str, ...], str] = {}  # the output for the same images and prompt
-    for kind in kinds:
-        if kind == "random_connector":
-            with random_connectors(model, seed):
-                predictions[kind] = predict(kind, rows, {})
-            continue
-        seen = rows
-        if kind == "blind":
-            pairs = ((row, rows[other]) for row, other in zip(rows, others, strict=True))
-            seen = [{**row, "media": other["media"], "keys": other["keys"]} for row, other in pairs]
-        if kind == "language_model":
-            seen = [{**row, "media": {}, "keys": []} for row in rows]
-        predictions[kind] = predict(kind, seen, {} if sampled else known)
+    with root_gathered(model):
+        for kind in kinds:
+            if kind == "random_connector":
+                with random_connectors(model, seed):
+                    predictions[kind] = predict(kind, rows, {})
+                continue
+            seen = rows
+            if kind == "blind":
+                pairs = ((row, rows[other]) for row, other in zip(rows, others, strict=True))
+                seen = [{**row, "media": other["media"], "keys": other["keys"]} for row, other in pairs]
+            if kind == "language_model":
+                seen = [{**row, "media": {}, "keys": []} for row in rows]
+            predictions[kind] = predict(kind, seen, {} if sampled else known)
 
     references = [row["references"] for row in rows]
     over_all, by_row = TASKS[task]

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..connectors import in_eval_mode
 from ..data.collator import IGNORE_INDEX, DataCollatorForFrozenPrefix
+from ..data.processes import refuse_parts
 from ..modeling_frozen_prefix import FrozenPrefixModel
 from ..parts import MODALITIES
 from ..vision_towers import grid_of
@@ -37,6 +38,7 @@ def _core(model: Any) -> Any:
     core = model if isinstance(model, FrozenPrefixModel) else getattr(model, "model", None)
     if not isinstance(core, FrozenPrefixModel) or core.connector is None:
         raise ValueError(f"{type(model).__name__} is no frozen-prefix model with a vision tower, which this needs.")
+    refuse_parts(model)
     return core
 
 

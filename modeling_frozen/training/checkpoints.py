@@ -1,4 +1,5 @@
-"""Trainer's checkpoints on several devices: that they hold what was learnt alone, and which one is whole.
+"""Trainer's checkpoints on several devices: that they hold what was learnt alone, which one is whole, and the whole model that
+one gives where each process trained a part.
 
 FSDP2 needs nothing of this: the state dict of a sharded model leaves out what need not be saved.
 """
@@ -16,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..checkpoints import keys_left_out, trained_parts
+from ..modeling_frozen_prefix_pretrained import FrozenPrefixPreTrainedModel
+from ..weights import gathers_layers, is_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -66,6 +69,40 @@ def _gathered(model: Any, left_out: set[str]) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state if name not in left_out}
 
 
+def whole_model(trainer: Trainer, folder: str | Path) -> Any:
+    """
+    The model that was trained, for what a process does by itself: `generate`, `evaluate`, the questions of `interpretation`.
+
+    It is the Trainer's own; where FSDP2 dealt that out over the processes, what was saved is loaded, whole and on this
+    process's device. All processes call it.
+
+    Args:
+        trainer (`Trainer`): that has trained.
+        folder: into which it has saved, by `trainer.save_model(folder)`.
+
+    Raises:
+        ValueError: for what was dealt out by ZeRO-3, under which all that is loaded is, and with PEFT.
+
+    Example:
+
+    ```python
+    >>> trainer.save_model("eyes")
+    >>> model = whole_model(trainer, "eyes")
+    >>> result = evaluate(model, processor, rows, distributed=True)
+    ```"""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not gathers_layers(model):
+        return model
+    if not (is_sharded(model) and isinstance(model, FrozenPrefixPreTrainedModel)):
+        raise ValueError(
+            f"This {type(model).__name__} was dealt out over the processes by ZeRO-3, or with PEFT's adapter: what runs "
+            f"outside of Trainer wants it whole. Load {str(folder)!r} in a run without that."
+        )
+    trainer.accelerator.wait_for_everyone()
+    saved: Any = next(one for one in type(model).__mro__ if not issubclass(one, torch.distributed.fsdp.FSDPModule))
+    return saved.from_pretrained(folder).to(trainer.args.device)
+
+
 def last_whole_checkpoint(output_dir: str | Path, processes: int | None = None) -> str | None:
     """
     The newest of Trainer's checkpoints that was written to its end, for `resume_from_checkpoint`.
@@ -101,4 +138,4 @@ def _what_lacks(checkpoint: Path, processes: int) -> str | None:
     return None if states >= processes else f"rng_state of {states} processes, not {processes}"
 
 
-__all__ = ["DeepSpeedCheckpointCallback", "last_whole_checkpoint"]
+__all__ = ["DeepSpeedCheckpointCallback", "last_whole_checkpoint", "whole_model"]

@@ -24,8 +24,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from modeling_frozen import DataCollatorForFrozenPrefix
 from modeling_frozen.backbones import word_embedding_norm
-from modeling_frozen.evaluation import EvaluationCallback
-from modeling_frozen.training.checkpoints import DeepSpeedCheckpointCallback, last_whole_checkpoint
+from modeling_frozen.evaluation import EvaluationCallback, evaluate
+from modeling_frozen.training.checkpoints import DeepSpeedCheckpointCallback, last_whole_checkpoint, whole_model
 from tests.helpers.fsdp_on_cpus import as_on_gpus
 from tests.helpers.tiny import captioned_rows, join, rows
 
@@ -116,6 +116,15 @@ def evaluate_twice(trainer: Trainer, processor: Any, output: Path, batch_size: i
         (output / "result.json").write_text(json.dumps({"kind": kind, "results": results}))
 
 
+def refusal(model: Any, processor: Any) -> str:
+    """What one process is told that asks a model of which it holds a part, where it would wait for the others."""
+    try:
+        evaluate(model, processor, captioned_rows(2), max_new_tokens=1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path, way: str, batch_size: int, dies_at: int = 0) -> None:
     torch.manual_seed(0)
     output = folder / f"{way}{batch_size}"
@@ -144,6 +153,10 @@ def main(folder: Path, way: str, batch_size: int, dies_at: int = 0) -> None:
     if "sharded" in way:  # which Trainer itself would not save for anybody to load
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output / "last"))
+    whole = whole_model(trainer, output / "last") if way.startswith(("plain", "fsdp")) else None
+    asked = {"processor": processor, "dataset": captioned_rows(4), "max_new_tokens": 3, "num_resamples": 0}
+    asked["kinds"] = ("sighted", "blind", "language_model")
+    together = None if whole is None else evaluate(trainer.model, **asked, distributed=True).predictions
     if trainer.is_world_process_zero():
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         result = {
@@ -151,6 +164,10 @@ def main(folder: Path, way: str, batch_size: int, dies_at: int = 0) -> None:
             "processes": trainer.accelerator.num_processes,
             "losses": [entry["loss"] for entry in logged],
             "gradients": [entry["grad_norm"] for entry in logged],
+            "refusal": refusal(trainer.model, processor) if way.startswith(("fsdp", "zero3")) else "",
+            "together": together,
+            "whole": None if whole is None else evaluate(whole, **asked).predictions,
+            "own": whole is trainer.model,
         }
         (output / "result.json").write_text(json.dumps(result))
 
