@@ -1,12 +1,12 @@
 """Teaches two frozen parents to tell classes by image and text together: any tower, any language model, one small head.
 
+    python examples/classify.py               (for whom is it made? by photo and name of what a shop sells)
     python examples/classify.py --dataset DATASET --output_dir classifier
 
-DATASET has the splits train and test, and columns of images, texts and labels (numbers, names, or `ClassLabel`); or it is
-whatever `load_image_text` reads: the answer to a question is its class then. `--fused_inputs image` and `… text` show how far
-each gets alone. Accuracy and macro F1 on the test rows stand beside those of the same model *blind* (images shuffled,
-so that none keeps its own) and before training (*random connector*, and a random head). Into `--output_dir` go the checkpoint,
-its card and `results.json`. Every field of `TrainingArguments` is a flag too. Without a network, on parents made here:
+DATASET has columns of images, texts and labels (numbers, names, or `ClassLabel`); or it is whatever `load_image_text` reads:
+the answer to a question is its class then. Without a split test, a tenth of the rows is held out. Accuracy and macro F1 on the
+test rows stand beside those of the same model *blind* (images shuffled) and before training (*random connector*). Into
+`--output_dir` go the checkpoint, its card and `results.json`. Every field of `TrainingArguments` is a flag too. Offline:
 
     python -m modeling_frozen.shapes --output_dir shapes
     python examples/classify.py --vision shapes/tower --text shapes/language_model --dataset shapes/questions
@@ -25,17 +25,20 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--vision", default="google/siglip2-base-patch16-224", help="vision tower: Hub id or folder")
     add("--text", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="language model: Hub id or folder")
-    add("--dataset", nargs="+", required=True, help="with labels; or any form of load_image_text, or several files of one set")
+    add("--dataset", nargs="+", help="with labels; or any form of load_image_text (default: a shop's, with its columns)")
     add("--image_root", help="folder of relative image paths (default: the file's own)")
     for column in ("image", "text", "label"):
         add(f"--{column}_column", default=column)
     add("--output_dir", type=Path, default=Path("classifier"))
     add("--fused_inputs", nargs="+", default=["image", "text"], help="what the head reads (default: image text)")
+    shop = {"dataset": ["ashraq/fashion-product-images-small"], "text_column": "productDisplayName", "label_column": "gender"}
     small = {"num_layers": 1, "num_heads": 4, "hidden_size": 96, "position_embedding": True}
     add("--connector_config", type=json.loads, default=small, metavar="JSON", help="of the resampler")
     add("--prefix_length", type=int, default=8)
     add("--balanced", action="store_true", help="weigh classes by how rare they are")
-    return parser.parse_known_args(arguments)
+    args, flags = parser.parse_known_args(arguments)
+    vars(args).update(shop if args.dataset is None else {})
+    return args, flags
 
 
 def read_rows(args: argparse.Namespace) -> Any:
@@ -49,6 +52,8 @@ def read_rows(args: argparse.Namespace) -> Any:
         labelled = args.label_column in rows["train"].column_names
     except (OSError, ValueError):  # a form that `datasets` alone can't read
         labelled = False
+    if labelled and "test" not in rows:
+        rows = rows["train"].train_test_split(0.1, seed=0)
     if not labelled:
         loaded = load_questions(args.dataset, ("train", "test"), image_root=args.image_root, flat=True)
         columns = {"image": args.image_column, "question": args.text_column, "answer": args.label_column}
@@ -66,8 +71,8 @@ def read_rows(args: argparse.Namespace) -> Any:
 def blind(rows: Any, image_column: str, seed: int) -> list[dict[str, Any]]:
     """The same rows, each with the image of another: one cycle through all."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
-    other = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [{**row, image_column: rows[other[index]][image_column]} for index, row in enumerate(rows)]
+    pairs = sorted(zip(order, order[1:] + order[:1], strict=True))
+    return [{**rows[one], image_column: rows[other][image_column]} for one, other in pairs]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -91,13 +96,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )  # fmt: skip
     processor = frozen.FrozenPrefixProcessor.from_model(model)
     training = training_arguments(flags, model=model, rows=rows["train"], **chosen)
-    trainer = Trainer(
-        model=model, args=training, train_dataset=rows["train"], processing_class=processor,
-        compute_metrics=classification_compute_metrics,
-        data_collator=frozen.DataCollatorForFrozenPrefixClassification(
-            processor, image_column=args.image_column, text_column=args.text_column, label_column=args.label_column
-        ),
-    )  # fmt: skip
+    columns = {name: value for name, value in vars(args).items() if name.endswith("_column")}
+    collator = frozen.DataCollatorForFrozenPrefixClassification(processor, **columns)
+    scored = {"compute_metrics": classification_compute_metrics, "processing_class": processor}
+    trainer = Trainer(model, training, collator, rows["train"], **scored)
 
     def score(some: Any) -> dict[str, float]:
         measured = trainer.evaluate(some)

@@ -1,7 +1,7 @@
 """One connector, several languages: captions with the language named in the prompt, and translation helped by the image.
 
+    python examples/train_multilingual.py                                                      (Multi30k, with its photos)
     python examples/train_multilingual.py --dataset TEXTS --images PHOTOS --image_key COLUMN
-    python examples/train_multilingual.py --dataset TEXTS --languages English=en German=de
 
 TEXTS, a Hub id or folder with the splits train and test, is a table of translations: a row has a caption in each language,
 in columns `en`, `de`, …, and the photo, in a column `image`, or by its name in COLUMN, as `image_id` in PHOTOS, a set with the
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--vision", default="google/siglip2-base-patch16-224", help="vision tower: Hub id or folder")
     add("--text", default="Qwen/Qwen3-0.6B", help="language model: Hub id or folder")
-    add("--dataset", required=True, help="the table of translations: Hub id or folder")
+    add("--dataset", default="romrawinjp/multi30k", help="the table of translations: Hub id or folder")
     names = ["English=en", "German=de", "French=fr", "Czech=cs"]
     add("--languages", nargs="+", default=names, help=f"names, as prompts say them, and columns (default: {' '.join(names)})")
     add("--images", help="photos, with the columns image and image_id, where the table has none")
@@ -51,15 +51,18 @@ def read(args: argparse.Namespace, split: str, limit: int, seed: int) -> Any:
     from datasets import Dataset, Features, Image, Value, load_dataset
 
     photos, rng, rows = {}, random.Random(f"{seed} {split}"), []
-    for part in load_dataset(args.images).values() if args.images else ():
+    for part in load_dataset(args.images).cast_column("image", Image(decode=False)).values() if args.images else ():
         photos.update({name: (part, index) for index, name in enumerate(part["image_id"])})
     columns = dict(one.split("=") for one in args.languages)
-    for row in load_dataset(args.dataset, split=split):
+    table = load_dataset(args.dataset, split=split)
+    for row in table if args.images else table.cast_column("image", Image(decode=False)):
         told = {name: row[column] for name, column in columns.items() if row[column]}
         if args.images:
             part, index = photos.get(row[args.image_key], (None, 0))
             row["image"] = part and part[index]["image"]
-        if row["image"] is None or len(told) < 2 or limit == 0:
+        if limit == 0:
+            break
+        if row["image"] is None or len(told) < 2:
             continue
         limit -= 1
         for name, sentence in told.items():
@@ -81,10 +84,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     from modeling_frozen.metrics import exact_match
     from modeling_frozen.training.arguments import training_arguments
 
-    out, chosen = (
-        args.output_dir,
-        {"output_dir": str(args.output_dir / "training"), "logging_steps": 20, "save_strategy": "no"},
-    )
+    out = args.output_dir
+    chosen = {"output_dir": str(out / "training"), "logging_steps": 20, "save_strategy": "no"}
     seed = training_arguments(flags, **chosen).seed
     set_seed(seed)
     train, test = read(args, "train", args.pictures, seed), read(args, "test", args.test_pictures, seed)

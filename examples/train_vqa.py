@@ -1,5 +1,6 @@
 """Teaches a frozen language model to answer questions about images, with LoRA on top if asked.
 
+    python examples/train_vqa.py                                 (VQA-RAD: what clinicians asked about X-rays and scans)
     python examples/train_vqa.py --dataset llava.json --image_root images --output_dir vqa
     python examples/train_vqa.py --dataset questions.json annotations.json --lora_rank 8
     torchrun --nproc_per_node 2 examples/train_vqa.py --dataset llava.json                        (on two processes)
@@ -28,7 +29,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--vision", default="google/siglip2-base-patch16-224", help="vision tower: Hub id or folder")
     add("--text", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="language model: Hub id or folder")
-    add("--dataset", nargs="+", required=True, help="any form of load_image_text, or several files of one set")
+    usual = ["flaviagiammarino/vqa-rad"]  # columns: image, question, answer
+    add("--dataset", nargs="+", default=usual, help="any form of load_image_text, or several files of one set")
     add("--image_root", help="folder of relative image paths (default: the file's own)")
     add("--output_dir", type=Path, default=Path("vqa"))
     add("--rows", type=int, help="train on so many, drawn at random (default: all)")
