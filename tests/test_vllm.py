@@ -6,12 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +20,7 @@ from modeling_frozen.serving.prompt_embeds import chat_request
 from tests.helpers.audio_towers import save_audio_tower
 from tests.helpers.hub_fixtures import ROOT, Hub, hub  # noqa: F401
 from tests.helpers.tiny import NOT_READERS, join_not_a_reader
+from tests.helpers.vllm_server import ENV, vllm_server
 
 
 pytestmark = [
@@ -33,7 +30,6 @@ pytestmark = [
 ]
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
 LLAMA = engines.Pair("CLIP", "Llama")
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def test_the_table_of_pairs_is_all_equal(tmp_path: Path) -> None:
@@ -224,38 +220,6 @@ def test_chats_begin_as_our_processor_begins_them(tmp_path: Path) -> None:
                 )  # fmt: skip
                 got = [answer.outputs[0].text.strip() for answer in answers]
                 assert got == [said_by_generate(model, processor, *chat) for chat in CHATS]
-
-
-@contextmanager
-def vllm_server(*options: str) -> Iterator[SimpleNamespace]:
-    """vLLM's server of OpenAI's form, and OpenAI's client for it."""
-    openai = pytest.importorskip("openai")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
-    process = subprocess.Popen(
-        [*command, *common, *options], cwd=ROOT, env={**os.environ, **ENV}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
-    reader.start()
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
-    try:
-        for _ in range(600):
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                assert process.poll() is None, "".join(said[-60:])
-                time.sleep(1)
-        yield SimpleNamespace(client=client, url=f"http://127.0.0.1:{port}", model=client.models.list().data[0].id)
-    finally:
-        client.close()
-        process.terminate()
-        process.wait(60)
 
 
 def data_url(image: Image.Image) -> str:

@@ -6,11 +6,17 @@ folder with data, photos and a checkpoint, as a user has them.
     hub.run("from tests.helpers.docs_world import run; run('docs/quickstart.md')")   # a page, in an empty folder
 
 The blocks of a page run one after another in one namespace. It holds `model`, `processor`, `image`, `images`, `captions` and
-`rows` from the start, so that a page about one thing need not join a model first.
+`rows` from the start, so that a page about one thing need not join a model first; of the pages in `MORE`, what they say how to
+get in words. `python -m tests.helpers.docs_world PAGE` runs a page in a folder that is laid out, as `torchrun` starts it.
 """
 
+import json
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -20,7 +26,9 @@ TOWERS = (
     "google/siglip2-base-patch16-224", "facebook/dinov2-small", "openai/clip-vit-base-patch32",
     "facebook/dinov2-with-registers-base", "google/mobilenet_v2_1.0_224",
 )  # fmt: skip
-LANGUAGE_MODELS = ("Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "me/my-language-model")
+LANGUAGE_MODELS = (
+    "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-2-7b-hf", "me/my-language-model",
+)  # fmt: skip
 AUDIO, TRANSLATOR, READER = "openai/whisper-tiny", "google-t5/t5-small", "sentence-transformers/all-MiniLM-L6-v2"
 CAPTIONS = "jxie/flickr8k"
 OWNERS = tuple({name.partition("/")[0] for name in (*TOWERS, *LANGUAGE_MODELS, AUDIO, TRANSLATOR, READER, CAPTIONS)} - {"me"})
@@ -53,14 +61,15 @@ def _spoken() -> Any:
     return tiny.tokenizer([*tiny.WORDS, "user", "assistant", "system", "<|im_start|>"], bos=False, chat_template=CHAT)
 
 
-def serve() -> None:
-    """Puts on the Hub what others have put there: towers and language models, and photos with captions."""
+def serve(**text: int) -> None:
+    """Puts on the Hub what others have put there: towers and language models (`text`: other sizes of these), and photos with
+    captions."""
     from datasets import Dataset
 
     from tests.helpers import tiny
 
     spoken = _spoken()
-    sizes = {"vocab_size": len(spoken) + 7, "max_position_embeddings": 512}
+    sizes = {"vocab_size": len(spoken) + 7, "max_position_embeddings": 512, **text}
     tower, language_model = tiny.save_parents(Path("parents"), text=sizes)
     spoken.save_pretrained(language_model)
     for name, folder in {**dict.fromkeys(TOWERS, tower), **dict.fromkeys(LANGUAGE_MODELS, language_model)}.items():
@@ -75,15 +84,15 @@ def serve() -> None:
     _upload(CAPTIONS, "captions", "dataset")
 
 
-def fill() -> None:
-    """Puts every repository that pages name on the Hub."""
+def fill(connector: dict[str, Any] | None = None, **text: int) -> None:
+    """Puts every repository that pages name on the Hub, "me/eyes" with another connector if asked."""
     import torch
     from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
     from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
     from tests.helpers.audio_towers import AUDIO_TOWERS
 
-    serve()
+    serve(**text)
     spoken = _spoken()
     config, kind, extractor = AUDIO_TOWERS["whisper"]
     kind(config).save_pretrained("audio")
@@ -102,24 +111,23 @@ def fill() -> None:
     spoken.save_pretrained("bert")
     _upload(READER, "bert")
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
-        TOWERS[0], LANGUAGE_MODELS[0], connector_type="resampler", prefix_length=4
+        TOWERS[0], LANGUAGE_MODELS[0], connector_type="resampler", **connector or {"prefix_length": 4}
     )
     model.push_to_hub("me/eyes")
     FrozenPrefixProcessor.from_model(model).push_to_hub("me/eyes")
     model.push_to_hub("me/other-eyes")
 
 
-def lay_out() -> dict[str, Any]:
-    """Fills the present folder; returns what the namespace of a page begins with."""
+def lay_out() -> None:
+    """Fills the present folder with what a user has there."""
     from datasets import Dataset
-    from PIL import Image
 
     from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
     from tests.helpers import formats, tiny
 
     formats.lay_out(Path("."))
-    images = [Image.new("RGB", (40, 32), colour) for colour in tiny.COLOURS.values()]
-    for name in ("photo.jpg", "photo.png", "first.jpg", "second.jpg"):
+    images = _images()
+    for name in ("photo.jpg", "photo.png", "first.jpg", "second.jpg", "a.jpg", "b.jpg"):
         images[0].save(name)
     Path("photos").mkdir()
     for number, image in enumerate(images):
@@ -130,18 +138,93 @@ def lay_out() -> dict[str, Any]:
     rows = Dataset.from_list(tiny.rows(16))
     for number in range(4):
         rows.shard(4, number).to_parquet(f"shards/{number}.parquet")
-    model = FrozenPrefixForConditionalGeneration.from_pretrained("me/eyes")
-    processor = FrozenPrefixProcessor.from_pretrained("me/eyes")
-    for part in (model, processor):
-        part.save_pretrained("eyes")
-    captions = [row["text"] for row in tiny.rows(4)]
-    return {
-        "model": model, "processor": processor, "image": images[0], "images": images, "captions": captions, "rows": rows,
-    }  # fmt: skip
+    for part in (FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor):
+        part.from_pretrained("me/eyes").save_pretrained("eyes")
+
+
+def _images() -> list[Any]:
+    from PIL import Image
+
+    from tests.helpers import tiny
+
+    return [Image.new("RGB", (40, 32), colour) for colour in tiny.COLOURS.values()]
+
+
+def names_of(page: str) -> dict[str, Any]:
+    """What the namespace of a page begins with, in a folder that is laid out."""
+    from datasets import Dataset
+
+    from modeling_frozen import FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
+    from tests.helpers import tiny
+
+    names = {
+        "model": FrozenPrefixForConditionalGeneration.from_pretrained("me/eyes"),
+        "processor": FrozenPrefixProcessor.from_pretrained("me/eyes"),
+        "image": _images()[0],
+        "images": _images(),
+        "captions": [row["text"] for row in tiny.rows(4)],
+        "rows": Dataset.from_list(tiny.rows(16)),
+    }
+    return names | (MORE[page](names) if page in MORE else {})
+
+
+def _trainer(names: dict[str, Any]) -> dict[str, Any]:
+    """One that was stopped at its second step."""
+    from transformers import Trainer, TrainingArguments
+
+    from modeling_frozen import DataCollatorForFrozenPrefix
+
+    chosen = {
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+    }
+    trainer = Trainer(
+        names["model"], TrainingArguments("out", report_to="none", **chosen),
+        train_dataset=names["rows"], data_collator=DataCollatorForFrozenPrefix(names["processor"]),
+    )  # fmt: skip
+    trainer.train()
+    trainer.args.max_steps = 3
+    return {"trainer": trainer}
+
+
+def _clients(names: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's client, of several servers (`SERVERS`: model to address); a question; an adapter that holds the connector."""
+    import openai
+    from peft import get_peft_model
+
+    from modeling_frozen import FrozenPrefixForConditionalGeneration
+    from modeling_frozen.training.lora import lora_config
+
+    clients = {model: openai.OpenAI(base_url=url, api_key="none") for model, url in json.loads(os.environ["SERVERS"]).items()}
+
+    def create(model: str, **request: Any) -> Any:
+        answer = clients[model].chat.completions.create(model=model, max_tokens=4, **request)
+        assert answer.choices[0].message.content is not None
+        return answer
+
+    tuned = FrozenPrefixForConditionalGeneration.from_pretrained("eyes")
+    get_peft_model(tuned, lora_config(tuned, r=2)).save_pretrained("tuned")
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    return {"client": client, "messages": [{"role": "user", "content": "what colour ?"}]}
+
+
+MORE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "docs/several_devices.md": _trainer,
+    "docs/vllm.md": _clients,
+}
 
 
 def run(name: str) -> None:
     """Runs the Python blocks of a page; an error shows the page's own line."""
-    names = lay_out()
+    if not Path("eyes").is_dir():
+        lay_out()
+    names = names_of(name)
     for line, block in blocks(ROOT / name, "python"):
         exec(compile("\n" * (line - 1) + block, str(ROOT / name), "exec"), names)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])
