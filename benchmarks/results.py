@@ -56,7 +56,7 @@ class Result:
     @property
     def needs(self) -> list[str]:
         """Options without which it can't run."""
-        return [option for option, place in PLACES.items() if re.search(rf"(^| ){place}\b", self.command)]
+        return [option for option, place in PLACES.items() if re.search(rf"(^|[ =]){place}\b", self.command)]
 
 
 OUT = "build/results"
@@ -64,6 +64,7 @@ SHAPES = f"python -m modeling_frozen.shapes --output_dir {OUT}/shapes && "
 OFFLINE = f"--vision {OUT}/shapes/tower --text {OUT}/shapes/language_model --dataset {OUT}/shapes"
 MOBILENET, STORY = "assets/vision/mobilenet_v2_1.0_224", "assets/lm/tinystories_instruct_3m_chat"
 CAPTIONING = f"python examples/train_captioning.py --vision {MOBILENET} --text {STORY} --dataset assets/captions/flickr8k_1k"
+GROWING = " ".join(f"--rows {10**power}" for power in (3, 4, 5, 6))
 CAPTIONED = " ".join(f"{OUT}/captioning/{seed}" for seed in range(3))
 
 RESULTS = (
@@ -98,6 +99,12 @@ RESULTS = (
         "--num_beams 5 --no_repeat_ngram_size 3",
     ),
     Result(
+        "photos_coco",
+        f"frozen-prefix evaluate --model {OUT}/photos/eyes --dataset assets/captions/coco_open --kinds sighted blind "
+        f"--num_beams 3 --max_new_tokens 24 --batch_size 25 --output_dir {OUT}/photos_coco",
+    ),
+    Result("real_parents", f"python -m benchmarks.real_parents --output_dir {OUT}/parents"),
+    Result(
         "easy_vqa",
         f"python examples/train_vqa.py --vision {MOBILENET} --text {STORY} --dataset assets/vqa/easy_vqa --rows 6000 "
         f"--output_dir {OUT}/easy_vqa",
@@ -106,19 +113,34 @@ RESULTS = (
         "recall",
         "python -m benchmarks.retrieval assets/captions/flickr8k_1k google/mobilenet_v2_1.0_224 "
         "sentence-transformers/all-MiniLM-L6-v2 --steps 200 --parents-learning-rate 5e-5 --projection-dropout 0.5 "
-        '--candidates "locked image" "transformers, locked image" --table docs/tables/recall.md',
+        '--candidates "locked image" "transformers, locked image" '
+        f"--output {OUT}/recall.json --table docs/tables/recall.md",
+        table=True,
+    ),
+    Result(
+        "recall_frozen",
+        "python -m benchmarks.retrieval assets/captions/flickr8k_1k google/mobilenet_v2_1.0_224 "
+        "sentence-transformers/all-MiniLM-L6-v2 --steps 120 --projection-dim 512 --logit-scale 2.0 "
+        f'--candidates "both frozen" "both frozen, by a prefix" --output {OUT}/recall_frozen.json '
+        "--table docs/tables/recall_frozen.md",
         table=True,
     ),
     Result(
         "recall_story",
         f"python -m benchmarks.retrieval assets/captions/flickr8k_1k assets/vision/mobilenet_v1_0.25_128 {STORY} --steps 120 "
-        "--projection-dim 256 --logit-scale 2.66 --table docs/tables/recall_story.md",
+        f"--projection-dim 256 --logit-scale 2.66 --output {OUT}/recall_story.json --table docs/tables/recall_story.md",
         table=True,
     ),
     Result(
         "clipcap",
         f"python -m benchmarks.clipcap CLIP_prefix_caption --vision {MOBILENET} --text {STORY} "
         "--dataset assets/captions/flickr8k_1k --epochs 1 --batch-size 20",
+    ),
+    # ----------------------------------------------------------------------------------- bytes, and pixels in a browser's way
+    Result("hub_bytes", "python -m tests.helpers.hub_bytes"),
+    Result(
+        "browser",
+        "FROZEN_PREFIX_ASSETS=assets python -m pytest -q -s -m slow tests/test_transformers_js.py -k real_weights",
     ),
     # ------------------------------------------------------------------------------------------------------------- timings
     Result("training", "python -m benchmarks.training", timing=True),
@@ -128,6 +150,13 @@ RESULTS = (
     ),
     Result("lit_step", "python -m benchmarks.lit_step", timing=True),
     Result("feature_cache", "python -m benchmarks.feature_cache --images 192", timing=True),
+    Result(
+        "batching",
+        f"python -m benchmarks.batching --dataset assets/captions/flickr8k_1k --text {STORY} --prefix 10 49 --every 10",
+        timing=True,
+    ),
+    Result("rows", f"python -m benchmarks.rows --rounds 1 {GROWING}", timing=True),
+    Result("stored_rows", f"python -m benchmarks.stored_rows --rounds 1 {GROWING}", timing=True),
     Result("loading", "python -m benchmarks.loading --clock cpu", timing=True),
     Result("llava", "python -m benchmarks.llava --rounds 1 --pictures 8", timing=True),
     Result("peers", "python -m benchmarks.peers --nanovlm nanoVLM --rounds 3", timing=True),
@@ -160,26 +189,30 @@ def printed(stdout: str) -> str:
     return "```\n" + "\n".join(line.rstrip() for line in kept).strip("\n") + "\n```"
 
 
-def words_of(command: str, places: dict[str, str]) -> list[list[str]]:
-    """The commands of a line, as they are run here: this Python, the places that were named."""
+def words_of(command: str, places: dict[str, str]) -> list[tuple[dict[str, str], list[str]]]:
+    """The commands of a line, as they are run here, each with its variables: this Python, the places that were named."""
     commands = []
     for part in command.split(" && "):
-        words = shlex.split(part)
+        words, variables = shlex.split(part), {}
+        while found := re.match(r"([A-Z_]+)=(.+)", words[0]):
+            variables[found[1]] = places.get(found[2], found[2])
+            words.pop(0)
         words = [sys.executable, *words[1:]] if words[0] == "python" else words
         words = [sys.executable, "-m", "modeling_frozen.cli", *words[1:]] if words[0] == "frozen-prefix" else words
         for shown, place in places.items():
             words = [re.sub(rf"^{shown}(?=/|$)", lambda _, place=place: place, word) for word in words]
-        commands.append(words)
+        commands.append((variables, words))
     return commands
 
 
 def run(result: Result, places: dict[str, str], folder: Path = TABLES) -> bool:
     """Runs a result's commands and writes its file; False where one of them fails."""
     start, stdout = time.monotonic(), ""
+    (ROOT / OUT).mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.name}.md"
-    for words in words_of(result.command, places):
+    for variables, words in words_of(result.command, places):
         print(f"$ {shlex.join(words)}", flush=True)
-        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
         if done.returncode != 0:
             print(f"{result.name}: exit code {done.returncode}; {path} stays as it is.\n{done.stdout[-2000:]}", flush=True)
             return False

@@ -77,10 +77,10 @@ def test_what_asks_vllm_runs(hub: Hub) -> None:
     """With heads that vLLM's attention reads on a CPU, and a connector that writes as many vectors as the page asks for."""
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
     filled(hub, connector={"prefix_lengths": [4, 16]}, **heads)
-    env = hub.env(hub.new_home())
+    env = hub.env(hub.new_home(), HF_HUB_OFFLINE="0")
     prefixes = ("--enable-prompt-embeds", "--trust-request-chat-template")
     with (
-        vllm_server("--model", "me/eyes", **env) as eyes,
+        vllm_server("--model", "me/eyes", "--trust-request-mm-kwargs", **env) as eyes,
         vllm_server("--model", "Qwen/Qwen3-0.6B", *prefixes, **env) as words,
     ):
         servers = json.dumps({server.model: f"{server.url}/v1" for server in (eyes, words)})

