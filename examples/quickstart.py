@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     from modeling_frozen.evaluation.plots import plot_sheet, plot_training
     from modeling_frozen.metrics import caption_scores, exact_match
     from modeling_frozen.shapes.folders import write_parents
+    from modeling_frozen.training.sight import SightCallback
 
     begin, out = time.time(), args.output_dir
     write_parents(out, tower_steps=args.tower_steps, language_model_steps=args.language_model_steps, seed=args.seed)
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         str(out / "tower"), str(out / "language_model"), connector_type="mlp"
     )
     processor = FrozenPrefixProcessor.from_model(model)
+    collator, rows = DataCollatorForFrozenPrefix(processor), make_held_out(args.held_out, args.seed + 1)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -78,16 +80,14 @@ def main(arguments: list[str] | None = None) -> None:
             lr_scheduler_type="cosine", warmup_steps=20, logging_steps=20, logging_first_step=True,
             remove_unused_columns=False, save_strategy="no", report_to="none", seed=args.seed,
         ),
-        train_dataset=make_rows(args.steps * 8, args.seed),
-        data_collator=DataCollatorForFrozenPrefix(processor),
-        processing_class=processor,
+        train_dataset=make_rows(args.steps * 8, args.seed), data_collator=collator, processing_class=processor,
+        callbacks=[SightCallback(rows, collator, every=60)],  # does the loss depend on the picture?
     )  # fmt: skip
     trainer.train()
     plot_training(trainer, out / "training.png")
     trainer.save_model(str(out / "eyes"))  # the connector, its config and the processor
 
-    rows, options = make_held_out(args.held_out, args.seed + 1), {"batch_size": 30, "postprocess": first_sentence}
-    kinds = ("sighted", "blind", "random_connector")
+    options, kinds = {"batch_size": 30, "postprocess": first_sentence}, ("sighted", "blind", "random_connector")
     result = evaluate(model, processor, rows, kinds=kinds, seed=args.seed, max_new_tokens=16, **options)
     asked = [{**row, "prompt": "what colour ?"} for row in rows]
     colours = evaluate(model, processor, asked, kinds=("sighted",), num_resamples=0, max_new_tokens=4, **options)

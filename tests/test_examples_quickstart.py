@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.helpers.scripts import run_example
 
@@ -20,6 +21,8 @@ def test_a_short_run_writes_everything(tmp_path: Path) -> None:
     assert all(set(results[name]) > {"exact_match", "cider"} for name in ("sighted", "blind", "random_connector"))
     assert results["checkpoint_bytes"] < results["parents_bytes"] / 10
     assert (tmp_path / "pictures.png").stat().st_size > 10_000
+    curves = Image.open(tmp_path / "training.png")  # the loss, and beside it what another picture adds to it
+    assert curves.width > 2 * curves.height
     names = [tmp_path / "eyes", tmp_path / "picture_*.png"]
     assert f"frozen-prefix demo {names[0]} --first_sentence --pictures {names[1]}" in printed
 
