@@ -65,6 +65,15 @@ COMBINATIONS = {
     "Dinov2Gpt2": {"tower": "dinov2", "words": "gpt2"},
     "VitQwen3": {"tower": "vit", "words": "qwen3"},
 }
+# Connectors on the grid, prefixes of several lengths, and two towers.
+SMALL_CONVOLUTIONS = {"hidden_size": 16, "num_layers": 1}
+VISION = {
+    "Lengths": {"connector_type": "resampler", "connector_config": SMALL_RESAMPLER, "prefix_lengths": [1, 4]},
+    "AvgPool": {"connector_type": "avg_pool", "prefix_lengths": [1, 4]},
+    "PixelShuffle": {"connector_type": "pixel_shuffle"},
+    "CAbstractor": {"connector_type": "c_abstractor", "prefix_length": 4, "connector_config": SMALL_CONVOLUTIONS},
+    "TwoTowers": {"further": "clip_vision_model"},
+}
 LEFT_OUT: dict[str, dict[str, str]] = {
     "Images": {**_LEFT_OUT, **_OTHER_MEDIA, **_IMAGE_OUTPUTS},
     "ImagesAndAudio": {**_LEFT_OUT, **_IMAGE_OUTPUTS},
@@ -90,6 +99,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         **_IMAGE_OUTPUTS,
         "test_reverse_loading_mapping": "names on disk are those of the state dict, whatever ViT's own checkpoints call them",
     },
+    **{name: {**_LEFT_OUT, **_OTHER_MEDIA, **_IMAGE_OUTPUTS} for name in VISION},
     "Config": {},
     "ImageProcessor": {
         "test_model_input_names": "passes videos and audio to whatever takes `**kwargs`; what this processor has no "
@@ -144,8 +154,8 @@ class ModelTester:
     batch_size, seq_length, num_hidden_layers, hidden_size, num_attention_heads = 3, 24, 2, 32, 4
     is_training, encoder_seq_length, key_length, image_size, num_frames = True, 24, 24, 8, 2
 
-    def __init__(self, audio: bool = False, tower: str = "siglip_vision_model", words: str = "llama", **options: Any):
-        self.audio, self.parents, self.options = audio, (tower, words), options
+    def __init__(self, audio: bool = False, tower: str = "siglip_vision_model", words: str = "llama", further: str = "", **options: Any):
+        self.audio, self.parents, self.further, self.options = audio, (tower, words), further, options
         self.encoder_decoder = words == "t5"
         self.audio_config = {"num_hidden_layers": 2}
 
@@ -159,6 +169,9 @@ class ModelTester:
             options |= {"audio_connector_type": "resampler", "audio_connector_config": SMALL_RESAMPLER}
             options |= {"num_frames": self.num_frames, "video_pooling": "mean", "video_token_id": VIDEO}
             options["trainable"] = ("connector", "vision", "text", "audio")
+        if self.further:
+            tower = [tower, _parents(self.further, self.parents[1])[0]]
+            options["trainable"] = ("connector", "vision", "vision_2", "text")
         return FrozenPrefixConfig.from_vision_text_configs(tower, words, **{**options, **self.options})
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
@@ -168,6 +181,8 @@ class ModelTester:
         batch, length = self.batch_size, self.seq_length
         ids = torch.randint(3, VOCABULARY - 5, (batch, length))
         inputs = {"pixel_values": torch.rand(batch, 3, 8, 8)}
+        if self.further:
+            inputs["pixel_values_2"] = torch.rand(batch, 3, 8, 8)
         counts = [(IMAGE, config.num_image_tokens)]
         if self.audio:
             inputs["pixel_values_videos"] = torch.rand(batch, self.num_frames, 3, 8, 8)
@@ -265,7 +280,7 @@ SUITES: dict[str, Any] = {
     "ImagesAndAudio": lambda name: model_suite(name, audio=True),
     "CrossAttention": lambda name: model_suite(name, fusion="cross_attention", cross_attention_config=SMALL_BLOCKS),
     "EncoderDecoder": lambda name: model_suite(name, words="t5"),
-    **{name: lambda name: model_suite(name, **COMBINATIONS[name]) for name in COMBINATIONS},
+    **{name: lambda name: model_suite(name, **{**COMBINATIONS, **VISION}[name]) for name in (*COMBINATIONS, *VISION)},
     "Config": config_suite,
     "ImageProcessor": processor_suite,
 }
