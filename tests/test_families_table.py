@@ -8,6 +8,7 @@ from tests.helpers.families import (
     IMAGE_SIZE,
     PATCHES,
     blip2,
+    kind_row,
     llava,
     markdown,
     outcome,
@@ -82,6 +83,22 @@ def test_a_composite_that_ignores_its_picture_is_blind(monkeypatch: pytest.Monke
 
     monkeypatch.setitem(families.COLUMNS, "frozen-prefix", blind)
     assert cell("frozen-prefix", "gpt2") == "blind"
+
+
+@pytest.mark.parametrize("kind", families.KINDS)
+@pytest.mark.parametrize("family", ["gpt2", "opt_350m", "llama", "t5"])
+def test_every_kind_of_vision_side_sees(kind: str, family: str) -> None:
+    assert kind_row(family, [kind]) == {kind: "sees"}
+
+
+def test_a_kind_whose_second_tower_is_not_read_is_no_longer_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {"pixel_values_2": families.kind_pictures("two towers")[0]["pixel_values_2"]}
+    one = {**random_pictures(3, IMAGE_SIZE, IMAGE_SIZE)[0], **same}
+    assert outcome("two towers", text_config("gpt2"), vision_config(), (one, one)) == "blind"
+    only_second = tuple(
+        {**one, **{"pixel_values_2": other["pixel_values_2"]}} for other in families.kind_pictures("two towers")
+    )
+    assert outcome("two towers", text_config("gpt2"), vision_config(), only_second) == "sees"
 
 
 def test_a_table_has_one_row_per_family_and_counts_those_that_see() -> None:

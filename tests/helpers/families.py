@@ -9,9 +9,10 @@ same with a cache as without? `outcome()` is one cell, for the tests.
 
 import argparse
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,16 +90,19 @@ def _inputs(placeholder: int, count: int, is_encoder_decoder: bool) -> tuple[dic
     return {"input_ids": ids, **text}, {"input_ids": WORDS, **text}
 
 
-def frozen_prefix(text: PreTrainedConfig, vision: PreTrainedConfig, picture: Picture) -> Composite:
+def frozen_prefix(
+    text: PreTrainedConfig, vision: PreTrainedConfig | list, picture: Picture, length: int | None = None, **options: Any
+) -> Composite:
+    """`length`: placeholders of one image, where they are fewer than the connector's own length."""
     from modeling_frozen.configuration_frozen_prefix import FrozenPrefixConfig
     from modeling_frozen.modeling_frozen_prefix import FrozenPrefixForConditionalGeneration
 
     # one connector for all towers: it reads any number of positions
-    config = FrozenPrefixConfig.from_vision_text_configs(
-        vision, text, connector_type="resampler", prefix_length=PATCHES, connector_config=RESAMPLER
-    )
+    options = {"connector_type": "resampler", "prefix_length": PATCHES, "connector_config": RESAMPLER, **options}
+    config = FrozenPrefixConfig.from_vision_text_configs(vision, text, **options)
     model = FrozenPrefixForConditionalGeneration(config)
-    inputs, text_inputs = _inputs(config.image_token_id, config.prefix_length, config.is_encoder_decoder)
+    count = len(picture["pixel_values"]) * (length or config.prefix_length)
+    inputs, text_inputs = _inputs(config.image_token_id, count, config.is_encoder_decoder)
     parent = model.model.language_model
     return Composite(
         model=model,
@@ -183,6 +187,31 @@ COLUMNS: dict[str, Callable[[PreTrainedConfig, PreTrainedConfig, Picture], Compo
     "Blip2": blip2,
     "VisionEncoderDecoder": vision_encoder_decoder,
 }
+
+
+CONVOLUTIONS = {"hidden_size": 16, "num_layers": 1}
+# The vision side's other kinds, of our model alone: its options, and what is read beside one image of one tower.
+KINDS: dict[str, dict[str, Any]] = {
+    "avg_pool": {"connector_type": "avg_pool", "connector_config": {}},
+    "pixel_shuffle": {"connector_type": "pixel_shuffle", "connector_config": {}, "prefix_length": None},
+    "c_abstractor": {"connector_type": "c_abstractor", "connector_config": CONVOLUTIONS},
+    "shorter prefix": {"prefix_lengths": [2, PATCHES], "length": 2},
+    "tiles, separator": {"connector_config": {**RESAMPLER, "separator": True}, "tiles": 3},
+    "two towers": {"towers": 2},
+}
+
+
+def kind_of(kind: str, text: PreTrainedConfig, vision: PreTrainedConfig, picture: Picture) -> Composite:
+    options = {name: value for name, value in KINDS[kind].items() if name not in ("tiles", "towers")}
+    towers = [vision, vision_config()] if "towers" in KINDS[kind] else vision
+    return frozen_prefix(text, towers, picture, **options)
+
+
+def kind_pictures(kind: str) -> tuple[Picture, ...]:
+    """Two batches of one image each, in as many tiles and for as many towers as the kind has."""
+    generator, shape = torch.Generator().manual_seed(0), (KINDS[kind].get("tiles", 1), 3, IMAGE_SIZE, IMAGE_SIZE)
+    names = ["pixel_values", "pixel_values_2"][: KINDS[kind].get("towers", 1)]
+    return tuple({name: torch.randn(shape, generator=generator) for name in names} for _ in range(2))
 
 
 # Blip2 has a tower of its own and takes no other
@@ -301,7 +330,7 @@ def outcome(
     One cell: `"sees"`, `"blind"`, `"wrong: <what>"`, or the step that raised and the class of its error.
 
     Args:
-        column: key of `COLUMNS`.
+        column: key of `COLUMNS`, or of `KINDS`.
         text, vision: configurations of the two parents; they are not kept unchanged.
         pictures: two different ones, as keyword arguments.
         family: row of the text tables; with it text-only logits are compared to the bare parent's.
@@ -312,7 +341,8 @@ def outcome(
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
-            composite = COLUMNS[column](text, vision, pictures[0])
+            build = COLUMNS.get(column) or functools.partial(kind_of, column)
+            composite = build(text, vision, pictures[0])
             composite.model.eval()
             if tower is not None and composite.tower is not None:
                 composite.tower.load_state_dict(tower.state_dict(), strict=False)
@@ -336,6 +366,11 @@ def text_row(family: str) -> dict[str, str]:
     """All cells of a language-model family, with the tiny CLIP tower."""
     pictures = random_pictures(3, IMAGE_SIZE, IMAGE_SIZE)
     return {column: outcome(column, text_config(family), vision_config(), pictures, family) for column in COLUMNS}
+
+
+def kind_row(family: str, kinds: Iterable[str] = KINDS) -> dict[str, str]:
+    """A language-model family with each kind of our vision side."""
+    return {kind: outcome(kind, text_config(family), vision_config(), kind_pictures(kind), family) for kind in kinds}
 
 
 def tower_row(name: str) -> dict[str, str]:
@@ -388,6 +423,7 @@ def table() -> str:
         markdown("decoder", {family: text_row(family) for family in DECODERS}),
         markdown("encoder-decoder", {family: text_row(family) for family in ENCODER_DECODERS}),
         markdown("tower", {name: tower_row(name) for name in TOWERS}),
+        markdown("frozen-prefix", {family: kind_row(family) for family in (*DECODERS, *ENCODER_DECODERS)}),
         LEGEND,
     ]
     return "\n\n".join(parts)
