@@ -94,6 +94,8 @@ def _candidates() -> Iterator[Candidate]:
     yield Candidate(table, "mlp, of the pooled vector", {**POOLED, **mlp, "prefix_length": 9})
     yield Candidate(table, "resampler", {**RESAMPLER, "prefix_length": 9})
     yield Candidate(table, "avg_pool", {**AVG_POOL, "prefix_length": 9})
+    placed = {**AVG_POOL["connector_config"], "position_embedding": True}
+    yield Candidate(table, "avg_pool, position_embedding", {**AVG_POOL, "connector_config": placed, "prefix_length": 9})
     shuffle = {"connector_type": "pixel_shuffle", "connector_config": {"hidden_size": 68}}
     yield Candidate(table, "pixel_shuffle", shuffle)
     convolutions = {"hidden_size": 160, "num_layers": 1}
@@ -132,7 +134,7 @@ CANDIDATES = {candidate.key: candidate for candidate in _candidates()}
 
 # ------------------------------------------------------------------------------------------------------------------ data
 def square_tower(folder: str, side: int, to: Path) -> str:
-    """The tower with an image processor that squeezes the whole image into a square, so that both towers have the same grid."""
+    """The tower, with an image processor that squeezes the whole image into a square, so that towers have the same grid."""
     if not (to / "preprocessor_config.json").is_file():
         tower = AutoModel.from_pretrained(folder)
         tower.config.image_size = side
@@ -253,8 +255,8 @@ def train(model: Any, processor: Any, rows: Rows, blind: bool, seed: int, texts:
 
 @torch.no_grad()
 def scores(model: Any, processor: Any, rows: Rows, images: list[int], length: int | None) -> dict[str, float]:
-    """Nats a token of the texts, and the share of texts of which each token is the likeliest after those before it, so that the
-    model would write them."""
+    """Nats a token of the texts, and the share of texts of which each token is the likeliest after those before it, so that
+    the model would write them."""
     collator = DataCollatorForFrozenPrefix(processor, all_texts=True, prefix_length=length)
     loss, tokens, right, draw = 0.0, 0, [], random.Random(0)
     texts = 1 if "text" in rows.texts[0] else 4  # questions are short
@@ -349,8 +351,8 @@ def cell(values: list[float]) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """A Markdown table for each task and each subject: for every candidate what it reaches, what exchanged images do to it, and what
-    its blind twin reaches."""
+    """A Markdown table for each subject and task: what every candidate reaches, what exchanged images do to it, and what its
+    blind twin reaches."""
     runs, pieces = results["runs"], []
     for title, task in ((table, task) for table in dict.fromkeys(one.table for one in CANDIDATES.values()) for task in TASKS):
         lines = []
@@ -433,7 +435,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         known[str(seed)] = run(candidate, task, seed, twin == "blind", data, args)
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(
-            f"{number} of {len(wanted)}, {time.monotonic() - begin:.0f} s: {key}, {task}, {twin}, seed {seed}: {known[str(seed)]}",
+            f"{number} of {len(wanted)}, {time.monotonic() - begin:.0f} s: {key}, {task}, {twin}, {seed}: {known[str(seed)]}",
             flush=True,
         )
     if args.table is not None:

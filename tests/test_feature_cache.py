@@ -310,12 +310,14 @@ def _key_parts() -> dict[str, Callable[..., Any]]:
 
     return {
         "layer": config(vision_feature_layer=-2),
+        "several layers": config(vision_feature_layer=[-2, -1]),
         "strategy": config(vision_feature_select_strategy="full"),
         "id": record(name_or_path="elsewhere/tower"),
         "commit": record(revision="0" * 40),
         "fingerprint": record(fingerprint="1" * 64),
         "preprocessing": lambda model, processor, options: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3]),
         "stored dtype": lambda model, processor, options: options.update(dtype="float16"),
+        "eight bits": lambda model, processor, options: options.update(dtype="int8"),
         "tower's dtype": lambda model, processor, options: model.model.vision_tower.to(torch.bfloat16),
         "weights": lambda model, processor, options: model.model.vision_tower.post_layernorm.weight.data.mul_(2),
         "a deep weight": lambda model, processor, options: next(model.model.vision_tower.encoder.parameters()).data.mul_(2),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil, Siglip2ImageProcessorPil
 from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as got_ocr2
 
 from modeling_frozen import (
@@ -30,7 +30,9 @@ from tests.helpers.tiny import join, tokenizer
 
 Model = FrozenPrefixForConditionalGeneration
 TILES: dict[str, Any] = {"crop_to_patches": True, "max_patches": 6}
-SIZES = [(16, 16), (1, 1), (1, 400), (400, 1), (32, 32), (33, 32), (31, 32), (32, 64), (48, 32), (20, 70), (17, 16)]
+SIZES = [
+    (16, 16), (1, 1), (1, 4000), (4000, 1), (32, 32), (33, 32), (31, 32), (32, 33), (32, 64), (48, 32), (47, 33), (20, 70), (17, 15),
+]  # fmt: skip
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -66,12 +68,17 @@ def test_tiles_are_those_of_transformers(thumbnail: bool) -> None:
         np.testing.assert_array_equal(np.stack(own), made, err_msg=str((height, width)))
 
 
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
 @torch.no_grad()
-def test_processor_and_model_count_alike(tmp_path: Path) -> None:
+def test_processor_and_model_count_alike(tmp_path: Path, backend: str) -> None:
     model, processor = tiled(tmp_path)
+    if backend == "torchvision":
+        pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
+        processor.image_processor = CLIPImageProcessor.from_dict(processor.image_processor.to_dict())
     images = [noise(*size) for size in SIZES]
-    texts = ["a <image> square", *["<image> is <image> what"] * 5, "a square ."]
-    nested = [images[:1], *(images[start : start + 2] for start in range(1, 11, 2)), []]
+    pairs = [images[start : start + 2] for start in range(1, len(images), 2)]
+    texts = ["a <image> square", *["<image> is <image> what"] * len(pairs), "a square ."]
+    nested = [images[:1], *pairs, []]
     inputs = processor(images=nested, text=texts, padding=True, return_tensors="pt")
     tiles = [processor.count_tiles(image) for image in images]
     assert max(tiles) == 7 and min(tiles) == 1

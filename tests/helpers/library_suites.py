@@ -52,8 +52,7 @@ _UNUSED = {
     for way in ("", "_use_reentrant_false", "_use_reentrant_true")
 }
 _DRAWN = {
-    f"test_model_rope_scaling_from_config_{case}": "draws ids at random, placeholders among them, and brings no image for these: "
-    "refused by name"
+    f"test_model_rope_scaling_from_config_{case}": "draws ids at random, placeholders among them, and brings no image: refused"
     for case in ("0_linear", "1_dynamic", "2_yarn")
 }
 _BY_PLACEHOLDER = "gated blocks find an image's place by its placeholder, which embeddings don't show: refused by name"
@@ -80,10 +79,11 @@ VISION = {
     "TwoTowers": {"further": "siglip_vision_model"},
 }
 LEFT_OUT: dict[str, dict[str, str]] = {
-    "Images": {**_LEFT_OUT, **_OTHER_MEDIA, **_IMAGE_OUTPUTS},
-    "ImagesAndAudio": {**_LEFT_OUT, **_IMAGE_OUTPUTS},
+    "Images": {**_LEFT_OUT, **_DRAWN, **_OTHER_MEDIA, **_IMAGE_OUTPUTS},
+    "ImagesAndAudio": {**_LEFT_OUT, **_DRAWN, **_IMAGE_OUTPUTS},
     "CrossAttention": {
         **_LEFT_OUT,
+        **_DRAWN,
         **_OTHER_MEDIA,
         **_IMAGE_OUTPUTS,
         "test_inputs_embeds": _BY_PLACEHOLDER,
@@ -91,20 +91,22 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     },
     "EncoderDecoder": {
         **_LEFT_OUT,
+        **_DRAWN,
         **_OTHER_MEDIA,
         **_T5,
     },
-    "ClipLlama": {**_LEFT_OUT, **_OTHER_MEDIA, **_IMAGE_OUTPUTS, **_UNUSED},
-    "ClipT5": {**_LEFT_OUT, **_OTHER_MEDIA, **_T5, **_UNUSED},
-    "SiglipGpt2": {**_LEFT_OUT, **_OTHER_MEDIA, **_IMAGE_OUTPUTS},
-    "Dinov2Gpt2": {**_LEFT_OUT, **_OTHER_MEDIA, **_IMAGE_OUTPUTS, **_UNUSED},
+    "ClipLlama": {**_LEFT_OUT, **_DRAWN, **_OTHER_MEDIA, **_IMAGE_OUTPUTS, **_UNUSED},
+    "ClipT5": {**_LEFT_OUT, **_DRAWN, **_OTHER_MEDIA, **_T5, **_UNUSED},
+    "SiglipGpt2": {**_LEFT_OUT, **_DRAWN, **_OTHER_MEDIA, **_IMAGE_OUTPUTS},
+    "Dinov2Gpt2": {**_LEFT_OUT, **_DRAWN, **_OTHER_MEDIA, **_IMAGE_OUTPUTS, **_UNUSED},
     "VitQwen3": {
         **_LEFT_OUT,
+        **_DRAWN,
         **_OTHER_MEDIA,
         **_IMAGE_OUTPUTS,
         "test_reverse_loading_mapping": "names on disk are those of the state dict, whatever ViT's own checkpoints call them",
     },
-    **{name: {**_LEFT_OUT, **_OTHER_MEDIA, **_IMAGE_OUTPUTS} for name in VISION},
+    **{name: {**_LEFT_OUT, **_DRAWN, **_OTHER_MEDIA, **_IMAGE_OUTPUTS} for name in VISION},
     "Config": {},
     "ImageProcessor": {
         "test_model_input_names": "passes videos and audio to whatever takes `**kwargs`; what this processor has no "
@@ -156,7 +158,8 @@ def _parents(tower: str, words: str) -> tuple[Any, Any, Any]:
 class ModelTester:
     """Tiny configs and inputs, by the names that transformers' mixin asks for."""
 
-    batch_size, seq_length, num_hidden_layers, hidden_size, num_attention_heads = 3, 24, 2, 32, 4
+    # Of fewer rows than 7 a case makes the rest itself, of ids without placeholders beside images of their own.
+    batch_size, seq_length, num_hidden_layers, hidden_size, num_attention_heads = 7, 24, 2, 32, 4
     is_training, encoder_seq_length, key_length, image_size, num_frames = True, 24, 24, 8, 2
 
     def __init__(
