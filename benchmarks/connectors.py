@@ -105,6 +105,13 @@ def _candidates() -> Iterator[Candidate]:
     gates = {"connector_type": "avg_pool", "connector_config": {"hidden_size": 64}, "fusion": "cross_attention"}
     yield Candidate(table, "avg_pool, gated cross-attention", {**gates, "prefix_length": 9})
 
+    table, text = "tiles", TASKS[2:]
+    four = {"crop_to_patches": True, "min_patches": 4, "max_patches": 4}  # two by two, and the whole
+    yield Candidate(table, "avg_pool, the whole image", {**AVG_POOL, "prefix_length": 16}, text)
+    yield Candidate(table, "avg_pool, 4 tiles and the whole", {**AVG_POOL, "prefix_length": 4}, text, tiles=four)
+    yield Candidate(table, "resampler, the whole image", {**RESAMPLER, "prefix_length": 20}, text)
+    yield Candidate(table, "resampler, 4 tiles and the whole", {**RESAMPLER, "prefix_length": 4}, text, tiles=four)
+
     table, captions = "lengths", TASKS[:1]
     for name, kind in (("resampler", RESAMPLER), ("avg_pool", AVG_POOL)):
         several = {**kind, "prefix_length": 9, "prefix_lengths": [1, 4, 9]}
@@ -117,13 +124,6 @@ def _candidates() -> Iterator[Candidate]:
     both = {**pooling, "connector_config": {"hidden_size": 128}}  # of twice the width: as many parameters
     yield Candidate(table, "both towers", both, towers=(0, 1))
     yield Candidate(table, "layer 14 beside the last", {**pooling, "vision_feature_layer": [14, -1]})
-
-    table, text = "tiles", TASKS[2:]
-    four = {"crop_to_patches": True, "min_patches": 4, "max_patches": 4}  # two by two, and the whole
-    yield Candidate(table, "avg_pool, the whole image", {**AVG_POOL, "prefix_length": 16}, text)
-    yield Candidate(table, "avg_pool, 4 tiles and the whole", {**AVG_POOL, "prefix_length": 4}, text, tiles=four)
-    yield Candidate(table, "resampler, the whole image", {**RESAMPLER, "prefix_length": 20}, text)
-    yield Candidate(table, "resampler, 4 tiles and the whole", {**RESAMPLER, "prefix_length": 4}, text, tiles=four)
 
     for dtype in ("float32", "int8"):
         yield Candidate("stores", f"avg_pool, {dtype}", pooling, captions, dtype=dtype, twin=False)
@@ -358,7 +358,8 @@ def tables(results: dict[str, Any]) -> str:
         lines = []
         for key, candidate in CANDIDATES.items():
             # The tables of towers and stores begin with the row that they change.
-            of_table = candidate.table == title or (key == BASE and title in COMPARED)
+            changed = title in COMPARED and any(task in one.tasks for one in CANDIDATES.values() if one.table == title)
+            of_table = candidate.table == title or (key == BASE and changed)
             found = runs.get(f"{key}, {task}", {})
             sighted = list(found.get("sighted", {}).values())
             if not of_table or not sighted:
@@ -369,16 +370,15 @@ def tables(results: dict[str, Any]) -> str:
                 cells = [candidate.name, str(vectors), f"{sighted[0]['parameters'] / 1e6:.2f}", str(len(sighted))]
                 for _, name in SCORES[task]:
                     cells.append(cell([one["lengths"][length]["own"][name] for one in sighted]))
-                name = SCORES[task][0][1]
-                cells.append(
-                    cell([abs(one["lengths"][length]["own"][name] - one["lengths"][length]["other"][name]) for one in sighted])
-                )
+                first = SCORES[task][0][1]
+                pairs = [[one["lengths"][length][seen][first] for seen in ("own", "other")] for one in sighted]
+                cells.append(cell([other for _, other in pairs]))
                 for _, name in SCORES[task]:
                     cells.append(cell([one["lengths"][length]["other"][name] for one in blind]))
                 lines.append(f"| {' | '.join(cells)} |")
         if lines:
             heads = [title, "vectors", "M parameters", "seeds", *(head for head, _ in SCORES[task])]
-            heads += ["by exchanged images", *(f"blind: {head}" for head, _ in SCORES[task])]
+            heads += ["with exchanged images", *(f"blind: {head}" for head, _ in SCORES[task])]
             pieces.append("\n".join([f"*{task}*", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines]))
     return "\n\n".join(pieces)
 
@@ -421,9 +421,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     wanted = [
         (key, candidate, task, seed, twin)
         for seed in args.seeds
+        for twin in ("sighted", "blind")
         for key, candidate in CANDIDATES.items()
         for task in candidate.tasks
-        for twin in ("sighted", "blind")
         if task in args.tasks and (not args.only or candidate.table in args.only or candidate.name in args.only)
         if max(candidate.towers) < len(data.towers) and (twin == "sighted" or (candidate.twin and seed in args.blind_seeds))
     ]

@@ -31,7 +31,8 @@ from tests.helpers.tiny import join, tokenizer
 Model = FrozenPrefixForConditionalGeneration
 TILES: dict[str, Any] = {"crop_to_patches": True, "max_patches": 6}
 SIZES = [
-    (16, 16), (1, 1), (1, 4000), (4000, 1), (32, 32), (33, 32), (31, 32), (32, 33), (32, 64), (48, 32), (47, 33), (20, 70), (17, 15),
+    (16, 16), (1, 1), (1, 4000), (4000, 1), (32, 32), (33, 32), (31, 32),
+    (32, 33), (32, 64), (48, 32), (47, 33), (20, 70), (17, 15),
 ]  # fmt: skip
 
 

@@ -41,6 +41,7 @@ FUSIONS = [{}, {"fusion": "cross_attention", "cross_attention_config": {"num_hea
 AT_LEAST = {
     "Images": 95, "ImagesAndAudio": 105, "CrossAttention": 93, "EncoderDecoder": 86, "Config": 1, "ImageProcessor": 33,
     "ClipLlama": 92, "ClipT5": 85, "SiglipGpt2": 90, "Dinov2Gpt2": 88, "VitQwen3": 95,
+    "Lengths": 95, "AvgPool": 95, "PixelShuffle": 95, "CAbstractor": 95, "TwoTowers": 95,
 }  # fmt: skip
 
 
