@@ -21,6 +21,16 @@ def ask(model, processor):
     return model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist()
 """
 
+# Other kinds of the vision side: options of the model and of its processor.
+KINDS: dict[str, tuple[dict, dict]] = {
+    "lengths-and-tiles": (
+        {"connector_type": "avg_pool", "prefix_lengths": [1, 4]},
+        {"crop_to_patches": True, "min_patches": 2},
+    ),
+    "shuffled": ({"connector_type": "pixel_shuffle", "connector_config": {"scale_factor": 3}}, {}),
+    "convolved": ({"connector_type": "c_abstractor", "prefix_length": 4, "connector_config": {"hidden_size": 16}}, {}),
+}
+
 PUSH = (
     ASK
     + """
@@ -54,6 +64,13 @@ of_pair = FrozenPrefixProcessor.from_model(pair)
 pair.push_to_hub("me/pair")
 of_pair.push_to_hub("me/pair")
 answers["pair"] = ask(pair, of_pair)
+
+for name, (options, tiles) in {kinds!r}.items():
+    other = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained("me/finer", "me/words", **options)
+    of_other = FrozenPrefixProcessor.from_model(other, **tiles)
+    other.push_to_hub(f"me/{name}")
+    of_other.push_to_hub(f"me/{name}")
+    answers[name] = ask(other, of_other)
 
 class AfterEachPush(TrainerCallback):
     # transformers copies weights and config into a folder that a push may still be reading.
@@ -105,7 +122,7 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def pushed(module_hub: Hub) -> dict:  # noqa: F811
     """Both parents and two checkpoints on the Hub, and what the models said before they were pushed."""
-    return json.loads(module_hub.run(PUSH).splitlines()[-1])
+    return json.loads(module_hub.run(PUSH.replace("{kinds!r}", repr(KINDS))).splitlines()[-1])
 
 
 def pull(hub: Hub, *wanted: tuple[str, str], trust: bool | None = None, **options: object) -> list[dict]:  # noqa: F811
@@ -118,7 +135,9 @@ def pulled(request: pytest.FixtureRequest, module_hub: Hub, pushed: dict) -> dic
     """Both checkpoints, and the first commit that training pushed, where nothing was downloaded yet."""
     steps = [commit["id"] for commit in module_hub.commits("me/trained") if "step" in commit["title"]]
     assert len(steps) == 2
-    wanted = {name: (f"me/{name}", "main") for name in ("eyes", "trained", "pair")} | {"first step": ("me/trained", steps[-1])}
+    wanted = {name: (f"me/{name}", "main") for name in ("eyes", "trained", "pair", *KINDS)} | {
+        "first step": ("me/trained", steps[-1])
+    }
     results = pull(module_hub, *wanted.values(), trust=request.param)
     code = "modeling_frozen" if request.param is None else "transformers_modules"
     assert all(one["module"].startswith(code) for one in results)
@@ -126,7 +145,7 @@ def pulled(request: pytest.FixtureRequest, module_hub: Hub, pushed: dict) -> dic
 
 
 def test_pulled_elsewhere_it_says_the_same(pulled: dict[str, dict], pushed: dict) -> None:
-    for name in ("eyes", "trained", "pair"):
+    for name in ("eyes", "trained", "pair", *KINDS):
         assert pulled[name]["answers"] == pushed[name]
         assert pulled[name]["trainable"] == ["connector"]
 
