@@ -4,12 +4,14 @@ same logits, losses, gradients and words as from the pictures themselves."""
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig
+from PIL import Image
+from transformers import CLIPVisionConfig, ViTConfig, ViTImageProcessorPil
 
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
-from modeling_frozen.connectors import CONNECTORS
+from modeling_frozen.connectors import CONNECTORS, ConvolutionBlock
 from modeling_frozen.vision_towers import encode_images
 from tests.helpers.families_joined import CONNECTOR_SIZES
 from tests.helpers.families_text import DECODERS, VOCAB_SIZE, text_config
@@ -58,6 +60,38 @@ def features_of(model: FrozenPrefixForConditionalGeneration, pixels: torch.Tenso
         select_strategy=config.vision_feature_select_strategy, **options,
     )  # fmt: skip
     return {"vision_features": features} | ({} if mask is None else {"vision_features_mask": mask})
+
+
+GRID_CONNECTORS = ["avg_pool", "pixel_shuffle", "c_abstractor"]
+
+
+@pytest.mark.parametrize("connector", GRID_CONNECTORS)
+@pytest.mark.parametrize("size", [(48, 48), (32, 64), (64, 32)])
+@torch.no_grad()
+def test_a_bright_patch_of_an_image_lights_its_own_vector(connector: str, size: tuple[int, int]) -> None:
+    """From the picture on, through processor and a tower with a class token, on grids of 6 x 6, 4 x 8 and 8 x 4."""
+    rows, columns = size[0] // 8, size[1] // 8
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = ViTConfig(**sizes, image_size=list(size), patch_size=8)
+    config = dict(CONNECTOR_SIZES.get(connector, {}))
+    if connector != "pixel_shuffle":
+        config["output_size"] = [rows // 2, columns // 2]
+    model = build("llama", connector, tower=tower, connector_config=config, prefix_length=None)
+    assert model.config.vision_grid == [rows, columns]
+    for module in model.model.connector.modules():
+        if isinstance(module, ConvolutionBlock):  # random convolutions blur: their part is made small
+            torch.nn.init.constant_(module.project_norm.weight, 0.3)
+    processor = ViTImageProcessorPil(do_resize=False)
+    grey = np.random.default_rng(0).integers(100, 140, (*size, 3), dtype=np.uint8)
+    pictures = [grey]
+    for row in range(rows // 2):
+        for column in range(columns // 2):
+            lit = grey.copy()
+            lit[16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)] = 255
+            pictures.append(lit)
+    pixels = processor([Image.fromarray(one) for one in pictures], return_tensors="pt")
+    dark, *lit = model.get_image_features(**pixels).pooler_output
+    assert [(one - dark).norm(dim=-1).argmax().item() for one in lit] == list(range(rows * columns // 4))
 
 
 def batch(model: FrozenPrefixForConditionalGeneration, family: str = "llama") -> dict[str, torch.Tensor]:

@@ -401,10 +401,10 @@ def markdown(title: str, rows: dict[str, dict[str, str]]) -> str:
 
 
 LEGEND = """\
-* *sees*: it builds, runs with a picture, holds what its projector wrote where the placeholders are, gives the parent's
-  own logits for text alone, changes its logits with the picture, sends a gradient to every parameter of the projector,
+* *sees*: it builds, runs with an image, holds what its projector wrote where the placeholders are, gives the parent's
+  own logits for text alone, changes its logits with the image, sends a gradient to every parameter of the projector,
   and generates the same with a cache as without.
-* *blind*: it runs, but another picture changes nothing.
+* *blind*: it runs, but another image changes nothing.
 * *wrong: prefix*: the language model does not read what the projector wrote. Blip2 writes vectors as wide as
   `hidden_size` where the embeddings have another width (OPT-350m's layout): they are filled in end to end, so
   placeholders hold pieces of vectors, and the last vectors are lost.
@@ -412,8 +412,8 @@ LEGEND = """\
   head has a bias, a scale or a soft cap.
 * *wrong: parent*: another model than the parent was built. Blip2 takes the BARTs for decoders and drops their
   encoders.
-* *wrong: random*: the same picture twice gives different logits. ViT-MAE's tower hides three quarters of the picture
-  at random unless it is asked not to.
+* *wrong: random*: the same image twice gives different logits. ViT-MAE's tower hides three quarters of the image
+  at random unless it is told not to.
 * *step: Error*: the step that raised, and the class of its error."""
 
 
@@ -423,7 +423,7 @@ def table() -> str:
         markdown("decoder", {family: text_row(family) for family in DECODERS}),
         markdown("encoder-decoder", {family: text_row(family) for family in ENCODER_DECODERS}),
         markdown("tower", {name: tower_row(name) for name in TOWERS}),
-        markdown("frozen-prefix", {family: kind_row(family) for family in (*DECODERS, *ENCODER_DECODERS)}),
+        markdown("language model", {family: kind_row(family) for family in (*DECODERS, *ENCODER_DECODERS)}),
         LEGEND,
     ]
     return "\n\n".join(parts)
