@@ -33,7 +33,12 @@ import modeling_frozen
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "docs" / "tables"
-PLACES = {"assets": "assets", "clipcap": "CLIP_prefix_caption", "nanovlm": "nanoVLM"}  # option -> as commands name it
+PLACES = {
+    "assets": "assets",
+    "lite": "efficientnet-lite2",
+    "clipcap": "CLIP_prefix_caption",
+    "nanovlm": "nanoVLM",
+}  # option -> as commands name it
 EARLIER = "Taken on earlier code of 0.2.0, before a run wrote down its date and versions."
 FOOTER = re.compile(r"\n\n```bash\n(?P<command>.+?)\n```\n\n\*(?P<taken>.+)\*\n$", re.DOTALL)
 
@@ -129,6 +134,12 @@ RESULTS = (
         "recall_story",
         f"python -m benchmarks.retrieval assets/captions/flickr8k_1k assets/vision/mobilenet_v1_0.25_128 {STORY} --steps 120 "
         f"--projection-dim 256 --logit-scale 2.66 --output {OUT}/recall_story.json --table docs/tables/recall_story.md",
+        table=True,
+    ),
+    Result(
+        "connectors",
+        f"python -m benchmarks.connectors assets --further efficientnet-lite2 --store {OUT}/connectors "
+        f"--output {OUT}/connectors.json --table docs/tables/connectors.md",
         table=True,
     ),
     Result(

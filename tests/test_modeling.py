@@ -338,6 +338,16 @@ def test_ids_or_embeddings_not_both(joined) -> None:
         )
 
 
+@pytest.mark.parametrize(("strategy", "positions"), [("full", 5), ("pooled", 1)])
+@pytest.mark.parametrize("connector_type", ["avg_pool", "pixel_shuffle", "c_abstractor"])
+def test_what_is_no_grid_is_refused_when_the_config_is_made(connector_type: str, strategy: str, positions: int) -> None:
+    options = {"connector_type": connector_type, **length_of_its_own(connector_type)}
+    with pytest.raises(ValueError, match=rf"'{connector_type}' reads .* as a grid .*num_positions={positions}\b"):
+        FrozenPrefixConfig.from_vision_text_configs(
+            vision_config(), text_config(), vision_feature_select_strategy=strategy, **options
+        )
+
+
 @pytest.mark.parametrize("connector_type", ["avg_pool", "pixel_shuffle", "c_abstractor"])
 def test_connectors_on_grids_come_back_and_are_switched(connector_type: str, tmp_path: Path) -> None:
     model, processor = join(tmp_path, connector_type=connector_type, **length_of_its_own(connector_type))
