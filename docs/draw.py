@@ -96,40 +96,39 @@ def rows_of(table: str, heading: str) -> list[list[str]]:
 
 
 def lengths() -> str:
-    """CIDEr over the length of the prefix: one checkpoint at all of its lengths, and one trained at each."""
+    """Loss over the length of the prefix: one checkpoint at all of its lengths, and one trained at each."""
     found: dict[tuple[str, bool], dict[int, float]] = {}
     base = [row for row in rows_of("connectors", "connectors") if row[0] in ("resampler", "avg_pool")]
-    for name, vectors, _, _, _, cider, *_ in base + rows_of("connectors", "lengths"):
+    for name, vectors, _, _, nats, *_ in base + rows_of("connectors", "lengths"):
         connector, _, kind = name.partition(", ")
-        found.setdefault((connector, kind == "one checkpoint"), {})[int(vectors)] = float(cider.split(" ")[0])
-    places = {length: 90 + 380 * math.log(length) / math.log(9) for length in (1, 4, 9)}
-    top = max(value for line in found.values() for value in line.values())
-    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if top / step < 6)
-    end = step * math.ceil(top / step)
+        found.setdefault((connector, kind == "one checkpoint"), {})[int(vectors)] = float(nats.split(" ")[0])
+    longest = max(length for line in found.values() for length in line)
+    values = [value for line in found.values() for value in line.values()]
+    low, high = math.floor(5 * min(values)) / 5, math.ceil(5 * max(values)) / 5
 
-    def height(value: float) -> float:
-        return 250 - 200 * value / end
+    def place(length: int, value: float) -> tuple[float, float]:
+        return 90 + 380 * math.log(length) / math.log(longest), 50 + 200 * (high - value) / (high - low)
 
-    drawn = [text(300, 26, "CIDEr over the length of the prefix", 16, "bold"), text(280, 300, "vectors of an image", 14)]
-    for number in range(round(end / step) + 1):
-        y = height(number * step)
+    drawn = [text(300, 26, "nats a token of captions", 16, "bold"), text(280, 300, "vectors of an image", 14)]
+    for number in range(round((high - low) / 0.2) + 1):
+        _, y = place(1, low + 0.2 * number)
         drawn.append(f'<path d="M80 {y:.1f} H500" stroke="#d7dde2" stroke-width="1"/>')
-        drawn.append(text(58, y + 5, f"{number * step:.2f}", 13))
-    drawn += [text(x, 276, str(length), 13) for length, x in places.items()]
-    for place, ((connector, one), line) in enumerate(sorted(found.items(), reverse=True)):
+        drawn.append(text(58, y + 5, f"{low + 0.2 * number:.1f}", 13))
+    drawn += [text(round(place(one, low)[0], 1), 276, str(one), 13) for one in sorted(set().union(*found.values()))]
+    for number, ((connector, one), line) in enumerate(sorted(found.items())):
         colour = TRAINS_LINE if connector == "resampler" else FROZEN_LINE
         dashes = "" if one else ' stroke-dasharray="6 5"'
-        points = [(places[length], height(value)) for length, value in sorted(line.items())]
+        points = [place(length, value) for length, value in sorted(line.items())]
         path = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         drawn.append(f'<path d="M{path}" stroke="{colour}" stroke-width="2.5" fill="none"{dashes}/>')
         drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in points]
-        y = 90 + 34 * place
+        y = 90 + 34 * number
         drawn.append(f'<path d="M524 {y} H560" stroke="{colour}" stroke-width="2.5"{dashes}/>')
         said = f"{connector}, {'one checkpoint' if one else 'one for each'}"
         drawn.append(f'<text x="570" y="{y + 5}" font-size="14" fill="{INK}">{said}</text>')
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 790 316" font-family="Helvetica, Arial, sans-serif" role="img">'
-        "<title>CIDEr over the length of the prefix, of one checkpoint and of one for each length</title>"
+        "<title>Loss over the length of the prefix, of one checkpoint and of one for each length</title>"
         '<rect width="790" height="316" rx="12" fill="#ffffff"/>' + "".join(drawn) + "</svg>\n"
     )
 
