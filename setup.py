@@ -46,6 +46,8 @@ extras = {
     "export": ["onnx>=1.21", "onnxruntime>=1.23", "onnxscript>=0.7"],
     "deepspeed": ["deepspeed>=0.19.8"],
     "ray": ["ray[train]>=2.60"],
+    # GPTQ and AWQ need gptqmodel, of which PyPI has the source alone.
+    "quantized": ["bitsandbytes>=0.50", "torchao>=0.18"],
 }
 # The site. Ruff writes the signatures of the reference.
 extras["docs"] = ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "ruff>=0.9"]
@@ -62,10 +64,11 @@ extras["test"] = sorted(
         *("evaluate>=0.4.1", "mypy>=1.15", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "scikit-learn>=1.5"),
     }
 )
-# What the slow tests run beside: `pytest -m slow` skips what is not installed.
+# What the other tests run beside, slow ones most of all: they skip what is not installed.
+beside = ("serving", "export", "llama-cpp", "deepspeed", "ray", "quantized", "notebooks", "demo")
 extras["slow"] = sorted(
     {
-        *(one for name in ("serving", "export", "llama-cpp", "deepspeed", "ray", "notebooks", "demo") for one in extras[name]),
+        *(one for name in beside for one in extras[name]),
         *("openai>=2.0", "parameterized>=0.9", "playwright>=1.45", "trl>=1.0"),
     }
 )

@@ -34,7 +34,7 @@ from .backbones import (
     load_unrecorded,
     verify_fingerprint,
 )
-from .configuration_frozen_prefix import FrozenPrefixConfig
+from .configuration_frozen_prefix import FrozenPrefixConfig, building_skeleton
 from .connector_switching import keys_of_idle_connectors
 from .cross_attention import check_decoder
 from .freezing import CONNECTING, trains
@@ -72,11 +72,12 @@ loading: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
 @contextmanager
 def while_loading(state: Loading) -> Iterator[Loading]:
-    token = loading.set(state)
+    token, skeleton = loading.set(state), building_skeleton.set(True)
     try:
         yield state
     finally:
         loading.reset(token)
+        building_skeleton.reset(skeleton)
 
 
 def parts_to_build(config: FrozenPrefixConfig) -> set[str]:

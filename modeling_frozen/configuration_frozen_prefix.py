@@ -5,6 +5,7 @@ Nothing here loads a weight. Geometry (how many positions the tower gives, how w
 once, on the meta device, by `from_vision_text_configs`, and stored, so that building a model never has to guess it.
 """
 
+import copy
 import difflib
 import math
 from collections.abc import Collection, Sequence
@@ -37,6 +38,9 @@ RECORD_KEYS = ("name_or_path", "revision", "dtype", "fingerprint")
 
 # Set while a config is read from a file, whose keys are not the user's own.
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
+
+# Set while transformers builds a model whose backbones are attached afterwards.
+building_skeleton: ContextVar[bool] = ContextVar("building_skeleton", default=False)
 
 _SERIALIZED_TRANSFORMERS_KEYS = {"model_type", "auto_map", "_name_or_path", "output_attentions", "quantization_config"}
 
@@ -457,7 +461,12 @@ class FrozenPrefixConfig(CompositeConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The language model's config (of an encoder-decoder, by the flags, as its own config gives it)."""
-        return self.backbone_configs["text"].get_text_config(decoder=decoder, encoder=encoder)
+        text_config = self.backbone_configs["text"].get_text_config(decoder=decoder, encoder=encoder)
+        if building_skeleton.get() and hasattr(text_config, "quantization_config"):
+            # transformers would quantise the model that is being built, whose connector is not; the backbone comes later.
+            text_config = copy.copy(text_config)
+            del text_config.quantization_config
+        return text_config
 
     def validate_architecture(self) -> None:
         """Checks the values together; part of transformers' own validation, so it runs before each save as well."""

@@ -94,13 +94,36 @@ def freeze(model: Any) -> None:
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """On CPUs with bfloat16 kernels bitsandbytes packs a 4-bit layer that is called in eval mode without gradients, and what a
-    packed one computes has none from then on. A frozen layer is in eval mode always: it is kept as it was loaded."""
+    """On CPUs with bfloat16 kernels bitsandbytes, and gptqmodel of GPTQ and AWQ, pack a 4-bit layer that is called in eval
+    mode without gradients, and what a packed one computes has none from then on. A frozen layer is in eval mode always: it is
+    kept as it was loaded."""
     for module in model.modules():
+        if getattr(module, "linear_mode", "") is None:  # gptqmodel's: not settled yet
+            module.linear_mode = "train"  # type: ignore[assignment]  # in no stub
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a flag, in no stub
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 module.state_dict()  # which unpacks it
+
+
+def refuse_without_gradient(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: where layers of gptqmodel compute without gradients. Those that flow around such a layer would reach the
+            connector all the same, and be wrong.
+    """
+    for module in model.modules():
+        kind = type(module).__name__
+        if getattr(module, "SUPPORTS_TRAINING", True) is False:
+            raise ValueError(
+                f"The quantised layers are computed by `{kind}`, which has no gradient, so nothing before them can train: "
+                'load with `quantization_config=AwqConfig(backend="auto_trainable")`, or `GPTQConfig(…)` with that backend.'
+            )
+        if getattr(module, "linear_mode", None) == "inference":
+            raise ValueError(
+                f"The quantised layers, `{kind}`, were called before the language model was joined, and are packed since, "
+                "without a gradient: join it by its id or folder, or load it anew."
+            )
 
 
 def stays_frozen(model: Any) -> list[bool]:
@@ -148,6 +171,6 @@ def recompute_frozen_layers(model: Any, enable: bool) -> None:
 
 
 __all__ = [
-    "CONNECTING", "Unlocked", "freeze", "keep_gradients", "last_layers", "recompute_frozen_layers", "stays_frozen", "trains",
-    "unlocked_counts",
+    "CONNECTING", "Unlocked", "freeze", "keep_gradients", "last_layers", "recompute_frozen_layers", "refuse_without_gradient",
+    "stays_frozen", "trains", "unlocked_counts",
 ]  # fmt: skip

@@ -59,7 +59,7 @@ from .configuration_frozen_prefix import FrozenPrefixConfig, as_list_of_towers
 from .connector_switching import DEFAULT, connector_specs, load_connector, set_connector
 from .connectors import Connector, Head
 from .cross_attention import GatedCrossAttention, decoder_layers
-from .freezing import CONNECTING, freeze, recompute_frozen_layers, stays_frozen
+from .freezing import CONNECTING, freeze, recompute_frozen_layers, refuse_without_gradient, stays_frozen
 from .hub import auto_map_of, complete_copy, complete_repository, prepare_for_pushes
 from .parts import MODALITIES, PARTS, VISION_PARTS
 from .transformers_compat import CACHE_NAMES, PreTrainedModelWithAdapters, adapter_rules, mask_later_tokens, share_sharding
@@ -146,12 +146,16 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
     def train(self, mode: bool = True) -> "Self":
         """Sets the mode of what trains; frozen backbones keep dropout off and batch statistics still."""
         modules, stays = list(self.modules()), stays_frozen(self)
-        if all(module.training is (mode and not still) for module, still in zip(modules, stays, strict=True)):
+        frozen = [module for module, still in zip(modules, stays, strict=True) if still]
+        for module in frozen:
+            module.training = False
+        if all(module.training is mode for module, still in zip(modules, stays, strict=True) if not still):
             return self  # loading asks often, and setting it on each module takes long
+        if mode:
+            refuse_without_gradient(self)
         super().train(mode)
-        for module, still in zip(modules, stays, strict=True):
-            if still and module.training:
-                module.training = False
+        for module in frozen:
+            module.training = False
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> "Self":  # type: ignore[override]  # transformers wraps it without its types

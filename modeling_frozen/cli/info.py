@@ -106,6 +106,8 @@ def _parents(config: Any, kind: str) -> dict[str, dict[str, Any]]:
         kept = {
             key: record[key] for key in ("name_or_path", "revision", "dtype", "gguf_file", "quantization") if record.get(key)
         }
+        if config_of_weights := getattr(module.config, "quantization_config", None):  # in the repository they are quantised
+            kept["quantization"] = config_of_weights
         facts[part] = {
             "part": PARTS[part].description,
             "type": module.config.model_type,
