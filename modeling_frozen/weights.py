@@ -14,7 +14,8 @@ import functools
 import hashlib
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -86,6 +87,95 @@ def root_gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         root.reshard()
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Sequence[nn.Module], fill: Callable[[], None]) -> Iterator[None]:
+    """
+    Some modules of a model with the weights that `fill` writes; afterwards they are what they were, to the last bit.
+
+    Of a model that FSDP2 or ZeRO-3 dealt out over the processes all must come here, and write the same: `fill` finds the
+    weights whole, and each process keeps its part of what was written.
+    """
+    own = {id(parameter) for module in modules for parameter in module.parameters()}
+    groups: list[Any] = [one for one in model.modules() if is_sharded(one) and own & {id(p) for p in one.parameters()}]
+    with _write_parts(modules, groups, fill) if groups else _write(modules, fill):
+        yield
+
+
+@contextmanager
+def _write(modules: Sequence[nn.Module], fill: Callable[[], None]) -> Iterator[None]:
+    partitioned = [p for module in modules for p in module.parameters() if is_partitioned(p)]
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        if not partitioned:
+            yield
+            return
+        gathered = importlib.import_module("deepspeed").zero.GatheredParameters
+        with gathered(partitioned, modifier_rank=0), _unhooked(modules):  # what the first process writes goes to all
+            yield
+
+    with whole():
+        kept = [{name: tensor.detach().clone() for name, tensor in module.state_dict().items()} for module in modules]
+        fill()
+    try:
+        yield
+    finally:
+        with whole():
+            for module, state in zip(modules, kept, strict=True):
+                module.load_state_dict(state)
+
+
+@contextmanager
+def _unhooked(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Without the hooks by which ZeRO-3 partitions weights after a call, and loses what was written."""
+    hooks = [(one, one._forward_pre_hooks, one._forward_hooks) for module in modules for one in module.modules()]
+    for one, _, _ in hooks:
+        one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for one, before, after in hooks:
+            one._forward_pre_hooks, one._forward_hooks = before, after
+
+
+@contextmanager
+def _write_parts(modules: Sequence[nn.Module], groups: list[Any], fill: Callable[[], None]) -> Iterator[None]:
+    """Into the parts that FSDP2 keeps: what it gathers of them it throws away after any `forward`, and may have rounded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def tensors() -> list[torch.Tensor]:
+        return [tensor.detach() for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    def part(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def part_of(whole: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        if not isinstance(place, DTensor):
+            return whole.clone()
+        return distribute_tensor(whole.to(place.dtype), place.device_mesh, place.placements).to_local()
+
+    def write(parts: list[torch.Tensor]) -> None:
+        for group in groups:
+            group.reshard()
+        for tensor, value in zip(tensors(), parts, strict=True):
+            part(tensor).copy_(value)
+        for group in groups:
+            group.unshard()
+
+    for group in groups:
+        group.reshard()
+    places = tensors()
+    kept = [part(tensor).clone() for tensor in places]
+    for group in groups:
+        group.unshard()
+    fill()
+    try:
+        write([part_of(whole, place) for whole, place in zip(tensors(), places, strict=True)])
+        yield
+    finally:
+        write(kept)
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
@@ -221,5 +311,6 @@ def _factors(device: torch.device) -> torch.Tensor:
 
 __all__ = [
     "ALIGNMENT", "align_weights", "alone", "brought", "gathers_layers", "is_dispatched", "is_partitioned", "is_sharded",
-    "move_around", "own_weights", "present", "root_gathered", "tensor_digest", "tensor_digests", "to_weight", "weights_digest",
+    "move_around", "own_weights", "present", "replaced", "root_gathered", "tensor_digest", "tensor_digests", "to_weight",
+    "weights_digest",
 ]  # fmt: skip

@@ -110,8 +110,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(way: str, tmp_path: Pat
     assert (single["processes"], double["processes"], double["kind"]) == (1, 2, kind)
     check_same(tmp_path, (f"{alone}4", single), (f"{way}2", double))
     assert ("was dealt out over the processes" in double["refusal"]) is way.startswith(("fsdp", "zero3"))
-    if way.startswith(("plain", "fsdp")):  # what one process asks of the whole model, and all of what was dealt out
-        assert double["whole"]["sighted"] and double["whole"] == double["together"]
+    # What all ask of what was dealt out, a connector drawn anew among it, and put back; and one process of the whole model.
+    assert double["together"] == double["after"] == single["together"]
+    assert double["together"]["sighted"] != double["together"]["random_connector"]
+    if way.startswith(("plain", "fsdp")):
+        assert double["whole"] == double["together"]
         assert double["own"] is way.startswith("plain")
 
     model = FrozenPrefixForConditionalGeneration.from_pretrained(tmp_path / f"{way}2" / "last")

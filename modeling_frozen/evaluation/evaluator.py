@@ -38,7 +38,7 @@ from ..data.image_reading import digest_of_image, digest_of_media
 from ..data.processes import Processes, refuse_parts
 from ..freezing import CONNECTING
 from ..metrics.scores import caption_metrics, caption_scores, exact_match, token_f1, vqa_scores
-from ..weights import root_gathered, weights_digest
+from ..weights import replaced, root_gathered, weights_digest
 
 
 KINDS = ("sighted", "blind", "random_connector", "language_model")
@@ -173,9 +173,8 @@ def evaluate(
         raise ValueError(f"task={task!r} is unknown: choose one of {sorted(TASKS)}.")
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"kinds hold {sorted(unknown)}: the choices are {list(KINDS)}.")
-    if not distributed or "random_connector" in kinds:  # drawing one anew runs it apart from the model
-        way = "call `evaluate(…, distributed=True, kinds=…)` on all processes, without 'random_connector' among the kinds, or "
-        refuse_parts(model, way)
+    if not distributed:
+        refuse_parts(model, "call `evaluate(…, distributed=True)` on all processes, or ")
     if "sighted" not in kinds:
         raise ValueError(f"kinds={list(kinds)} lack 'sighted', beside which the others stand.")
     if "generation_config" not in generate_kwargs:
@@ -284,19 +283,18 @@ def bootstrap(
 def random_connectors(model: Any, seed: int = 0) -> Iterator[None]:
     """The model with connectors (and gated blocks) as before any training, drawn from `seed`; put back afterwards."""
     modules = [module for module in model.modules() if isinstance(module, CONNECTING)]
-    kept = [{name: tensor.detach().clone() for name, tensor in module.state_dict().items()} for module in modules]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in modules:
-            for parameter in module.parameters():
-                # transformers marks what it loaded, and draws nothing anew that bears the mark.
-                parameter.__dict__.pop("_is_hf_initialized", None)
-            model._reset_connector(module)
-    try:
+
+    def draw() -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for module in modules:
+                for parameter in module.parameters():
+                    # transformers marks what it loaded, and draws nothing anew that bears the mark.
+                    parameter.__dict__.pop("_is_hf_initialized", None)
+                model._reset_connector(module)
+
+    with replaced(model, modules, draw):
         yield
-    finally:
-        for module, state in zip(modules, kept, strict=True):
-            module.load_state_dict(state)
 
 
 class EvaluationCallback(TrainerCallback):

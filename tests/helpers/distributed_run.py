@@ -155,8 +155,8 @@ def main(folder: Path, way: str, batch_size: int, dies_at: int = 0) -> None:
     trainer.save_model(str(output / "last"))
     whole = whole_model(trainer, output / "last") if way.startswith(("plain", "fsdp")) else None
     asked = {"processor": processor, "dataset": captioned_rows(4), "max_new_tokens": 3, "num_resamples": 0}
-    asked["kinds"] = ("sighted", "blind", "language_model")
-    together = None if whole is None else evaluate(trainer.model, **asked, distributed=True).predictions
+    together = None if way == "tp" else evaluate(trainer.accelerator.unwrap_model(trainer.model), **asked, distributed=True)
+    after = None if way == "tp" else evaluate(trainer.accelerator.unwrap_model(trainer.model), **asked, distributed=True)
     if trainer.is_world_process_zero():
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         result = {
@@ -165,7 +165,8 @@ def main(folder: Path, way: str, batch_size: int, dies_at: int = 0) -> None:
             "losses": [entry["loss"] for entry in logged],
             "gradients": [entry["grad_norm"] for entry in logged],
             "refusal": refusal(trainer.model, processor) if way.startswith(("fsdp", "zero3")) else "",
-            "together": together,
+            "together": together and together.predictions,
+            "after": after and after.predictions,
             "whole": None if whole is None else evaluate(whole, **asked).predictions,
             "own": whole is trainer.model,
         }
