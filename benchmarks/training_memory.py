@@ -2,6 +2,7 @@
 
     python -m benchmarks.training_memory             # the table, and a language model of 135 M measured on this machine
     python -m benchmarks.training_memory --rows 16   # of another batch
+    python -m benchmarks.training_memory --model HuggingFaceTB/SmolLM2-135M   # measured on that, id or folder
 
 Computed: weights in bfloat16, in 8 bits (a scale for each output) and in 4 bits (NF4, a scale for each 64 weights); of what
 is quantised, word embeddings, head and norms stay in bfloat16. Activations are what torch keeps for the way back, counted by
@@ -11,22 +12,26 @@ connector (a resampler) weight, gradient and Adam's two moments, in float32. Not
 features), what the allocator and the device's libraries hold, and, where the language model is quantised, one unpacked
 matrix at a time.
 
-Measured: what a step of the whole model keeps, counted on the tensors themselves, with random weights of the same shapes, in
-float32 on the CPU, which is what is computed beside it; and the peak of the process's memory in that step above what it held
-before (Linux counts it; the allocator's own habits are in it), each in a Python of its own.
+Measured: what a step of the whole model keeps, counted on the tensors themselves, in float32 on the CPU, which is what is
+computed beside it; and the peak of the process's memory in that step above what it held before (Linux counts it; the
+allocator's own habits are in it), each in a Python of its own. Without `--model` its weights are random, of the shapes of
+SmolLM2. With it, its weights as they are held in bfloat16 and, where bitsandbytes is installed, in 8 and 4 bits, beside what
+is computed.
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CLIPVisionConfig, LlamaConfig
 
 from benchmarks.loss_memory import peak_above
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
@@ -145,12 +150,22 @@ def print_table(lines: list[tuple[str, ...]]) -> None:
             print("|---" * len(line) + "|")
 
 
-def one(rows: int, prefix: int, text: int, recompute: bool) -> dict[str, float]:
-    """A step of the smallest, measured; a process of its own."""
+def shapes_of(model: str | None) -> tuple[str, LlamaConfig]:
+    if model is None:
+        return next(iter(SHAPES.items()))
+    return Path(model).name, AutoConfig.from_pretrained(model, dtype=torch.float32)
+
+
+def one(rows: int, prefix: int, text: int, recompute: bool, place: str | None) -> dict[str, float]:
+    """A step, measured; a process of its own."""
     torch.set_num_threads(1)
-    words = next(iter(SHAPES.values()))
+    _, words = shapes_of(place)
     torch.manual_seed(0)
     model = FrozenPrefixForConditionalGeneration(joined_config(words, prefix))
+    if place is not None:
+        trained = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        model.model.language_model.load_state_dict(trained.state_dict())
+        del trained
     model.model.vision_tower = None
     if recompute:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
@@ -175,14 +190,40 @@ def one(rows: int, prefix: int, text: int, recompute: bool) -> dict[str, float]:
     return {"kept": total[0], "peak": peak}
 
 
-def measured(rows: int, prefix: int, text: int) -> None:
-    name, words = next(iter(SHAPES.items()))
+def load_as(place: str, kind: str) -> torch.nn.Module:
+    """A language model with its weights as one of [`KINDS`]."""
+    config = None
+    if kind != "bfloat16":
+        config = BitsAndBytesConfig(load_in_8bit=kind == "8 bits", load_in_4bit=kind == "4 bits", bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, quantization_config=config)
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    tensors = {one.data_ptr(): one for one in model.state_dict().values() if torch.is_tensor(one)}  # tied ones once
+    return sum(one.nbytes for one in tensors.values())
+
+
+def measured_weights(place: str) -> None:
+    lines = [(f"weights of {Path(place).name}; MB", "computed", "held")]
+    plain = load_as(place, "bfloat16")
+    for kind in KINDS:
+        if kind != "bfloat16" and importlib.util.find_spec("bitsandbytes") is None:
+            print(f"{kind} are not measured, for bitsandbytes is not installed")
+            continue
+        held = held_bytes(load_as(place, kind))
+        lines.append((kind, f"{weight_bytes(plain, kind) / 1e6:.1f}", f"{held / 1e6:.1f}"))
+    print_table(lines)
+
+
+def measured(rows: int, prefix: int, text: int, place: str | None) -> None:
+    name, words = shapes_of(place)
     computed = activation_bytes(words, rows, prefix + text, torch.float32)
     title = f"{name}, float32, a step of {rows} rows; MiB"
     lines = [(title, "kept, computed", "kept, measured", "measured / computed", "peak of the process")]
     for recompute, bytes_ in zip((False, True), computed, strict=True):
         sizes = map(str, (rows, prefix, text, int(recompute)))
         command = [sys.executable, "-m", "benchmarks.training_memory", "--one", *sizes]
+        command += [] if place is None else ["--model", place]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
@@ -198,16 +239,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=8, help="of a batch (default: %(default)s)")
     parser.add_argument("--prefix", type=int, default=32, help="vectors of an image (default: %(default)s)")
     parser.add_argument("--text", type=int, default=96, help="tokens of a row, all of them labels (default: %(default)s)")
+    parser.add_argument("--model", help="id or folder of a language model that is measured (default: random weights of 135 M)")
     parser.add_argument("--skip-measuring", action="store_true", help="only what is computed")
     parser.add_argument("--one", nargs=4, type=int, help=argparse.SUPPRESS)
     options: Any = parser.parse_args(arguments)
     if options.one:
         rows, prefix, text, recompute = options.one
-        print(json.dumps(one(rows, prefix, text, bool(recompute))))
+        print(json.dumps(one(rows, prefix, text, bool(recompute), options.model)))
         return
     table(options.rows, options.prefix, options.text)
     if not options.skip_measuring:
-        measured(options.rows, options.prefix, options.text)
+        measured(options.rows, options.prefix, options.text, options.model)
+        if options.model:
+            measured_weights(options.model)
 
 
 if __name__ == "__main__":

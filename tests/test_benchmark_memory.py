@@ -6,9 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
 from benchmarks import training_memory
 from tests.helpers.tiny import save_parents
@@ -28,12 +25,8 @@ def test_it_prints_computed_sizes_that_a_step_confirms() -> None:
 @pytest.mark.parametrize("kind", training_memory.KINDS)
 def test_quantised_weights_take_what_is_computed(kind: str, tmp_path: Path) -> None:
     _, words = save_parents(tmp_path, text={"hidden_size": 256, "intermediate_size": 512})
-    plain = AutoModelForCausalLM.from_pretrained(words, dtype=torch.bfloat16)
-    model = plain
     if kind != "bfloat16":
-        pytest.importorskip("bitsandbytes")
-        options = {"load_in_8bit": True} if kind == "8 bits" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        quantised = transformers.BitsAndBytesConfig(**options)
-        model = AutoModelForCausalLM.from_pretrained(words, dtype=torch.bfloat16, quantization_config=quantised)
-    held = sum(one.nbytes for one in {id(one): one for one in model.state_dict().values() if torch.is_tensor(one)}.values())
+        pytest.importorskip("bitsandbytes", reason="needs the extra `quantized`")
+    plain = training_memory.load_as(words, "bfloat16")
+    held = training_memory.held_bytes(training_memory.load_as(words, kind))
     assert held == pytest.approx(training_memory.weight_bytes(plain, kind), rel=0.01)
