@@ -182,6 +182,49 @@ def test_processes_that_run_together_each_write_a_part(parents: Path, pair: tupl
     check(pair, tmp_path / "store")
 
 
+TASKS = """
+import os, signal, sys
+from pathlib import Path
+
+import ray
+
+parents, pattern, folder, died = map(Path, sys.argv[1:])
+
+@ray.remote(num_cpus=1, max_retries=1)
+def fill(part):
+    from modeling_frozen import load_image_text, store_rows
+    from tests.helpers.tiny import join
+
+    model, processor = join(parents)
+    def call(module, args, kwargs):
+        if part and not died.exists() and list(folder.glob("rows/part-00001*/0*.arrow")):
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    model.model.vision_tower.register_forward_pre_hook(call, with_kwargs=True)
+    rows = load_image_text(str(pattern), streaming=True, buffer_size=4)
+    options = {"rows_per_shard": 2, "batch_size": 2, "num_workers": 0, "dtype": "float32"}
+    store_rows(rows, model, processor, folder, part=(part, 2), **options)
+    return part
+
+ray.init(num_cpus=2, include_dashboard=False)
+print(ray.get([fill.remote(part) for part in range(2)]))
+"""
+
+
+@pytest.mark.slow
+def test_tasks_of_ray_each_write_a_part(parents: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    """One worker is killed after its first shard; Ray starts the task again, which goes on behind it."""
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    (tmp_path / "run.py").write_text(TASKS)
+    own = [str(tmp_path / name) for name in ("run.py", "store", "died")]
+    command = [sys.executable, own[0], str(parents), tars(tmp_path), *own[1:]]
+    environment = fresh_python.environment(ACCELERATE_USE_CPU="true")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "[0, 1]" in done.stdout and (tmp_path / "died").exists()
+    check(pair, tmp_path / "store")
+
+
 # -------------------------------------------------------------------------------------------- what is never read
 
 
