@@ -10,8 +10,9 @@ code" were put together from what these commands printed before there was this o
 
 Most need nothing that can't be had. The others name a place that an option stands for: `assets/…`, a folder with the story
 model, photos and questions (`--assets`; the Hub's ids, in their place, where these are known), and checkouts of others' code
-(`--clipcap`, `--nanovlm`). Without its place a result is left out, which is said. Ids are fetched from the Hub; behind `python
--m benchmarks.real_parents … --serve -- python -m benchmarks.results` they come from the loopback.
+(`--clipcap`, `--nanovlm`), and the folder of a model (`--smollm2`). Without its place a result is left out, which is said.
+Ids are fetched from the Hub; behind `python -m benchmarks.real_parents … --serve -- python -m benchmarks.results` they come
+from the loopback.
 """
 
 import argparse
@@ -33,12 +34,13 @@ import modeling_frozen
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "docs" / "tables"
-PLACES = {
+PLACES = {  # option -> as commands name it
     "assets": "assets",
     "lite": "efficientnet-lite2",
     "clipcap": "CLIP_prefix_caption",
     "nanovlm": "nanoVLM",
-}  # option -> as commands name it
+    "smollm2": "SmolLM2-135M-Instruct",
+}
 EARLIER = "Taken on earlier code of 0.2.0, before a run wrote down its date and versions."
 FOOTER = re.compile(r"\n\n```bash\n(?P<command>.+?)\n```\n\n\*(?P<taken>.+)\*\n$", re.DOTALL)
 
@@ -152,6 +154,11 @@ RESULTS = (
     Result(
         "browser",
         "FROZEN_PREFIX_ASSETS=assets python -m pytest -q -s -m slow tests/test_transformers_js.py -k real_weights",
+    ),
+    Result(
+        "training_memory",
+        "python -m benchmarks.training_memory --model SmolLM2-135M-Instruct --table docs/tables/training_memory.md",
+        table=True,
     ),
     # ------------------------------------------------------------------------------------------------------------- timings
     Result("training", "python -m benchmarks.training", timing=True),

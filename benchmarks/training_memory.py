@@ -20,12 +20,13 @@ is computed.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def weight_bytes(language_model: torch.nn.Module, kind: str, size: int = 2) -> i
     return total + sum(size * one.numel() for one in language_model.parameters() if id(one) not in quantised)
 
 
-@contextmanager
+@contextlib.contextmanager
 def kept_for_the_way_back(without: torch.nn.Module) -> Iterator[list[int]]:
     """Bytes of the tensors that autograd keeps, each storage once, without the weights of a module; filled at the end."""
     weights = {one.untyped_storage()._cdata for one in without.parameters()}
@@ -128,7 +129,7 @@ def connector_bytes(words: LlamaConfig, prefix: int) -> int:
 
 
 def table(rows: int, prefix: int, text: int) -> None:
-    print(f"Computed, in GB; {rows} rows of {prefix} vectors and {text} tokens, logits {CHUNK_BYTES // MIB} MiB at a time")
+    print(f"Computed, in GB; {rows} rows of {prefix} vectors and {text} tokens, logits {CHUNK_BYTES // MIB} MiB at a time:\n")
     head = ("", *(f"weights, {kind}" for kind in KINDS), "activations", "checkpointed", "head", "connector")
     lines = [(*head, *(f"all, {kind}" for kind in KINDS))]
     for name, words in SHAPES.items():
@@ -240,6 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prefix", type=int, default=32, help="vectors of an image (default: %(default)s)")
     parser.add_argument("--text", type=int, default=96, help="tokens of a row, all of them labels (default: %(default)s)")
     parser.add_argument("--model", help="id or folder of a language model that is measured (default: random weights of 135 M)")
+    parser.add_argument("--table", type=Path, help="Markdown file that is written with what is printed")
     parser.add_argument("--skip-measuring", action="store_true", help="only what is computed")
     parser.add_argument("--one", nargs=4, type=int, help=argparse.SUPPRESS)
     options: Any = parser.parse_args(arguments)
@@ -247,11 +249,18 @@ def main(arguments: list[str] | None = None) -> None:
         rows, prefix, text, recompute = options.one
         print(json.dumps(one(rows, prefix, text, bool(recompute), options.model)))
         return
-    table(options.rows, options.prefix, options.text)
-    if not options.skip_measuring:
-        measured(options.rows, options.prefix, options.text, options.model)
-        if options.model:
-            measured_weights(options.model)
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written) if options.table else contextlib.nullcontext():
+        table(options.rows, options.prefix, options.text)
+        if not options.skip_measuring:
+            print()
+            measured(options.rows, options.prefix, options.text, options.model)
+            if options.model:
+                print()
+                measured_weights(options.model)
+    if options.table:
+        options.table.write_text(written.getvalue(), encoding="utf-8")
+        print(written.getvalue())
 
 
 if __name__ == "__main__":
