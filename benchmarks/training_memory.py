@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, C
 
 from benchmarks.loss_memory import peak_above
 from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration
-from modeling_frozen.losses import CHUNK_BYTES, rows_per_chunk
+from modeling_frozen.losses import CHUNK_BYTES, labels_per_chunk
 
 
 GB, MIB = 1e9, 2**20
@@ -118,7 +118,7 @@ def activation_bytes(words: LlamaConfig, rows: int, positions: int, dtype: torch
 
 
 def head_bytes(words: LlamaConfig, labels: int) -> int:
-    return 3 * 4 * min(labels, rows_per_chunk(words.vocab_size)) * words.vocab_size
+    return 3 * 4 * labels_per_chunk(labels, words.vocab_size) * words.vocab_size
 
 
 def connector_bytes(words: LlamaConfig, prefix: int) -> int:

@@ -404,11 +404,10 @@ class FrozenPrefixConfig(CompositeConfig):
     @property
     def media(self) -> tuple[str, ...]:
         """What the model takes beside text: of `"image"`, `"video"` and `"audio"`."""
-        backbones = self.backbone_configs
         return tuple(
             name
             for name, modality in MODALITIES.items()
-            if modality.part in backbones and (name != "video" or self.num_frames is not None)
+            if getattr(self, f"{modality.part}_config") is not None and (name != "video" or self.num_frames is not None)
         )
 
     @property

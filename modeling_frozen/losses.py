@@ -14,6 +14,7 @@ Where Liger is installed, the head is on a GPU and is a linear layer and nothing
 
 import difflib
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ OPTIONS: dict[str, Any] = {"label_smoothing": 0.0, "z_loss": 0.0, "chunk_size": 
 
 # One chunk's logits in float32; two or three tensors of that size exist at a time.
 CHUNK_BYTES = 64 * 2**20
+# A chunk reads the whole head, forth and back: over fewer labels that shows in the time of a step.
+CHUNK_LABELS = 128
 
 # Devices on which Liger's kernels run, if it is installed.
 LIGER_DEVICES = {"cuda"}
@@ -61,7 +64,8 @@ def check_loss_config(options: dict[str, Any]) -> dict[str, Any]:
         options (`dict`):
             `label_smoothing` (`float` in [0, 1)): share of each target spread evenly over the vocabulary.
             `z_loss` (`float`): weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5: 1e-4).
-            `chunk_size` (`int`, *optional*): labels per chunk; by default so many that their float32 logits take 64 MiB.
+            `chunk_size` (`int`, *optional*): labels per chunk; by default at most so many that their float32 logits take
+                64 MiB, or 128.
 
     Raises:
         ValueError: for an unknown option or a value out of range.
@@ -306,9 +310,13 @@ def headless_path(language_model: PreTrainedModel) -> str | None:
 # -------------------------------------------------------------------------------------------------- loss by chunks
 
 
-def rows_per_chunk(vocab_size: int, chunk_size: int | None = None) -> int:
-    """Labels per chunk: as asked, or so many that their logits in float32 take `CHUNK_BYTES`, but never fewer than 16."""
-    return chunk_size or max(16, CHUNK_BYTES // (4 * vocab_size))
+def labels_per_chunk(labels: int, vocab_size: int, chunk_size: int | None = None) -> int:
+    """How many of `labels` a chunk holds: as asked, or a like number in as few chunks as there can be, whose logits in float32
+    take `CHUNK_BYTES` at most, or `CHUNK_LABELS` labels."""
+    if chunk_size is not None:
+        return chunk_size
+    chunks = math.ceil(labels / max(CHUNK_LABELS, CHUNK_BYTES // (4 * vocab_size)))
+    return math.ceil(labels / max(chunks, 1)) or 1
 
 
 def is_plain_cross_entropy(loss_function: Callable[..., torch.Tensor]) -> bool:
@@ -403,12 +411,13 @@ def chunked_loss(
         vocab_size (`int`): for the size of chunks.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*), label_smoothing, z_loss (`float`):
             As [`language_modeling_loss`].
-        chunk_size (`int`, *optional*): labels per chunk, see [`rows_per_chunk`]. If set, Liger isn't used.
+        chunk_size (`int`, *optional*): labels per chunk, see [`labels_per_chunk`]. If set, Liger isn't used.
 
     Returns:
         `torch.Tensor` of shape `()`, equal to the plain loss, and so is its gradient.
     """
-    hidden_states, rows = call.hidden_states, rows_per_chunk(vocab_size, chunk_size)
+    hidden_states = call.hidden_states
+    rows = labels_per_chunk(len(hidden_states), vocab_size, chunk_size)
     targets = targets.to(hidden_states.device)
     if torch.is_grad_enabled() and call.head_trains():
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration
-from modeling_frozen.losses import check_loss_config, headless_path, rows_per_chunk
+from modeling_frozen.losses import check_loss_config, headless_path, labels_per_chunk
 from tests.helpers.families_joined import IMAGE, build, pictures, prompt
 from tests.helpers.families_text import DECODERS, FAMILIES, VOCAB_SIZE
 from tests.helpers.tiny import join, recompute_activations, rows, skip_where_torch_traces_no_forward
@@ -232,9 +232,11 @@ def test_a_text_only_batch_and_one_without_labels() -> None:
         assert torch.equal(model(**batch()).loss, model(**batch(), loss_config={}).loss)
 
 
-def test_chunks_by_bytes() -> None:
-    assert 4 * rows_per_chunk(32_000) * 32_000 <= 64 * 2**20 < 4 * (rows_per_chunk(32_000) + 1) * 32_000
-    assert rows_per_chunk(151_936) == 110 and rows_per_chunk(10**8) == 16 and rows_per_chunk(10, chunk_size=7) == 7
+def test_chunks_hold_alike_many_labels_in_as_few_as_there_can_be() -> None:
+    most = 64 * 2**20 // (4 * 32_000)
+    assert labels_per_chunk(most, 32_000) == most and labels_per_chunk(most + 1, 32_000) == most // 2 + 1
+    assert [labels_per_chunk(labels, 151_936) for labels in (1, 128, 129, 256, 257)] == [1, 128, 65, 128, 86]
+    assert labels_per_chunk(0, 10) == 1 and labels_per_chunk(10, 10, chunk_size=7) == 7
 
 
 @pytest.mark.parametrize(
