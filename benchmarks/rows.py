@@ -84,12 +84,12 @@ def write(folder: Path, rows: int, image_of: Callable[[int], bytes]) -> str:
     return str(folder / "*.parquet")
 
 
-def run(code: str) -> list[float]:
-    """In a Python of its own: rows a second and peak memory (MiB), the last two numbers that it prints."""
+def run(code: str, numbers: int = 2) -> list[float]:
+    """In a Python of its own: rows a second and peak memory (MiB) of each step, the last numbers that it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The measured process failed:\n{done.stderr}")
-    return [float(value) for value in done.stdout.split()[-2:]]
+    return [float(value) for value in done.stdout.split()[-numbers:]]
 
 
 def add_figures(report: Report, timings: Sequence[Timing], rows: int) -> None:
