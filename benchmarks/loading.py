@@ -5,7 +5,9 @@
 Every timing is taken in a fresh Python, as a user's script meets it (with the files in the system's cache); `--warm` times it
 again and again in one process too. There are three things to load, not two, so beside the parents stand the parents with
 the plainest model that transformers can load: a list of tensors, of the connector's shapes (transformers takes its time for
-each tensor, whatever its size). `--profile` says what the rest is: the milliseconds of each step of ours, and of the
+each tensor, whatever its size). What loading leaves in mapped files, the first use reads; so loading and writing a first
+caption are timed together too, beside the parents' loading, the tower's look at the picture and the bare language model's
+tokens. `--profile` says what the rest is: the milliseconds of each step of ours, and of the
 parents' own loading by themselves.
 """
 
@@ -31,6 +33,11 @@ print(time.{clock}() - start)
 OURS = 'model = modeling_frozen.FrozenPrefixForConditionalGeneration.from_pretrained("{saved}"{options})'
 BOTH = (
     'parents = CLIPVisionModel.from_pretrained("{tower}"{options}), AutoModelForCausalLM.from_pretrained("{words}"{options})'
+)
+# Loading, and then a first caption: of one picture, 20 tokens.
+WRITES = "; model.generate(torch.tensor([{asked}]), pixel_values=torch.zeros({picture}), max_new_tokens=20, min_new_tokens=20)"
+BOTH_WRITE = (
+    "; parents[0](torch.zeros({picture})); parents[1].generate(torch.tensor([{plain}]), max_new_tokens=20, min_new_tokens=20)"
 )
 THIRD = """
 class ThirdConfig(transformers.PreTrainedConfig):
@@ -70,6 +77,8 @@ def main(arguments: argparse.Namespace) -> Report:
             "words": model.config.text_base_model["name_or_path"],
             "third": str(Path(folder) / "third"),
         }
+        asked = [model.config.image_token_id] * model.config.num_image_tokens + [5] * 8
+        places |= {"asked": asked, "plain": [5] * len(asked), "picture": [1, 3, sizes.image_size, sizes.image_size]}
         shapes = [list(p.shape) for p in model.model.connector.parameters()]
         connector = sum(p.numel() * p.element_size() for p in model.model.connector.parameters())
         parents = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
@@ -80,12 +89,19 @@ def main(arguments: argparse.Namespace) -> Report:
                 key: TIMED.format(
                     clock=CLOCKS[arguments.clock].__name__, imports=IMPORTS, load=load.format(**places, options=options)
                 )
-                for key, load in (("ours", OURS), ("both", BOTH), ("floor", FLOOR))
+                for key, load in (
+                    ("ours", OURS),
+                    ("both", BOTH),
+                    ("floor", FLOOR),
+                    ("first", OURS + WRITES),
+                    ("both first", BOTH + BOTH_WRITE),
+                )
             }
             timings = alternate_processes(code, rounds=arguments.rounds)
             report.compare(f"from_pretrained, to both parents{name}", timings["ours"], timings["both"], bar=1.1)
             report.compare(f"the parents and a plain third model, to both parents{name}", timings["floor"], timings["both"])
             report.compare(f"from_pretrained, to the parents and a plain third model{name}", timings["ours"], timings["floor"])
+            report.compare(f"loading and a first caption, to both parents{name}", timings["first"], timings["both first"])
         if arguments.profile:
             loads = {"ours": OURS.format(**places, options=""), "both": BOTH.format(**places, options="")}
             for which, load in loads.items():
