@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -459,6 +461,25 @@ def test_datasets_keep_their_images_where_they_are(folder: Path, parents: Path) 
     assert several["prompt"] == ["what ?", "what colour ?"] and several["completion"] == ["a square .", "red ."]
     assert several[0]["image"] == several[1]["image"]
     assert load_from_disk(str(folder / "saved")).column_names == ["image", "caption"]
+
+
+@pytest.mark.parametrize("kind", ["a struct", "bytes", "lists of structs", "one by its path"])
+def test_images_of_parquet_files_without_metadata_stay_in_their_file(kind: str, folder: Path, tmp_path: Path) -> None:
+    """As pandas or polars write them; copied, the images of a large set would fill the memory."""
+    data = {name: (folder / "images" / f"{name}.png").read_bytes() for name in ("red", "blue")}
+    rows = [{"image": {"bytes": one, "path": None}, "text": name} for name, one in data.items()]
+    if kind == "bytes":
+        rows = [{**row, "image": row["image"]["bytes"]} for row in rows]
+    elif kind == "lists of structs":
+        rows = [{"images": [row["image"]] * (2 - index), "text": row["text"]} for index, row in enumerate(rows)]
+    elif kind == "one by its path":
+        rows[1]["image"] = {"bytes": None, "path": "blue.png"}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = load_image_text(tmp_path / "rows.parquet", image_root=folder / "images")
+    images = [as_list(row.get("image", row.get("images"))) for row in read]
+    assert [len(one) for one in images] == ([2, 1] if kind == "lists of structs" else [1, 1])
+    assert [load_rgb_image(one[0]).getpixel((0, 0)) for one in images] == [COLOURS["red"], COLOURS["blue"]]
+    assert bool(read.cache_files) == (kind != "one by its path")  # mapped; a path is looked for below the folder
 
 
 def test_images_of_every_kind_in_a_list_of_rows(folder: Path) -> None:

@@ -184,8 +184,11 @@ def _of_dataset(
     column = columns.find_column(loaded.column_names or [])
     row_format = row_format or ("" if format in ("auto", *FILE_FORMATS) else format)
     features, has_length = loaded.features, hasattr(loaded, "__len__")
-    if has_length and not streaming and column is not None and _is_images(features[column]):
-        return Source(name, HeldRows(loaded, column), root, format, row_format)
+    if has_length and not streaming and column is not None:
+        if _is_images(features[column]):
+            return Source(name, HeldRows(loaded, column), root, format, row_format)
+        if (image := _image_of_bytes(features[column])) and _all_bytes(loaded, column):
+            return Source(name, HeldRows(loaded.cast_column(column, image), column), root, format, row_format)
     unread = None if features is None else type(features)(unopened(features))
     loaded = loaded if features == unread else loaded.cast(unread)
     return Source(name, ListedRows(loaded) if has_length else StreamedRows(loaded), root, format, row_format)
@@ -195,6 +198,40 @@ def _is_images(feature: Any) -> bool:
     from datasets import Image
 
     return isinstance(inner_feature(feature), Image)
+
+
+def _image_of_bytes(feature: Any) -> Any:
+    """What a column of encoded images is called by files without the metadata of `datasets` (a struct of bytes and path, or
+    bytes alone; one or a list), as a feature of images; `None` for other columns. Named so, they need not be copied."""
+    from datasets import Image, Value
+
+    paths = (Value("string"), Value("null"))  # "null" where no image has one
+
+    def is_encoded(one: Any) -> bool:
+        if not isinstance(one, Mapping):
+            return one == Value("binary")
+        return set(one) == {"bytes", "path"} and one["bytes"] == Value("binary") and one["path"] in paths
+
+    if is_encoded(feature):
+        return Image()
+    return [Image()] if is_encoded(feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)) else None
+
+
+def _all_bytes(dataset: Any, column: str) -> bool:
+    """Whether no image of a column is named by its path alone, which is looked for below the source's folder."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    dataset = dataset.select_columns([column]).with_format("arrow")
+    for start in range(0, len(dataset), _CHUNK):
+        values = dataset[start : start + _CHUNK].column(column)
+        if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+            values = pc.list_flatten(values)
+        if pa.types.is_struct(values.type):
+            values = pc.struct_field(values.filter(pc.is_valid(values)), "bytes")
+        if values.null_count:
+            return False
+    return True
 
 
 def _the_split(names: Sequence[str], split: str | None, name: str) -> str:
