@@ -71,7 +71,7 @@ SHAPES = f"python -m modeling_frozen.shapes --output_dir {OUT}/shapes && "
 OFFLINE = f"--vision {OUT}/shapes/tower --text {OUT}/shapes/language_model --dataset {OUT}/shapes"
 MOBILENET, STORY = "assets/vision/mobilenet_v2_1.0_224", "assets/lm/tinystories_instruct_3m_chat"
 CAPTIONING = f"python examples/train_captioning.py --vision {MOBILENET} --text {STORY} --dataset assets/captions/flickr8k_1k"
-GROWING = " ".join(f"--rows {10**power}" for power in (3, 4, 5, 6))
+GROWING = [f"--rows {10**power}" for power in (3, 4, 5, 6)]
 CAPTIONED = " ".join(f"{OUT}/captioning/{seed}" for seed in range(3))
 
 RESULTS = (
@@ -173,10 +173,22 @@ RESULTS = (
         f"python -m benchmarks.batching --dataset assets/captions/flickr8k_1k --text {STORY} --prefix 10 49 --every 10",
         timing=True,
     ),
-    Result("rows", f"python -m benchmarks.rows --rounds 1 {GROWING}", timing=True),
-    Result("stored_rows", f"python -m benchmarks.stored_rows --rounds 1 {GROWING}", timing=True),
-    Result("loading", "python -m benchmarks.loading --clock cpu", timing=True),
+    Result("rows", f"python -m benchmarks.rows --rounds 1 {' '.join(GROWING)}", timing=True),
+    Result("stored_rows", f"python -m benchmarks.stored_rows --rounds 1 {' '.join(GROWING)}", timing=True),
+    Result("main_job", f"python -m benchmarks.main_job {' '.join(GROWING[:3])}", timing=True),
+    Result("loading", "python -m benchmarks.loading --clock cpu --profile", timing=True),
     Result("llava", "python -m benchmarks.llava --rounds 1 --pictures 8", timing=True),
+    Result(
+        "llava_compiled",
+        "python -m benchmarks.llava --rounds 1 --pictures 8 --vocab-sizes 151936 --short-batch 0 --epochs 5 "
+        "--compile inductor",
+        timing=True,
+    ),
+    Result(
+        "assisted",
+        f"python -m benchmarks.assisted {OUT}/photos/eyes jxie/flickr8k --split test --assistant {STORY} --clock cpu",
+        timing=True,
+    ),
     Result("peers", "python -m benchmarks.peers --nanovlm nanoVLM --rounds 3", timing=True),
 )
 

@@ -22,7 +22,7 @@ def test_each_result_is_shown_and_each_file_is_of_a_result() -> None:
     assert files == INCLUDED
 
 
-@pytest.mark.parametrize("page", ["results.md", "faithfulness.md"])
+@pytest.mark.parametrize("page", ["results.md", "performance.md", "faithfulness.md"])
 def test_no_table_is_written_by_hand(page: str) -> None:
     text = PAGES[page]
     assert "<!-- include: docs/tables/" in text
