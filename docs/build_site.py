@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from error_messages import KIND, ROOT, kind_of, kinds, messages
+from error_messages import HEADING, ROOT, kinds, messages
 
 
 BUILDER = "mkdocs"
@@ -43,15 +43,13 @@ def include(name: str) -> str:
 
 def with_messages(page: str) -> str:
     """The page of errors with the messages of each kind, below what it says of them."""
-    known = kinds(page)
-    of: dict[str, list[str]] = {anchor: [] for anchor in known}
+    of: dict[str, list[str]] = {anchor: [] for anchor in kinds(page)}
     for message in messages():
-        anchor = kind_of(message, known)
-        if anchor and re.search(r"\w", message.text) and message.text not in of[anchor]:
-            of[anchor].append(message.text)
+        if message.kind and re.search(r"\w", message.text) and message.text not in of[message.kind]:
+            of[message.kind].append(message.text)
     sections = re.split(r"(?=^## )", page, flags=re.MULTILINE)
     for number, section in enumerate(sections):
-        if found := KIND.match(section):
+        if found := HEADING.match(section):
             listed = "".join(f"\n- `` {html.unescape(text)} ``" for text in of[found["anchor"]])
             sections[number] = f"{section.rstrip()}\n\nMessages, with … for what is filled in:\n{listed}\n\n"
     return "".join(sections)

@@ -1,7 +1,7 @@
-"""Every message that the package raises, read from its source, and which kind of error of docs/errors.md it is.
+"""Every message that the package raises, read from its source, with the kind of docs/errors.md that it names at its end.
 
-The page says what a kind means and what to do, with an expression that finds its messages; `docs/build_site.py` writes the
-messages below it, and a test fails for a message of no kind (`tests/test_docs_errors.py`). Standard library only.
+The page says what a kind means and what to do; `docs/build_site.py` writes the messages below it, and a test fails for a
+message that names no kind (`tests/test_docs_errors.py`). Standard library only.
 """
 
 import ast
@@ -13,20 +13,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("modeling_frozen", "processors")
-KIND = re.compile(
-    r"^## (?P<title>.+?) \{#(?P<anchor>[\w-]+)\}\n+<!-- messages:\s+(?P<pattern>.+?)\s+-->$", re.MULTILINE | re.DOTALL
-)
+HEADING = re.compile(r"^## (?P<title>.+?) \{#(?P<anchor>[\w-]+)\}$", re.MULTILINE)
+SUFFIX = re.compile(r" ?\[errors\.md#([\w-]+)\]")
 # Named by what they are, not by what they say.
-NO_MESSAGES = ("NotImplementedError", "SystemExit")
+NO_MESSAGES = ("NotImplementedError", "SystemExit", "KeyError")
+# What whoever knows the row says to its end, and names the kind of; and a window of the demo page.
+PHRASES = ("RowError", "MissingFile", "NothingToLearn", "UnreadableRow", "_Broken", "_wrong_count", "gr.Error")
 
 
 @dataclass(frozen=True)
 class Message:
-    """A `raise`: where it is, and what it says, with `…` for what is filled in."""
+    """A `raise`: where it is, what it says, with `…` for what is filled in, and its kind."""
 
     file: str
     line: int
     text: str
+    kind: str | None
 
 
 def _strings(node: ast.AST) -> list[str]:
@@ -46,16 +48,18 @@ def _strings(node: ast.AST) -> list[str]:
 
 
 def _told(call: ast.Call, module: ast.Module, functions: dict[str, ast.FunctionDef]) -> list[str]:
-    """What an exception that is built by `call` says: its longest argument, or the strings of the function that writes it."""
+    """What an exception that is built by `call` says: its longest argument, or the strings of what is called or named there,
+    with the kind that stands behind."""
     texts = [text for argument in call.args for text in _strings(argument)]
-    if texts and max(map(len, texts)) > 15:
-        longest = max(texts, key=len)
+    longest = max(texts, key=len, default="")
+    if len(SUFFIX.sub("", longest)) > 15:
         return [text for text in texts if len(text) > 15] if isinstance(call.args[0], ast.IfExp) else [longest]
+    suffix = found[0] if (found := SUFFIX.search(longest)) else ""
     names = [node.id for node in ast.walk(call) if isinstance(node, ast.Name)]
     names += [node.attr for node in ast.walk(call) if isinstance(node, ast.Attribute)]
     for name in names:
         if name in functions:
-            found = [
+            said = [
                 text
                 for node in ast.walk(functions[name])
                 if isinstance(node, ast.Return | ast.Raise)
@@ -63,12 +67,12 @@ def _told(call: ast.Call, module: ast.Module, functions: dict[str, ast.FunctionD
                 for text in _strings(one)
                 if len(text) > 15
             ]
-            if found:
-                return [max(found, key=len)]
+            if said:
+                return [max(said, key=len) + suffix]
         for node in module.body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
-                if found := _strings(node.value):
-                    return found
+                if named := _strings(node.value):
+                    return [text + suffix for text in named]
     return texts
 
 
@@ -85,21 +89,14 @@ def messages() -> Iterator[Message]:
         for node in ast.walk(module):
             if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
                 continue  # what is raised on, or raised again, was said elsewhere
-            raised = ast.unparse(node.exc.func)
-            if raised in NO_MESSAGES:
+            if ast.unparse(node.exc.func) in (*NO_MESSAGES, *PHRASES):
                 continue
             for text in _told(node.exc, module, functions) or [""]:
-                yield Message(path.relative_to(ROOT).as_posix(), node.lineno, " ".join(text.split()))
+                found = SUFFIX.search(text)
+                said = " ".join(SUFFIX.sub("", text).split())
+                yield Message(path.relative_to(ROOT).as_posix(), node.lineno, said, found[1] if found else None)
 
 
-def kinds(page: str) -> dict[str, re.Pattern[str]]:
-    """Anchor of each kind of the page, in its order, with the expression for its messages (or for `file: message`)."""
-    return {
-        found["anchor"]: re.compile("|".join(line.strip() for line in found["pattern"].split("\n") if line.strip()))
-        for found in KIND.finditer(page)
-    }
-
-
-def kind_of(message: Message, of: dict[str, re.Pattern[str]]) -> str | None:
-    """The first kind whose expression is found in the message."""
-    return next((anchor for anchor, pattern in of.items() if pattern.search(f"{message.file}: {message.text}")), None)
+def kinds(page: str) -> list[str]:
+    """Anchor of each kind of the page, in its order."""
+    return [found["anchor"] for found in HEADING.finditer(page)]

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r} [errors.md#internal]")
     try:
         value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
     except Exception as error:

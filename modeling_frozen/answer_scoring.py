@@ -25,7 +25,7 @@ def score_answers(
 ) -> torch.Tensor:
     """As [`FrozenPrefixForConditionalGeneration.score`], of `model`."""
     if reduction not in ("sum", "mean"):
-        raise ValueError(f'`reduction="{reduction}"` should be "sum" or "mean".')
+        raise ValueError(f'`reduction="{reduction}"` should be "sum" or "mean". [errors.md#choices]')
     if prefix_cache is None or any(value is not None for value in inputs.values()):
         prefix_cache = model.encode_prefix(prefix_cache=prefix_cache, **inputs)
     answers = _answers(candidates, candidates_mask, tokenizer, len(prefix_cache))
@@ -55,7 +55,10 @@ def _answer_logits(
     if some.encoder_outputs is not None:
         start = model.generation_config.decoder_start_token_id
         if start is None:
-            raise ValueError("The generation config has no `decoder_start_token_id`, so no answer can begin: set it.")
+            raise ValueError(
+                "The generation config has no `decoder_start_token_id`, so no answer can begin: set it."
+                " [errors.md#language-model]"
+            )
         begin = torch.full_like(targets[:, :1], start)
         return model(
             encoder_outputs=some.encoder_outputs,
@@ -99,11 +102,12 @@ def _answers(candidates: Any, mask: torch.Tensor | None, tokenizer: Any, rows: i
         if nested and len(candidates) != rows:
             raise ValueError(
                 f"{len(candidates)} lists of candidates were passed for {rows} prompt(s): one for each, or one for all."
+                " [errors.md#evaluation]"
             )
         answers = [list(_tokenized(own, tokenizer)) for own in (candidates if nested else [candidates])]
         answers = answers if nested else answers * rows
     if not answers or any(not own or any(not ids for ids in own) for own in answers):
-        raise ValueError("Each prompt needs a candidate at least, and each candidate a token.")
+        raise ValueError("Each prompt needs a candidate at least, and each candidate a token. [errors.md#padding]")
     return answers
 
 
@@ -111,7 +115,10 @@ def _tokenized(candidates: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]
     for candidate in candidates:
         if isinstance(candidate, str):
             if tokenizer is None:
-                raise ValueError("Models hold no tokenizer: pass `tokenizer=processor.tokenizer` with strings, or token ids.")
+                raise ValueError(
+                    "Models hold no tokenizer: pass `tokenizer=processor.tokenizer` with strings, or token ids."
+                    " [errors.md#processor]"
+                )
             yield tokenizer(candidate, add_special_tokens=False)["input_ids"]
         else:
             yield candidate.tolist() if isinstance(candidate, torch.Tensor) else list(candidate)

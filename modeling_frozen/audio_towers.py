@@ -71,7 +71,10 @@ def audio_tower_class(audio_config: PreTrainedConfig) -> type[PreTrainedModel]:
     if config_class not in _ENCODER_CLASSES:
         encoder = _whole_on_meta(audio_config).get_encoder()
         if not isinstance(encoder, PreTrainedModel):
-            raise ValueError(f"The encoder of {config_class.__name__} ({type(encoder).__name__}) can't be a tower by itself.")
+            raise ValueError(
+                f"The encoder of {config_class.__name__} ({type(encoder).__name__}) can't be a tower by itself."
+                " [errors.md#tower]"
+            )
         _ENCODER_CLASSES[config_class] = type(encoder)
     return _ENCODER_CLASSES[config_class]
 
@@ -251,7 +254,7 @@ def probe_audio_tower(
     raise ValueError(
         f"{type(tower).__name__} took none of the inputs tried (of shapes {tried}): {reason}. An audio tower must give "
         "`last_hidden_state` for `input_features` or `input_values` alone; pass its feature extractor, which has "
-        "their shape."
+        "their shape. [errors.md#tower]"
     ) from reason
 
 

@@ -127,7 +127,7 @@ def language_model_geometry(language_model: PreTrainedModel) -> LanguageModelGeo
     if dim is None or rows is None:
         raise ValueError(
             f"The input embeddings of {type(language_model).__name__} are a {type(embeddings).__name__} without a width "
-            "or a number of rows, so no prefix can be written for it."
+            "or a number of rows, so no prefix can be written for it. [errors.md#language-model]"
         )
     return LanguageModelGeometry(embedding_dim=int(dim), num_embeddings=int(rows))
 
@@ -247,14 +247,14 @@ def refuse_pickles(files: Iterable[str]) -> None:
         if not str(file).endswith(".safetensors"):
             raise ValueError(
                 f"`{file}` is no safetensors, though its index names it; what it is may run code when it is read. Save the "
-                "model anew."
+                "model anew. [errors.md#checkpoint]"
             )
         try:
             with safe_open(file, framework="pt"):
                 pass
         except SafetensorError as error:
             raise ValueError(
-                f"`{file}` can't be read ({error}): it is damaged or not whole. Fetch or save it again."
+                f"`{file}` can't be read ({error}): it is damaged or not whole. Fetch or save it again. [errors.md#checkpoint]"
             ) from error
 
 
@@ -350,7 +350,7 @@ def _load_language_model(
         raise ValueError(
             f"`{name_or_path}` ({type(model).__name__}) reads ahead: its prediction of a word depends on the words after it. "
             "Give a causal or encoder-decoder language model, or, if this one was trained as a decoder, set "
-            "`is_decoder=True` in its config."
+            "`is_decoder=True` in its config. [errors.md#language-model]"
         )
     return model
 
@@ -371,7 +371,7 @@ def _refuse_missing(name_or_path: str, model: PreTrainedModel, info: dict[str, A
     if missing:
         raise ValueError(
             f"`{name_or_path}` lacks {len(missing)} of the weights that {type(model).__name__} needs ({missing[:3]}…): "
-            f"they would be random. Give a repository that holds {wanted}."
+            f"they would be random. Give a repository that holds {wanted}. [errors.md#no-parent]"
         )
 
 
@@ -489,6 +489,7 @@ def _refuse_files(part: str, name_or_path: str, gguf_file: str | None) -> None:
     if gguf_file is not None and part != "text":
         raise ValueError(
             f"`{part}_gguf_file={gguf_file!r}`: transformers reads no {what} from a GGUF file, only language models."
+            " [errors.md#no-parent]"
         )
     is_folder = os.path.isdir(name_or_path)
     if os.path.isfile(name_or_path) or name_or_path.endswith(".gguf") and not is_folder:
@@ -496,13 +497,14 @@ def _refuse_files(part: str, name_or_path: str, gguf_file: str | None) -> None:
         way_out = f' Of a GGUF file name both: "{folder or "."}", text_gguf_file="{name}".' if name.endswith(".gguf") else ""
         raise ValueError(
             f"`{name_or_path}` is a file: name the folder, or the id on the Hub, of the {what}, with its config and weights "
-            f"as transformers saves them.{way_out}"
+            f"as transformers saves them.{way_out} [errors.md#no-parent]"
         )
     if is_folder and gguf_file is None and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         files = sorted(file.name for file in Path(name_or_path).glob("*.gguf"))
         if files:
             raise ValueError(
                 f'`{name_or_path}` holds no config.json, but {files}: name one of them, text_gguf_file="{files[0]}".'
+                " [errors.md#no-parent]"
             )
 
 
@@ -617,7 +619,7 @@ def verify_fingerprint(part: str, recorded: dict[str, Any], loaded: dict[str, An
         f"{loaded['fingerprint']}, but the connector was trained with {recorded['fingerprint']} (from "
         f"`{recorded['name_or_path']}`, revision {recorded['revision']}): its weights have changed, and the connector "
         f'would write for another model. Restore that backbone, or pass {part}_base_model="id or folder" to '
-        "from_pretrained to use, and record, another one knowingly."
+        "from_pretrained to use, and record, another one knowingly. [errors.md#another-parent]"
     )
 
 

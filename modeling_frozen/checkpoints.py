@@ -268,7 +268,7 @@ def refuse_lost_words(model: Any) -> None:
     if "text" not in model.backbones and "text" not in parts_with_source(model):
         raise ValueError(
             "The language model of this checkpoint lies in it, and was not loaded (`load_language_model=False`), so a "
-            "checkpoint saved now would have none: load the model whole to save it."
+            "checkpoint saved now would have none: load the model whole to save it. [errors.md#not-loaded]"
         )
 
 
@@ -282,7 +282,7 @@ def refuse_quantized(model: Any, saved: tuple[str, ...]) -> None:
             raise ValueError(
                 f"The {PARTS[part].description} is quantised, and a checkpoint that holds it could not be loaded: save "
                 "without `include_base_models=True`, so that it is loaded from its own place and quantised again, or load it "
-                "unquantised first."
+                "unquantised first. [errors.md#checkpoint]"
             )
 
 
@@ -404,7 +404,7 @@ def refill(
         elif getattr(model.config, f"{part}_base_model") is None:
             raise ValueError(
                 f"The checkpoint `{name}` neither holds the weights of its {PARTS[part].description} nor names their source: "
-                f'pass {part}_base_model="id or folder" to from_pretrained.'
+                f'pass {part}_base_model="id or folder" to from_pretrained. [errors.md#no-parent]'
             )
         else:
             module, record = load_recorded(model.config, part, **load_options)
@@ -487,6 +487,7 @@ def check_same_geometry(model: Any, part: str, module: PreTrainedModel, name: st
             raise ValueError(
                 f"The connector writes vectors of width {config.embedding_dim}, but the word embeddings of `{name}` have "
                 f"width {width}: give a language model of that width, or train a connector for this one."
+                " [errors.md#another-parent]"
             )
         if config.fusion == "cross_attention":
             check_decoder(module, hidden_size=config.text_hidden_size, num_layers=config.text_num_layers, name=name)
@@ -503,7 +504,7 @@ def check_same_geometry(model: Any, part: str, module: PreTrainedModel, name: st
     if width != expected:
         raise ValueError(
             f"The connector of the {PARTS[part].description} reads features of width {expected}, but `{name}` gives {width}: "
-            "give a tower of that width, or train a connector for this one."
+            "give a tower of that width, or train a connector for this one. [errors.md#another-parent]"
         )
     for key, value in found.items():
         setattr(config, key, value)
@@ -523,7 +524,7 @@ def unload_base_model(model: Any, part: str = "vision") -> None:
         why = "was trained or changed" if has_source else "has no repository or folder"
         raise ValueError(
             f"The {PARTS[part].description} {why}, so it would be lost: save it by its own `save_pretrained`, and join the "
-            "model anew from that folder."
+            "model anew from that folder. [errors.md#not-loaded]"
         )
     setattr(model.base_model, attribute, None)
     model._gather_from_backbones()
@@ -537,7 +538,7 @@ def reload_base_model(model: Any, part: str = "vision", **kwargs: Any) -> None:
     if getattr(model.config, f"{part}_base_model") is None:
         raise ValueError(
             f"The config does not record where the {PARTS[part].description} is: load the model anew, with "
-            f'{part}_base_model="id or folder".'
+            f'{part}_base_model="id or folder". [errors.md#no-parent]'
         )
     module, record = load_recorded(model.config, part, **kwargs)
     if "device_map" not in kwargs:
@@ -553,9 +554,10 @@ def unloadable(model: Any, part: str) -> str:
     if part not in names:
         raise ValueError(
             f"part={part!r}: of {sorted(names)} one can be unloaded and loaded again; the language model is always needed."
+            " [errors.md#not-loaded]"
         )
     if getattr(model.config, f"{part}_config") is None:
-        raise ValueError(f"This model has no {PARTS[part].description}.")
+        raise ValueError(f"This model has no {PARTS[part].description}. [errors.md#not-loaded]")
     return PARTS[part].attribute
 
 
@@ -563,7 +565,7 @@ def refuse_without_source(part: str, backbone: str | PreTrainedModel | None) -> 
     if not isinstance(backbone, str):
         raise ValueError(
             f"`load_vision_tower=False` leaves the {PARTS[part].description} where it is, so name its repository or folder; "
-            f"got {'none' if backbone is None else f'a loaded {type(backbone).__name__}'}."
+            f"got {'none' if backbone is None else f'a loaded {type(backbone).__name__}'}. [errors.md#no-parent]"
         )
 
 
@@ -590,7 +592,7 @@ def refuse_incomplete(model: Any, result: Any) -> Any:
         raise RuntimeError(
             f"Error(s) in loading state_dict for {type(model).__name__}: missing keys {missing}, unexpected keys "
             f"{result.unexpected_keys}. A checkpoint holds all that trains, under the names of `state_dict()`; load one of "
-            "an earlier version by `from_pretrained`."
+            "an earlier version by `from_pretrained`. [errors.md#checkpoint]"
         )
     return type(result)(missing, result.unexpected_keys)
 
@@ -615,6 +617,7 @@ def refuse_partly_loaded(model: Any, result: Any) -> Any:
             f"The state dict lacks {len(missing)} tensors that train ({missing[:3]}…), and holds others that the model has no "
             f"place for ({result.unexpected_keys[:3]}…): training would go on from other weights than were saved. Load the "
             "checkpoint by `from_pretrained`, which knows the names of earlier versions, and save it again."
+            " [errors.md#checkpoint]"
         )
     return type(result)(missing, result.unexpected_keys)
 
@@ -631,7 +634,7 @@ def refuse_unexpected(model: Any, name: str, info: dict[str, Any], attached: fro
         raise ValueError(
             f"The checkpoint `{name}` holds {len(unexpected)} tensors that the model of its config has no place for "
             f"({unexpected[:3]}…): its config was changed since, or belongs to another checkpoint. Restore the config that "
-            "was saved with it."
+            "was saved with it. [errors.md#checkpoint]"
         )
 
 

@@ -306,7 +306,7 @@ class FrozenPrefixConfig(CompositeConfig):
             if key not in allowed and not key.startswith("_"):
                 raise ValueError(
                     f"`{key}` is not a key of {cls.__name__}. {cls._nearest_key(key)} Options of the connector itself go into "
-                    "`connector_config`."
+                    "`connector_config`. [errors.md#choices]"
                 )
 
     @classmethod
@@ -471,14 +471,22 @@ class FrozenPrefixConfig(CompositeConfig):
         """Checks the values together; part of transformers' own validation, so it runs before each save as well."""
         unknown = [part for part in self.trainable if part not in TRAINABLE]
         if unknown:
-            raise ValueError(f"`trainable` holds {unknown}, but only {list(TRAINABLE)} can train: remove or correct them.")
+            raise ValueError(
+                f"`trainable` holds {unknown}, but only {list(TRAINABLE)} can train: remove or correct them."
+                " [errors.md#choices]"
+            )
         for part in VISION_PARTS:
             if getattr(self, f"{part}_feature_layer") == []:
-                raise ValueError(f"`{part}_feature_layer=[]` reads no layer: give one index, such as -1, or a list of them.")
+                raise ValueError(
+                    f"`{part}_feature_layer=[]` reads no layer: give one index, such as -1, or a list of them."
+                    " [errors.md#range]"
+                )
         if self.image_token_id is not None and self.image_token_id < 0:
-            raise ValueError(f"`image_token_id={self.image_token_id}` is negative; token ids start at 0.")
+            raise ValueError(f"`image_token_id={self.image_token_id}` is negative; token ids start at 0. [errors.md#range]")
         if self.prefix_length is not None and self.prefix_length < 1:
-            raise ValueError(f"`prefix_length={self.prefix_length}` leaves no prefix vector; it must be at least 1.")
+            raise ValueError(
+                f"`prefix_length={self.prefix_length}` leaves no prefix vector; it must be at least 1. [errors.md#range]"
+            )
         self._validate_lengths()
         from .losses import check_loss_config
 
@@ -500,6 +508,7 @@ class FrozenPrefixConfig(CompositeConfig):
                 f"A prefix of {self.prefix_length} vectors leaves no room for words: the language model has "
                 f"{max_positions} positions. Choose a smaller `prefix_length`, with a connector that can shorten "
                 "(`resampler`, `avg_pool`, `pixel_shuffle`, …), or a language model with more positions."
+                " [errors.md#connector-fit]"
             )
 
     def changed_processor_files(self, part: str) -> list[str]:
@@ -518,7 +527,7 @@ class FrozenPrefixConfig(CompositeConfig):
         if not lengths or min(lengths) < 1 or self.prefix_length not in (None, lengths[-1]):
             raise ValueError(
                 f"`prefix_lengths={lengths}` must be lengths of at least 1, the longest of them `prefix_length`, which is "
-                f"{self.prefix_length}: leave `prefix_length` out."
+                f"{self.prefix_length}: leave `prefix_length` out. [errors.md#connector-fit]"
             )
         self.prefix_length = lengths[-1]
         kind = CONNECTORS.get(self.connector_type)
@@ -528,15 +537,18 @@ class FrozenPrefixConfig(CompositeConfig):
             able = [name for name, one in CONNECTORS.items() if one.takes_lengths]
             raise ValueError(
                 f"`prefix_lengths={lengths}` needs a connector that can write shorter prefixes than its own, one of {able}, "
-                f"with `fusion='prefix'`; this is {self.connector_type!r} with {self.fusion!r}."
+                f"with `fusion='prefix'`; this is {self.connector_type!r} with {self.fusion!r}. [errors.md#connector-fit]"
             )
         if (self.connector_config or {}).get("separator"):
-            raise ValueError(f"`prefix_lengths={lengths}` go without `separator=True`, which is of one length: leave one out.")
+            raise ValueError(
+                f"`prefix_lengths={lengths}` go without `separator=True`, which is of one length: leave one out."
+                " [errors.md#connector-fit]"
+            )
         wrong = [length for length in lengths if math.isqrt(length) ** 2 != length]
         if kind.reads_grid and (wrong or "output_size" in (self.connector_config or {})):
             raise ValueError(
                 f"`prefix_lengths={lengths}` of the connector {self.connector_type!r} must be squares (1, 4, 16 …), and go "
-                f"without `output_size`: {wrong or self.connector_config} does not fit."
+                f"without `output_size`: {wrong or self.connector_config} does not fit. [errors.md#connector-fit]"
             )
 
     def _validate_towers(self) -> None:
@@ -544,7 +556,7 @@ class FrozenPrefixConfig(CompositeConfig):
         if parts != VISION_PARTS[: len(parts)]:
             raise ValueError(
                 f"The vision towers of this config are {list(parts)}: a further one comes behind {list(VISION_PARTS[:2])}, so "
-                "that their order says which one's grid counts."
+                "that their order says which one's grid counts. [errors.md#tower]"
             )
         if len(parts) < 2:
             return
@@ -557,12 +569,12 @@ class FrozenPrefixConfig(CompositeConfig):
                     f"({self.backbone_configs[part].model_type}) has {found} with "
                     f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: its {positions} positions can't "
                     "be brought to another one. Take `vision_feature_select_strategy='default'`, towers of images of one "
-                    "size, or this tower alone."
+                    "size, or this tower alone. [errors.md#tower]"
                 )
         if self.num_frames is not None:
             raise ValueError(
                 f"`num_frames={self.num_frames}` samples frames for one vision tower, and this model has {len(parts)}: join "
-                "it with one tower for videos, or leave `num_frames` out."
+                "it with one tower for videos, or leave `num_frames` out. [errors.md#tower]"
             )
 
     def _validate_records(self) -> None:
@@ -573,7 +585,7 @@ class FrozenPrefixConfig(CompositeConfig):
                 raise ValueError(
                     f"`{part}_base_model={record}` lacks {lacking}, without which the {PARTS[part].description} can't be "
                     "loaded and checked: restore the config that was saved, or set it to `None` and name the place when "
-                    f'loading, `from_pretrained(..., {part}_base_model="id or folder")`.'
+                    f'loading, `from_pretrained(..., {part}_base_model="id or folder")`. [errors.md#no-parent]'
                 )
 
     def _validate_media(self) -> None:
@@ -581,19 +593,23 @@ class FrozenPrefixConfig(CompositeConfig):
 
         ids = self.placeholder_ids
         if len(set(ids.values())) < len(ids):
-            raise ValueError(f"The placeholders {ids} share an id, so they can't be distinguished: give each its own.")
+            raise ValueError(
+                f"The placeholders {ids} share an id, so they can't be distinguished: give each its own."
+                " [errors.md#placeholders]"
+            )
         readers = [name for name, kind in CONNECTORS.items() if kind.reads_positions and not kind.reads_grid]
         if self.num_frames is not None:
             if self.num_frames < 1 or self.vision_config is None:
                 raise ValueError(
                     f"`num_frames={self.num_frames}` is the number of frames that the vision tower reads of a video: it "
                     "must be at least 1, and there must be a vision tower. Leave it out for a model without videos."
+                    " [errors.md#tower]"
                 )
             if self.video_pooling == "connector" and self.connector_type not in readers:
                 raise ValueError(
                     f"`video_pooling='connector'` lets the connector read all frames as one sequence, but "
                     f"`connector_type={self.connector_type!r}` does not: take one of {readers}, or "
-                    "`video_pooling='mean'`."
+                    "`video_pooling='mean'`. [errors.md#connector-fit]"
                 )
         if self.audio_width is None or self.embedding_dim is None:
             return
@@ -608,7 +624,7 @@ class FrozenPrefixConfig(CompositeConfig):
             raise ValueError(
                 f"`audio_connector_type={self.audio_connector_type!r}` writes a vector per position, and longer audio "
                 f"has more of them, while its placeholders are a fixed number: take one of {readers}, or "
-                "`audio_feature_select_strategy='pooled'`."
+                "`audio_feature_select_strategy='pooled'`. [errors.md#placeholders]"
             )
 
     def _validate_retrieval(self) -> None:
@@ -617,27 +633,31 @@ class FrozenPrefixConfig(CompositeConfig):
 
             check_contrastive_loss(self.contrastive_loss_type, self.contrastive_loss_config or {})
         if self.projection_dim is not None and self.projection_dim < 1:
-            raise ValueError(f"`projection_dim={self.projection_dim}` leaves no space to match in; it must be at least 1.")
+            raise ValueError(
+                f"`projection_dim={self.projection_dim}` leaves no space to match in; it must be at least 1. [errors.md#range]"
+            )
         if not 0 <= self.projection_dropout < 1:
-            raise ValueError(f"`projection_dropout={self.projection_dropout}` must be at least 0 and below 1.")
+            raise ValueError(
+                f"`projection_dropout={self.projection_dropout}` must be at least 0 and below 1. [errors.md#range]"
+            )
         weights = {name: getattr(self, name) for name in ("contrastive_loss_weight", "caption_loss_weight")}
         if min(weights.values()) < 0 or max(weights.values()) == 0:
-            raise ValueError(f"{weights}: weights of losses can't be negative, nor both zero.")
+            raise ValueError(f"{weights}: weights of losses can't be negative, nor both zero. [errors.md#range]")
         if self.text_headless and self.caption_loss_weight:
             raise ValueError(
                 f"`caption_loss_weight={self.caption_loss_weight}` trains captions, and this text model only reads "
-                "(`text_headless=True`): take a language model that writes, or leave the weight out."
+                "(`text_headless=True`): take a language model that writes, or leave the weight out. [errors.md#contradiction]"
             )
         if self.image_embedding == "tower" and self.caption_loss_weight:
             raise ValueError(
                 f"`image_embedding='tower'` leaves the connector out and `caption_loss_weight={self.caption_loss_weight}` "
-                "needs it: choose one."
+                "needs it: choose one. [errors.md#contradiction]"
             )
         for part, count in (self.unlocked_layers or {}).items():
             if part not in PARTS or isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(
                     f"`unlocked_layers={self.unlocked_layers}` must say of some of {list(PARTS)} "
-                    "how many of their last layers train, at least 1."
+                    "how many of their last layers train, at least 1. [errors.md#choices]"
                 )
 
     def _validate_classifier(self) -> None:
@@ -647,21 +667,24 @@ class FrozenPrefixConfig(CompositeConfig):
             if wrong or not self.fused_inputs or len(set(self.fused_inputs)) < len(self.fused_inputs):
                 raise ValueError(
                     f"`fused_inputs={list(self.fused_inputs)}` must name, once each, some of what this model takes: "
-                    f"{list(known)}."
+                    f"{list(known)}. [errors.md#choices]"
                 )
         if self.image_embedding == "tower" and self.prompt_sees_media:
             raise ValueError(
                 "`image_embedding='tower'` leaves the connector out and `prompt_sees_media=True` needs it: choose one."
+                " [errors.md#contradiction]"
             )
         unknown = set(self.classifier_config or {}) - {"hidden_size", "dropout"}
         if unknown:
-            raise ValueError(f"`classifier_config` takes `hidden_size` and `dropout`, and not {sorted(unknown)}.")
+            raise ValueError(
+                f"`classifier_config` takes `hidden_size` and `dropout`, and not {sorted(unknown)}. [errors.md#choices]"
+            )
         if self.class_weights is None:
             return
         if len(self.class_weights) != self.num_labels or self.problem_type == "regression":
             raise ValueError(
                 f"`class_weights` holds {len(self.class_weights)} weights, for {self.num_labels} labels and "
-                f"`problem_type={self.problem_type!r}`: give one for each class, and none for regression."
+                f"`problem_type={self.problem_type!r}`: give one for each class, and none for regression. [errors.md#choices]"
             )
 
     def _validate_fusion(self) -> None:
@@ -669,13 +692,13 @@ class FrozenPrefixConfig(CompositeConfig):
             if self.cross_attention_config:
                 raise ValueError(
                     f"`cross_attention_config={self.cross_attention_config}` is for gated blocks, and `fusion='prefix'` has "
-                    "none: set `fusion='cross_attention'`, or leave the options out."
+                    "none: set `fusion='cross_attention'`, or leave the options out. [errors.md#cross-attention]"
                 )
             return
         if (self.connector_config or {}).get("separator"):
             raise ValueError(
                 "`separator=True` ends each tile among the words, and with `fusion='cross_attention'` no vector stands there: "
-                "leave it out, or take `fusion='prefix'`."
+                "leave it out, or take `fusion='prefix'`. [errors.md#cross-attention]"
             )
         from .cross_attention import check_cross_attention, probe_decoder
 
@@ -720,13 +743,13 @@ class FrozenPrefixConfig(CompositeConfig):
         if not towers and audio_config is None:
             raise ValueError(
                 "`vision_config` and `audio_config` are both `None`: a model needs a vision or an audio tower beside its "
-                "language model."
+                "language model. [errors.md#language-model]"
             )
         image_processors = image_processor if isinstance(image_processor, (list, tuple)) else [image_processor] * len(towers)
         if len(towers) > len(VISION_PARTS) or len(image_processors) != len(towers):
             raise ValueError(
                 f"{len(towers)} vision towers with {len(image_processors)} image processors: give one for each of at most "
-                f"{len(VISION_PARTS)} towers."
+                f"{len(VISION_PARTS)} towers. [errors.md#tower]"
             )
         layer_widths: list[int] = []
         for part, tower, own_processor in zip(VISION_PARTS, towers, image_processors, strict=False):

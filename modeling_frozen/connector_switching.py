@@ -37,19 +37,27 @@ def connector_specs(model: Any) -> dict[str, dict[str, Any]]:
 def load_connector(model: Any, name_or_path: str, name: str, **hub_options: Any) -> None:
     """As [`FrozenPrefixPreTrainedModel.load_connector`]."""
     if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"A connector can't be named `{name}`: take letters, digits and `_`, and no word of torch's.")
+        raise ValueError(
+            f"A connector can't be named `{name}`: take letters, digits and `_`, and no word of torch's."
+            " [errors.md#not-loaded]"
+        )
     if name in model.connectors:
-        raise ValueError(f"A connector named `{name}` is loaded already, of {model.connectors}: choose another name.")
+        raise ValueError(
+            f"A connector named `{name}` is loaded already, of {model.connectors}: choose another name. [errors.md#not-loaded]"
+        )
     config = FrozenPrefixConfig.from_pretrained(name_or_path, **hub_options)
     if "cross_attention" in (config.fusion, model.config.fusion):
         raise ValueError(
             f"`{name_or_path}` has fusion `{config.fusion}` and the loaded model `{model.config.fusion}`: only connectors "
             "of fusion `prefix` are switched, for gated blocks sit between layers. Load it with from_pretrained."
+            " [errors.md#checkpoint]"
         )
     _refuse_other_backbones(model, name_or_path, config)
     weights = cached_file(str(name_or_path), SAFE_WEIGHTS_NAME, **hub_options)
     if weights is None:
-        raise ValueError(f"`{name_or_path}` holds no {SAFE_WEIGHTS_NAME}: name a checkpoint of this package.")
+        raise ValueError(
+            f"`{name_or_path}` holds no {SAFE_WEIGHTS_NAME}: name a checkpoint of this package. [errors.md#checkpoint]"
+        )
     refuse_pickles([weights])
     connector = build_connector(**config.connector_arguments)
     prefix = "connector."
@@ -60,7 +68,7 @@ def load_connector(model: Any, name_or_path: str, name: str, **hub_options: Any)
     except RuntimeError as error:
         raise ValueError(
             f"The weights of `{name_or_path}` are not those of the {config.connector_type} connector that its config "
-            f"describes: {error}"
+            f"describes: {error} [errors.md#checkpoint]"
         ) from error
     # The device of the active connector, or, if it has no weights (`identity`), of the word embeddings.
     weight = next(model.base_model.connector.parameters(), model.get_input_embeddings().weight)
@@ -77,14 +85,14 @@ def _refuse_other_backbones(model: Any, name: str, config: FrozenPrefixConfig) -
         if part in (config.saved_parts or ()):
             raise ValueError(
                 f"`{name}` holds a {part} model of its own, so its connector was made for another one than the loaded: "
-                "load it with from_pretrained."
+                "load it with from_pretrained. [errors.md#another-parent]"
             )
         here, there = (getattr(c, f"{part}_base_model") or {} for c in (model.config, config))
         if here.get("fingerprint") != there.get("fingerprint"):
             raise ValueError(
                 f"`{name}` was trained with another {part} model (`{there.get('name_or_path')}`, fingerprint "
                 f"{there.get('fingerprint')}) than the loaded one (`{here.get('name_or_path')}`, fingerprint "
-                f"{here.get('fingerprint')}): load it with from_pretrained."
+                f"{here.get('fingerprint')}): load it with from_pretrained. [errors.md#another-parent]"
             )
 
 
@@ -92,7 +100,7 @@ def set_connector(model: Any, name: str) -> None:
     """As [`FrozenPrefixPreTrainedModel.set_connector`]."""
     specs = connector_specs(model)
     if name not in specs:
-        raise ValueError(f"No connector named `{name}` is loaded; loaded are {model.connectors}.")
+        raise ValueError(f"No connector named `{name}` is loaded; loaded are {model.connectors}. [errors.md#not-loaded]")
     if name == model.active_connector:
         return
     base = model.base_model

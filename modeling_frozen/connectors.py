@@ -182,7 +182,7 @@ class Connector(nn.Module):
             if prefix_length is None:
                 raise ValueError(
                     f"prefix_length=None: the connector {cls._name()!r} writes a prefix of its own length, so it "
-                    "needs one; pass prefix_length=32, for example."
+                    "needs one; pass prefix_length=32, for example. [errors.md#connector-fit]"
                 )
             return prefix_length
         if prefix_length is None or num_positions is None:
@@ -193,6 +193,7 @@ class Connector(nn.Module):
                 f"and the tower gives num_positions={num_positions}; leave prefix_length out, pool the tower's output "
                 "(vision_feature_select_strategy='pooled') before 'linear' or 'mlp', or choose a connector with a length of "
                 f"its own: {', '.join(repr(name) for name, kind in CONNECTORS.items() if kind.reads_positions)}."
+                " [errors.md#connector-fit]"
             )
         return prefix_length
 
@@ -268,7 +269,7 @@ class Connector(nn.Module):
                     "mapped; use 'linear' where they differ"
                 )
         if problems:
-            raise ValueError(f"The connector {cls._name()!r} can't be built: {'; '.join(problems)}.")
+            raise ValueError(f"The connector {cls._name()!r} can't be built: {'; '.join(problems)}. [errors.md#connector-fit]")
         separator = bool(values.get("separator"))
         written = prefix_length if prefix_length is None else prefix_length - separator
         resolved = cls.resolve_prefix_length(num_positions, written, grid, values)
@@ -280,13 +281,13 @@ class Connector(nn.Module):
         if features.ndim != 3 or features.shape[-1] != self.vision_width:
             raise ValueError(
                 f"Features of shape {tuple(features.shape)}: this connector takes (images, positions, "
-                f"{self.vision_width}); give a pooled vector one position by `features.unsqueeze(1)`."
+                f"{self.vision_width}); give a pooled vector one position by `features.unsqueeze(1)`. [errors.md#tower]"
             )
         if attention_mask is not None:
             if attention_mask.shape != features.shape[:2]:
                 raise ValueError(
                     f"attention_mask of shape {tuple(attention_mask.shape)} must be (images, positions) of the "
-                    f"features: {tuple(features.shape[:2])}."
+                    f"features: {tuple(features.shape[:2])}. [errors.md#tower]"
                 )
             attention_mask = attention_mask.bool()
             # Filled even where attention skips them: 0 * inf of a padded patch would be NaN.
@@ -295,18 +296,18 @@ class Connector(nn.Module):
         if self.positions is not None and not self.reads_grid and positions != len(self.positions) * frames:
             raise ValueError(
                 f"The tower gave {positions} positions where this connector has position embeddings for "
-                f"{self.num_positions}; {one_size}."
+                f"{self.num_positions}; {one_size}. [errors.md#tower]"
             )
         if self.reads_grid and isinstance(self.grid, tuple) and positions not in (math.prod(self.grid), self._num_read()):
             raise ValueError(
                 f"The tower gave {positions} positions where this connector reads a grid of {self.grid[0]} rows and "
-                f"{self.grid[1]} columns; {one_size}."
+                f"{self.grid[1]} columns; {one_size}. [errors.md#tower]"
             )
         expected = 1 if self.num_positions == 1 else self.prefix_length or positions
         if not self.reads_positions and positions != expected:
             raise ValueError(
                 f"The tower gave {positions} positions where this connector keeps {expected}; {one_size}, or use a "
-                "connector that reads any number of positions, such as 'resampler'."
+                "connector that reads any number of positions, such as 'resampler'. [errors.md#tower]"
             )
         return features, attention_mask
 
@@ -412,10 +413,15 @@ class Connector(nn.Module):
             ValueError: the norm is not a positive number, or the connector has no weights yet (meta device).
         """
         if not (math.isfinite(norm) and norm > 0):
-            raise ValueError(f"norm={norm!r} must be a positive number: the mean L2 norm of the word embeddings.")
+            raise ValueError(
+                f"norm={norm!r} must be a positive number: the mean L2 norm of the word embeddings. [errors.md#connector-fit]"
+            )
         weight = self.output.weight
         if weight.is_meta:
-            raise ValueError("This connector has no weights yet (meta device): materialise and initialise it first.")
+            raise ValueError(
+                "This connector has no weights yet (meta device): materialise and initialise it first."
+                " [errors.md#connector-fit]"
+            )
         positions = self.num_positions or (None if self.reads_positions else self.prefix_length) or 64
         modes = {module: module.training for module in self.modules()}
         generator = torch.Generator().manual_seed(0)
@@ -802,10 +808,13 @@ class _GridConnector(Connector):
                 f"The connector {cls._name()!r} reads the tower's positions as a grid of rows and columns, and these "
                 f"(num_positions={num_positions}) are none: a pooled vector, learned queries, or leading tokens kept among "
                 "them by vision_feature_select_strategy='full'. Take 'default' as strategy, or a connector that needs no "
-                "grid, such as 'resampler'."
+                "grid, such as 'resampler'. [errors.md#connector-fit]"
             )
         if grid != VARIABLE and math.prod(grid) != num_positions:
-            raise ValueError(f"grid={tuple(grid)} has {math.prod(grid)} places, for num_positions={num_positions}.")
+            raise ValueError(
+                f"grid={tuple(grid)} has {math.prod(grid)} places, for num_positions={num_positions}."
+                " [errors.md#connector-fit]"
+            )
 
     def _grids(self, hidden: torch.Tensor, spatial_shapes: torch.Tensor | None) -> Iterator[torch.Tensor]:
         """Maps (images, rows, columns, width): one of all images, or where each has its own grid one of each."""
@@ -817,11 +826,13 @@ class _GridConnector(Connector):
             raise ValueError(
                 f"spatial_shapes of shape {shape}: this connector reads grids, which differ by image, so it needs "
                 f"({hidden.shape[0]}, 2) of them, rows and columns: pass what the image processor gives by this name."
+                " [errors.md#tower]"
             )
         for one, (rows, columns) in zip(hidden, spatial_shapes.tolist(), strict=True):
             if rows * columns > hidden.shape[1]:
                 raise ValueError(
                     f"spatial_shapes holds {rows} rows and {columns} columns, more than the {hidden.shape[1]} positions."
+                    " [errors.md#tower]"
                 )
             yield one[: rows * columns].unflatten(0, (rows, columns))[None]
 
@@ -844,13 +855,14 @@ class _Pool(_GridConnector):
                 raise ValueError(
                     f"prefix_length={prefix_length}: the connector {cls._name()!r} writes a grid of vectors, so it needs a "
                     "square number of them (16, 64, 144 …), or connector_config={'output_size': (rows, columns)}."
+                    " [errors.md#connector-fit]"
                 )
             return side, side
         rows, columns = output_size
         if prefix_length not in (None, rows * columns):
             raise ValueError(
                 f"prefix_length={prefix_length} and output_size={tuple(output_size)}, which makes {rows * columns} vectors: "
-                "leave one of the two out, or make them agree."
+                "leave one of the two out, or make them agree. [errors.md#connector-fit]"
             )
         return rows, columns
 
@@ -863,7 +875,7 @@ class _Pool(_GridConnector):
         if grid != VARIABLE and (size[0] > grid[0] or size[1] > grid[1]):
             raise ValueError(
                 f"The connector {cls._name()!r} would pool a grid of {tuple(grid)} to {size} rows and columns, which is more: "
-                "choose a smaller prefix_length (or output_size), or a tower of smaller patches."
+                "choose a smaller prefix_length (or output_size), or a tower of smaller patches. [errors.md#connector-fit]"
             )
         return math.prod(size)
 
@@ -911,7 +923,7 @@ class AvgPoolConnector(_Pool):
                 return features
             raise ValueError(
                 f"These features were stored as the {self.prefix_length} means of `pool=True`, of which no prefix of {length} "
-                "vectors can be made: store all positions."
+                "vectors can be made: store all positions. [errors.md#internal]"
             )
         return torch.cat([self._pool(grids, length).flatten(1, 2) for grids in self._grids(features, spatial_shapes)])
 
@@ -949,18 +961,19 @@ class PixelShuffleConnector(_GridConnector):
             raise ValueError(
                 f"The connector {cls._name()!r} takes squares of {scale} x {scale} positions together, and this tower's "
                 "images have grids of any rows and columns, which the squares need not divide: take 'avg_pool', "
-                "'c_abstractor' or 'resampler'."
+                "'c_abstractor' or 'resampler'. [errors.md#tower]"
             )
         if grid[0] % scale or grid[1] % scale:
             raise ValueError(
                 f"scale_factor={scale} must divide the tower's grid of {grid[0]} rows and {grid[1]} columns: choose another, "
-                "or 'avg_pool', which pools any grid."
+                "or 'avg_pool', which pools any grid. [errors.md#connector-fit]"
             )
         length = (grid[0] // scale) * (grid[1] // scale)
         if prefix_length not in (None, length):
             raise ValueError(
                 f"prefix_length={prefix_length}: with scale_factor={scale} the connector {cls._name()!r} writes {length} "
                 f"vectors of a grid of {grid[0]} x {grid[1]}; leave prefix_length out, or choose another scale_factor."
+                " [errors.md#connector-fit]"
             )
         return length
 
@@ -1092,7 +1105,7 @@ def check_connector(
     if connector_type not in CONNECTORS:
         raise ValueError(
             f"connector_type={connector_type!r} is unknown; {_closest(connector_type, CONNECTORS)}"
-            f"The choices are {', '.join(map(repr, CONNECTORS))}."
+            f"The choices are {', '.join(map(repr, CONNECTORS))}. [errors.md#connector-fit]"
         )
     connector, options = CONNECTORS[connector_type], connector_config or {}
     geometry = {
@@ -1104,12 +1117,14 @@ def check_connector(
     }
     for name in options:
         if name in geometry:
-            raise ValueError(f"connector_config holds {name!r}, which goes beside connector_config, not into it.")
+            raise ValueError(
+                f"connector_config holds {name!r}, which goes beside connector_config, not into it. [errors.md#choices]"
+            )
         if name not in connector.options():
             choices = ", ".join(f"{option}={default!r}" for option, default in connector.options().items())
             raise ValueError(
                 f"connector_config holds {name!r}, which the connector {connector_type!r} does not know; "
-                f"{_closest(name, connector.options())}Its options are: {choices or 'none'}."
+                f"{_closest(name, connector.options())}Its options are: {choices or 'none'}. [errors.md#choices]"
             )
     return connector.check(**geometry, **options)  # type: ignore[arg-type]  # the keys have types of their own
 

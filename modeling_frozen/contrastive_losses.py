@@ -69,7 +69,7 @@ class _Square:
             raise ValueError(
                 f"A contrastive loss takes pairs: {len(image_embeds)} images and {len(text_embeds)} texts of widths "
                 f"{image_embeds.shape[-1]} and {text_embeds.shape[-1]} are none. Where several texts show one image, say by "
-                "`image_index` which."
+                "`image_index` which. [errors.md#shape]"
             )
         images, texts = image_embeds.float(), text_embeds.float()
         both, start = gather_with_gradient(torch.cat([images, texts], dim=-1))
@@ -84,7 +84,10 @@ class _Square:
         self.is_negative = ~self.is_pair
         if image_ids is not None:
             if image_ids.shape != (len(images),):
-                raise ValueError(f"`image_ids` of shape {tuple(image_ids.shape)} must name the image of {len(images)} pairs.")
+                raise ValueError(
+                    f"`image_ids` of shape {tuple(image_ids.shape)} must name the image of {len(images)} pairs."
+                    " [errors.md#shape]"
+                )
             all_ids = gather_with_gradient(image_ids.to(images.device).long()[:, None])[0][:, 0]
             self.is_negative = self.is_negative & (image_ids.to(images.device)[:, None] != all_ids)
         # Such that the mean over processes is the mean over all rows, however they are spread.
@@ -170,7 +173,7 @@ def triplet_loss(
             Which others of the batch count: for each anchor the nearest, or the mean over all.
     """
     if negatives not in ("hardest", "all"):
-        raise ValueError(f'`negatives="{negatives}"` is unknown: choose "hardest" or "all".')
+        raise ValueError(f'`negatives="{negatives}"` is unknown: choose "hardest" or "all". [errors.md#choices]')
     square = _Square(image_embeds, text_embeds, image_ids)
     has_others = square.is_negative.any(-1)
     loss: Any = 0.0
@@ -205,17 +208,21 @@ def check_contrastive_loss(loss_type: str, options: dict[str, Any]) -> None:
         ValueError: for an unknown loss or option, or a value that it can't have; lists the choices.
     """
     if loss_type not in CONTRASTIVE_LOSSES:
-        raise ValueError(f"`loss_type={loss_type!r}` is unknown: choose one of {sorted(CONTRASTIVE_LOSSES)}.")
+        raise ValueError(
+            f"`loss_type={loss_type!r}` is unknown: choose one of {sorted(CONTRASTIVE_LOSSES)}. [errors.md#choices]"
+        )
     for name, value in options.items():
         if name not in LOSS_OPTIONS[loss_type]:
             raise ValueError(
                 f"`loss_config` holds {name!r}, which the loss {loss_type!r} does not take; its options are "
-                f"{LOSS_OPTIONS[loss_type] or 'none'}."
+                f"{LOSS_OPTIONS[loss_type] or 'none'}. [errors.md#choices]"
             )
         if name == "negatives" and value not in ("hardest", "all"):
-            raise ValueError(f"`loss_config` says negatives={value!r}: choose 'hardest' or 'all'.")
+            raise ValueError(f"`loss_config` says negatives={value!r}: choose 'hardest' or 'all'. [errors.md#choices]")
         if name == "margin" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 2):
-            raise ValueError(f"`loss_config` says margin={value!r}: cosines differ by 2 at most, so it must be in (0, 2].")
+            raise ValueError(
+                f"`loss_config` says margin={value!r}: cosines differ by 2 at most, so it must be in (0, 2]. [errors.md#range]"
+            )
 
 
 __all__ = [

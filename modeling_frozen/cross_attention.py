@@ -88,6 +88,7 @@ def decoder_layers(language_model: PreTrainedModel) -> ModuleLists:
     if not len(layers):
         raise ValueError(
             f"{type(language_model).__name__} holds no list of layers before which gated blocks could be put. {PREFIX_INSTEAD}"
+            " [errors.md#cross-attention]"
         )
     return layers
 
@@ -106,7 +107,7 @@ def probe_decoder(text_config: PreTrainedConfig) -> DecoderGeometry:
     if text_config.is_encoder_decoder:
         raise ValueError(
             f'`fusion="cross_attention"` puts gated blocks into a decoder, behind the words that hold the image; in '
-            f"`{text_config.model_type}` those words are the encoder's. {PREFIX_INSTEAD}"
+            f"`{text_config.model_type}` those words are the encoder's. {PREFIX_INSTEAD} [errors.md#cross-attention]"
         )
     shapes: list[torch.Size | None] = []
 
@@ -132,7 +133,7 @@ def probe_decoder(text_config: PreTrainedConfig) -> DecoderGeometry:
             reason = f"can't be probed for what its layers read ({type(error).__name__}: {error})"
     raise ValueError(
         f"{type(language_model).__name__} {reason}, where gated blocks need hidden states of shape (batch, sequence, "
-        f"width), {(rows, words)} and the width in this probe. {PREFIX_INSTEAD}"
+        f"width), {(rows, words)} and the width in this probe. {PREFIX_INSTEAD} [errors.md#cross-attention]"
     )
 
 
@@ -148,7 +149,7 @@ def check_decoder(language_model: PreTrainedModel, *, hidden_size: int, num_laye
         raise ValueError(
             f"The gated blocks were made for {num_layers} layers of width {hidden_size}, but `{name}` has "
             f"{geometry.num_layers} of width {geometry.hidden_size}: give a language model of that shape, or train for this "
-            "one."
+            "one. [errors.md#language-model]"
         )
 
 
@@ -175,24 +176,32 @@ def check_cross_attention(options: dict[str, Any], num_layers: int | None) -> li
             nearest = difflib.get_close_matches(name, OPTIONS, n=1)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
             choices = ", ".join(f"{option}={default!r}" for option, default in OPTIONS.items())
-            raise ValueError(f"cross_attention_config holds {name!r}, which is unknown; {hint}Its options are: {choices}.")
+            raise ValueError(
+                f"cross_attention_config holds {name!r}, which is unknown; {hint}Its options are: {choices}."
+                " [errors.md#cross-attention]"
+            )
     values = {**OPTIONS, **options}
     for name in ("every_n_layers", "num_heads", "head_dim", "feedforward_multiple"):
         value = values[name]
         if value is None and OPTIONS[name] is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"cross_attention_config: {name}={value!r} must be a positive whole number.")
+            raise ValueError(
+                f"cross_attention_config: {name}={value!r} must be a positive whole number. [errors.md#cross-attention]"
+            )
     dropout = values["dropout"]
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"cross_attention_config: dropout={dropout!r} must be a number from 0 up to, not including, 1.")
+        raise ValueError(
+            f"cross_attention_config: dropout={dropout!r} must be a number from 0 up to, not including, 1."
+            " [errors.md#cross-attention]"
+        )
     if num_layers is None:
         return []
     every = values["every_n_layers"] or min(4, num_layers)
     if every > num_layers:
         raise ValueError(
             f"cross_attention_config: every_n_layers={every} leaves no block in a language model of {num_layers} "
-            f"layers; choose {num_layers} or less."
+            f"layers; choose {num_layers} or less. [errors.md#cross-attention]"
         )
     return list(range(every - 1, num_layers, every))
 
@@ -356,7 +365,7 @@ class GatedCrossAttention(nn.ModuleList):
         if attended.num_applied != len(self) and not callee.training and not torch.compiler.is_compiling():
             raise RuntimeError(
                 f"{type(callee).__name__} applied {attended.num_applied} of {len(self)} gated blocks, so it would be blind: "
-                'it does not run each of its layers once. Use `fusion="prefix"` for it.'
+                'it does not run each of its layers once. Use `fusion="prefix"` for it. [errors.md#cross-attention]'
             )
         if images:
             cache = cache_of(outputs)
@@ -462,7 +471,7 @@ class CachedImages:
         if rows != len(self.visual):
             raise ValueError(
                 f"The call has {rows} rows, but its cache holds images of {len(self.visual)}: repeat the rows of the "
-                "cache by its own `batch_repeat_interleave`."
+                "cache by its own `batch_repeat_interleave`. [errors.md#cross-attention]"
             )
         if self._latest is None or torch.is_grad_enabled():
             count = (self.columns < _cached_length(cache, unknown=_NEVER)).sum(-1)
@@ -501,7 +510,10 @@ def attend_to_last(
     if cached is not None:
         rows = cached.by_row(_cached_length(cache, unknown=_NEVER))
         if len(rows) != len(placeholders):
-            raise ValueError(f"The call has {len(placeholders)} rows, but its cache holds images of {len(rows)}.")
+            raise ValueError(
+                f"The call has {len(placeholders)} rows, but its cache holds images of {len(rows)}."
+                " [errors.md#cross-attention]"
+            )
     device = images[0].device
     before = torch.tensor([len(row) for row in rows], device=device)
     start, rest = _cached_length(cache, unknown=0), iter(images)

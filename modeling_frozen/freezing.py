@@ -42,7 +42,7 @@ def last_layers(backbone: PreTrainedModel, count: int) -> Unlocked:
     if count > len(layers):
         raise ValueError(
             f"{type(backbone).__name__} has {len(layers)} layers, so {count} of them can't be unlocked: give at most that "
-            "number in `unlocked_layers`, or name the part in `trainable` to train it whole."
+            "number in `unlocked_layers`, or name the part in `trainable` to train it whole. [errors.md#language-model]"
         )
     last = list(layers)[len(layers) - count :]
     modules = {id(module) for layer in last for module in layer.modules()}
@@ -118,11 +118,12 @@ def refuse_without_gradient(model: nn.Module) -> None:
             raise ValueError(
                 f"The quantised layers are computed by `{kind}`, which has no gradient, so nothing before them can train: "
                 'load with `quantization_config=AwqConfig(backend="auto_trainable")`, or `GPTQConfig(…)` with that backend.'
+                " [errors.md#internal]"
             )
         if getattr(module, "linear_mode", None) == "inference":
             raise ValueError(
                 f"The quantised layers, `{kind}`, were called before the language model was joined, and are packed since, "
-                "without a gradient: join it by its id or folder, or load it anew."
+                "without a gradient: join it by its id or folder, or load it anew. [errors.md#internal]"
             )
 
 

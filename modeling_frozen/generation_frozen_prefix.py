@@ -70,7 +70,7 @@ class NoPlaceholdersLogitsProcessor(LogitsProcessor):
     def __init__(self, ids: list[int]):
         self.ids = torch.tensor(ids)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` of shape `(batch, vocabulary)`, those of placeholders minus infinity."""
         self.ids = self.ids.to(scores.device)
         return scores.index_fill(-1, self.ids, -float("inf"))
@@ -173,12 +173,13 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         config = kwargs.get("generation_config") or self.generation_config
         for option, reason in UNSUPPORTED.items():
             if kwargs.get(option, getattr(config, option, None)):
-                raise ValueError(f"`{option}` {reason}")
+                raise ValueError(f"`{option}` {reason} [errors.md#generate]")
         refuse_prompts_of_old_peft(self)
         if kwargs.get("labels") is not None and not self.config.is_encoder_decoder:
             raise ValueError(
                 "generate() takes no `labels`: as Seq2SeqTrainer calls it with predict_with_generate=True, the prompts hold "
                 "the answers. Score what a decoder generates by `modeling_frozen.evaluation.EvaluationCallback`."
+                " [errors.md#generate]"
             )
         if prefix_cache is not None:
             question = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -229,13 +230,16 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         if images is not None or text is not None:
             input_ids, attention_mask, inputs = self._processed(images, text, processor, prefix_cache, inputs)
         if input_ids is None:
-            raise ValueError("`encode_prefix` needs `input_ids` (from the processor), or `images` or `text` with `processor`.")
+            raise ValueError(
+                "`encode_prefix` needs `input_ids` (from the processor), or `images` or `text` with `processor`."
+                " [errors.md#generate]"
+            )
         ids: torch.Tensor = input_ids
         mask = self._mask_of(ids, attention_mask)
         encoded = self.model.encode(take_media(inputs), inputs.pop("mm_encoder_outputs", None), ids)
         inputs.pop("mm_token_type_ids", None)
         if inputs:
-            raise TypeError(f"`encode_prefix` takes words and media, and not {sorted(inputs)}.")
+            raise TypeError(f"`encode_prefix` takes words and media, and not {sorted(inputs)}. [errors.md#generate]")
         if prefix_cache is None:
             ids, mask = padded_left(ids, mask)
             prefix = PrefixCache(ids[:, :0], mask[:, :0], cache=new_kept_cache(self.model), media=[{} for _ in ids])
@@ -463,7 +467,9 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
     ) -> tuple[torch.LongTensor, torch.Tensor | None, dict[str, Any]]:
         """`input_ids`, `attention_mask` and media that the processor makes of images and text."""
         if processor is None:
-            raise ValueError("Models hold no tokenizer: pass `processor` with `images` or `text`, or `input_ids`.")
+            raise ValueError(
+                "Models hold no tokenizer: pass `processor` with `images` or `text`, or `input_ids`. [errors.md#generate]"
+            )
         if images is None and prefix_cache is not None:
             # In the middle of a text no special tokens are added.
             texts = [text] if isinstance(text, str) else text
@@ -484,7 +490,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             if mask.shape != input_ids.shape:
                 raise ValueError(
                     f"`attention_mask` of shape {tuple(mask.shape)} should be that of `input_ids`, {tuple(input_ids.shape)}: "
-                    "beside a `prefix_cache` both are of the question, or both of the whole prompt."
+                    "beside a `prefix_cache` both are of the question, or both of the whole prompt. [errors.md#generate]"
                 )
             return mask.long()
         pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
@@ -509,7 +515,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"The prompt of row {row} holds placeholders, but does not begin with the {int(begun[row])} ids of the "
                     "prefix cache: pass the same prompt again, or the question alone; for another image, go on by "
-                    "`encode_prefix(..., prefix_cache=...)` first."
+                    "`encode_prefix(..., prefix_cache=...)` first. [errors.md#placeholders]"
                 )
             columns = torch.arange(input_ids.shape[1], device=input_ids.device)
             input_ids, mask = padded_right(input_ids, mask * (columns[None] >= begun[:, None]))
@@ -579,7 +585,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         if passed:
             raise ValueError(
                 f"`{passed[0]}` was passed beside `prefix_cache`, which holds what was encoded: leave it out, or, for another "
-                "image, go on by `encode_prefix(..., prefix_cache=...)` first."
+                "image, go on by `encode_prefix(..., prefix_cache=...)` first. [errors.md#generate]"
             )
         if self._wants_its_own_cache(kwargs):
             prefix = replace(prefix, cache=None)
@@ -593,7 +599,10 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
             ids, mask = padded_left(*prefix._followed_by(question, mask))
             return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": media_together(prefix.media)}
         if not bool((lengths > 0).all()):
-            raise ValueError("Each question needs a word at least: pass one, or encode the prefix without its last word.")
+            raise ValueError(
+                "Each question needs a word at least: pass one, or encode the prefix without its last word."
+                " [errors.md#generate]"
+            )
         if bool((lengths != lengths[0]).any()):
             # All words but each row's last are read here, where they may be of unequal length; the last by `generate()`.
             columns = torch.arange(mask.shape[1], device=mask.device)[None]
@@ -624,7 +633,7 @@ class FrozenPrefixGenerationMixin(GenerationMixin):
         if bool(self.model.placeholders(prefix.input_ids[:, -1]).any()):
             raise ValueError(
                 "The prefix ends with an image and no question was asked: pass a word at least, or call `generate` on the "
-                "image itself."
+                "image itself. [errors.md#generate]"
             )
         cache = changed_cache(prefix.cache, lambda tensor: tensor[:, :, :-1], num_dropped=1)
         return {**words, CACHE: narrowed_cache(cache)}

@@ -74,14 +74,20 @@ def check_loss_config(options: dict[str, Any]) -> dict[str, Any]:
         if name not in OPTIONS:
             nearest = difflib.get_close_matches(name, OPTIONS, n=1)
             hint = f"Did you mean `{nearest[0]}`?" if nearest else ""
-            raise ValueError(f"`{name}` is not an option of `loss_config`; valid ones are {sorted(OPTIONS)}. {hint}".strip())
+            raise ValueError(
+                f"`{name}` is not an option of `loss_config`; valid ones are {sorted(OPTIONS)}. {hint}".strip()
+                + " [errors.md#choices]"
+            )
     options = {**OPTIONS, **options}
     if not 0 <= options["label_smoothing"] < 1:
-        raise ValueError(f"`label_smoothing={options['label_smoothing']}` is a share: it must be in [0, 1).")
+        raise ValueError(f"`label_smoothing={options['label_smoothing']}` is a share: it must be in [0, 1). [errors.md#range]")
     if options["z_loss"] < 0:
-        raise ValueError(f"`z_loss={options['z_loss']}` is a weight: it must not be negative.")
+        raise ValueError(f"`z_loss={options['z_loss']}` is a weight: it must not be negative. [errors.md#range]")
     if options["chunk_size"] is not None and options["chunk_size"] < 1:
-        raise ValueError(f"`chunk_size={options['chunk_size']}` is a number of labels: at least 1, or None to have it chosen.")
+        raise ValueError(
+            f"`chunk_size={options['chunk_size']}` is a number of labels: at least 1, or None to have it chosen."
+            " [errors.md#range]"
+        )
     return options
 
 

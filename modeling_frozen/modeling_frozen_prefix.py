@@ -69,12 +69,12 @@ def _checked_index(index: torch.Tensor, count: int) -> torch.Tensor:
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
             f"`image_index` of shape {tuple(index.shape)} and {index.dtype} should be (images,) of integers: for every "
-            "image in reading order its row in `pixel_values` or `vision_features`."
+            "image in reading order its row in `pixel_values` or `vision_features`. [errors.md#stored-features]"
         )
     if not torch.compiler.is_compiling() and ((index < 0) | (index >= count)).any():
         raise ValueError(
             f"`image_index` runs from {index.min()} to {index.max()}, but {count} distinct images were passed: 0 to "
-            f"{count - 1}."
+            f"{count - 1}. [errors.md#shape]"
         )
     return index
 
@@ -157,6 +157,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             raise ValueError(
                 "This config does not know the geometry of its backbones (`vision_width`, `embedding_dim`): build it with "
                 "FrozenPrefixConfig.from_vision_text_configs(vision_config, text_config, ...), which probes them."
+                " [errors.md#language-model]"
             )
         built = parts_to_build(config)
         # Of the backbones' weights at their source, once they were compared with those here (see `equals_source`).
@@ -355,7 +356,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         if pixel_values_videos.ndim != 5:
             raise ValueError(
                 f"`pixel_values_videos` of shape {tuple(pixel_values_videos.shape)} should be (videos, frames, "
-                "channels, height, width): every video of a batch has the same number of frames."
+                "channels, height, width): every video of a batch has the same number of frames. [errors.md#media]"
             )
         videos, frames = pixel_values_videos.shape[:2]
         options = {"interpolate_pos_encoding": interpolate_pos_encoding}
@@ -433,9 +434,13 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             raise ValueError(
                 f"{unknown} were passed, and this model has {len(parts)} vision tower{'s' * (len(parts) > 1)}, which read"
                 f"{'s' * (len(parts) == 1)} {known}: take a processor, or stored features, made for this model."
+                " [errors.md#not-loaded]"
             )
         if len(parts) > 1 and media.get("vision_features_mask") is not None:
-            raise ValueError("`vision_features_mask` goes with one vision tower: several give a grid each, without padding.")
+            raise ValueError(
+                "`vision_features_mask` goes with one vision tower: several give a grid each, without padding."
+                " [errors.md#stored-features]"
+            )
         read = [self._read_images(part, media, kwargs) for part in parts]
         if len(parts) == 1:
             return read[0]
@@ -452,11 +457,14 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             raise ValueError(
                 f"You must specify exactly one of {pixels} or {stored}"
                 + (f", which the {PARTS[part].description} reads" if len(self.config.vision_parts) > 1 else "")
+                + " [errors.md#contradiction]"
             )
         if features is not None:
             return features, self._check_features(part, features, mask), None
         if mask is not None:
-            raise ValueError(f"`vision_features_mask` goes with `vision_features`, and `{pixels}` were passed.")
+            raise ValueError(
+                f"`vision_features_mask` goes with `vision_features`, and `{pixels}` were passed. [errors.md#stored-features]"
+            )
         names = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
         return self._encode_pixels(part, pixel_values, {name: media.get(name) for name in names}, kwargs)
 
@@ -468,12 +476,12 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
                 f"(images, positions, {width}) of a float dtype: what the {PARTS[part].description} gives the connector at "
                 f"`{part}_feature_layer={getattr(self.config, f'{part}_feature_layer')}`, behind "
                 f"`vision_feature_select_strategy={self.config.vision_feature_select_strategy!r}`. `cache_vision_features` "
-                "makes them."
+                "makes them. [errors.md#shape]"
             )
         if mask is not None and mask.shape != features.shape[:2]:
             raise ValueError(
                 f"`vision_features_mask` of shape {tuple(mask.shape)} should be {tuple(features.shape[:2])}: the (images, "
-                "positions) of `vision_features`."
+                "positions) of `vision_features`. [errors.md#stored-features]"
             )
         return None if mask is None else mask.to(features.device, torch.bool)
 
@@ -497,6 +505,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         if getattr(self, PARTS[part].attribute) is None:
             raise ValueError(
                 f'The {PARTS[part].description} is not loaded: load it by `model.load_base_model("{part}")`{or_else}.'
+                " [errors.md#not-loaded]"
             )
 
     def refuse_without_words(self) -> None:
@@ -508,11 +517,15 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             raise ValueError(
                 "The language model is not loaded (`load_language_model=False`), so this model encodes alone: "
                 "`get_image_features` and the like. Load the checkpoint without that option to read or write words."
+                " [errors.md#not-loaded]"
             )
 
     def _require(self, modality: str) -> None:
         if modality not in self.config.media:
-            raise ValueError(f"This model takes {list(self.config.media)}, and no {modality}: {MODALITIES[modality].way_out}.")
+            raise ValueError(
+                f"This model takes {list(self.config.media)}, and no {modality}: {MODALITIES[modality].way_out}."
+                " [errors.md#not-loaded]"
+            )
 
     def _check_length(self, prefix_length: int | None) -> None:
         allowed: Sequence[int | None] = self.config.prefix_lengths or [self.config.prefix_length]
@@ -520,6 +533,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             raise ValueError(
                 f"A prefix of {prefix_length} vectors an image, and this model writes {' or '.join(map(str, allowed))}: pass "
                 "`prefix_length=` of these to the processor, or join a model with others in `prefix_lengths`."
+                " [errors.md#connector-fit]"
             )
 
     def _length_of_placeholders(self, input_ids: torch.Tensor | None, inputs: dict[str, Any], source: str) -> dict[str, int]:
@@ -531,7 +545,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         if placeholders % images or placeholders // images not in self.config.prefix_lengths:
             raise ValueError(
                 f"`input_ids` hold {placeholders} image placeholders for {images} images, where each image has the same "
-                f"number of them, one of {self.config.prefix_lengths}."
+                f"number of them, one of {self.config.prefix_lengths}. [errors.md#placeholders]"
             )
         return {"prefix_length": placeholders // images}
 
@@ -614,7 +628,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
                 raise ValueError(
                     f"`input_ids` hold {count} {name} placeholders, and no {name} was passed for them: pass "
                     f"{' or '.join(f'`{source}`' for source in sources)} too, as the processor makes them of text and {name}s "
-                    f"together, or leave `<{name}>` out of the text."
+                    f"together, or leave `<{name}>` out of the text. [errors.md#placeholders]"
                 )
 
     def get_placeholder_mask(
@@ -640,7 +654,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
                 raise ValueError(
                     f"The placeholder's id {index} has no embedding, so {modality}s can't be placed into "
                     f"`inputs_embeds`: pass `input_ids`, or embeddings with the prefix already in them and no "
-                    f"{modality}s."
+                    f"{modality}s. [errors.md#vocabulary]"
                 )
             placeholder = torch.full((1, 1), index, dtype=torch.long, device=words.device)
             mask = (words == self.embed_words(placeholder)).all(-1)
@@ -656,7 +670,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
         if torch.compiler.is_compiling():
             torch_compilable_check(right, "Features and placeholders do not match.")
         elif not right or (not same and not counts_fit(counts.tolist(), lengths)):
-            raise ValueError(describe_mismatch(counts.tolist(), lengths, modality))
+            raise ValueError(describe_mismatch(counts.tolist(), lengths, modality) + " [errors.md#placeholders]")
         return mask.unsqueeze(-1)
 
     def encode(
@@ -684,12 +698,17 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             if not sources:
                 alone = next((key for key in _WITH_A_SOURCE if key in inputs), None)
                 if alone is not None:
-                    raise ValueError(f"`{alone}` goes with `pixel_values` or `vision_features`, and neither was passed.")
+                    raise ValueError(
+                        f"`{alone}` goes with `pixel_values` or `vision_features`, and neither was passed."
+                        " [errors.md#stored-features]"
+                    )
                 continue
             if name in encoded:
-                raise ValueError(f"You cannot specify both {sources[0]} and mm_encoder_outputs at the same time")
+                raise ValueError(
+                    f"You cannot specify both {sources[0]} and mm_encoder_outputs at the same time [errors.md#contradiction]"
+                )
             if len(sources) > 1:
-                raise ValueError(f"You cannot specify both {' and '.join(sources)} at the same time")
+                raise ValueError(f"You cannot specify both {' and '.join(sources)} at the same time [errors.md#contradiction]")
             self._require(name)
             if name == "image":
                 inputs.update(self._length_of_placeholders(input_ids, inputs, sources[0]))
@@ -712,7 +731,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             embedding_dim)`, or, with cross-attention, `"in_reading_order"`: a list of one tensor per placeholder.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds [errors.md#contradiction]")
         words = words_of(input_ids, inputs_embeds)
         encoded = self.encode(media, mm_encoder_outputs, input_ids)
         idle, merges = self._idle_parts(set(encoded)), self.cross_attention is None
@@ -738,7 +757,10 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
     def _in_reading_order(self, input_ids: torch.Tensor | None, encoded: dict[str, Any]) -> list[torch.Tensor]:
         """One tensor `(vectors, embedding_dim)` per placeholder, for gated blocks, to which it matters what stands where."""
         if input_ids is None:
-            raise ValueError("Gated blocks find an image's place by its placeholder: pass `input_ids` with images.")
+            raise ValueError(
+                "Gated blocks find an image's place by its placeholder: pass `input_ids` with images."
+                " [errors.md#cross-attention]"
+            )
         rows = {}
         for modality, output in encoded.items():
             self.get_placeholder_mask(input_ids, None, output.pooler_output, modality)
@@ -748,6 +770,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             if index not in rows:
                 raise ValueError(
                     f"`input_ids` hold the placeholder {index} of {self.config.placeholder_ids}, and nothing comes for it."
+                    " [errors.md#placeholders]"
                 )
             ordered.append(next(rows[index]).unflatten(0, (-1, self.config.embedding_dim)))
         return ordered
@@ -778,6 +801,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             "ZeRO-3, or FSDP2 that wraps its layers), for which all processes run it together: they would wait for each other "
             "for ever. Give each batch a row with one, wrap the language model's layers alone "
             "(`transformer_layer_cls_to_wrap`), train from stored features with the tower unloaded, or take DDP or ZeRO-2."
+            " [errors.md#devices]"
         )
 
     def _zero_of(self, parts: list[Any]) -> torch.Tensor:
@@ -859,7 +883,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             raise ValueError(
                 f"The input is {length + past} long, prefix included, but the language model has {self.max_positions} "
                 "learned positions: shorten the text (the processor's `max_length` does), use fewer images, or a smaller "
-                "`prefix_length`."
+                "`prefix_length`. [errors.md#too-long]"
             )
 
     @property
@@ -880,6 +904,7 @@ class FrozenPrefixModel(FrozenPrefixPreTrainedModel):
             raise ValueError(
                 f"{type(self.language_model).__name__} reads padding as if it were words, so a left-padded batch would give "
                 "wrong results: pad on the right to train, and generate for one sample, or samples of equal length, at a time."
+                " [errors.md#padding]"
             )
 
     @functools.cached_property
@@ -904,7 +929,7 @@ class FrozenPrefixForConditionalGeneration(FrozenPrefixGenerationMixin, FrozenPr
         if config.text_headless:
             raise ValueError(
                 "This checkpoint's text model reads and doesn't write (`text_headless=True`): load it with "
-                "FrozenPrefixForImageTextRetrieval, or join the tower to a language model."
+                "FrozenPrefixForImageTextRetrieval, or join the tower to a language model. [errors.md#language-model]"
             )
         super().__init__(config)
         self.model = FrozenPrefixModel(config)

@@ -86,7 +86,7 @@ def classification_loss(
     if tuple(labels.shape) != expected:
         raise ValueError(
             f"Labels have shape {tuple(labels.shape)}, where `problem_type='{problem_type}'` with {num_labels} "
-            f"labels takes {expected}: check `num_labels` and `problem_type`."
+            f"labels takes {expected}: check `num_labels` and `problem_type`. [errors.md#shape]"
         )
     if problem_type == "single_label_classification":
         loss = nn.functional.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -205,7 +205,10 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         if id2label is None:
             id2label = {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
         if num_labels not in (None, len(id2label)):
-            raise ValueError(f"`num_labels={num_labels}`, but {len(id2label)} classes have names: leave `num_labels` out.")
+            raise ValueError(
+                f"`num_labels={num_labels}`, but {len(id2label)} classes have names: leave `num_labels` out."
+                " [errors.md#contradiction]"
+            )
         label2id = label2id or {name: index for index, name in id2label.items()}
         return super().from_vision_text_pretrained(
             vision_model_name_or_path,
@@ -260,7 +263,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
                 if input_ids is None and inputs_embeds is None:
                     raise ValueError(
                         f"This classifier reads {list(fused)}, but there is no text: pass `input_ids`, or train one with "
-                        f"`fused_inputs={[one for one in fused if one != 'text']}`."
+                        f"`fused_inputs={[one for one in fused if one != 'text']}`. [errors.md#choices]"
                     )
                 prefixes = encoded if self.config.prompt_sees_media else None
                 states, mask, outputs = read_text(self.model, input_ids, inputs_embeds, attention_mask, prefixes, **kwargs)
@@ -269,7 +272,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
                 if name not in encoded:
                     raise ValueError(
                         f"This classifier reads {list(fused)}, but there is no {name}: pass it, or train one with "
-                        f"`fused_inputs={[one for one in fused if one != name]}`."
+                        f"`fused_inputs={[one for one in fused if one != name]}`. [errors.md#choices]"
                     )
                 width: Any = self.config.embedding_dim
                 vectors = [prefix.reshape(-1, width) for prefix in encoded[name].pooler_output]
@@ -283,7 +286,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
     def _tower_embeddings(self, media: dict[str, Any]) -> list[torch.Tensor]:
         """One `(positions, vision_width)` per image: what the connector would read."""
         if media.get("vision_features") is None and media.get("pixel_values") is None:
-            raise ValueError("This classifier reads images, but there is none: pass `pixel_values`.")
+            raise ValueError("This classifier reads images, but there is none: pass `pixel_values`. [errors.md#search]")
         features, mask, _ = self.model.read_images(media, {})
         rows = [row if mask is None else row[mask[index].bool()] for index, row in enumerate(features)]
         index = media.get("image_index")
@@ -314,7 +317,7 @@ class FrozenPrefixForSequenceClassification(FrozenPrefixPreTrainedModel):
         if sum(counts) != len(means) or 0 in counts:
             raise ValueError(
                 f"There are {len(means)} {modality}s for {batch} samples that hold {counts}: a sample needs at least one, and "
-                "where some have more, the placeholders of the processor assign them."
+                "where some have more, the placeholders of the processor assign them. [errors.md#placeholders]"
             )
         rest, rows = iter(zip(means, vectors, strict=True)), []
         for count in counts:

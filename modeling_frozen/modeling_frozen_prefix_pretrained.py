@@ -290,7 +290,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             if part not in self.backbones:
                 raise ValueError(
                     f"`include_base_models=True` writes the {PARTS[part].description} too, and it is not loaded: "
-                    f'`model.load_base_model("{part}")` first.'
+                    f'`model.load_base_model("{part}")` first. [errors.md#not-loaded]'
                 )
         refuse_lost_words(self)
         saved = ("connector", *self.backbones) if include_base_models else parts_to_save(self)
@@ -366,7 +366,10 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         options = split_part_options(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("use_safetensors") is False:
-            raise ValueError("`use_safetensors=False` would read a pickle, which can run code; connectors are safetensors.")
+            raise ValueError(
+                "`use_safetensors=False` would read a pickle, which can run code; connectors are safetensors."
+                " [errors.md#checkpoint]"
+            )
         kwargs["use_safetensors"] = True
         name = pretrained_model_name_or_path
         if name is None:  # weights come as a state dict: everything is in it
@@ -379,7 +382,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             if replaced := left_out.intersection(overrides):
                 part = min(replaced)
                 option = "load_language_model" if part == "text" else "load_vision_tower"
-                raise ValueError(f"`{option}=False` and `{part}_base_model` contradict each other: leave one out.")
+                raise ValueError(
+                    f"`{option}=False` and `{part}_base_model` contradict each other: leave one out. [errors.md#contradiction]"
+                )
             dtypes = {part: own.get("dtype") for part, own in options.items()}
             with while_loading(Loading(left_out.union(overrides), dtypes)) as state:
                 loaded = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
@@ -390,7 +395,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             for part in sorted(left_out.intersection(held, model.config.vision_parts)):
                 raise ValueError(
                     f"The checkpoint `{name}` holds the {PARTS[part].description} itself, so it can't be left where it is: "
-                    "load the model without `load_vision_tower=False`."
+                    "load the model without `load_vision_tower=False`. [errors.md#not-loaded]"
                 )
             refill(model, name, overrides, options, left_out)
             model._finish_loading()
@@ -462,7 +467,7 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
             raise ValueError(
                 f"The checkpoint `{name}` lacks {len(missing)} tensors of the model ({sorted(missing)[:3]}…); they would be "
                 "random. It was saved by another class or connector, or not saved whole: check `connector_type` in its "
-                "config, or save it again."
+                "config, or save it again. [errors.md#checkpoint]"
             )
         return is_new
 
@@ -518,7 +523,9 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         """
         towers = as_list_of_towers(vision_model_name_or_path)
         if len(towers) > len(VISION_PARTS):
-            raise ValueError(f"{len(towers)} vision towers: one connector reads at most {len(VISION_PARTS)} together.")
+            raise ValueError(
+                f"{len(towers)} vision towers: one connector reads at most {len(VISION_PARTS)} together. [errors.md#tower]"
+            )
         sources: dict[str, Any] = {
             "vision": None,
             "text": text_model_name_or_path,
@@ -530,10 +537,13 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
                 raise ValueError(
                     f"A {type(source).__name__} is no model of transformers: give an id, a folder or a PreTrainedModel. "
                     "Of a PEFT model, merge_and_unload() gives one; adapters that can't be merged (prompts) are put on the "
-                    "joined model."
+                    "joined model. [errors.md#language-model]"
                 )
             if source is None and part == "text":
-                raise ValueError("`text_model_name_or_path=None`: give the id or folder of a language model, or a loaded one.")
+                raise ValueError(
+                    "`text_model_name_or_path=None`: give the id or folder of a language model, or a loaded one."
+                    " [errors.md#language-model]"
+                )
             if source is None:
                 del sources[part]
             elif not isinstance(source, PreTrainedModel):
@@ -733,5 +743,5 @@ class FrozenPrefixPreTrainedModel(PreTrainedModelWithAdapters):
         raise ValueError(
             f"The language model is frozen bit for bit, so its vocabulary is never resized: it has {rows} rows, and not "
             f"{wanted}. `<image>` needs no row of its own; for more words, resize the language model itself before joining it "
-            "to a tower."
+            "to a tower. [errors.md#vocabulary]"
         )

@@ -159,7 +159,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         if config.text_pooling == "cls" and not (config.text_reads_ahead or config.text_headless):
             raise ValueError(
                 '`text_pooling="cls"` reads the first word, which in a causal model does not attend to the '
-                'others, so all texts would be the same: take "last", "mean" or "ret".'
+                'others, so all texts would be the same: take "last", "mean" or "ret". [errors.md#language-model]'
             )
         if config.text_width is None:
             config.text_width = probe_text_width(config.backbone_configs["text"], config.text_headless)
@@ -404,6 +404,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
         if input_ids is None and kwargs.get("inputs_embeds") is None:
             raise ValueError(
                 "Retrieval takes images and texts, but `input_ids` is missing: for images alone call `get_image_features`."
+                " [errors.md#search]"
             )
         vision_outputs, prefixes = self._embed_images({**media, **flags})
         text_outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
@@ -494,6 +495,7 @@ class FrozenPrefixForImageTextRetrieval(FrozenPrefixPreTrainedModel):
             raise ValueError(
                 f"`caption_loss_weight={self.config.caption_loss_weight}` needs captions, but `caption_input_ids` or "
                 "`caption_targets` is missing: DataCollatorForFrozenPrefixRetrieval(processor, captions=True) makes them."
+                " [errors.md#search]"
             )
         rows: list[torch.Tensor] = list(prefixes.pooler_output)  # type: ignore[arg-type]  # one tensor per image
         if image_index is not None:
@@ -518,7 +520,7 @@ def generator_around(base_model: FrozenPrefixModel) -> FrozenPrefixForConditiona
     if base_model.config.text_headless:
         raise ValueError(
             f"{type(base_model.language_model).__name__} reads texts and writes none, so it can't describe an image: join "
-            "the tower to a language model."
+            "the tower to a language model. [errors.md#language-model]"
         )
     with while_loading(Loading(frozenset(PARTS))), torch.device("meta"):  # a base model without weights, for a moment
         generator = FrozenPrefixForConditionalGeneration(base_model.config)

@@ -49,7 +49,7 @@ def words_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None)
     """
     words = inputs_embeds if input_ids is None else input_ids
     if words is None:
-        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds [errors.md#contradiction]")
     return words
 
 

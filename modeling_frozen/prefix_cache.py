@@ -74,7 +74,7 @@ class PrefixCache:
         index = torch.as_tensor([rows] if isinstance(rows, int) else rows, device=self.input_ids.device)
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
         if len(index) == 0 or index.min() < -len(self) or index.max() >= len(self):
-            raise IndexError(f"The prefix cache has {len(self)} rows, and not {index.tolist()}.")
+            raise IndexError(f"The prefix cache has {len(self)} rows, and not {index.tolist()}. [errors.md#prefix-cache]")
         return self._select(index % len(self))._without_empty_columns()
 
     def _select(self, rows: torch.Tensor) -> "PrefixCache":
@@ -108,7 +108,7 @@ class PrefixCache:
         if self.cache is None:
             raise ValueError(
                 "This language model's cache can't be kept (it is recurrent, an encoder-decoder, or reads images by "
-                "cross-attention): pass the whole as `prefix_cache` to `generate` or `score`."
+                "cross-attention): pass the whole as `prefix_cache` to `generate` or `score`. [errors.md#prefix-cache]"
             )
         return narrowed_cache(copied_cache(self.cache))
 
@@ -124,7 +124,7 @@ class PrefixCache:
             return self._select(torch.zeros(rows, dtype=torch.long, device=self.input_ids.device))
         raise ValueError(
             f"{rows} question(s) were asked about {len(self)} prefixes: say which question is about which prefix, for example "
-            f"`prefix_cache[[0, 0, 1]]` for two about the first and one about the second."
+            f"`prefix_cache[[0, 0, 1]]` for two about the first and one about the second. [errors.md#prefix-cache]"
         )
 
 

@@ -166,7 +166,10 @@ def read_shared_start(model: Any, start: SharedStart, inputs_embeds: torch.Tenso
     """
     cache, reader = new_kept_cache(model), start.reader
     if cache is None:
-        raise ValueError(f"{type(model.language_model).__name__} has no cache that can be kept: read each row by itself.")
+        raise ValueError(
+            f"{type(model.language_model).__name__} has no cache that can be kept: read each row by itself."
+            " [errors.md#prefix-cache]"
+        )
     embeds = inputs_embeds[start.rows.to(inputs_embeds.device), : start.length]
     inputs = model.language_inputs(reader, None, embeds, None, None, cache, {"use_cache": True})
     compiled_part(reader, **inputs, return_dict=True)

@@ -52,7 +52,7 @@ def probe_text_width(text_config: PreTrainedConfig, headless: bool = False) -> i
             if width is None:
                 raise ValueError(
                     f"{type(language_model).__name__} can't be asked for the width of its hidden states "
-                    f"({type(error).__name__}: {error}): set `text_width` in the config."
+                    f"({type(error).__name__}: {error}): set `text_width` in the config. [errors.md#language-model]"
                 ) from error
             return width
         finally:
@@ -162,7 +162,7 @@ def pool_text(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None =
         ValueError: for an unknown pooling, a mask of another shape, or a text without a single word.
     """
     if pooling not in TEXT_POOLINGS:
-        raise ValueError(f"`{pooling}` is no way of pooling a text: choose one of {list(TEXT_POOLINGS)}.")
+        raise ValueError(f"`{pooling}` is no way of pooling a text: choose one of {list(TEXT_POOLINGS)}. [errors.md#choices]")
     batch, length = hidden_states.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long, device=hidden_states.device)
@@ -170,11 +170,13 @@ def pool_text(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None =
     if mask.shape != (batch, length):
         raise ValueError(
             f"The attention mask has shape {tuple(mask.shape)}, but the hidden states are of {batch} texts of {length} "
-            "positions: pass the 2-D mask that the tokenizer made for them."
+            "positions: pass the 2-D mask that the tokenizer made for them. [errors.md#shape]"
         )
     if not torch.compiler.is_compiling() and mask.device.type != "meta" and not mask.any(-1).all():
         empty = int((~mask.any(-1)).nonzero()[0])
-        raise ValueError(f"Text {empty} of the batch is all padding, so there is no word to pool: leave such rows out.")
+        raise ValueError(
+            f"Text {empty} of the batch is all padding, so there is no word to pool: leave such rows out. [errors.md#padding]"
+        )
     if pooling == "mean":
         # Padding may hold NaN (fully masked rows of attention), which a product with zero would keep.
         words = hidden_states.float().masked_fill(~mask[..., None], 0.0)

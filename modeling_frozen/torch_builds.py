@@ -34,7 +34,8 @@ def explain(error: BaseException) -> ImportError | None:
                     f"{package} {importlib.metadata.version(package)} can't be imported beside torch {torch} "
                     f"({type(link).__name__}: {link}), and transformers imports it because it is installed. It was built for "
                     f"another torch; the builds on PyPI are for CUDA. Either `pip uninstall {package}`, for nothing here "
-                    f"needs it, or install the one for your torch, from the same index as torch (see pytorch.org).",
+                    f"needs it, or install the one for your torch, from the same index as torch (see pytorch.org)."
+                    " [errors.md#versions]",
                     name=package,
                 )
             traceback = traceback.tb_next

@@ -61,7 +61,9 @@ def take_cache(kwargs: dict[str, Any]) -> Cache | None:
     passed = {name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs}
     names = [name for name, cache in passed.items() if cache is not None]
     if len(names) > 1:
-        raise ValueError(f"The cache was passed twice, as `{names[0]}` and as `{names[1]}`: pass it once.")
+        raise ValueError(
+            f"The cache was passed twice, as `{names[0]}` and as `{names[1]}`: pass it once. [errors.md#contradiction]"
+        )
     return passed[names[0]] if names else None
 
 
@@ -289,7 +291,7 @@ def refuse_prompts_of_old_peft(model: PreTrainedModel) -> None:
     if version.parse(peft.__version__) < version.parse(integrations.peft.MIN_PEFT_VERSION):
         raise ValueError(
             f"With transformers {transformers.__version__}, PEFT {peft.__version__} would put its prompts before every token. "
-            f"Use PEFT {integrations.peft.MIN_PEFT_VERSION} or later, or transformers before 5.24."
+            f"Use PEFT {integrations.peft.MIN_PEFT_VERSION} or later, or transformers before 5.24. [errors.md#versions]"
         )
 
 

@@ -116,7 +116,7 @@ def vision_tower_class(vision_config: PreTrainedConfig) -> type[PreTrainedModel]
     raise ValueError(
         f"No model class is known for {type(vision_config).__name__} (model type {vision_config.model_type!r}): a vision"
         " tower must be a model that `AutoModel.from_config` can build. Register its class with `AutoModel.register`,"
-        " or take another tower."
+        " or take another tower. [errors.md#tower]"
     )
 
 
@@ -215,6 +215,7 @@ def load_with_every_weight(
         raise ValueError(
             f"{name_or_path!r} lacks {len(missing)} weights of {type(tower).__name__} ({', '.join(missing[:4])} ...), which "
             "would be random. Name a repository that holds this tower, or a model that it is one half of."
+            " [errors.md#no-parent]"
         )
     return tower
 
@@ -288,14 +289,17 @@ def encode_images(
     images_ndim = 3 if "spatial_shapes" in takes else 4
     if pixel_values.ndim != images_ndim:
         shape = "(images, patches, values)" if images_ndim == 3 else "(images, channels, height, width)"
-        raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}: {type(vision_tower).__name__} takes {shape}.")
+        raise ValueError(
+            f"pixel_values of shape {tuple(pixel_values.shape)}: {type(vision_tower).__name__} takes {shape}."
+            " [errors.md#tower]"
+        )
     inputs = _inputs_taken(vision_tower, pixel_values, layers, kwargs)
     output = vision_tower(pixel_values.to(vision_tower.dtype), **inputs)
     if getattr(output, "ids_restore", None) is not None and getattr(vision_tower.config, "mask_ratio", False):
         raise ValueError(
             f"{type(vision_tower).__name__} drops {vision_tower.config.mask_ratio:.0%} of the patches at random, so"
             " that its features change from call to call. Build or load it with `config=vision_half(config)`, which"
-            " sets `mask_ratio=0`."
+            " sets `mask_ratio=0`. [errors.md#tower]"
         )
     patches_mask = inputs.get("pixel_attention_mask")
     features, features_mask = _select(
@@ -331,7 +335,7 @@ def join_features(features: Sequence[Tensor], grids: Sequence[Sequence[int]]) ->
             raise ValueError(
                 f"Of {len(first)} images the features of vision tower {number} have shape {tuple(own.shape)}, where its grid "
                 f"of {rows} rows and {columns} columns is ({len(first)}, {rows * columns}, width): give each tower the same "
-                "images, each of the size that its own image processor makes."
+                "images, each of the size that its own image processor makes. [errors.md#tower]"
             )
         own = own.to(first.device, torch.promote_types(own.dtype, torch.float32))
         if number > 1 and tuple(grids[0]) != (rows, columns):
@@ -344,11 +348,15 @@ def join_features(features: Sequence[Tensor], grids: Sequence[Sequence[int]]) ->
 
 def _check_choice(layer: int | Sequence[int], select_strategy: str) -> list[int]:
     if select_strategy not in SELECT_STRATEGIES:
-        raise ValueError(f"vision_feature_select_strategy={select_strategy!r}: choose one of {', '.join(SELECT_STRATEGIES)}.")
+        raise ValueError(
+            f"vision_feature_select_strategy={select_strategy!r}: choose one of {', '.join(SELECT_STRATEGIES)}."
+            " [errors.md#tower]"
+        )
     layers = [layer] if isinstance(layer, int) else list(layer)
     if not layers or not all(isinstance(index, int) and not isinstance(index, bool) for index in layers):
         raise ValueError(
             f"vision_feature_layer={layer!r}: give an index or a list of indices of hidden states, e.g. -1 or [-2, -1]."
+            " [errors.md#tower]"
         )
     return layers
 
@@ -382,7 +390,7 @@ def _inputs_taken(tower: PreTrainedModel, pixel_values: Tensor, layers: list[int
         raise ValueError(
             f"{type(tower).__name__} needs {', '.join(lacking)} beside pixel_values: pass what its image processor"
             " returns under these names. Of such towers only those that take pixel_attention_mask and spatial_shapes"
-            " are served."
+            " are served. [errors.md#tower]"
         )
     return inputs
 
@@ -411,7 +419,7 @@ def _select(
             raise ValueError(
                 f"vision_feature_layer={index} has shape {tuple(states.shape)}; with num_leading_tokens="
                 f"{num_leading_tokens} a tower must give (images, positions, width) or a map of more dimensions."
-                " Probe the tower again with this layer."
+                " Probe the tower again with this layer. [errors.md#tower]"
             )
         mask = None if patches_mask is None else patches_mask.to(states.device, torch.bool)
         if select_strategy == "pooled":
@@ -422,6 +430,7 @@ def _select(
         lengths = ", ".join(f"{index}: {states.shape[1]}" for index, states in zip(layers, chosen, strict=True))
         raise ValueError(
             f"vision_feature_layer={layers} has layers of different length ({lengths}): choose layers of one length."
+            " [errors.md#tower]"
         )
     features = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
     if select_strategy == "pooled" or mask is None:
@@ -437,15 +446,19 @@ def _layer_states(output: ModelOutput, index: int) -> Tensor:
         if states is None:
             raise ValueError(
                 f"{type(output).__name__} has no last_hidden_state: take a model without a task head as vision tower."
+                " [errors.md#tower]"
             )
         return states[-1] if isinstance(states, (list, tuple)) else states
     hidden_states = getattr(output, "hidden_states", None)
     if not hidden_states or not isinstance(hidden_states[0], Tensor):
-        raise ValueError(f"vision_feature_layer={index}: this tower gives no hidden states; only -1 can be chosen.")
+        raise ValueError(
+            f"vision_feature_layer={index}: this tower gives no hidden states; only -1 can be chosen. [errors.md#tower]"
+        )
     number = len(hidden_states)
     if not -number <= index < number:
         raise ValueError(
             f"vision_feature_layer={index} is out of range: this tower's layers go from {-number} to {number - 1}."
+            " [errors.md#tower]"
         )
     return hidden_states[index]
 
@@ -497,7 +510,7 @@ def probe_vision_tower(
     if len(set(leading)) > 1:
         raise ValueError(
             f"vision_feature_layer={layers} has layers with different numbers of leading tokens ({leading}): choose"
-            " layers of one kind."
+            " layers of one kind. [errors.md#tower]"
         )
     shape = _default_shape(tower) if image_processor is None else _processed_shape(image_processor)
     output = _run_on_meta(tower, shape, layers, kwargs)
@@ -576,7 +589,7 @@ def _run_on_meta(
             raise ValueError(
                 f"{type(tower).__name__} can't be run on pixel_values of shape {(1, *shape)}: {error}. A vision tower"
                 " must take images of this shape alone; where only the size is at fault, set it in the image"
-                " processor or pass interpolate_pos_encoding=True to a tower that has it."
+                " processor or pass interpolate_pos_encoding=True to a tower that has it. [errors.md#tower]"
             ) from error
 
 
@@ -600,7 +613,7 @@ def _compare_sizes(tower: PreTrainedModel, layers: list[int]) -> tuple[list[int]
     raise ValueError(
         f"The leading tokens of {type(tower).__name__} at vision_feature_layer={layers[index]} can't be counted: images"
         f" of side {side} times 1, 2, 3 give {', '.join(str(shape[1]) for shape in of_layer[index])} positions."
-        " Choose another layer, or a tower whose positions follow the image's size."
+        " Choose another layer, or a tower whose positions follow the image's size. [errors.md#tower]"
     )
 
 
@@ -686,7 +699,7 @@ def _processed_shape(image_processor: Any) -> tuple[int, ...]:
         raise ValueError(
             f"{type(image_processor).__name__} makes pixel_values of shape {tuple(pixel_values.shape)} out of one"
             " image; a vision tower here reads (1, channels, height, width) or (1, patches, values). Turn the"
-            " splitting of images off in the processor."
+            " splitting of images off in the processor. [errors.md#tower]"
         )
     return tuple(pixel_values.shape[1:])
 

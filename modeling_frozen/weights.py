@@ -279,7 +279,10 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _describe(tensor: torch.Tensor, prefix: str, name: str) -> str:
     if tensor.is_meta:
-        raise ValueError(f"`{prefix}.{name}` is on the meta device, so it has no values: load or initialise the module first.")
+        raise ValueError(
+            f"`{prefix}.{name}` is on the meta device, so it has no values: load or initialise the module first."
+            " [errors.md#checkpoint]"
+        )
     described = f"{tensor.dtype} {tuple(tensor.shape)}"
     if hasattr(tensor, "full_tensor"):  # sharded: each process has a part, and all of them come here together
         tensor = tensor.full_tensor()

@@ -135,9 +135,13 @@ def few_shot_messages(
         elif isinstance(shot, Sequence) and not isinstance(shot, str) and len(shot) in (2, 3):
             image, question, answer = shot[0], shot[1] if len(shot) == 3 else None, shot[-1]
         else:
-            raise ValueError(f"support[{index}] must be (image, answer), (image, question, answer) or a mapping.")
+            raise ValueError(
+                f"support[{index}] must be (image, answer), (image, question, answer) or a mapping. [errors.md#shape]"
+            )
         if image is None or not isinstance(answer, str):
-            raise ValueError(f"support[{index}] needs an image and an answer (a string); got answer={answer!r}.")
+            raise ValueError(
+                f"support[{index}] needs an image and an answer (a string); got answer={answer!r}. [errors.md#shape]"
+            )
         messages += [user(image, question), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     if isinstance(query, Mapping):
         messages.append(user(query.get("image"), query.get("question")))

@@ -210,7 +210,7 @@ def _named(image: Any, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # PIL, the network and the file system raise some twenty kinds
         reason = "it is not an image that PIL can read" if "cannot identify image file" in str(error) else str(error)
-        raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}.") from error
+        raise ValueError(f"Can't open {name} ({shown}): {reason or type(error).__name__}. [errors.md#image]") from error
 
 
 @contextlib.contextmanager

@@ -39,12 +39,13 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     unknown = [name for name in options if name not in DEFAULTS]
     if unknown:
-        raise ValueError(f"Tiles have no option {unknown}: there are {list(DEFAULTS)}.")
+        raise ValueError(f"Tiles have no option {unknown}: there are {list(DEFAULTS)}. [errors.md#choices]")
     chosen = {name: default if options.get(name) is None else options[name] for name, default in DEFAULTS.items()}
     least, most = chosen["min_patches"], chosen["max_patches"]
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in (least, most)) or not 1 <= least <= most:
         raise ValueError(
             f"min_patches={least!r} and max_patches={most!r} must be whole numbers with 1 <= min_patches <= max_patches."
+            " [errors.md#range]"
         )
     return chosen
 

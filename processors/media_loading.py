@@ -50,7 +50,7 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
     """
     if _is_list(video) or getattr(video, "ndim", 0) == 4:
         if len(video) == 0:
-            raise ValueError(f"Can't open {name}: it has no frames.")
+            raise ValueError(f"Can't open {name}: it has no frames. [errors.md#media]")
         video = one_range(video, name)
         return [load_rgb_image(video[index], f"a frame of {name}") for index in sample_frames(len(video), num_frames)]
     if isinstance(video, Mapping):
@@ -75,7 +75,9 @@ def load_video(video: Any, num_frames: int, name: str = "video") -> list[Image.I
     except UnidentifiedImageError:
         return _decode(source, num_frames, name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"Can't open {name} ({_shown(video)!r}): {error}.") from error
+        raise ValueError(
+            f"Can't open {name} ({_shown(video)!r}): {str(error).partition(' [errors.md#')[0]}. [errors.md#media]"
+        ) from error
 
 
 def one_range(media: Any, name: str) -> Any:
@@ -89,7 +91,7 @@ def one_range(media: Any, name: str) -> Any:
     try:
         converted = iter(to_uint8(*(one for one in frames if hasattr(one, "dtype"))))
     except ValueError as error:
-        raise ValueError(f"Can't open {name}: {error}.") from error
+        raise ValueError(f"Can't open {name}: {error}. [errors.md#media]") from error
     frames = [next(converted) if hasattr(one, "dtype") else one for one in frames]
     return frames if _is_list(media) else frames[0]
 
@@ -109,7 +111,7 @@ def _decode(source: Any, num_frames: int, name: str) -> list[Image.Image]:
         raise ValueError(
             f"Can't open {name} ({_shown(source)!r}): PIL does not read it, and no video decoder is installed{unusable}. "
             f"Install one of {', '.join(_DECODERS)} (`pip install av`), or pass its frames: a list of images or a "
-            "4-dimensional array."
+            "4-dimensional array. [errors.md#media]"
         )
     if hasattr(source, "seek"):
         source.seek(0)
@@ -129,7 +131,7 @@ def _decode(source: Any, num_frames: int, name: str) -> list[Image.Image]:
         else:
             frames = _chosen(source, num_frames, read_video_opencv)
     except Exception as error:  # decoders raise what they like
-        raise ValueError(f"Can't open {name} ({_shown(source)!r}) with {module}: {error}.") from error
+        raise ValueError(f"Can't open {name} ({_shown(source)!r}) with {module}: {error}. [errors.md#media]") from error
     return [load_rgb_image(frame, f"a frame of {name}") for frame in frames]
 
 
@@ -197,7 +199,7 @@ def load_waveform(audio: Any, sampling_rate: int, name: str = "audio") -> np.nda
             if rate is not None and rate != sampling_rate:
                 raise ValueError(
                     f"{name} has {rate} samples per second, but the feature extractor expects {sampling_rate}: resample it, "
-                    f'with datasets by `cast_column("audio", Audio(sampling_rate={sampling_rate}))`.'
+                    f'with datasets by `cast_column("audio", Audio(sampling_rate={sampling_rate}))`. [errors.md#media]'
                 )
     if hasattr(audio, "read"):
         audio = audio.read()
@@ -209,18 +211,22 @@ def load_waveform(audio: Any, sampling_rate: int, name: str = "audio") -> np.nda
         except Exception as error:  # decoders and the network raise what they like
             raise ValueError(
                 f"Can't open {name} ({_shown(audio)!r}): {error}. Pass its waveform, or "
-                f"`pip install librosa` (`torchcodec` serves too, if it is built for your torch)."
+                f"`pip install librosa` (`torchcodec` serves too, if it is built for your torch). [errors.md#media]"
             ) from error
     if hasattr(audio, "detach"):
         audio = audio.detach().cpu().float().numpy()
     try:
         waveform = np.asarray(audio, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Can't open {name}: expected a waveform, a path or a dict, got {type(audio).__name__}.") from error
+        raise ValueError(
+            f"Can't open {name}: expected a waveform, a path or a dict, got {type(audio).__name__}. [errors.md#media]"
+        ) from error
     if waveform.ndim == 2 and waveform.shape[0] <= 8:
         waveform = waveform.mean(axis=0)
     if waveform.ndim != 1 or waveform.size == 0:
-        raise ValueError(f"Can't open {name}: its shape is {np.shape(audio)}; expected (samples,) or (channels, samples).")
+        raise ValueError(
+            f"Can't open {name}: its shape is {np.shape(audio)}; expected (samples,) or (channels, samples). [errors.md#media]"
+        )
     return waveform
 
 

@@ -59,11 +59,13 @@ else:  # before 5.23, where a call's defaults are those of its class of keywords
                 raise ValueError(
                     "`sanitize_control_tokens=True` would be ignored: before 5.23 transformers does not tell what users wrote "
                     "from control tokens in a processor's chats. Upgrade to transformers 5.23, or take such tokens out."
+                    " [errors.md#processor]"
                 )
             if asked.get("images") is not None:
                 raise ValueError(
                     "Before 5.23 transformers takes the images of a chat from its turns alone, not from `processor_kwargs`: "
                     'write them there as {"type": "image", "image": image}, or upgrade to transformers 5.23.'
+                    " [errors.md#versions]"
                 )
             wanted = all(options.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"))
             if _MASKS_HOLD_WITH_IMAGES or not wanted or options.get("continue_final_message"):
@@ -76,6 +78,7 @@ else:  # before 5.23, where a call's defaults are those of its class of keywords
             if "offset_mapping" not in out:
                 raise ValueError(
                     f"Pass what is meant for the processor in `processor_kwargs`; it may be among {list(further)}."
+                    " [errors.md#processor]"
                 )
             batched = isinstance(conversation[0], list | tuple)
             _, spans = chat_template_utils.render_jinja_template(

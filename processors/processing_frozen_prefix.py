@@ -157,11 +157,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         **kwargs,
     ):
         if prefix_length is not None and (not isinstance(prefix_length, int) or prefix_length < 1):
-            raise ValueError(f"prefix_length must be an integer of at least 1, got {prefix_length!r}.")
+            raise ValueError(f"prefix_length must be an integer of at least 1, got {prefix_length!r}. [errors.md#range]")
         if image_position not in ("start", "end"):
-            raise ValueError(f"image_position must be 'start' or 'end', got {image_position!r}.")
+            raise ValueError(f"image_position must be 'start' or 'end', got {image_position!r}. [errors.md#choices]")
         if not isinstance(image_token, str) or not image_token.strip():
-            raise ValueError(f"image_token must be a non-empty string, got {image_token!r}.")
+            raise ValueError(f"image_token must be a non-empty string, got {image_token!r}. [errors.md#processor]")
         if tokenizer is not None and not (is_encoder_decoder or text_headless):
             tokenizer = without_ending(tokenizer)
         parts = {"image_processor": image_processor, "tokenizer": tokenizer, "feature_extractor": feature_extractor}
@@ -239,7 +239,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
                 raise ValueError(
                     f"The tokenizer splits {token!r} into several tokens although it was added as a special token. "
-                    f"Choose another {modality}_token."
+                    f"Choose another {modality}_token. [errors.md#vocabulary]"
                 )
         special = tokenizer.special_tokens_map
         if "pad_token" not in special and (stand_in := special.get("eos_token") or special.get("unk_token")):
@@ -280,6 +280,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ValueError(
                 "crop_to_patches=True makes several tiles of an image, and with fusion='cross_attention' words see the last "
                 "image before them alone, here the last tile: leave it out, or join with fusion='prefix'."
+                " [errors.md#cross-attention]"
             )
         config = getattr(model, "config", model)
         media = getattr(config, "media", ("image",))
@@ -323,7 +324,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ValueError(
                 f"The tokenizer's {token!r} has id {own}, but the model's is {modality}_token_id={index}: {modality}s "
                 f"would go to other tokens. To mend it, {way_out}pass the tokenizer it was built with; where it was joined "
-                f"from loaded models, join it with tokenizer=… or {modality}_token_id={own}."
+                f"from loaded models, join it with tokenizer=… or {modality}_token_id={own}. [errors.md#vocabulary]"
             )
         for part, own in zip(getattr(config, "vision_parts", ("vision",)), processor.image_processors, strict=False):
             processor._check_image_size(getattr(config, f"{part}_config"), own)
@@ -340,14 +341,16 @@ class FrozenPrefixProcessor(ProcessorMixin):
         record = getattr(config, f"{of}_base_model") or {}
         name = record.get("name_or_path")
         if not name:
-            raise ValueError(f"The model records no place of its {backbone} to take the {part} from. {way_out}")
+            raise ValueError(
+                f"The model records no place of its {backbone} to take the {part} from. {way_out} [errors.md#no-parent]"
+            )
         changed_files: Callable[[str], list[str]] = getattr(config, "changed_processor_files", lambda part: [])
         if changed := changed_files(of):
             raise ValueError(
                 f"The {part} of the {backbone} {name!r} is not the one that the connector was trained with: {changed} changed "
                 "since. Restore them, take the processor that was saved with the checkpoint, or pass another knowingly, "
                 f"FrozenPrefixProcessor.from_model(model, {part}=…). from_pretrained(..., {of}_base_model={name!r}) records "
-                "them anew."
+                "them anew. [errors.md#another-parent]"
             )
         revision = {"revision": record["revision"]} if record.get("revision") and not os.path.isdir(name) else {}
         auto_class, file = _PARTS["image_processor" if part in _FURTHER else part]
@@ -359,6 +362,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"Can't load the {part} of the {backbone} {name!r} (is there a {file}?): {error}\n{way_out}"
+                " [errors.md#no-parent]"
             ) from error
 
     @property
@@ -419,7 +423,10 @@ class FrozenPrefixProcessor(ProcessorMixin):
             if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
                 logger.warning(f"The cache holds no {file} of {name}, and offline nobody can tell whether there is one.")
                 return True
-            raise OSError(f"Whether {name} has a {file} can't be told, for the Hub can't be reached: try again, or offline.")
+            raise OSError(
+                f"Whether {name} has a {file} can't be told, for the Hub can't be reached: try again, or offline."
+                " [errors.md#no-parent]"
+            )
 
         if not lacks("processor_config.json") or lacks("config.json"):
             return super().from_pretrained(name, *args, **kwargs)
@@ -470,7 +477,10 @@ class FrozenPrefixProcessor(ProcessorMixin):
             image_idx: which of them.
         """
         if self.prefix_length is None:
-            raise ValueError("The processor has no prefix_length: pass it prefix_length=model.config.num_image_tokens.")
+            raise ValueError(
+                "The processor has no prefix_length: pass it prefix_length=model.config.num_image_tokens."
+                " [errors.md#processor]"
+            )
         tiles = (image_inputs or {}).get("num_patches")
         return (_length_of_call.get() or self.prefix_length) * (1 if tiles is None else int(tiles[image_idx]))
 
@@ -481,7 +491,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if options["crop_to_patches"] and len(self.image_processors) > 1:
             raise ValueError(
                 f"crop_to_patches=True cuts tiles of one tower's size, and this processor makes images for "
-                f"{len(self.image_processors)} vision towers: leave it out, or join a model with one."
+                f"{len(self.image_processors)} vision towers: leave it out, or join a model with one. [errors.md#tower]"
             )
         return options
 
@@ -498,7 +508,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             if stored != options and (stored["crop_to_patches"] or options["crop_to_patches"]):
                 raise ValueError(
                     f"These features were stored of images cut by {stored}, and this processor cuts by {options}: take the "
-                    "processor that they were stored with, or run cache_vision_features with this one."
+                    "processor that they were stored with, or run cache_vision_features with this one. [errors.md#processor]"
                 )
             return image.count_tiles()
         if not options["crop_to_patches"]:
@@ -510,7 +520,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         else:
             raise ValueError(
                 f"crop_to_patches=True cuts tiles from images as they are opened, and here is a {type(image).__name__}: give "
-                "images, paths or arrays that are rescaled, or leave it out."
+                "images, paths or arrays that are rescaled, or leave it out. [errors.md#processor]"
             )
         return count_tiles(*size, self._tile_size(), options)
 
@@ -522,7 +532,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
                 raise ValueError(
                     f"crop_to_patches=True needs images of one size for the tower, and "
                     f"{type(self.image_processor).__name__} keeps each image's own: its max_num_patches is the way to see "
-                    "more of a large image."
+                    "more of a large image. [errors.md#processor]"
                 )
             self._tile = (int(pixel_values.shape[-2]), int(pixel_values.shape[-1]))
         return self._tile
@@ -539,6 +549,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ValueError(
                 f"prefix_length={prefix_length}: the model of this processor writes prefixes of "
                 f"{' or '.join(map(str, lengths))} vectors. Take one of these, or join a model with others in prefix_lengths."
+                " [errors.md#processor]"
             )
         before = _length_of_call.set(prefix_length or _length_of_call.get())
         try:
@@ -590,7 +601,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if number is None:
             raise ValueError(
                 f"The processor has no {modality}_prefix_length: pass it "
-                f"{modality}_prefix_length=model.config.num_{modality}_tokens."
+                f"{modality}_prefix_length=model.config.num_{modality}_tokens. [errors.md#processor]"
             )
         return number
 
@@ -660,6 +671,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
                         raise ValueError(
                             f"Sample {index}: the assistant mask counts characters of the rendered chat, but text was "
                             "put or cut at its start. Write the images into the turns, and truncate on the right."
+                            " [errors.md#padding]"
                         )
             text = final
         flat = {modality: [one for own in nested for one in own] for modality, (nested, _) in media.items()}
@@ -683,13 +695,19 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if isinstance(text, str):
             return [text]
         if not isinstance(text, Iterable) or isinstance(text, Mapping | bytes):
-            raise ValueError(f"`text` must be a string or a list of strings, got a {type(text).__name__}: {text!r:.80}.")
+            raise ValueError(
+                f"`text` must be a string or a list of strings, got a {type(text).__name__}: {text!r:.80}. [errors.md#shape]"
+            )
         texts = list(text)
         if not texts:
-            raise ValueError('`text` is an empty list: pass one text for each sample, or `""` for an image without words.')
+            raise ValueError(
+                '`text` is an empty list: pass one text for each sample, or `""` for an image without words. [errors.md#shape]'
+            )
         for index, one in enumerate(texts):
             if not isinstance(one, str):
-                raise ValueError(f"`text` must hold strings, but sample {index} is a {type(one).__name__}: {one!r:.80}.")
+                raise ValueError(
+                    f"`text` must hold strings, but sample {index} is a {type(one).__name__}: {one!r:.80}. [errors.md#shape]"
+                )
         return texts
 
     def _rescales(self, rescale: bool | None) -> bool:
@@ -699,7 +717,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
         """Images (videos, audio) as one list per entry, and whether the caller nested them. The numbers of one array are of
         one range, unless `rescale` (`image_processor.do_rescale` by default) leaves them as they are."""
         if modality not in self.tokens:
-            raise ValueError(f"This processor takes {list(self.tokens)} and text, and was given {modality}.")
+            raise ValueError(
+                f"This processor takes {list(self.tokens)} and text, and was given {modality}. [errors.md#not-loaded]"
+            )
         is_one = IS_ONE[modality]
         same_range = modality == "video" or (modality == "image" and self._rescales(rescale))
 
@@ -728,7 +748,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             kind = f"lists of {noun}" if is_nested else noun
             raise ValueError(
                 f"{rule} Got {len(nested)} {kind} for {len(text)} texts: sample {min(len(nested), len(text))} has "
-                f"only one of the two. Pass one, or one (possibly empty) list of {noun}, per text."
+                f"only one of the two. Pass one, or one (possibly empty) list of {noun}, per text. [errors.md#placeholders]"
             )
         for index, (count, own) in enumerate(zip(counts, nested, strict=True)):
             if count and count != len(own):
@@ -736,6 +756,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
                     f"{rule} Sample {index}: its text holds {count} {token} but it has {len(own)} {noun} "
                     f"(batch: {sum(counts)} and {total}). Write one {token} each, or none: then they "
                     f"are put in; and pass nested {noun}, one list per text, where texts have several."
+                    " [errors.md#placeholders]"
                 )
         return nested
 
@@ -747,7 +768,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
             if self._rescales(rescale) or not hasattr(image, "dtype"):
                 image = load_rgb_image(image, f"image {index}", channels_first=channels_first)
             elif 0 in image.shape:
-                raise ValueError(f"Can't open image {index}: it is empty: its shape is {tuple(image.shape)}.")
+                raise ValueError(
+                    f"Can't open image {index}: it is empty: its shape is {tuple(image.shape)}. [errors.md#image]"
+                )
             elif image.ndim == 2:  # grey
                 grey = image.detach().cpu().numpy() if hasattr(image, "detach") else image
                 image = np.stack([grey] * 3, axis=0 if channels_first else -1)
@@ -815,7 +838,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
             raise ValueError(
                 f"Sample {index}: its {held} take {placeholders} placeholders, {needed} tokens with the "
                 f"special tokens, but max_length is {max_length}; placeholders are never cut. Use max_length={needed} "
-                "or more, fewer images per sample, or a connector with a smaller prefix_length."
+                "or more, fewer images per sample, or a connector with a smaller prefix_length. [errors.md#placeholders]"
             )
         borders: set[int] = set()
         if self.tokenizer.is_fast and not options.get("sanitize_control_tokens"):
@@ -887,7 +910,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
     @property
     def video_processor(self) -> Any:
         if self.video_token is None:
-            raise AttributeError("This processor takes no videos.")
+            raise AttributeError("This processor takes no videos. [errors.md#not-loaded]")
         return self.image_processor
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
@@ -927,7 +950,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
         if set(made) != {"pixel_values"}:
             raise ValueError(
                 f"{type(self.image_processor).__name__} makes {sorted(made)} of an image; frames of a video need a tower that "
-                "takes `pixel_values` of one size alone."
+                "takes `pixel_values` of one size alone. [errors.md#media]"
             )
         pixels = made["pixel_values"]
         pixels = pixels.unflatten(0, (len(videos), len(pixels) // len(videos)))

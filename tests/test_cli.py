@@ -20,7 +20,9 @@ def test_a_mistake_is_a_sentence_and_a_code(capsys: pytest.CaptureFixture, tmp_p
     gone = str(tmp_path / "gone.json")
     assert main(["check", gone]) == 1
     said = capsys.readouterr()
-    assert said.err == f"frozen-prefix check: {gone} is not there. A Hub id is owner/name.\n" and not said.out
+    assert (
+        said.err == f"frozen-prefix check: {gone} is not there. A Hub id is owner/name. [errors.md#source]\n" and not said.out
+    )
     with pytest.raises(FileNotFoundError):
         main(["--traceback", "check", gone])
     with pytest.raises(SystemExit) as ended:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError('The page needs gradio: pip install "frozen-prefix[demo]".') from error
+        raise ImportError('The page needs gradio: pip install "frozen-prefix[demo]". [errors.md#extra]') from error
     from ..serving.page import CSS, build_page
 
     page = build_page(

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     several, out = len(args.model) > 1, Path(args.output_dir)
     if args.write_card and (several or not Path(args.model[0]).is_dir()):
-        raise ValueError("--write_card writes into the folder of one checkpoint: name one that lies here.")
+        raise ValueError("--write_card writes into the folder of one checkpoint: name one that lies here. [errors.md#command]")
     source = args.dataset[0] if len(args.dataset) == 1 else args.dataset
     dataset = load_image_text(source, split=args.split, image_root=args.image_root)
     if args.rows is not None:

@@ -17,7 +17,7 @@ def files_of_images(given: Sequence[str]) -> list[str]:
             continue
         inside = sorted(str(file) for file in Path(one).iterdir() if file.suffix.lower() in endings)
         if not inside:
-            raise ValueError(f"The folder {one} holds no images.")
+            raise ValueError(f"The folder {one} holds no images. [errors.md#command]")
         names += inside
     return names
 

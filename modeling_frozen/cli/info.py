@@ -45,7 +45,7 @@ def _of_checkpoint(name: str, tensors: dict[str, tuple[int, int]]) -> dict[str, 
 
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "frozen-prefix":
-        raise ValueError(f"{name} is a checkpoint of {config.model_type!r}, not of frozen-prefix.")
+        raise ValueError(f"{name} is a checkpoint of {config.model_type!r}, not of frozen-prefix. [errors.md#command]")
     kind = (config.architectures or ["FrozenPrefixForConditionalGeneration"])[0]
     facts: dict[str, Any] = {"model": name, "class": kind}
     facts["trained"] = [

@@ -69,7 +69,7 @@ def read_settings(
     written = _read_yaml(args.config)
     for name in written:
         if name not in own | theirs or name == "config":
-            raise ValueError(f"{args.config}: {_nearest(name, own | theirs)}")
+            raise ValueError(f"{args.config}: {_nearest(name, own | theirs)} [errors.md#choices]")
     parser.set_defaults(**{name: value for name, value in written.items() if name in own})
     args, others = parser.parse_known_args(arguments)
     return args, {name: value for name, value in written.items() if name not in own}, others
@@ -81,9 +81,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())} [errors.md#command]") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}: write `name: value` on each line.")
+        raise ValueError(f"{path} holds a {type(content).__name__}: write `name: value` on each line. [errors.md#command]")
     return dict(content)
 
 
@@ -115,7 +115,9 @@ def load_data(args: argparse.Namespace) -> tuple[Any, Any]:
         rows = load_splits(source, ("train", "validation"), share=share, **options)
     except ValueError as error:
         if "too few for a share" in str(error):
-            raise ValueError(f"{error} Pass --held_out 0, or a larger share.") from error
+            raise ValueError(
+                f"{str(error).partition(' [errors.md#')[0]} Pass --held_out 0, or a larger share. [errors.md#command]"
+            ) from error
         raise
     return rows["train"], rows.get("validation")
 
@@ -132,7 +134,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any]:
         try:
             config = json.loads(config)
         except ValueError as error:
-            raise ValueError(f"--connector_config {config!r} is no JSON: {error}.") from error
+            raise ValueError(f"--connector_config {config!r} is no JSON: {error}. [errors.md#command]") from error
     model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
         args.vision, args.text, connector_type=args.connector, connector_config=config, prefix_length=args.prefix_length,
         vision_feature_select_strategy=args.vision_features, dtype=args.dtype,
@@ -143,27 +145,31 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any]:
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for settings that don't go together, before anything is read."""
     if (args.model is None) == (args.vision is None and args.text is None):
-        raise ValueError("Give the two parents, --vision ID --text ID, or --model CHECKPOINT to go on with one.")
+        raise ValueError(
+            "Give the two parents, --vision ID --text ID, or --model CHECKPOINT to go on with one. [errors.md#command]"
+        )
     if args.model is None and (args.vision is None or args.text is None):
         missing = "--vision" if args.vision is None else "--text"
-        raise ValueError(f"{missing} ID is missing: a connector stands between two parents.")
+        raise ValueError(f"{missing} ID is missing: a connector stands between two parents. [errors.md#command]")
     if args.lora is not None and args.lora < 1:
-        raise ValueError(f"--lora {args.lora} must be a rank, at least 1; leave it out for none.")
+        raise ValueError(f"--lora {args.lora} must be a rank, at least 1; leave it out for none. [errors.md#range]")
     if args.lora is not None and args.model is None:
         raise ValueError(
             f"--lora {args.lora} adapts a language model whose connector is trained: train one first without --lora, then go "
-            "on with --model CHECKPOINT."
+            "on with --model CHECKPOINT. [errors.md#command]"
         )
     if not args.dataset:
         raise ValueError(
             "Give rows to train on: --dataset FILE, FOLDER or ID (`frozen-prefix check` says what is wrong with them)."
+            " [errors.md#command]"
         )
     args.dataset = [args.dataset] if isinstance(args.dataset, str) else list(args.dataset)
     if args.held_out is not None and not 0 <= args.held_out < 1:
-        raise ValueError(f"--held_out {args.held_out} must be a share of the images, from 0 to below 1.")
+        raise ValueError(f"--held_out {args.held_out} must be a share of the images, from 0 to below 1. [errors.md#command]")
     if args.streaming and args.cache_features:
         raise ValueError(
             "--cache_features reads all rows before the first step, so --streaming makes no sense with it: leave one out."
+            " [errors.md#command]"
         )
 
 

@@ -43,14 +43,16 @@ class PhotoAugmentation:
         for name, value in vars(self).items():
             low, high = bounds.get(name, (0, 1))
             if not low <= value <= high:
-                raise ValueError(f"{name}={value!r} is outside [{low}, {high}].")
+                raise ValueError(f"{name}={value!r} is outside [{low}, {high}]. [errors.md#range]")
         self._transforms()  # says now, not in a worker's first batch, if kornia is missing
 
     def _transforms(self) -> list[Any]:
         try:
             from kornia import augmentation
         except ImportError as error:
-            raise ImportError("PhotoAugmentation needs kornia: pip install frozen-prefix[augment]") from error
+            raise ImportError(
+                "PhotoAugmentation needs kornia: pip install frozen-prefix[augment] [errors.md#extra]"
+            ) from error
         transforms: list[Any] = []
         if self.rotation:
             transforms.append(augmentation.RandomRotation(self.rotation, p=1.0))

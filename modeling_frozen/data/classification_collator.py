@@ -54,6 +54,7 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
                 f"Row {index} has neither {self.text_column!r} nor an image (its columns: {sorted(row)}). Set "
                 "remove_unused_columns=False in TrainingArguments, or name the columns: "
                 "DataCollatorForFrozenPrefixClassification(processor, image_column=…, text_column=…, label_column=…)."
+                " [errors.md#collator]"
             )
         text = "" if text is None else self._draw(index, self.text_column, text)
         # An empty target: the tokenizer's own special tokens, and no end of text to learn.
@@ -65,11 +66,14 @@ class DataCollatorForFrozenPrefixClassification(DataCollatorForFrozenPrefix):
                 raise ValueError(
                     f"Row {index}: column {self.label_column!r} holds {label!r}, where it must be a number or a list of them "
                     "(for names: `model.config.label2id[name]`, or `datasets.Dataset.class_encode_column`)."
+                    " [errors.md#collator]"
                 )
         tensors = [torch.as_tensor(label) for label in labels]
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
-            raise ValueError(f"Labels of shapes {sorted(shapes)} don't make a batch: every row needs as many numbers.")
+            raise ValueError(
+                f"Labels of shapes {sorted(shapes)} don't make a batch: every row needs as many numbers. [errors.md#collator]"
+            )
         stacked = torch.stack(tensors)
         return stacked.float() if stacked.is_floating_point() or stacked.ndim > 1 else stacked.long()
 

@@ -132,11 +132,11 @@ class DataCollatorForFrozenPrefix:
         tokenizer = self.processor.tokenizer
         for name, choices in {"train_on": ("all", "last"), "on_error": ("raise", "skip")}.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {list(choices)}.")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {list(choices)}. [errors.md#collator]")
         self.tally = Tally()
         self._epoch = EpochForWorkers()
         if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {self.max_length}.")
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}. [errors.md#collator]")
         if self.max_length is None and tokenizer.model_max_length < _UNKNOWN_LENGTH:
             self.max_length = tokenizer.model_max_length
         if self.is_encoder_decoder is None:
@@ -167,7 +167,10 @@ class DataCollatorForFrozenPrefix:
                 self._truncate(index, example)
         for index, example in enumerate(examples):
             if example.target is None and not any(example.learn):
-                raise ValueError(f"Row {index} has nothing to learn: its loss would be an unseen zero. Leave such rows out.")
+                raise ValueError(
+                    f"Row {index} has nothing to learn: its loss would be an unseen zero. Leave such rows out."
+                    " [errors.md#collator]"
+                )
         labels = self._targets(examples) if self.is_encoder_decoder else [self._labels(one) for one in examples]
         batch: dict[str, Any] = {
             "input_ids": self._stack([one.ids for one in examples], self.processor.tokenizer.pad_token_id or 0),
@@ -229,13 +232,13 @@ class DataCollatorForFrozenPrefix:
         if stored not in (0, len(images)):
             raise ValueError(
                 f"{stored} of the {len(images)} images of a batch are stored features, the others images: train on rows "
-                "of one kind, by `cache_vision_features` on all."
+                "of one kind, by `cache_vision_features` on all. [errors.md#collator]"
             )
         if self.augment is not None:
             if stored:
                 raise ValueError(
                     "`augment` can't change stored images, which are the tower's features: store augmented views "
-                    "(`cache_vision_features(..., views=k, augment=…)`), or train from the images."
+                    "(`cache_vision_features(..., views=k, augment=…)`), or train from the images. [errors.md#collator]"
                 )
             images = [self._augmented(number, image) for number, image in enumerate(images)]
         batch = stack_features(images) if stored else dict(self.processor(images=images, return_tensors="pt"))
@@ -262,7 +265,7 @@ class DataCollatorForFrozenPrefix:
     def _samples(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
         """What the batch is made of, each with the number of its row."""
         if not rows:
-            raise ValueError("The batch has no rows, so there is nothing to collate: give at least one.")
+            raise ValueError("The batch has no rows, so there is nothing to collate: give at least one. [errors.md#collator]")
         rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
         if not self.all_texts:
             return list(enumerate(rows))
@@ -280,7 +283,7 @@ class DataCollatorForFrozenPrefix:
         if len(prompts) != len(texts):
             raise ValueError(
                 f"Row {index} has {len(prompts)} in {self.prompt_column!r} and {len(texts)} in {column!r}: with "
-                "all_texts=True each prompt goes with one text, or give one prompt (a string) for all."
+                "all_texts=True each prompt goes with one text, or give one prompt (a string) for all. [errors.md#collator]"
             )
         return [{**row, column: text, self.prompt_column: prompt} for prompt, text in zip(prompts, texts, strict=True)]
 
@@ -297,6 +300,7 @@ class DataCollatorForFrozenPrefix:
                 f"Row {index} has no {self.messages_column!r}, {self.text_column!r} or {self.answer_column!r} "
                 f"({hint}its columns: {sorted(row)}). Set remove_unused_columns=False in TrainingArguments, or name "
                 "the columns: DataCollatorForFrozenPrefix(processor, text_column=…, prompt_column=…, answer_column=…)."
+                " [errors.md#collator]"
             )
         others = others_of(self.processor, row)
         images = self._images(index, row, required=not others)
@@ -308,7 +312,9 @@ class DataCollatorForFrozenPrefix:
             return _Example([(text, True)], images, others, after_images=True)
         prompt, answer = row.get(self.prompt_column) or "", self._draw(index, self._answer_in(row), answer)
         if not isinstance(prompt, str):
-            raise ValueError(f"Row {index}: column {self.prompt_column!r} must be a string, got {prompt!r:.80}.")
+            raise ValueError(
+                f"Row {index}: column {self.prompt_column!r} must be a string, got {prompt!r:.80}. [errors.md#collator]"
+            )
         prompt = place_media(self.processor, prompt, images, others)
         if self.is_encoder_decoder:
             return _Example([(prompt, False)], images, others, target=answer)
@@ -326,7 +332,9 @@ class DataCollatorForFrozenPrefix:
             value = value[draw(len(value), self.seed, *value)] if len(value) > 1 else value[0]
         if not isinstance(value, str):
             what = "an empty list" if isinstance(value, list | tuple) and not value else f"{value!r:.80}"
-            raise ValueError(f"Row {index}: column {column!r} must be a string or a list of them, got {what}.")
+            raise ValueError(
+                f"Row {index}: column {column!r} must be a string or a list of them, got {what}. [errors.md#collator]"
+            )
         return value
 
     def _images(self, index: int, row: Mapping[str, Any], required: bool) -> list[Any]:
@@ -335,7 +343,7 @@ class DataCollatorForFrozenPrefix:
             raise ValueError(
                 f"Row {index} has {no_image_column(row, self.image_column)}. Trainer drops it unless "
                 "TrainingArguments(remove_unused_columns=False). If it has another name, pass image_column=…; a text-only row "
-                "has None in it."
+                "has None in it. [errors.md#collator]"
             )
         return images or []
 
@@ -352,6 +360,7 @@ class DataCollatorForFrozenPrefix:
             if modality not in self.processor.tokens and any(_has_item(one.get("content"), modality) for one in messages):
                 raise ValueError(
                     f"Row {index} has {modality} in its turns, and the processor takes {list(self.processor.tokens)} alone."
+                    " [errors.md#collator]"
                 )
         if not images:
             images = self._images(index, row, required=self._shows_something(row, others))
@@ -362,14 +371,20 @@ class DataCollatorForFrozenPrefix:
         learnt = [message.pop("loss", True) for message in messages if message["role"] == "assistant"]
         learnt = [flag and (self.train_on == "all" or i == len(learnt) - 1) for i, flag in enumerate(learnt)]
         if not any(learnt):
-            raise ValueError(f"Row {index}: its messages have no assistant turn to learn, so there is nothing to learn.")
+            raise ValueError(
+                f"Row {index}: its messages have no assistant turn to learn, so there is nothing to learn."
+                " [errors.md#collator]"
+            )
         messages = [{key: value for key, value in message.items() if key != "loss"} for message in messages]
         if not self._takes_strings:
             messages = [_with_content_list(message) for message in messages]
         target, spans = None, list[tuple[int, int]]()
         if self.is_encoder_decoder:
             if messages[-1]["role"] != "assistant" or not learnt[-1]:
-                raise ValueError(f"Row {index}: for an encoder-decoder the last message must be the assistant's, and learnt.")
+                raise ValueError(
+                    f"Row {index}: for an encoder-decoder the last message must be the assistant's, and learnt."
+                    " [errors.md#collator]"
+                )
             target = plain_text(messages[-1]["content"])
             text = _render(self.processor, messages[:-1], add_generation_prompt=True)
         else:
@@ -379,7 +394,7 @@ class DataCollatorForFrozenPrefix:
                     raise ValueError(
                         f"Row {index} has {len(learnt)} assistant turns, but the template's {{% generation %}} marks "
                         f"{len(spans)}, so it can't be told which are not to be learnt: learn all, or give the processor a "
-                        "template that marks each turn once."
+                        "template that marks each turn once. [errors.md#collator]"
                     )
                 learnt = [True] * len(spans)
         add_eos = False
@@ -452,7 +467,7 @@ class DataCollatorForFrozenPrefix:
                     token = self.processor.tokens.get(modality)
                     raise ValueError(
                         f"Row {index} holds {seen[modality]} {token} but has {len(media)} {modality}s. Write one {token} per "
-                        f"{modality}, or none: then they are put in."
+                        f"{modality}, or none: then they are put in. [errors.md#placeholders]"
                     )
             number += seen["image"]
             if example.after_images and any(seen.values()):
@@ -485,7 +500,7 @@ class DataCollatorForFrozenPrefix:
             raise ValueError(
                 f"Row {index}: {len(example.images)} images and special tokens take {fixed} positions that are never "
                 f"cut, its text {len(order)}; max_length={self.max_length} leaves nothing to learn. Use a larger "
-                "max_length, fewer images per row, a smaller prefix_length, or leave such rows out."
+                "max_length, fewer images per row, a smaller prefix_length, or leave such rows out. [errors.md#collator]"
             )
         for name in ("ids", "learn", "fixed"):
             values = getattr(example, name)
@@ -550,7 +565,9 @@ def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
         ValueError: if one can't be read, with its number among `images`; if they are of several stores.
     """
     if len({len(image.further) for image in images}) > 1:
-        raise ValueError("A batch holds features of one vision tower and of several: train on rows of one kind.")
+        raise ValueError(
+            "A batch holds features of one vision tower and of several: train on rows of one kind. [errors.md#collator]"
+        )
     batch = _stack_features(images)
     for number, further in enumerate(zip(*(image.further for image in images), strict=True), 2):
         batch[f"vision_features_{number}"] = _stack_features(further)["vision_features"]
@@ -568,7 +585,10 @@ def _stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
     features = [one for one, _ in loaded]
     kinds = {(one.shape[1], str(one.dtype), str(image.tile_options)) for one, image in zip(features, images, strict=True)}
     if len(kinds) > 1:
-        raise ValueError(f"A batch holds features of several widths, dtypes or tiles, {sorted(kinds)}: of several stores.")
+        raise ValueError(
+            f"A batch holds features of several widths, dtypes or tiles, {sorted(kinds)}: of several stores."
+            " [errors.md#collator]"
+        )
     if images[0].tile_options is not None:
         real = [one if mask is None else one[mask] for one, mask in loaded]
         tiles = [one.unflatten(0, (image.count_tiles(), -1)) for one, image in zip(real, images, strict=True)]
@@ -709,6 +729,7 @@ def assistant_spans(processor: Any, messages: list[dict[str, Any]], index: int =
         raise ValueError(
             f"Row {index}: the chat template changes what the assistant says, so it can't be located in the "
             "rendered chat. Give the processor a template with {% generation %} … {% endgeneration %} around its turns."
+            " [errors.md#collator]"
         )
     stop = re.compile(r"\s*(?:" + "|".join(map(re.escape, _stop_tokens(processor))) + ")")
     spans, position = list[tuple[int, int]](), 0

@@ -25,7 +25,9 @@ def image_column(columns: Iterable[str], name: str | None = None) -> str:
     """
     column = find_column(columns, name)
     if column is None:
-        raise ValueError(f"The dataset has {no_image_column(columns, name)}: name it by `image_column=…`.")
+        raise ValueError(
+            f"The dataset has {no_image_column(columns, name)}: name it by `image_column=…`. [errors.md#collator]"
+        )
     return column
 
 

@@ -79,6 +79,7 @@ class VisionFeatures:
             raise ValueError(
                 f"This column of stored features was made by an earlier version, which kept a mere index ({value!r}) that may "
                 "point to another image by now: run `cache_vision_features` again, on the dataset with the images."
+                " [errors.md#stored-features]"
             )
         view = draw(self.views, "view", value[:16]) if self.views > 1 else 0
         stored: tuple[StoredImage, ...] = ()
@@ -169,7 +170,7 @@ def cache_vision_features(
     >>> Trainer(model, args, train_dataset=rows, data_collator=DataCollatorForFrozenPrefix(processor)).train()
     ```"""
     if register_feature is None:
-        raise ImportError("`cache_vision_features` needs the package `datasets`: `pip install datasets`.")
+        raise ImportError("`cache_vision_features` needs the package `datasets`: `pip install datasets`. [errors.md#extra]")
     import datasets
 
     if isinstance(dataset, dict):
@@ -179,7 +180,7 @@ def cache_vision_features(
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise ValueError(
             f"A dataset of type {type(dataset).__name__} can't be stored: give a `datasets.Dataset` or `IterableDataset`; "
-            "`Dataset.from_list(rows)` makes one."
+            "`Dataset.from_list(rows)` makes one. [errors.md#stored-features]"
         )
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "frozen-prefix").expanduser()
     work = prepare_work(
@@ -226,18 +227,24 @@ def prepare_work(
 
 def _check_choices(dtype: str, views: int, augment: Any, plain_view: bool, smallest: int) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: features are stored in one of {', '.join(DTYPES)}.")
+        raise ValueError(f"dtype={dtype!r}: features are stored in one of {', '.join(DTYPES)}. [errors.md#stored-features]")
     if views < 1 or smallest < 1:
-        raise ValueError(f"views={views}, batch_size and images_per_shard must be at least 1.")
+        raise ValueError(f"views={views}, batch_size and images_per_shard must be at least 1. [errors.md#stored-features]")
     if augment is not None and views == 1:
         raise ValueError(
             "`augment` draws another image at each epoch, but a store holds what the tower saw once, so both together "
             "would train on one draw for ever: pass `views=k` to store k draws of each image, or leave `augment` out."
+            " [errors.md#stored-features]"
         )
     if augment is None and views > 1:
-        raise ValueError(f"views={views} without `augment` would be {views} equal copies: pass what draws them.")
+        raise ValueError(
+            f"views={views} without `augment` would be {views} equal copies: pass what draws them. [errors.md#stored-features]"
+        )
     if plain_view and augment is None:
-        raise ValueError("`plain_view=True` sets the image itself beside augmented views: pass `augment` and `views`.")
+        raise ValueError(
+            "`plain_view=True` sets the image itself beside augmented views: pass `augment` and `views`."
+            " [errors.md#stored-features]"
+        )
 
 
 def tower_of(model: FrozenPrefixPreTrainedModel, part: str) -> PreTrainedModel | None:
@@ -246,25 +253,26 @@ def tower_of(model: FrozenPrefixPreTrainedModel, part: str) -> PreTrainedModel |
 
 def _refuse_trained_tower(model: FrozenPrefixPreTrainedModel) -> None:
     if model.config.vision_config is None:
-        raise ValueError("This model has no vision tower, so there are no features to store.")
+        raise ValueError("This model has no vision tower, so there are no features to store. [errors.md#stored-features]")
     for part in model.config.vision_parts:
         tower = tower_of(model, part)
         trained = tower is not None and any(parameter.requires_grad for parameter in tower.parameters())
         if part in model.config.trainable or trained:
             raise ValueError(
                 f'The {PARTS[part].description} trains ("{part}" in `config.trainable`, or adapters in it), so its features '
-                "change at each step and can't be stored: train from the images, or freeze it."
+                "change at each step and can't be stored: train from the images, or freeze it. [errors.md#stored-features]"
             )
 
 
 def _image_column(dataset: Any, image_column: str | None) -> str:
     column = columns.image_column(dataset.column_names or list(next(iter(dataset), {})), image_column)
     if dataset.features is not None and isinstance(inner_feature(dataset.features[column]), VisionFeatures):
-        raise ValueError(f"The column {column!r} holds stored features already.")
+        raise ValueError(f"The column {column!r} holds stored features already. [errors.md#stored-features]")
     if getattr(dataset, "format", {}).get("type") == "custom":
         raise ValueError(
             "The dataset has a transform of its own (`set_transform`), which may change or draw images at each read. Give the "
             "dataset without it (`dataset.with_format(None)`), and what draws as `augment` with `views=k`."
+            " [errors.md#stored-features]"
         )
     return column
 
@@ -316,12 +324,12 @@ def _pooling_connector(model: FrozenPrefixPreTrainedModel) -> Any:
     if CONNECTORS[model.config.connector_type].read is Connector.read:
         raise ValueError(
             f"`pool=True` stores the means that the connector 'avg_pool' reads, and this model's connector is "
-            f"{model.config.connector_type!r}, which reads every position: leave `pool` out."
+            f"{model.config.connector_type!r}, which reads every position: leave `pool` out. [errors.md#stored-features]"
         )
     if len(model.config.vision_parts) > 1:
         raise ValueError(
             f"`pool=True` stores means of one tower's positions, and those of {len(model.config.vision_parts)} towers are "
-            "taken when they were joined on the grid of the first: leave `pool` out."
+            "taken when they were joined on the grid of the first: leave `pool` out. [errors.md#stored-features]"
         )
     return connector
 
@@ -408,7 +416,7 @@ class Work:
             raise ValueError(
                 f"{len(lacking)} of {len(places)} images are not in the store `{self.store.folder}` (the first: "
                 f"{name_of(*lacking[0][1:])}), and the {PARTS[self.part].description} is not loaded: load it by "
-                f'`model.load_base_model("{self.part}")`.'
+                f'`model.load_base_model("{self.part}")`. [errors.md#stored-features]'
             )
         own = [place for place in lacking if self.processes.does(place[0])]
         if not own:
@@ -480,7 +488,9 @@ class Work:
         indices = self.store.indices()
         lacking = sum(digest not in indices for digest in wanted)
         if lacking:
-            raise RuntimeError(f"{lacking} images are not in `{self.store.folder}`: did another process fail?")
+            raise RuntimeError(
+                f"{lacking} images are not in `{self.store.folder}`: did another process fail? [errors.md#stored-features]"
+            )
         return indices
 
 

@@ -85,7 +85,9 @@ def open_store(folder: str) -> "FeatureStore":
         ValueError: if there is none.
     """
     if not (Path(folder) / _KEY_FILE).is_file():
-        raise ValueError(f"There is no store of features at `{folder}`: it was moved or deleted. {_AGAIN}.")
+        raise ValueError(
+            f"There is no store of features at `{folder}`: it was moved or deleted. {_AGAIN}. [errors.md#stored-features]"
+        )
     return FeatureStore(folder)
 
 
@@ -107,7 +109,10 @@ class FeatureStore:
         self.folder = Path(folder)
         text = (self.folder / _KEY_FILE).read_bytes()
         if _hash(text) != self.folder.name:
-            raise ValueError(f"`{self.folder / _KEY_FILE}` was changed: delete the folder, and its features are made anew.")
+            raise ValueError(
+                f"`{self.folder / _KEY_FILE}` was changed: delete the folder, and its features are made anew."
+                " [errors.md#stored-features]"
+            )
         self.key: dict[str, Any] = json.loads(text)
         self.dtype = DTYPES[self.key["dtype"]]
         self.width, self.views = self.key["vision_width"], self.key["views"]
@@ -149,7 +154,10 @@ class FeatureStore:
         return self._tables[shard]
 
     def _damaged(self, shard: int, why: object) -> ValueError:
-        return ValueError(f"`{self._path(shard)}` is damaged ({why}): delete this file. {_AGAIN}: what it held is made anew.")
+        return ValueError(
+            f"`{self._path(shard)}` is damaged ({why}): delete this file. {_AGAIN}: what it held is made anew."
+            " [errors.md#stored-features]"
+        )
 
     def indices(self) -> ImageIndex:
         """Index of every image that is there, by the digest of its content.
@@ -244,7 +252,7 @@ class FeatureStore:
             record = self._record(index) if index >= 0 else None
         if record is None or record["digest"] != digest or not 0 <= view < self.views:
             what = f"View {view} of image {digest.hex()}" if self.views > 1 else f"Image {digest.hex()}"
-            raise ValueError(f"{what} is not in the store `{self.folder}`. {_AGAIN}.")
+            raise ValueError(f"{what} is not in the store `{self.folder}`. {_AGAIN}. [errors.md#stored-features]")
         return index, record
 
     def _record(self, index: int) -> dict[str, Any] | None:
@@ -329,9 +337,10 @@ class ShardWriter:
             too_large = store.dtype is torch.float16 and not features.isnan().any()
             raise ValueError(
                 f'The features of {name} are too large for float16: store them with `dtype="bfloat16"`.'
+                " [errors.md#stored-features]"
                 if too_large
                 else f"The tower gives NaN or infinity for {name}, and nothing can be learnt from that: leave it out, or run "
-                "the tower in float32."
+                "the tower in float32. [errors.md#stored-features]"
             )
         masks = [None] * images if mask is None else list(_with_rows(mask, grids).view(images, -1).numpy())
         sums = [
@@ -391,7 +400,7 @@ class ShardWriter:
             path.unlink(missing_ok=True)
         raise OSError(
             f"A shard of features could not be written to `{self.store.folder}` ({error}). It was dropped, with {count} "
-            f"images in it; finished shards are kept. {DISK}."
+            f"images in it; finished shards are kept. {DISK}. [errors.md#stored-features]"
         ) from error
 
 

@@ -66,7 +66,7 @@ def open_source(
         FileNotFoundError: a file that isn't there.
     """
     if format != "auto" and format not in FORMATS:
-        raise ValueError(f"format={format!r} is unknown: choose 'auto' or one of {list(FORMATS)}.")
+        raise ValueError(f"format={format!r} is unknown: choose 'auto' or one of {list(FORMATS)}. [errors.md#source]")
     root = None if image_root is None else Path(image_root)
     if hasattr(source, "column_names"):
         return _of_dataset(source, f"the {type(source).__name__}", format, root or Path(), split, streaming)
@@ -74,14 +74,17 @@ def open_source(
         return Source("the list", ListedRows(source), root or Path(), format)
     several = [source] if isinstance(source, str | Path) else list(source)
     if not several or not all(isinstance(one, str | Path) for one in several):
-        raise ValueError(f"A source is a file, a folder, a Hub id, a dataset or rows, or several files; got {source!r:.80}.")
+        raise ValueError(
+            f"A source is a file, a folder, a Hub id, a dataset or rows, or several files; got {source!r:.80}."
+            " [errors.md#source]"
+        )
     paths = [Path(one) for name in several for one in _expand(str(name))]
     name = str(source) if len(several) == 1 else ", ".join(map(str, several))
     if not all(path.exists() for path in paths):
         missing = next(path for path in paths if not path.exists())
         is_file = len(several) > 1 or missing.suffix.lower() in (*_JSON, *_TABLES, *_TARS) or len(missing.parts) != 2
         if is_file or missing.is_absolute() or has_magic(str(missing)):
-            raise FileNotFoundError(f"{missing} is not there. A Hub id is owner/name.")
+            raise FileNotFoundError(f"{missing} is not there. A Hub id is owner/name. [errors.md#source]")
         return _of_hub(str(source), (str(source),), {"streaming": streaming}, format, root or Path(), split)
     if len(paths) == 1 and paths[0].is_dir():
         return _of_folder(paths[0], format, root, split, streaming)
@@ -102,6 +105,7 @@ def open_source(
         return _of_hub(name, (builder,), options, format, root, split)
     raise ValueError(
         f"{name}: files of {sorted(suffixes)} can't be read together: {sorted({*_JSON, *_TABLES, *_TARS})} are read."
+        " [errors.md#source]"
     )
 
 
@@ -110,7 +114,7 @@ def _expand(name: str) -> list[str]:
         return [name]
     paths = sorted(glob(name, recursive=True))
     if not paths:
-        raise FileNotFoundError(f"No file matches {name!r}.")
+        raise FileNotFoundError(f"No file matches {name!r}. [errors.md#source]")
     return paths
 
 
@@ -130,7 +134,10 @@ def _of_folder(folder: Path, format: str, root: Path | None, split: str | None, 
         from .stored_rows import open_stored_rows
 
         if not streaming:
-            raise ValueError(f"{folder} holds rows that `store_rows` wrote, which are read as a stream: give streaming=True.")
+            raise ValueError(
+                f"{folder} holds rows that `store_rows` wrote, which are read as a stream: give streaming=True."
+                " [errors.md#source]"
+            )
         return open_stored_rows(folder)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _of_dataset(load_from_disk(str(folder)), str(folder), format, root or folder, split, streaming)
@@ -140,6 +147,7 @@ def _of_folder(folder: Path, format: str, root: Path | None, split: str | None, 
             near = sorted(path.name for path in folder.glob("metadata*"))
             raise ValueError(
                 f"{folder} has no metadata.csv, metadata.jsonl or metadata.parquet, exactly so called (near: {near})."
+                " [errors.md#source]"
             )
         loaded = load_dataset("imagefolder", data_dir=str(folder), drop_labels=True)
         return _of_dataset(loaded, str(folder), "imagefolder", root or folder, split, streaming)
@@ -151,12 +159,14 @@ def _of_folder(folder: Path, format: str, root: Path | None, split: str | None, 
         if files and (splits := _by_split(files)):
             files, split = splits[_the_split(list(splits), split, str(folder))], None
         if suffixes == _JSON and len(files) > 1:
-            raise ValueError(f"{folder} has several JSON files: name those to be read, {files[:8]}.")
+            raise ValueError(f"{folder} has several JSON files: name those to be read, {files[:8]}. [errors.md#source]")
         if files:
             return open_source(files, format, root or folder, split, streaming)
     if any(folder.rglob("*.parquet")):  # as repositories of the Hub are laid out, whose splits `datasets` knows
         return _of_hub(str(folder), (str(folder),), {"streaming": streaming}, format, root or folder, split)
-    raise ValueError(f"{folder} holds no metadata.csv or .jsonl beside its images, and no tars, parquet or JSON files.")
+    raise ValueError(
+        f"{folder} holds no metadata.csv or .jsonl beside its images, and no tars, parquet or JSON files. [errors.md#source]"
+    )
 
 
 def _ends(path: Path, suffixes: Sequence[str]) -> bool:
@@ -239,7 +249,7 @@ def _the_split(names: Sequence[str], split: str | None, name: str) -> str:
         return names[0]
     if split is None or split not in names:
         asked = "name one by `split=`" if split is None else f"{split!r} is none of them"
-        raise SplitError(f"{name} has the splits {list(names)}: {asked}.", names)
+        raise SplitError(f"{name} has the splits {list(names)}: {asked}. [errors.md#source]", names)
     return split
 
 
@@ -247,7 +257,7 @@ def _the_split(names: Sequence[str], split: str | None, name: str) -> str:
 def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str | None) -> Source:
     if all(path.suffix.lower() != ".json" for path in paths):
         if split is not None:
-            raise SplitError(f"{name} has no splits, so split={split!r} can't be had of it.")
+            raise SplitError(f"{name} has no splits, so split={split!r} can't be had of it. [errors.md#source]")
         return Source(name, Lines(paths), root, format)
     contents = [list(Lines([path]).all()) if path.suffix.lower() != ".json" else _parse(path) for path in paths]
     if all(isinstance(content, list) for content in contents):
@@ -262,12 +272,13 @@ def _of_json(paths: list[Path], name: str, format: str, root: Path, split: str |
             if not isinstance(content, Mapping):
                 raise ValueError(
                     f"{path} holds a {type(content).__name__}, and the files beside it objects: is it another kind of file?"
+                    " [errors.md#row]"
                 )
             whole |= content
         detected, made = _annotated(whole, name, format, root, split)
         split = None
     if split is not None:
-        raise SplitError(f"{name} has no splits, so split={split!r} can't be had of it.")
+        raise SplitError(f"{name} has no splits, so split={split!r} can't be had of it. [errors.md#source]")
     row_format = {"coco": "captions", "karpathy": "captions", "vqav2": "question_answer"}.get(detected, "")
     return Source(name, ListedRows(made), root, detected, row_format)
 
@@ -284,7 +295,10 @@ def _annotated(content: Mapping[str, Any], name: str, format: str, root: Path, s
     lists = [value for value in content.values() if isinstance(value, list)]
     if format in ("auto", *ROW_FORMATS) and len(lists) == 1 and len(content) == 1:
         return format, lists[0]
-    raise ValueError(f"{name} is an object with {sorted(content)[:8]}, not of a known format: is it another kind of file?")
+    raise ValueError(
+        f"{name} is an object with {sorted(content)[:8]}, not of a known format: is it another kind of file?"
+        " [errors.md#source]"
+    )
 
 
 def _parse(path: Path) -> Any:
@@ -294,12 +308,14 @@ def _parse(path: Path) -> Any:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # an object on each line, whatever the file is called
             return list(Lines([path]).all())
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise ValueError(f"{path} is not JSON: {error}. [errors.md#source]") from error
 
 
 def _needed(content: Any, names: tuple[str, ...], path: Any) -> None:
     if missing := [name for name in names if name not in content]:
-        raise ValueError(f"{path} lacks {missing} (it has {sorted(content)[:8]}): is it another kind of file?")
+        raise ValueError(
+            f"{path} lacks {missing} (it has {sorted(content)[:8]}): is it another kind of file? [errors.md#source]"
+        )
 
 
 def _coco_rows(content: Mapping[str, Any], name: Any) -> list[dict[str, Any]]:
@@ -310,7 +326,7 @@ def _coco_rows(content: Mapping[str, Any], name: Any) -> list[dict[str, Any]]:
     for entry in content["annotations"]:
         captions.setdefault(entry["image_id"], []).append(entry["caption"])
     if unknown := [index for index in captions if index not in files]:
-        raise ValueError(f"{name} has captions of images that it does not list: {unknown[:5]}.")
+        raise ValueError(f"{name} has captions of images that it does not list: {unknown[:5]}. [errors.md#source]")
     return [{"image": files[index], "captions": captions[index], "image_id": index} for index in files if index in captions]
 
 
@@ -334,7 +350,7 @@ def _vqa_rows(content: Mapping[str, Any], name: Any, root: Path, file_name: str 
     answered = {one["question_id"]: one for one in content.get("annotations", ())}
     missing = [one["question_id"] for one in content["questions"] if one["question_id"] not in answered]
     if answered and missing or "annotations" in content and missing:
-        raise ValueError(f"{name} has no answers to {len(missing)} questions, the first {missing[:5]}.")
+        raise ValueError(f"{name} has no answers to {len(missing)} questions, the first {missing[:5]}. [errors.md#source]")
     rows = []
     for one in content["questions"]:
         image = (
@@ -429,7 +445,7 @@ def load_image_text(
         FileNotFoundError: a source that is not there.
     """
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
+        raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'. [errors.md#source]")
     opened = open_source(source, format, image_root, split, streaming)
     logger.info(f"{opened.name}: read as {opened.described}.")
     if streaming:
@@ -446,7 +462,7 @@ def load_image_text(
         if isinstance(read, RowError):
             message = f"{name_of_row(opened.name, index, row)}: {read}"
             if on_error == "raise":
-                raise ValueError(f"{message}.") from read
+                raise ValueError(f"{message}. [errors.md#row]") from read
             skipped.append(message)
             continue
         for one in read:
@@ -458,11 +474,14 @@ def load_image_text(
         first = "".join(f"\n  {message}" for message in skipped[:5])
         logger.warning(f"{opened.name}: {len(skipped)} rows were left out, the first of them:{first}")
     if not kept:
-        raise ValueError(f"{opened.name} has no rows{' that can be read: ' + skipped[0] if skipped else ''}.")
+        raise ValueError(
+            f"{opened.name} has no rows{' that can be read: ' + skipped[0] if skipped else ''}. [errors.md#source]"
+        )
     if not media:
         raise ValueError(
             f"No row of {opened.name} has an image: they are looked for in the columns {list(columns.COLUMNS['image'])} "
             f"(videos and audio in {[name for one in ('video', 'audio') for name in columns.COLUMNS[one]]}), and in the turns."
+            " [errors.md#source]"
         )
     if unplaced:
         logger.warning(
@@ -497,7 +516,7 @@ class _Table:
             if any(not isinstance(one, Mapping) or "array" in one for one in row[column]):
                 raise ValueError(
                     f"{row_name}: field {column!r} holds frames or a waveform, which would be copied: give files or bytes, a "
-                    "stream (streaming=True), or the rows to the collator as they are."
+                    "stream (streaming=True), or the rows to the collator as they are. [errors.md#row]"
                 )
         if self.kind != "messages":
             row = {**row, self.kind: columns.as_list(row[self.kind])}
@@ -640,7 +659,9 @@ def _with_images(rows: list[dict[str, Any]], names: tuple[str, ...], folder: str
 
     paths = [Path(folder) / row["image"] for row in rows]
     if missing := sorted({str(path) for path in paths if not path.is_file()}):
-        raise ValueError(f"{len(missing)} image files are not there, the first {missing[0]}: check `image_folder`.")
+        raise ValueError(
+            f"{len(missing)} image files are not there, the first {missing[0]}: check `image_folder`. [errors.md#source]"
+        )
     content = {"image": list(map(str, paths)), **{name: [row[name] for row in rows] for name in names}}
     return Dataset.from_dict(content).cast_column("image", Image())
 
@@ -675,14 +696,18 @@ def split_by_image(
     from datasets import DatasetDict
 
     if min(validation, test) < 0 or validation + test >= 1:
-        raise ValueError(f"validation={validation} and test={test} must be at least 0, and together below 1.")
+        raise ValueError(
+            f"validation={validation} and test={test} must be at least 0, and together below 1. [errors.md#source]"
+        )
     groups = _groups(dataset, image_column, key_column)
     names = sorted(set(groups))
     random.Random(seed).shuffle(names)
     sizes = {"validation": round(validation * len(names)), "test": round(test * len(names))}
     asked = {"validation": validation, "test": test}
     if empty := [name for name, size in sizes.items() if asked[name] and not size]:
-        raise ValueError(f"{len(names)} different images are too few for a share of {asked[empty[0]]} ({empty[0]}).")
+        raise ValueError(
+            f"{len(names)} different images are too few for a share of {asked[empty[0]]} ({empty[0]}). [errors.md#source]"
+        )
     side = dict.fromkeys(names, "train")
     side.update(dict.fromkeys(names[: sizes["validation"]], "validation"))
     side.update(dict.fromkeys(names[sizes["validation"] : sizes["validation"] + sizes["test"]], "test"))

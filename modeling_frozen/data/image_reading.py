@@ -133,7 +133,9 @@ def _decode(decoder: Any, value: Mapping[str, Any], name: str) -> Any:
     try:
         return decoder.decode_example(value)
     except Exception as error:  # PIL, fsspec and the network raise some twenty kinds
-        raise ValueError(f"Can't open {name} ({value['path']!r}): {error or type(error).__name__}.") from error
+        raise ValueError(
+            f"Can't open {name} ({value['path']!r}): {error or type(error).__name__}. [errors.md#media]"
+        ) from error
 
 
 def inner_feature(feature: Any) -> Any:
@@ -264,7 +266,7 @@ class Batches(Dataset):
         if digest_of_image(content, decoder) != digest:
             raise ValueError(
                 f"{name.capitalize()} is another than a moment ago: its file was replaced while features were made. Run "
-                "`cache_vision_features` again; what is stored already is kept."
+                "`cache_vision_features` again; what is stored already is kept. [errors.md#stored-features]"
             )
         if isinstance(content, Mapping) and getattr(decoder, "mode", None) is not None:
             content = _decode(decoder, content, name)

@@ -76,11 +76,12 @@ def add_lengths(
         raise TypeError(
             f"Lengths can be added to a `datasets.Dataset`, not to a {type(dataset).__name__}: make one with "
             "`Dataset.from_list(rows)`; a stream is read in its own order, so grouping does nothing for it."
+            " [errors.md#collator]"
         )
     if column in dataset.column_names:
         raise ValueError(
             f"The dataset has a column {column!r} already: pass another name as `column=`, and to TrainingArguments as "
-            "`length_column_name=`."
+            "`length_column_name=`. [errors.md#collator]"
         )
     texts = dataset.with_format(None).cast(type(dataset.features)(unopened(dataset.features)))
     lengths: list[int] = []

@@ -48,7 +48,7 @@ def refuse_parts(model: torch.nn.Module, instead: str = "") -> None:
         raise ValueError(
             "This model was dealt out over the processes (FSDP2, DeepSpeed ZeRO-3), and one that runs it alone would wait for "
             f"the others for ever: {instead}take the whole one, by `whole_model(trainer, folder)` of "
-            "`modeling_frozen.training.checkpoints` after `trainer.save_model(folder)`."
+            "`modeling_frozen.training.checkpoints` after `trainer.save_model(folder)`. [errors.md#devices]"
         )
 
 

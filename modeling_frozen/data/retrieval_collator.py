@@ -52,6 +52,7 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
                 raise ValueError(
                     f"Row {index} has {len(own)} images and {row.get(self.text_column)!r:.80} as {self.text_column!r}: a "
                     "pair is one image and a text, or a list of texts of which one is drawn. Leave other rows out."
+                    " [errors.md#collator]"
                 )
             identity = image_identity(own[0])
             if identity not in known:
@@ -66,6 +67,7 @@ class DataCollatorForFrozenPrefixRetrieval(DataCollatorForFrozenPrefix):
         if self.processor.crop_to_patches:
             raise ValueError(
                 "crop_to_patches=True makes several tiles of an image, and an image is matched by one embedding: leave it out."
+                " [errors.md#collator]"
             )
         limits = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
         encoded = self.processor.tokenizer(
@@ -96,6 +98,7 @@ def _image_id(index: int, value: Any, digest: bytes) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(
             f"Row {index}: an image is named by a number or a string, not by {value!r:.80} ({type(value).__name__})."
+            " [errors.md#collator]"
         )
     if not isinstance(value, str) and value % 1 == 0 and abs(value) < 2**63:
         return int(value)

@@ -393,7 +393,7 @@ def find_format(row: Mapping[str, Any], name: str) -> str:
     raise ValueError(
         f"{name}: no known format has the fields {sorted(row)}. Rename them to those of one: 'messages', 'conversations', "
         "'texts', 'prompt' and 'completion', 'question' and 'answer', or 'text', each beside 'image' or 'images' ('videos', "
-        "'audios')."
+        "'audios'). [errors.md#row]"
     )
 
 

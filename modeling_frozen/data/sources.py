@@ -262,9 +262,9 @@ class Source:
         if not self.row_format:
             first = next((row for row in self.shards.all() if not isinstance(row, RowError)), None)
             if first is None:
-                raise ValueError(f"{self.name} has no rows.")
+                raise ValueError(f"{self.name} has no rows. [errors.md#source]")
             if not isinstance(first, Mapping):
-                raise ValueError(f"{self.name}: row 0 must be an object with fields, got {first!r:.80}.")
+                raise ValueError(f"{self.name}: row 0 must be an object with fields, got {first!r:.80}. [errors.md#row]")
             self.row_format = find_format(first, self.name)
         if self.format == "auto":
             self.format = self.row_format

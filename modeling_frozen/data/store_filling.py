@@ -89,18 +89,22 @@ def store_rows(
     if not isinstance(stream, RowStream):
         raise ValueError(
             f"store_rows reads the streams of `load_image_text(…, streaming=True)`, got a {type(stream).__name__}: give that "
-            "what you have. A dataset with a length is stored by `cache_vision_features`."
+            "what you have. A dataset with a length is stored by `cache_vision_features`. [errors.md#stored-features]"
         )
     processes = Processes(alone=part is not None)
     number, parts = part or (processes.rank, processes.count)
     if not 0 <= number < parts or rows_per_shard < 1:
-        raise ValueError(f"part={part} must be (which, of how many), from 0 on; rows_per_shard={rows_per_shard} at least 1.")
+        raise ValueError(
+            f"part={part} must be (which, of how many), from 0 on; rows_per_shard={rows_per_shard} at least 1."
+            " [errors.md#stored-features]"
+        )
     folder = Path(folder).expanduser()
     own = part_folder(folder, number, parts)
     if processor.crop_to_patches:
         raise ValueError(
             "`store_rows` stores features of whole images, and this processor cuts them into tiles (crop_to_patches=True): "
             "store a dataset by `cache_vision_features`, which takes tiles, or train from the images."
+            " [errors.md#stored-features]"
         )
     work, *further = prepare_work(
         model, processor, folder, dtype=dtype, views=views, augment=augment, plain_view=plain_view, seed=seed, pool=pool,
@@ -109,7 +113,7 @@ def store_rows(
     if further:
         raise ValueError(
             f"This model has {1 + len(further)} vision towers, and `store_rows` stores the features of one: store a dataset "
-            "by `cache_vision_features`, which takes several, or train from the images."
+            "by `cache_vision_features`, which takes several, or train from the images. [errors.md#stored-features]"
         )
     setup = {
         "parts": parts,
@@ -122,7 +126,10 @@ def store_rows(
         "on_error": stream.on_error,
     }
     if other := next((one for one in own.parent.glob("part-*") if not one.name.endswith(own.name[-9:])), None):
-        raise ValueError(f"`{own.parent}` holds `{other.name}`, of another number of parts than {parts}: give another folder.")
+        raise ValueError(
+            f"`{own.parent}` holds `{other.name}`, of another number of parts than {parts}: give another folder."
+            " [errors.md#stored-features]"
+        )
     own.mkdir(parents=True, exist_ok=True)
     remove_leftovers(own)
     stream = stream.shard(parts, number)
@@ -135,16 +142,21 @@ def store_rows(
             }
             raise ValueError(
                 f"`{own}` holds rows of another stream or store; what differs (there, here): {changed}. Give it as it was, or "
-                "another folder."
+                "another folder. [errors.md#stored-features]"
             )
         if last["done"]:
             return
         if num_workers not in (None, last["workers"]):
-            raise ValueError(f"`{own}` was begun with num_workers={last['workers']}: go on with as many.")
+            raise ValueError(
+                f"`{own}` was begun with num_workers={last['workers']}: go on with as many. [errors.md#stored-features]"
+            )
         work.workers = last["workers"]
         stream.load_state_dict(last["state"])
     if tower_of(work.model, work.part) is None:
-        raise ValueError('The vision tower is not loaded, and there are rows to store: `model.load_base_model("vision")`.')
+        raise ValueError(
+            'The vision tower is not loaded, and there are rows to store: `model.load_base_model("vision")`.'
+            " [errors.md#stored-features]"
+        )
     _fill(work, stream, own, len(done), rows_per_shard, batch_size, setup)
 
 
@@ -223,9 +235,12 @@ class _Ready:
         new: dict[bytes, Any] = {}
         for row in batch:
             if any(isinstance(image, StoredImage) for image in row["images"]):
-                raise ValueError("The stream holds stored features already.")
+                raise ValueError("The stream holds stored features already. [errors.md#stored-features]")
             if others := [name for name in MEDIA.values() if name != "images" and row.get(name)]:
-                raise ValueError(f"A row has {' and '.join(others)}, and only images are stored: train from the files.")
+                raise ValueError(
+                    f"A row has {' and '.join(others)}, and only images are stored: train from the files."
+                    " [errors.md#stored-features]"
+                )
             own = [digest_of_image(image) for image in row["images"]]
             digests.append(own)
             new |= {digest: image for digest, image in zip(own, row["images"], strict=True) if digest not in self.seen}

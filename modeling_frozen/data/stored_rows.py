@@ -63,7 +63,7 @@ def write_shard(target: Path, rows: list[str], images: list[list[bytes]], note: 
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"`{target}` could not be written ({error}). {DISK}.") from error
+        raise OSError(f"`{target}` could not be written ({error}). {DISK}. [errors.md#stored-features]") from error
 
 
 def _checksum(row: str, images: list[bytes]) -> bytes:
@@ -88,6 +88,7 @@ def _open(path: Path) -> Any:
     except (OSError, ValueError) as error:  # pyarrow's own are of these
         raise ValueError(
             f"`{path}` is damaged ({error}): delete it and those after it, and run `store_rows` again."
+            " [errors.md#stored-features]"
         ) from error
 
 
@@ -100,7 +101,9 @@ def read_note(path: Path) -> dict[str, Any]:
     """
     note = json.loads((_open(path).schema.metadata or {}).get(_NOTE, b"{}"))
     if note.get("format") != _FORMAT:
-        raise ValueError(f"`{path}` is no shard of `store_rows`, or of another version: give another folder.")
+        raise ValueError(
+            f"`{path}` is no shard of `store_rows`, or of another version: give another folder. [errors.md#stored-features]"
+        )
     return note
 
 
@@ -121,22 +124,34 @@ class StoredRows(Shards):
         for part in sorted(folder.glob("rows/part-*-of-*")):
             paths = shards_of(part)
             if [int(path.stem) for path in paths] != list(range(len(paths))):
-                raise ValueError(f"Of `{part}` shards are missing (there are {len(paths)}): delete it, and store it again.")
+                raise ValueError(
+                    f"Of `{part}` shards are missing (there are {len(paths)}): delete it, and store it again."
+                    " [errors.md#stored-features]"
+                )
             notes = list(map(read_note, paths))
             if not notes or not notes[-1]["done"]:
                 raise ValueError(
                     f"`{part}` is not finished ({len(paths)} shards): run `store_rows` with this part again; it goes on there."
+                    " [errors.md#stored-features]"
                 )
             if any(note["setup"] != notes[0]["setup"] for note in notes):
-                raise ValueError(f"`{part}` has shards of several streams: delete it, and store it again.")
+                raise ValueError(
+                    f"`{part}` has shards of several streams: delete it, and store it again. [errors.md#stored-features]"
+                )
             parts[part] = notes[0]["setup"]
             self.paths += paths
         setup = next(iter(parts.values()))
         if other := next((part for part, own in parts.items() if own != setup), None):
-            raise ValueError(f"`{other}` is of another stream or store than those before it: each needs its own folder.")
+            raise ValueError(
+                f"`{other}` is of another stream or store than those before it: each needs its own folder."
+                " [errors.md#stored-features]"
+            )
         wanted = [part_folder(folder, number, setup["parts"]) for number in range(setup["parts"])]
         if missing := [part.name for part in wanted if part not in parts]:
-            raise ValueError(f"`{folder}` lacks {len(missing)} of {len(wanted)} parts, the first `{missing[0]}`: store them.")
+            raise ValueError(
+                f"`{folder}` lacks {len(missing)} of {len(wanted)} parts, the first `{missing[0]}`: store them."
+                " [errors.md#stored-features]"
+            )
         self.count = len(self.paths)
         store = FeatureStore(folder / setup["store"])
         self._feature = VisionFeatures(str(store.folder), store.views)
@@ -147,7 +162,10 @@ class StoredRows(Shards):
             columns = table.slice(start, _CHUNK).to_pydict()
             for row, images, checksum in zip(columns["row"], columns["images"], columns["checksum"], strict=True):
                 if _checksum(row, images) != checksum:
-                    raise ValueError(f"`{self.paths[number]}` is damaged (its bytes are not those that were written)")
+                    raise ValueError(
+                        f"`{self.paths[number]}` is damaged (its bytes are not those that were written)"
+                        " [errors.md#stored-features]"
+                    )
                 yield {**json.loads(row), "images": list(map(self._feature.decode_example, images))}
 
     def name(self, number: int, index: int) -> str:

@@ -47,7 +47,7 @@ class RowStream(IterableDataset):
 
     def __init__(self, source: Source, buffer_size: int, seed: int, on_error: str):
         if buffer_size < 0:
-            raise ValueError(f"buffer_size={buffer_size} must be at least 0 (0: no shuffling).")
+            raise ValueError(f"buffer_size={buffer_size} must be at least 0 (0: no shuffling). [errors.md#streams]")
         if isinstance(source.shards, ListedRows):
             source.shards = source.shards.packed()
         self.source, self.buffer_size, self.seed, self.on_error = source, buffer_size, seed, on_error
@@ -69,7 +69,7 @@ class RowStream(IterableDataset):
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> "RowStream":
         """Its share of one of `num_shards` processes; each row is in one of them. accelerate's data loaders call it."""
         if not 0 <= index < num_shards:
-            raise ValueError(f"index={index} is not in 0..{num_shards - 1}.")
+            raise ValueError(f"index={index} is not in 0..{num_shards - 1}. [errors.md#streams]")
         part, (count, own) = object.__new__(type(self)), self._process
         part.__dict__ = dict(self.__dict__)  # `copy.copy` of what `datasets` makes shares it
         part._process = (count * num_shards, own + count * index)
@@ -98,7 +98,10 @@ class RowStream(IterableDataset):
         start = self._start if self._start is not None and self._start["epoch"] == self.epoch else None
         roles = start["roles"] if start else [_first_place(one) for one in range(workers)]
         if len(roles) != workers:
-            raise ValueError(f"The stream's state is of {len(roles)} readers, and {workers} read it: use as many workers.")
+            raise ValueError(
+                f"The stream's state is of {len(roles)} readers, and {workers} read it: use as many workers."
+                " [errors.md#streams]"
+            )
         state = copy.deepcopy(roles[number])
         self._current = {"epoch": self.epoch, "roles": [state]}
         if state["done"]:
@@ -132,7 +135,7 @@ class RowStream(IterableDataset):
                     what = f"{self.source.name}: {self.source.shards.name(parts[part][0], index)}{broken}"
                     if self.on_error == "raise":
                         raise ValueError(
-                            f'{what}. on_error="skip" leaves such rows out, and counts them.'
+                            f'{what}. on_error="skip" leaves such rows out, and counts them. [errors.md#source]'
                         ) from broken.__cause__
                     state["left_out"] += 1
                     state["first"] = [*state["first"], what[:_NAME_LENGTH]][:_NAMED]
@@ -255,7 +258,10 @@ class RowStream(IterableDataset):
             if place is None and taken[worker]:
                 place = self._places[worker, taken[worker] % (slots - 1)].tolist()
                 if place[:2] != [self.epoch, taken[worker]]:
-                    raise RuntimeError(f"Worker {worker} has read more than {slots - 2} batches ahead: track more of them.")
+                    raise RuntimeError(
+                        f"Worker {worker} has read more than {slots - 2} batches ahead: track more of them."
+                        " [errors.md#streams]"
+                    )
             if place is not None:
                 names = [bytes(name[name != 0].tolist()).decode(errors="ignore") for name in self._names[worker]]
                 state |= dict(zip(("part", "row", "passed", "left_out"), place[2:6], strict=True)) | {"done": bool(place[6])}
@@ -279,7 +285,7 @@ def _opened(content: dict[str, Any] | _Broken) -> dict[str, Any]:
             images[number] = load_rgb_image(image, f"image {number}")
         except Exception as error:  # PIL raises some twenty kinds, ZeroDivisionError for one
             path = image.get("path") if isinstance(image, Mapping) else None
-            reason = str(error).rstrip(".") or type(error).__name__
+            reason = str(error).partition(" [errors.md#")[0].rstrip(".") or type(error).__name__
             named = f" ({path})" if path and path not in reason else ""
             raise _Broken(f"{_own_name(content)}: {reason}{named}") from error
     return {**content, "images": images}

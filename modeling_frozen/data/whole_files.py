@@ -36,7 +36,7 @@ def write_whole(target: Path, data: bytes) -> None:
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"`{target}` could not be written ({error}). {DISK}.") from error
+        raise OSError(f"`{target}` could not be written ({error}). {DISK}. [errors.md#stored-features]") from error
 
 
 __all__ = ["DISK", "remove_leftovers", "temporary_path", "write_whole"]

@@ -170,18 +170,20 @@ def evaluate(
             to a row (`num_return_sequences`).
     """
     if task not in TASKS:
-        raise ValueError(f"task={task!r} is unknown: choose one of {sorted(TASKS)}.")
+        raise ValueError(f"task={task!r} is unknown: choose one of {sorted(TASKS)}. [errors.md#choices]")
     if unknown := set(kinds) - set(KINDS):
-        raise ValueError(f"kinds hold {sorted(unknown)}: the choices are {list(KINDS)}.")
+        raise ValueError(f"kinds hold {sorted(unknown)}: the choices are {list(KINDS)}. [errors.md#choices]")
     if not distributed:
         refuse_parts(model, "call `evaluate(…, distributed=True)` on all processes, or ")
     if "sighted" not in kinds:
-        raise ValueError(f"kinds={list(kinds)} lack 'sighted', beside which the others stand.")
+        raise ValueError(f"kinds={list(kinds)} lack 'sighted', beside which the others stand. [errors.md#evaluation]")
     if "generation_config" not in generate_kwargs:
         generate_kwargs = {"do_sample": False, **generate_kwargs}
     used = generate_kwargs.get("generation_config") or model.generation_config
     if (several := generate_kwargs.get("num_return_sequences", used.num_return_sequences) or 1) != 1:
-        raise ValueError(f"num_return_sequences={several}: one answer to each row is scored, so leave it at 1.")
+        raise ValueError(
+            f"num_return_sequences={several}: one answer to each row is scored, so leave it at 1. [errors.md#range]"
+        )
     sampled = bool(generate_kwargs.get("do_sample", used.do_sample))
     rows = _read(processor, dataset, image_column, prompt_column, references_column, prompt)
     settings = {"prompt": prompt, "seed": seed, "generate": generate_kwargs}
@@ -352,7 +354,10 @@ def _read(
     digests: dict[str, bytes] = {}
     for index, row in enumerate(dataset):
         if prompt_column is not None and prompt_column not in row:
-            raise ValueError(f"Row {index} has no prompt column {prompt_column!r} (its columns: {sorted(row)}): name another.")
+            raise ValueError(
+                f"Row {index} has no prompt column {prompt_column!r} (its columns: {sorted(row)}): name another."
+                " [errors.md#evaluation]"
+            )
         images, said, others = images_of(row, image_column), None, others_of(processor, row)
         if row.get("messages") is not None:
             unread = images is None and not others and (image_column is not None or unread_image(row) is not None)
@@ -365,6 +370,7 @@ def _read(
         if media is None:
             raise ValueError(
                 f"Row {index} has {no_image_column(row, image_column)}: name it; a row of text alone has None in it."
+                " [errors.md#evaluation]"
             )
         media = {modality: own for modality, own in media.items() if own}
         for modality, token in processor.tokens.items():
@@ -373,7 +379,7 @@ def _read(
                 nouns = "audio inputs" if modality == "audio" else f"{modality}s"
                 raise ValueError(
                     f"Row {index} has {count} {nouns}, and its prompt {text!r:.80} holds {placeholders} {token}: write one "
-                    f"per {'input' if modality == 'audio' else modality}, or none."
+                    f"per {'input' if modality == 'audio' else modality}, or none. [errors.md#evaluation]"
                 )
         keys = [
             _digest(processor, modality, one, digests, f"{modality} of row {index}").hex()
@@ -384,11 +390,13 @@ def _read(
         references = _references(index, of, references_column)
         rows.append({"index": index, "media": media, "keys": keys, "prompt": text, "references": references})
     if not rows:
-        raise ValueError("The dataset has no rows to evaluate.")
+        raise ValueError("The dataset has no rows to evaluate. [errors.md#evaluation]")
     if not any(row["media"] for row in rows):
         takes = " or ".join({"image": "an image", "video": "a video", "audio": "audio"}[one] for one in processor.tokens)
         column = image_column or "image"
-        raise ValueError(f"No row has {takes} (in {column!r} …): what is scored as sighted would see nothing.")
+        raise ValueError(
+            f"No row has {takes} (in {column!r} …): what is scored as sighted would see nothing. [errors.md#evaluation]"
+        )
     return rows
 
 
@@ -404,7 +412,9 @@ def _chat(index: int, messages: Any, columns: dict[str, list[Any]], processor: A
     turns, in_turns = clean_messages(messages)
     last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
     if last is None:
-        raise ValueError(f"Row {index}: its messages have no assistant turn, which would be the reference.")
+        raise ValueError(
+            f"Row {index}: its messages have no assistant turn, which would be the reference. [errors.md#evaluation]"
+        )
     media = {modality: in_turns[modality] or columns.get(modality, []) for modality in in_turns}
     turns = [{**turn, "content": turn["content"]} for turn in turns]
     for modality in processor.tokens:
@@ -419,7 +429,10 @@ def _references(index: int, row: Mapping[str, Any], column: str | None) -> list[
     names = (column,) if column else _REFERENCES
     value = next((row[name] for name in names if row.get(name) is not None and str(row[name]) not in ("", "[]")), None)
     if value is None:
-        raise ValueError(f"Row {index} has no references in {list(names)} (its columns: {sorted(row)}): name the column.")
+        raise ValueError(
+            f"Row {index} has no references in {list(names)} (its columns: {sorted(row)}): name the column."
+            " [errors.md#evaluation]"
+        )
     if isinstance(value, Mapping):  # `datasets` turns a list of tables into a table of lists
         value = value.get("answer", value.get("text"))
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -428,6 +441,7 @@ def _references(index: int, row: Mapping[str, Any], column: str | None) -> list[
     if not all(isinstance(one, str | int | float) for one in texts):
         raise ValueError(
             f"Row {index}: references must be strings or numbers, a list of them or of {{'answer': …}}, got {several!r:.150}."
+            " [errors.md#evaluation]"
         )
     return [str(one) for one in texts]
 
@@ -443,7 +457,7 @@ def _rows_of_others(rows: list[dict[str, Any]], seed: int) -> list[int]:
             said = " and ".join(f"{number} {'audio input' if one == 'audio' else one}(s)" for one, number in count)
             raise ValueError(
                 f"All rows with {said} show the same: to be blind, a row needs another's. "
-                'Leave "blind" out of `kinds`, or evaluate on more.'
+                'Leave "blind" out of `kinds`, or evaluate on more. [errors.md#evaluation]'
             )
         order = rng.sample(list(first), len(first))
         after = dict(zip(order, order[1:] + order[:1], strict=True))

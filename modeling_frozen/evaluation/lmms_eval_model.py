@@ -53,7 +53,7 @@ class FrozenPrefixLMMS(lmms):
     ) -> None:
         super().__init__()
         if kwargs := {key: value for key, value in kwargs.items() if key != "max_batch_size"}:
-            raise ValueError(f"--model_args has {sorted(kwargs)}, which frozen_prefix doesn't know.")
+            raise ValueError(f"--model_args has {sorted(kwargs)}, which frozen_prefix doesn't know. [errors.md#choices]")
         if device in (None, "cuda") and not torch.cuda.is_available():
             device = "cpu"
         options = {"revision": revision, "trust_remote_code": _is_true(trust_remote_code)}
@@ -138,7 +138,7 @@ class FrozenPrefixLMMS(lmms):
         visuals = doc_to_visual(document) if doc_to_visual is not None else None
         visuals = [] if visuals is None else visuals if isinstance(visuals, list) else [visuals]
         if other := [type(one).__name__ for one in visuals if not isinstance(one, Image.Image)]:
-            raise ValueError(f"The task gives {other[0]}, and frozen_prefix answers about images here.")
+            raise ValueError(f"The task gives {other[0]}, and frozen_prefix answers about images here. [errors.md#evaluation]")
         return visuals
 
     def _prompt(self, context: str, images: list[Image.Image]) -> str:

@@ -36,7 +36,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "frozen-prefix[plots]".') from error
+        raise ImportError('Figures need matplotlib: pip install "frozen-prefix[plots]". [errors.md#extra]') from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -104,11 +104,15 @@ def read_history(history: Any) -> list[dict[str, float]]:
             own = path / "trainer_state.json"  # of a checkpoint, or of `trainer.save_state()`
             path = own if own.is_file() or newest is None else newest
         if not path.is_file():
-            raise ValueError(f"{path} is not there: give a Trainer, its log_history, or a folder with a checkpoint.")
+            raise ValueError(
+                f"{path} is not there: give a Trainer, its log_history, or a folder with a checkpoint. [errors.md#figures]"
+            )
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
     rows = [dict(row) for row in history]
     if not any("step" in row for row in rows):
-        raise ValueError("The log holds no step: train first, with `logging_steps` below the number of steps.")
+        raise ValueError(
+            "The log holds no step: train first, with `logging_steps` below the number of steps. [errors.md#figures]"
+        )
     return rows
 
 
@@ -150,10 +154,12 @@ def plot_training(
     others = {name: curve for name, curve in logged.items() if name not in losses}
     if metrics is not None:
         if unknown := set(metrics) - set(others):
-            raise ValueError(f"Not logged: {sorted(unknown)}. There are {sorted(others)}.")
+            raise ValueError(f"Not logged: {sorted(unknown)}. There are {sorted(others)}. [errors.md#figures]")
         others = {name: others[name] for name in metrics}
     if not losses and not others:
-        raise ValueError(f"Nothing to draw: no loss and no metric in the log, which holds {sorted(logged)}.")
+        raise ValueError(
+            f"Nothing to draw: no loss and no metric in the log, which holds {sorted(logged)}. [errors.md#figures]"
+        )
     panels = ([("loss", losses)] if losses else []) + [(name, {name: curve}) for name, curve in others.items()]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -247,7 +253,7 @@ def plot_sheet(
     if len(counts) > 1 or counts == {0}:
         raise ValueError(
             f"{len(images)} images, {len(outputs)} outputs, {len(references)} references and {len(scores)} scores: "
-            "give one of each for every image."
+            "give one of each for every image. [errors.md#figures]"
         )
     groups = choose(scores, each)
     rows = [[(name, index) for index in group] for name, group in groups.items()]
@@ -315,7 +321,9 @@ def plot_shots(
     """
     lines = {name: dict(sorted(line.items())) for name, line in scores.items()}
     if not lines or any(not line or min(line) < 0 for line in lines.values()):
-        raise ValueError(f"scores={dict(scores)!r} must hold lines, each with a score for at least one number of shots.")
+        raise ValueError(
+            f"scores={dict(scores)!r} must hold lines, each with a score for at least one number of shots. [errors.md#figures]"
+        )
     figure = new_figure(6.4, 4.2)
     axes = plain_axes(figure.add_subplot())
     styles = [(BLUE, "-", "o"), (RED, "--", "s"), (GREEN, "-.", "^"), (ORANGE, ":", "D"), (GREY, "-", "v")]

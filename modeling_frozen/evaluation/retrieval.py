@@ -42,11 +42,11 @@ def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_siz
         `torch.FloatTensor` of shape `(images, projection_dim)`, each of length 1, on the CPU.
     """
     if len(images) == 0:
-        raise ValueError("There are no images to embed.")
+        raise ValueError("There are no images to embed. [errors.md#search]")
     if processor.crop_to_patches:
         raise ValueError(
             "crop_to_patches=True makes several tiles of an image, and an image is matched by one embedding: take a processor "
-            "that does not."
+            "that does not. [errors.md#processor]"
         )
     embeds = []
     with torch.no_grad(), in_eval_mode(model):
@@ -65,7 +65,7 @@ def embed_texts(model: Any, processor: Any, texts: Sequence[str], *, batch_size:
     """Embeddings of texts: `(texts, projection_dim)`, each of length 1, on the CPU. Arguments as [`embed_images`]. A text
     without a token is a ValueError."""
     if len(texts) == 0:
-        raise ValueError("There are no texts to embed.")
+        raise ValueError("There are no texts to embed. [errors.md#search]")
     truncation = processor.tokenizer.model_max_length < int(1e20)
     embeds = []
     with torch.no_grad(), in_eval_mode(model):
@@ -74,7 +74,10 @@ def embed_texts(model: Any, processor: Any, texts: Sequence[str], *, batch_size:
             inputs = processor.tokenizer(batch, padding=True, truncation=truncation, return_tensors="pt").to(_device(model))
             for index, tokens in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
                 if not tokens:
-                    raise ValueError(f"Text {start + index} ({batch[index]!r:.40}) holds no token to embed: leave it out.")
+                    raise ValueError(
+                        f"Text {start + index} ({batch[index]!r:.40}) holds no token to embed: leave it out."
+                        " [errors.md#padding]"
+                    )
             embeds.append(model.get_text_features(**inputs).pooler_output.float().cpu())
     return nn.functional.normalize(torch.cat(embeds), dim=-1)
 
@@ -96,7 +99,10 @@ def class_embeddings(
     """
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
-        raise ValueError(f"Templates {wrong} lack `{{}}`, where the class's name goes; there must be at least one template.")
+        raise ValueError(
+            f"Templates {wrong} lack `{{}}`, where the class's name goes; there must be at least one template."
+            " [errors.md#range]"
+        )
     prompts = [template.format(name) for name in class_names for template in templates]
     embeds = embed_texts(model, processor, prompts).unflatten(0, (len(class_names), len(templates)))
     return nn.functional.normalize(embeds.mean(1), dim=-1)
@@ -150,7 +156,10 @@ def evaluate_retrieval(
         ks (`list[int]`): the cut-offs.
     """
     if len(captions) != len(images):
-        raise ValueError(f"{len(images)} images and captions of {len(captions)}: give a caption, or a list, for each image.")
+        raise ValueError(
+            f"{len(images)} images and captions of {len(captions)}: give a caption, or a list, for each image."
+            " [errors.md#search]"
+        )
     each = [[one] if isinstance(one, str) else list(one) for one in captions]
     owner = [index for index, several in enumerate(each) for _ in several]
     texts = embed_texts(model, processor, [text for several in each for text in several])

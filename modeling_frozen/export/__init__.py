@@ -34,7 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r} [errors.md#export]")
     return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
 
 

@@ -54,7 +54,7 @@ def _export(args: argparse.Namespace) -> list[Path]:
     dtypes: list[str] = args.dtype.split(",") if args.dtype else []
     if dtypes and (args.to == "onnx" or (args.to == "llama.cpp" and len(dtypes) > 1)):
         kinds = "none: graphs are written in float32" if args.to == "onnx" else "one"
-        raise ValueError(f"--dtype {args.dtype}: --to {args.to} takes {kinds}.")
+        raise ValueError(f"--dtype {args.dtype}: --to {args.to} takes {kinds}. [errors.md#export]")
     origin: dict[str, Any] = {"revision": args.revision} if args.revision else {}
     if args.trust_remote_code:
         origin["trust_remote_code"] = True

@@ -76,13 +76,13 @@ class ImageEncoder(nn.Module):
 
 def _exporter(format: str, config_kwargs: dict[str, Any]) -> tuple[Any, Any]:
     if format not in FORMATS:
-        raise ValueError(f"format={format!r} is not known; choose one of {sorted(FORMATS)}.")
+        raise ValueError(f"format={format!r} is not known; choose one of {sorted(FORMATS)}. [errors.md#choices]")
     try:
         from transformers.exporters import ExportedModel  # noqa: F401  # graphs as a model of their own: 5.23
     except ImportError as error:
         raise ImportError(
             "Exporting needs transformers 5.23 or later, whose exporters give models that are saved, loaded and called, and "
-            f"{transformers.__version__} is installed: pip install -U transformers. {error}"
+            f"{transformers.__version__} is installed: pip install -U transformers. {error} [errors.md#extra]"
         ) from error
     try:
         from transformers.exporters.auto import AutoExportConfig, AutoHfExporter
@@ -91,6 +91,7 @@ def _exporter(format: str, config_kwargs: dict[str, Any]) -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError(
             f"Exporting to {format!r} needs packages that are not installed here: pip install 'frozen-prefix[export]'. {error}"
+            " [errors.md#extra]"
         ) from error
     return exporter, exporter.config_class(dynamic=True, **config_kwargs)
 
@@ -132,19 +133,22 @@ def export_image_encoder(
     """
     config, tower = model.config, getattr(_core(model), "vision_tower", None)
     if tower is None:
-        raise ValueError("This model has no vision tower to export, or it is not loaded.")
+        raise ValueError("This model has no vision tower to export, or it is not loaded. [errors.md#not-loaded]")
     if (towers := len(config.vision_parts)) > 1:
         raise ValueError(
             f"This model reads images by {towers} vision towers, and a graph has one: export a model with one tower, or run "
-            "this one by transformers."
+            "this one by transformers. [errors.md#tower]"
         )
     if model.training:
-        raise ValueError("The model is in train mode, and dropout would go into the graph: call model.eval() first.")
+        raise ValueError(
+            "The model is in train mode, and dropout would go into the graph: call model.eval() first. [errors.md#export]"
+        )
     connector = _core(model).connector
     if connector.reads_grid and connector.grid == VARIABLE:
         raise ValueError(
             f"The connector {model.config.connector_type!r} reads grids that differ by image, one by one, which no graph for "
             "any number of images can do: export a model with another connector, such as 'resampler'."
+            " [errors.md#connector-fit]"
         )
     exporter, export_config = _exporter(format, config_kwargs)
     if sample_inputs is None:
@@ -152,11 +156,15 @@ def export_image_encoder(
         if len(shape) != 3:
             raise ValueError(
                 f"{type(tower).__name__} takes patches: pass sample_inputs=processor(images=…, return_tensors='pt')."
+                " [errors.md#export]"
             )
         sample_inputs = {"pixel_values": torch.zeros(2, *shape)}
     inputs = {name: sample_inputs[name].to(tower.device) for name in _IMAGE_INPUTS if sample_inputs.get(name) is not None}
     if "pixel_values" not in inputs:
-        raise ValueError(f"sample_inputs has no pixel_values, but {sorted(sample_inputs)}: give an image to the processor.")
+        raise ValueError(
+            f"sample_inputs has no pixel_values, but {sorted(sample_inputs)}: give an image to the processor."
+            " [errors.md#export]"
+        )
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.float32)
     inputs = _two_rows(inputs)
 
@@ -167,6 +175,7 @@ def export_image_encoder(
         raise ValueError(
             f"From images of shape {tuple(inputs['pixel_values'].shape[1:])} {written.shape[1]} vectors come, but the model "
             f"has prefix_length={config.prefix_length}: pass sample_inputs=processor(images=…, return_tensors='pt')."
+            " [errors.md#shape]"
         )
     images = torch.export.Dim("images", min=1)
     export_config.dynamic_shapes = {name: {0: images} for name in inputs}
@@ -176,7 +185,7 @@ def export_image_encoder(
         raise ValueError(
             f"{type(tower).__name__} can't be exported for any number of images: traced, it made a constant of it, as towers "
             "do that go over the images one by one (SigLIP 2's NaFlex before transformers 5.24). Upgrade transformers, or "
-            "join a tower with images of one size."
+            "join a tower with images of one size. [errors.md#export]"
         ) from error
     if save_directory is not None:
         exported.save_pretrained(save_directory)
@@ -194,7 +203,7 @@ def _reader(model: FrozenPrefixPreTrainedModel) -> PreTrainedModel:
     if what := why_not_a_reader(model.config):
         raise ValueError(
             f"This model {what}: its language model is more than a reader of embeddings. Export its stages with "
-            "`transformers.exporters`: HfExporter.export_for_generation(model, inputs, config)."
+            "`transformers.exporters`: HfExporter.export_for_generation(model, inputs, config). [errors.md#export]"
         )
     return cast(PreTrainedModel, _core(model).language_model)
 
@@ -266,7 +275,9 @@ def export_decode(
     with torch.no_grad():
         past = cache_of(language_model(**prepare(ids, None, mask, None, None, {"use_cache": True})))
     if not isinstance(past, Cache):
-        raise ValueError(f"{type(language_model).__name__} keeps no cache of keys and values that a graph could take.")
+        raise ValueError(
+            f"{type(language_model).__name__} keeps no cache of keys and values that a graph could take. [errors.md#export]"
+        )
     exporter, export_config = _exporter(format, config_kwargs)
     longer = torch.cat([mask, mask[:, -1:]], dim=1)
     ready = prepare(cast(torch.LongTensor, ids[:, :1]), None, longer, None, past, {"use_cache": True})

@@ -67,6 +67,7 @@ def _c_interface() -> Any:
     except ImportError as error:
         raise ImportError(
             f"Reading a GGUF by llama.cpp needs the package xllamacpp: pip install 'frozen-prefix[llama-cpp]'. {error}"
+            " [errors.md#extra]"
         ) from error
     library = ctypes.CDLL(binding.__file__)
     pointer, whole = ctypes.c_void_p, ctypes.c_int32
@@ -98,7 +99,7 @@ def _c_interface() -> Any:
 
         raise ImportError(
             f"xllamacpp {version('xllamacpp')} has another C interface than this package knows ({', '.join(absent)}): install "
-            "the release that docs/llama_cpp.md names, or a later frozen-prefix."
+            "the release that docs/llama_cpp.md names, or a later frozen-prefix. [errors.md#versions]"
         )
     return library
 
@@ -108,7 +109,7 @@ def _core(model: FrozenPrefixForConditionalGeneration) -> FrozenPrefixModel:
     if what := why_not_a_reader(model.config):
         raise ValueError(
             f"This model {what}, and llama.cpp takes prefixes among the words of a decoder alone: serve it by `frozen-prefix "
-            "serve`, which runs the model itself."
+            "serve`, which runs the model itself. [errors.md#export]"
         )
     return cast(FrozenPrefixModel, model.base_model)
 
@@ -143,20 +144,24 @@ class LlamaCppModel:
         self._model = self._context = None
         self._scale = 1.0
         if cache_dtype not in _KEPT:
-            raise ValueError(f"cache_dtype={cache_dtype!r}: choose one of {', '.join(map(repr, _KEPT))}.")
+            raise ValueError(f"cache_dtype={cache_dtype!r}: choose one of {', '.join(map(repr, _KEPT))}. [errors.md#choices]")
         if n_ctx < 1:
-            raise ValueError(f"n_ctx={n_ctx} must be a positive number of tokens.")
+            raise ValueError(f"n_ctx={n_ctx} must be a positive number of tokens. [errors.md#too-long]")
         self.model, self.core = model, _core(model)
         self._c = _c_interface()
         self._c.llama_log_set(_log, None)  # of the whole process, as llama.cpp has it
         self._model = self._c.llama_model_load_from_file(fspath(gguf_file).encode(), self._c.llama_model_default_params())
         if not self._model:
-            raise ValueError(f"llama.cpp can't read {fspath(gguf_file)!r}: its reason is in the log of {__name__!r} (DEBUG).")
+            raise ValueError(
+                f"llama.cpp can't read {fspath(gguf_file)!r}: its reason is in the log of {__name__!r} (DEBUG)."
+                " [errors.md#export]"
+            )
         width = self._c.llama_model_n_embd(self._model)
         if width != model.config.embedding_dim:
             raise ValueError(
                 f"{fspath(gguf_file)!r} has embeddings of {width} numbers, and the connector writes "
                 f"{model.config.embedding_dim}: pass the GGUF of the language model that it was trained with."
+                " [errors.md#another-parent]"
             )
         params = self._c.llama_context_default_params()
         params.values[_N_CTX] = n_ctx
@@ -165,7 +170,9 @@ class LlamaCppModel:
             params.values[_FLASH_ATTENTION] = 0
         self._context = self._c.llama_init_from_model(self._model, params)
         if not self._context:
-            raise ValueError(f"llama.cpp makes no context of n_ctx={n_ctx}: see the log of {__name__!r} (DEBUG).")
+            raise ValueError(
+                f"llama.cpp makes no context of n_ctx={n_ctx}: see the log of {__name__!r} (DEBUG). [errors.md#too-long]"
+            )
         self.vocab_size: int = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
         self._check(fspath(gguf_file))
 
@@ -194,7 +201,7 @@ class LlamaCppModel:
         raise ValueError(
             f"From {file!r} llama.cpp reads words and the embeddings of the same words differently (their logits have a "
             f"cosine of {max(cosines):.2f}): it is the GGUF of another language model. Pass that of the one that the "
-            "connector was trained with."
+            "connector was trained with. [errors.md#another-parent]"
         )
 
     def _first_logits(self, entries: torch.Tensor) -> np.ndarray:
@@ -212,7 +219,7 @@ class LlamaCppModel:
         if self._used + len(entries) > room:
             raise ValueError(
                 f"{self._used + len(entries)} tokens and prefix vectors don't go into n_ctx={room}: make the reader with a "
-                "larger one, or ask for fewer new tokens."
+                "larger one, or ask for fewer new tokens. [errors.md#too-long]"
             )
         name, dtype = ("embd", np.float32) if entries.is_floating_point() else ("token", np.int32)
         entries = entries.detach().float() * self._scale if name == "embd" else entries
@@ -222,6 +229,7 @@ class LlamaCppModel:
             if failed:
                 raise RuntimeError(
                     f"llama_decode gave {failed} for {len(values)} entries: see the log of {__name__!r} (DEBUG)."
+                    " [errors.md#export]"
                 )
         self._used += len(entries)
 
@@ -238,7 +246,9 @@ class LlamaCppModel:
             inputs: what else the processor gives, such as `pixel_values`.
         """
         if input_ids.ndim != 2 or len(input_ids) != 1:
-            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: one prompt at a time, (1, sequence).")
+            raise ValueError(
+                f"input_ids of shape {tuple(input_ids.shape)}: one prompt at a time, (1, sequence). [errors.md#shape]"
+            )
         mask = inputs.pop("attention_mask", None)
         media = {name: value for name, value in inputs.items() if name != "token_type_ids" and value is not None}
         _, embedded, _ = self.core.merge(input_ids.to(self.model.device), None, media)
@@ -375,14 +385,16 @@ def export_mmproj(
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"Writing GGUF files needs the package gguf: pip install 'frozen-prefix[gguf]'. {error}") from error
+        raise ImportError(
+            f"Writing GGUF files needs the package gguf: pip install 'frozen-prefix[gguf]'. {error} [errors.md#extra]"
+        ) from error
     if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype={dtype!r}: choose 'float32' or 'float16'.")
+        raise ValueError(f"dtype={dtype!r}: choose 'float32' or 'float16'. [errors.md#choices]")
     problems = _not_in_mmproj(model, processor)
     if problems:
         raise ValueError(
             f"llama.cpp's own programs can't express {'; '.join(problems)}. `LlamaCppModel(model, gguf_file)` runs any tower "
-            "and any connector beside llama.cpp, in process."
+            "and any connector beside llama.cpp, in process. [errors.md#export]"
         )
     core, image_processor = _core(model), processor.image_processor
     tower: Any = core.vision_tower

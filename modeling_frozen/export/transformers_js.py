@@ -162,9 +162,14 @@ def _checked(
     """What goes into `preprocessor_config.json`, and a sample of the decoder's inputs."""
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
     if unknown or not dtypes:
-        raise ValueError(f"dtypes={list(dtypes)}: choose some of {list(DTYPES)}; the first is what transformers.js loads.")
+        raise ValueError(
+            f"dtypes={list(dtypes)}: choose some of {list(DTYPES)}; the first is what transformers.js loads."
+            " [errors.md#export]"
+        )
     if not isinstance(model, FrozenPrefixForConditionalGeneration):
-        raise ValueError(f"{type(model).__name__} writes no words: load it as FrozenPrefixForConditionalGeneration.")
+        raise ValueError(
+            f"{type(model).__name__} writes no words: load it as FrozenPrefixForConditionalGeneration. [errors.md#export]"
+        )
     config, core = model.config, _core(model)
     problems = [what] if (what := why_not_a_reader(config)) else []
     if getattr(core, "vision_tower", None) is None:
@@ -185,12 +190,12 @@ def _checked(
     if isinstance(sample, str):
         problems.append(f"has {sample}")
     if problems:
-        raise ValueError(f"transformers.js can't run this model, which {'; '.join(problems)}. {_OTHER_WAY}")
+        raise ValueError(f"transformers.js can't run this model, which {'; '.join(problems)}. {_OTHER_WAY} [errors.md#export]")
     halves = {str(parameter.dtype) for parameter in model.parameters() if parameter.dtype != torch.float32}
     if halves:
         raise ValueError(
             f"The model has weights in {', '.join(sorted(halves))}, and graphs for the browser are written in float32, then "
-            "quantised: load it with dtype=torch.float32."
+            "quantised: load it with dtype=torch.float32. [errors.md#export]"
         )
     return images, sample
 
@@ -203,7 +208,7 @@ def _named(program: Any, inputs: Iterable[str], outputs: Iterable[str], axes: di
     graph = program.graph
     for values, names in ((graph.inputs, list(inputs)), (graph.outputs, list(outputs))):
         if len(values) != len(names):
-            raise RuntimeError(f"The graph has {[one.name for one in values]}, where {names} were traced.")
+            raise RuntimeError(f"The graph has {[one.name for one in values]}, where {names} were traced. [errors.md#export]")
         for value, name in zip(values, names, strict=True):
             value.name = name
             for axis, symbol in axes.get(name.split(".")[0], {}).items():

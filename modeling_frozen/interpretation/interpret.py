@@ -37,7 +37,9 @@ def _core(model: Any) -> Any:
     """The part that holds tower, connector and language model."""
     core = model if isinstance(model, FrozenPrefixModel) else getattr(model, "model", None)
     if not isinstance(core, FrozenPrefixModel) or core.connector is None:
-        raise ValueError(f"{type(model).__name__} is no frozen-prefix model with a vision tower, which this needs.")
+        raise ValueError(
+            f"{type(model).__name__} is no frozen-prefix model with a vision tower, which this needs. [errors.md#figures]"
+        )
     refuse_parts(model)
     return core
 
@@ -45,7 +47,7 @@ def _core(model: Any) -> Any:
 def _listed(images: Any) -> list[Any]:
     images = list(images) if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
     if not images:
-        raise ValueError("There are no images: give one or several.")
+        raise ValueError("There are no images: give one or several. [errors.md#figures]")
     return images
 
 
@@ -135,14 +137,14 @@ def nearest_words(
     if core.cross_attention is not None:
         raise ValueError(
             "This model reads images through gated blocks, which read the connector's vectors by weights of their "
-            "own, so they lie in no space of words. Ask `attention_to_image` or `sightedness`."
+            "own, so they lie in no space of words. Ask `attention_to_image` or `sightedness`. [errors.md#cross-attention]"
         )
     known = set(tokenizer.get_vocab().values()) - set(core.config.placeholder_ids.values())
     if skip_special_tokens:
         known -= set(tokenizer.all_special_ids)
     ids = torch.tensor(sorted(index for index in known if index < core.get_input_embeddings().weight.shape[0]))
     if not 1 <= top_k <= len(ids):
-        raise ValueError(f"top_k={top_k} must be from 1 to the {len(ids)} words of the vocabulary.")
+        raise ValueError(f"top_k={top_k} must be from 1 to the {len(ids)} words of the vocabulary. [errors.md#range]")
     with torch.no_grad(), in_eval_mode(core):
         prefixes = [one.float() for one in _prefixes(core, processor, images, batch_size)[0]]
         wanted = torch.nn.functional.normalize(torch.cat(prefixes), dim=-1)
@@ -203,13 +205,15 @@ def attention_to_image(
     core, tokenizer = _core(model), processor.tokenizer
     config, device = core.config, core.device
     if not hasattr(model, "generate"):
-        raise ValueError(f"{type(model).__name__} writes no words: give the FrozenPrefixForConditionalGeneration.")
+        raise ValueError(
+            f"{type(model).__name__} writes no words: give the FrozenPrefixForConditionalGeneration. [errors.md#figures]"
+        )
     with torch.no_grad(), in_eval_mode(model):
         pixels = _pixels(processor, [image], device)
         if len(pixels["pixel_values"]) != 1:
             raise ValueError(
                 f"This processor cuts the image into {len(pixels['pixel_values'])} tiles (crop_to_patches=True), and the map "
-                "is of one: draw it with a processor that does not."
+                "is of one: draw it with a processor that does not. [errors.md#processor]"
             )
         features, mask, _ = core.read_images(pixels, {})
         encoded = _encoded(core.write_prefix(features, mask, pixels.get("spatial_shapes")))
@@ -297,7 +301,7 @@ def _attentions(
     if not weights:
         raise ValueError(
             f"{type(language_model).__name__} gives no attention weights: it is recurrent, or keeps them to itself. "
-            "`sightedness` asks nothing of the inside of a language model."
+            "`sightedness` asks nothing of the inside of a language model. [errors.md#figures]"
         )
     # An implementation that doesn't fit its masks attends to the future and says nothing.
     logits, expected = (one.logits.float() for one in (output, model(**inputs, use_cache=False)))
@@ -305,7 +309,7 @@ def _attentions(
         raise ValueError(
             f"With eager attention {type(language_model).__name__} computes something else than with "
             f"{model.model.language_model.config._attn_implementation!r}, so its weights would mislead. Load the language "
-            'model with attn_implementation="eager".'
+            'model with attn_implementation="eager". [errors.md#figures]'
         )
     return [one[0][:, queries.to(one.device)][..., columns.to(one.device)].float().cpu() for one in weights], kind
 
@@ -387,10 +391,14 @@ def sightedness(
     texts = [texts] if isinstance(texts, str) else list(texts)
     asked = [prompts] * len(texts) if prompts is None or isinstance(prompts, str) else list(prompts)
     if not len(images) == len(texts) == len(asked):
-        raise ValueError(f"{len(images)} images, {len(texts)} texts and {len(asked)} prompts: give one of each.")
+        raise ValueError(
+            f"{len(images)} images, {len(texts)} texts and {len(asked)} prompts: give one of each. [errors.md#figures]"
+        )
     for index, (prompt, text) in enumerate(zip(asked, texts, strict=True)):
         if processor.count_image_tokens((prompt or "") + text) > 1:
-            raise ValueError(f"Text {index} holds several {processor.image_token}: which of them is to be swapped?")
+            raise ValueError(
+                f"Text {index} holds several {processor.image_token}: which of them is to be swapped? [errors.md#figures]"
+            )
     rows = [
         {"image": image, "text": text} if prompt is None else {"image": image, "prompt": prompt, "answer": text}
         for image, prompt, text in zip(images, asked, texts, strict=True)
@@ -407,6 +415,7 @@ def sightedness(
         if not all(others):
             raise ValueError(
                 f"Text {others.index([])} has no other image to swap in: give several different images, or `other_images`."
+                " [errors.md#figures]"
             )
         pairs = [(text, image) for text, some in enumerate(others) for image in [text, *some]]
         scores = []

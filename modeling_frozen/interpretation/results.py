@@ -177,7 +177,7 @@ class ImageAttention:
             ValueError: if the prefix is not spatial; says why.
         """
         if self.grid is None or self.origins is None:
-            raise ValueError(f"The prefix is not spatial: {self.why_not_spatial} Use `by_word()`.")
+            raise ValueError(f"The prefix is not spatial: {self.why_not_spatial} Use `by_word()`. [errors.md#figures]")
         on_positions = self.by_word(layers) @ self.origins
         return on_positions[:, self.num_leading :].reshape(-1, *self.grid)
 
@@ -204,7 +204,7 @@ def _draw_attention(
 ) -> Any:
     """An image per word with the attention over it; without places, bars over the prefix vectors."""
     if not result.words:
-        raise ValueError("There are no words to draw: the model wrote nothing but special tokens.")
+        raise ValueError("There are no words to draw: the model wrote nothing but special tokens. [errors.md#figures]")
     averaged = "all layers" if layers is None else f"layer {layers}" if isinstance(layers, int) else f"layers {list(layers)}"
     title = f"Attention of each word to the image, averaged over heads and {averaged}"
     if result.kind == "cross":

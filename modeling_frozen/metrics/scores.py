@@ -34,20 +34,28 @@ def _check_pairs(predictions: Collection[Any], references: Collection[Any]) -> N
     if len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references: give one entry of each to each image"
+            " [errors.md#evaluation]"
         )
     if len(predictions) == 0:
-        raise ValueError("there are no predictions to score")
+        raise ValueError("there are no predictions to score [errors.md#evaluation]")
 
 
 def _check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     _check_pairs(predictions, references)
     for index, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
         if not isinstance(prediction, str):
-            raise TypeError(f"prediction {index} is a {type(prediction).__name__}: give one string to each image")
+            raise TypeError(
+                f"prediction {index} is a {type(prediction).__name__}: give one string to each image [errors.md#evaluation]"
+            )
         if isinstance(texts, str):
-            raise TypeError(f"references {index} are one string: give a list of strings, [{texts!r}] if there is but one")
+            raise TypeError(
+                f"references {index} are one string: give a list of strings, [{texts!r}] if there is but one"
+                " [errors.md#evaluation]"
+            )
         if len(texts) == 0:
-            raise ValueError(f"prediction {index} has no references: leave it out or give it at least one")
+            raise ValueError(
+                f"prediction {index} has no references: leave it out or give it at least one [errors.md#evaluation]"
+            )
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -121,7 +129,7 @@ def _scorer(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)
     except ImportError as error:
-        raise ImportError("caption scores need pycocoevalcap: pip install frozen-prefix[metrics]") from error
+        raise ImportError("caption scores need pycocoevalcap: pip install frozen-prefix[metrics] [errors.md#extra]") from error
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
@@ -258,22 +266,30 @@ def recall_at_k(
 
     similarity = _to_numpy(similarity).astype(np.float64)
     if similarity.ndim != 2 or 0 in similarity.shape:
-        raise ValueError(f"similarity has shape {similarity.shape}: it must be (images, texts), each at least 1")
+        raise ValueError(
+            f"similarity has shape {similarity.shape}: it must be (images, texts), each at least 1 [errors.md#range]"
+        )
     images, texts = similarity.shape
     if not np.isfinite(similarity).all():
-        raise ValueError("similarity holds values that are not finite: there is no order among them")
+        raise ValueError("similarity holds values that are not finite: there is no order among them [errors.md#search]")
     if text_to_image is None and images != texts:
-        raise ValueError(f"similarity has {images} images and {texts} texts: say by text_to_image which belong together")
+        raise ValueError(
+            f"similarity has {images} images and {texts} texts: say by text_to_image which belong together [errors.md#search]"
+        )
     owner = np.arange(texts) if text_to_image is None else _to_numpy(text_to_image)
     if owner.shape != (texts,):
-        raise ValueError(f"text_to_image has {len(owner)} entries for {texts} texts")
+        raise ValueError(f"text_to_image has {len(owner)} entries for {texts} texts [errors.md#search]")
     if owner.min() < 0 or owner.max() >= images:
-        raise ValueError(f"text_to_image names images {owner.min()} to {owner.max()}: there are images 0 to {images - 1}")
+        raise ValueError(
+            f"text_to_image names images {owner.min()} to {owner.max()}: there are images 0 to {images - 1} [errors.md#search]"
+        )
     missing = sorted(set(range(images)) - set(owner.tolist()))
     if missing:
-        raise ValueError(f"images {missing[:5]} have no text ({len(missing)} in all): leave their rows out")
+        raise ValueError(
+            f"images {missing[:5]} have no text ({len(missing)} in all): leave their rows out [errors.md#evaluation]"
+        )
     if any(k < 1 for k in ks):
-        raise ValueError(f"ks is {tuple(ks)}: each must be at least 1")
+        raise ValueError(f"ks is {tuple(ks)}: each must be at least 1 [errors.md#range]")
 
     own = owner[None, :] == np.arange(images)[:, None]
     best_own = np.where(own, similarity, -np.inf).max(axis=1, keepdims=True)
@@ -292,12 +308,12 @@ def perplexity(loss: float | Sequence[float], num_tokens: Sequence[int] | None =
     losses = _to_numpy(loss).astype(float)
     if num_tokens is None:
         if losses.ndim:
-            raise ValueError("several losses need num_tokens, the number of predicted tokens of each")
+            raise ValueError("several losses need num_tokens, the number of predicted tokens of each [errors.md#evaluation]")
         mean = float(losses)
     else:
         _check_pairs(losses, num_tokens)
         if sum(num_tokens) <= 0:
-            raise ValueError(f"num_tokens sums to {sum(num_tokens)}: there must be at least one token")
+            raise ValueError(f"num_tokens sums to {sum(num_tokens)}: there must be at least one token [errors.md#range]")
         mean = math.fsum(losses * _to_numpy(num_tokens)) / float(sum(num_tokens))
     try:
         return math.exp(mean)
@@ -361,9 +377,12 @@ def _predicted_and_labels(
         raise ValueError(
             f"predictions have shape {predicted.shape}, not (samples, places): give Trainer"
             " preprocess_logits_for_metrics=argmax_logits, or say generated=True for the ids of generate()"
+            " [errors.md#evaluation]"
         )
     if predicted.shape != labels.shape:
-        raise ValueError(f"predictions have shape {predicted.shape} and labels {labels.shape}: they must agree")
+        raise ValueError(
+            f"predictions have shape {predicted.shape} and labels {labels.shape}: they must agree [errors.md#evaluation]"
+        )
     if not is_encoder_decoder:
         predicted, labels = predicted[:, :-1], labels[:, 1:]
     return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, predicted), labels

@@ -208,7 +208,9 @@ def frozen_prefix_model(model: Any) -> Any:
     while not any(klass.__name__ == "FrozenPrefixPreTrainedModel" for klass in type(inner).__mro__):
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
         if inner is None:
-            raise TypeError(f"A card is written for a frozen-prefix model, not for a {type(model).__name__}.")
+            raise TypeError(
+                f"A card is written for a frozen-prefix model, not for a {type(model).__name__}. [errors.md#cards]"
+            )
     return inner
 
 

@@ -36,9 +36,9 @@ def split_card(content: str) -> tuple[dict[str, Any] | None, str]:
     try:
         metadata = yaml.safe_load(block.group(2)) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"the card's metadata is no YAML: {error}") from error
+        raise ValueError(f"the card's metadata is no YAML: {error} [errors.md#cards]") from error
     if not isinstance(metadata, dict):
-        raise ValueError("the card's metadata is not a table of keys and values")
+        raise ValueError("the card's metadata is not a table of keys and values [errors.md#cards]")
     return metadata, content[block.end() :]
 
 

@@ -79,7 +79,7 @@ def _content(content: Any, files: list[Path]) -> Any:
             files.append(Path(url["url"] if isinstance(url, dict) else url))  # put there by `CheckRequests`
             parts.append({"type": "image"})
         else:
-            raise ValueError(f"A part of type {part['type']!r}: this server takes 'text' and 'image_url'.")
+            raise ValueError(f"A part of type {part['type']!r}: this server takes 'text' and 'image_url'. [errors.md#server]")
     return parts
 
 
@@ -100,11 +100,13 @@ def load_connectors(names: Sequence[str], *, device: Any = "cpu", **hub_options:
         name, _, place = given.rpartition("=")
         name = name or place
         if name in loaded:
-            raise ValueError(f"Two connectors are named {name!r}: give one of them another name, as other={place}.")
+            raise ValueError(
+                f"Two connectors are named {name!r}: give one of them another name, as other={place}. [errors.md#server]"
+            )
         config = FrozenPrefixConfig.from_pretrained(place, **hub_options)
         refuse_other_than_readers(config)
         if config.vision_config is None:
-            raise ValueError(f"{place!r} takes no images, and this server takes nothing else beside text.")
+            raise ValueError(f"{place!r} takes no images, and this server takes nothing else beside text. [errors.md#server]")
         towers = [one.model for one in loaded.values() if _same_tower(one.model.config, config)]
         model = FrozenPrefixModel.from_pretrained(
             place, load_language_model=False, load_vision_tower=not towers, **hub_options
@@ -265,6 +267,7 @@ def build_gateway(
             raise ValueError(
                 "mm_processor_kwargs: this server encodes images as each checkpoint's processor says. Leave it out, or have a "
                 "copy of the checkpoint with another processor served beside it, `--connector other=folder`."
+                " [errors.md#server]"
             )
         connector = connectors.get(body["model"])
         if connector is None:

@@ -28,7 +28,7 @@ def refuse_other_than_readers(config: Any) -> None:
     if what := why_not_a_reader(config):
         raise ValueError(
             f"This model {what}, and a server takes embeddings among the words of a decoder alone: serve it whole, by "
-            "`frozen-prefix serve`."
+            "`frozen-prefix serve`. [errors.md#server]"
         )
 
 
@@ -96,7 +96,7 @@ def begun(tokenizer: Any, text: str) -> str:
             return candidate
     raise ValueError(
         f"The tokenizer begins a chat with {tokenizer.convert_ids_to_tokens(wanted[:3])}, which no text gives without special "
-        "tokens: write what it adds into the checkpoint's chat template."
+        "tokens: write what it adds into the checkpoint's chat template. [errors.md#server]"
     )
 
 
@@ -114,7 +114,7 @@ def texts_between(processor: Any, text: str, images: int) -> list[str]:
     if len(texts) != images + 1:
         raise ValueError(
             f"The chat holds {images} images, and its text {len(texts) - 1} times {processor.tokens['image']!r}, which stands "
-            "for one: leave it out of the text."
+            "for one: leave it out of the text. [errors.md#server]"
         )
     marks = re.compile(f"[{CONTROL_TOKEN_START}{CONTROL_TOKEN_END}]")
     return [marks.sub("", one) for one in texts]

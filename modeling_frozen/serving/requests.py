@@ -149,7 +149,9 @@ def _media_of(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, 
                 inner = key if not isinstance(value, dict) else "data" if key == "input_audio" else "url"
                 holder = place if inner == key else value
                 if not isinstance(source := holder.get(inner), str) or not source:
-                    raise ValueError(f"{key} must be a URL, or an object with one under 'url', got {value!r:.80}.")
+                    raise ValueError(
+                        f"{key} must be a URL, or an object with one under 'url', got {value!r:.80}. [errors.md#server]"
+                    )
                 yield _MEDIA[key], holder, inner, source
 
 
@@ -179,7 +181,7 @@ async def _read(client: Any, source: str, limits: MediaLimits, budget: list[int]
         except ValueError as error:
             raise ValueError(
                 f"{source!r:.80} is neither an http(s) URL nor base64 data, nor a file of the server that may be opened "
-                "(--allow-local-media)."
+                "(--allow-local-media). [errors.md#server]"
             ) from error
     _spend(budget, len(content), limits)
     return content
@@ -189,7 +191,7 @@ async def _download(client: Any, url: str, limits: MediaLimits, budget: list[int
     for _ in range(_MAX_REDIRECTS + 1):
         target = httpx.URL(url)
         if target.scheme not in ("http", "https") or not target.host:
-            raise ValueError(f"{url!r:.80} is no http(s) URL.")
+            raise ValueError(f"{url!r:.80} is no http(s) URL. [errors.md#server]")
         # The address that was checked is the one that is asked, whatever the name resolves to a moment later.
         address = await _address_of(target, limits)
         headers = {"Host": target.netloc.decode(), "Accept-Encoding": "identity"}
@@ -200,15 +202,15 @@ async def _download(client: Any, url: str, limits: MediaLimits, budget: list[int
                     url = str(target.join(response.headers["location"]))
                     continue
                 if response.status_code != 200:
-                    raise ValueError(f"{url!r:.200} answered with status {response.status_code}.")
+                    raise ValueError(f"{url!r:.200} answered with status {response.status_code}. [errors.md#server]")
                 content = bytearray()
                 async for chunk in response.aiter_raw():
                     _spend(budget, len(chunk), limits)
                     content += chunk
                 return bytes(content)
         except httpx.HTTPError as error:
-            raise ValueError(f"{url!r:.200} can't be fetched: {error or type(error).__name__}.") from error
-    raise ValueError(f"{url!r:.200} is redirected more than {_MAX_REDIRECTS} times.")
+            raise ValueError(f"{url!r:.200} can't be fetched: {error or type(error).__name__}. [errors.md#server]") from error
+    raise ValueError(f"{url!r:.200} is redirected more than {_MAX_REDIRECTS} times. [errors.md#server]")
 
 
 async def _address_of(url: Any, limits: MediaLimits) -> str:
@@ -216,7 +218,7 @@ async def _address_of(url: Any, limits: MediaLimits) -> str:
     try:
         infos = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{str(url)!r:.200} can't be fetched: {error}.") from error
+        raise ValueError(f"{str(url)!r:.200} can't be fetched: {error}. [errors.md#server]") from error
     addresses = [str(one[4][0]) for one in infos]
     for address in addresses:
         numbers = ipaddress.ip_address(address.partition("%")[0])
@@ -224,7 +226,7 @@ async def _address_of(url: Any, limits: MediaLimits) -> str:
         if not limits.allow_private_addresses and (not numbers.is_global or numbers.is_multicast):
             raise ValueError(
                 f"{str(url)!r:.200} lies inside the server's network, which is asked only where the server was started with "
-                "--allow-private-addresses."
+                "--allow-private-addresses. [errors.md#server]"
             )
     return addresses[0]
 
@@ -232,7 +234,10 @@ async def _address_of(url: Any, limits: MediaLimits) -> str:
 def _spend(budget: list[int], count: int, limits: MediaLimits) -> None:
     budget[0] -= count
     if budget[0] < 0:
-        raise ValueError(f"The media of this request hold more than {limits.max_media_bytes:,} bytes (--max-media-bytes).")
+        raise ValueError(
+            f"The media of this request hold more than {limits.max_media_bytes:,} bytes (--max-media-bytes)."
+            " [errors.md#server]"
+        )
 
 
 def _check_image(content: bytes, source: str) -> None:
@@ -240,9 +245,11 @@ def _check_image(content: bytes, source: str) -> None:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{source!r:.80} is no image that can be read.") from error
+        raise ValueError(f"{source!r:.80} is no image that can be read. [errors.md#server]") from error
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{source!r:.80} has {width} x {height} pixels: at most {Image.MAX_IMAGE_PIXELS:,} are read.")
+        raise ValueError(
+            f"{source!r:.80} has {width} x {height} pixels: at most {Image.MAX_IMAGE_PIXELS:,} are read. [errors.md#server]"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- requests
@@ -292,7 +299,7 @@ class CheckRequests:
         body = json.loads(sent)
         fields = _BODIES[path].model_validate(body)
         if self.needs_model and fields.model is None:
-            raise ValueError("The request names no model: give its id under 'model'.")
+            raise ValueError("The request names no model: give its id under 'model'. [errors.md#server]")
         if media := list(_media_of(body)):
             await _fetch_all(media, self.limits, folder)
             return json.dumps(body).encode()
@@ -304,10 +311,10 @@ async def _read_body(receive: Any) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ValueError("The client left before its request was whole.")
+            raise ValueError("The client left before its request was whole. [errors.md#server]")
         body += message.get("body", b"")
         if len(body) > _MAX_REQUEST_BYTES:
-            raise ValueError(f"The request is longer than {_MAX_REQUEST_BYTES:,} bytes.")
+            raise ValueError(f"The request is longer than {_MAX_REQUEST_BYTES:,} bytes. [errors.md#server]")
         if not message.get("more_body", False):
             return bytes(body)
 

@@ -25,7 +25,7 @@ def build_app() -> Any:
         import typer
         from transformers.cli.serve import Serve
     except ImportError as error:
-        raise ImportError(_MISSING.format(package=error.name)) from error
+        raise ImportError(_MISSING.format(package=error.name) + " [errors.md#extra]") from error
 
     def serve(
         *,
@@ -42,7 +42,7 @@ def build_app() -> Any:
             import openai  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError as error:
-            raise ImportError(_MISSING.format(package=error.name)) from error
+            raise ImportError(_MISSING.format(package=error.name) + " [errors.md#extra]") from error
         from .generation import FrozenPrefixGenerationState
         from .requests import MediaLimits, check_requests
 

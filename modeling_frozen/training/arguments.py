@@ -65,7 +65,9 @@ def _parse(flags: Sequence[str], chosen: dict[str, Any], prog: str | None, other
     )
     names = [field.name for field in fields(TrainingArguments) if field.init]
     if unknown:
-        raise ValueError(f"argument {_nearest(unknown[0].lstrip('-').partition('=')[0], {*names, *others})}")
+        raise ValueError(
+            f"argument {_nearest(unknown[0].lstrip('-').partition('=')[0], {*names, *others})} [errors.md#choices]"
+        )
     absent = object()
     given, _ = parser.parse_known_args(list(flags), argparse.Namespace(**dict.fromkeys(names, absent)))
     return training, [name for name in names if getattr(given, name) is not absent]

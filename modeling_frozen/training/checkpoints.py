@@ -96,7 +96,7 @@ def whole_model(trainer: Trainer, folder: str | Path) -> Any:
     if not (is_sharded(model) and isinstance(model, FrozenPrefixPreTrainedModel)):
         raise ValueError(
             f"This {type(model).__name__} was dealt out over the processes by ZeRO-3, or with PEFT's adapter: what runs "
-            f"outside of Trainer wants it whole. Load {str(folder)!r} in a run without that."
+            f"outside of Trainer wants it whole. Load {str(folder)!r} in a run without that. [errors.md#devices]"
         )
     trainer.accelerator.wait_for_everyone()
     saved: Any = next(one for one in type(model).__mro__ if not issubclass(one, torch.distributed.fsdp.FSDPModule))

@@ -93,7 +93,7 @@ def split_adapter(adapter: str | Path, checkpoint: str | Path, save_directory: s
     if foreign := sorted(whole.keys() - saved.keys()):
         raise ValueError(
             f"The adapter `{adapter}` holds {foreign[:3]}…, which is neither LoRA of the language model nor in "
-            f"`{checkpoint}`: name the checkpoint that it was trained on."
+            f"`{checkpoint}`: name the checkpoint that it was trained on. [errors.md#checkpoint]"
         )
     shutil.copytree(checkpoint, out / "checkpoint", dirs_exist_ok=True)
     save_file({**saved, **whole}, out / "checkpoint" / "model.safetensors", metadata={"format": "pt"})

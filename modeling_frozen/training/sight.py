@@ -54,7 +54,7 @@ class SightCallback(TrainerCallback):
 
     def __init__(self, rows: Sequence[Any], collator: Any, every: int = 50, num_rows: int = 16, smallest: float = 0.01):
         if every < 1 or num_rows < 2:
-            raise ValueError(f"every={every} must be at least 1, and num_rows={num_rows} at least 2.")
+            raise ValueError(f"every={every} must be at least 1, and num_rows={num_rows} at least 2. [errors.md#sight]")
         self.rows, self.collator, self.every, self.num_rows, self.smallest = rows, collator, every, num_rows, smallest
         self.history: list[dict[str, float]] = []
         self._batch: dict[str, Any] | None = None
@@ -114,7 +114,7 @@ def _others(prefixes: list[torch.Tensor], index: torch.Tensor | None) -> list[in
     if not any(len(places) > 1 for places in first.values()):
         raise ValueError(
             "SightCallback exchanges images for others of as many prefix vectors, and its rows have no two such images: give "
-            "it rows of a validation split with different images, or a larger num_rows."
+            "it rows of a validation split with different images, or a larger num_rows. [errors.md#sight]"
         )
     other = list(range(len(prefixes)))
     for places in first.values():

@@ -30,6 +30,7 @@ def start_as_words(model: Any, processor: Any, texts: Sequence[str]) -> bool:
     if ids.shape[1] < length:
         raise ValueError(
             f"{len(texts)} texts hold {ids.shape[1]} tokens, and a prefix of {length} is to start as them: give more."
+            " [errors.md#range]"
         )
     bias.copy_(model.model.embed_words(ids.to(bias.device)).flatten())
     output.weight.mul_(0.5)  # the image then moves the words, and does not drown them

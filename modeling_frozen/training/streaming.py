@@ -69,12 +69,12 @@ class StreamCallback(TrainerCallback, ExportableState):
             known = "no place in the stream" if saved is None else f"the stream's place at step {saved['step']}"
             raise ValueError(
                 f"The checkpoint of step {state.global_step} holds {known}: it was made without StreamCallback, or by a "
-                "callback that saves where Trainer would not. Resume from another one."
+                "callback that saves where Trainer would not. Resume from another one. [errors.md#streams]"
             )
         if saved["setup"] != (now := self._setup(args)):
             raise ValueError(
                 f"The checkpoint's place is in a stream of {saved['setup']}, and this is one of {now}: the rows would be "
-                "others. Set it up as it was."
+                "others. Set it up as it was. [errors.md#streams]"
             )
         own = saved["places"][args.process_index]
         self._stream.load_state_dict(own)
@@ -85,27 +85,33 @@ class StreamCallback(TrainerCallback, ExportableState):
             if getattr(args.accelerator_config, "dispatch_batches", None) is not False:
                 raise ValueError(
                     "In several processes one of them would read the whole stream and deal out slices of batches: set "
-                    'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
+                    'TrainingArguments(accelerator_config={"dispatch_batches": False}). [errors.md#streams]'
                 )
             if epochs := [name for name in ("save_strategy", "eval_strategy") if getattr(args, name) == "epoch"]:
                 raise ValueError(
                     f'{epochs[0]}="epoch": processes reach the end of a stream at different steps and would wait for each '
-                    f'other. Use {epochs[0]}="steps".'
+                    f'other. Use {epochs[0]}="steps". [errors.md#streams]'
                 )
         if hasattr(getattr(loader.dataset, "dataset", None), "state_after"):
             raise ValueError(
                 "This release of accelerate has every process read the whole stream and keep slices of it, so its place is "
-                "not known: `pip install -U accelerate`."
+                "not known: `pip install -U accelerate`. [errors.md#streams]"
             )
         if not hasattr(loader.dataset, "state_after"):
             raise ValueError(
                 "StreamCallback is for `load_image_text(…, streaming=True)`; Trainer's loader reads a "
-                f"{type(loader.dataset).__name__}."
+                f"{type(loader.dataset).__name__}. [errors.md#streams]"
             )
         if not args.ignore_data_skip:
-            raise ValueError("Give StreamCallback to Trainer(callbacks=[…]), or set TrainingArguments(ignore_data_skip=True).")
+            raise ValueError(
+                "Give StreamCallback to Trainer(callbacks=[…]), or set TrainingArguments(ignore_data_skip=True)."
+                " [errors.md#streams]"
+            )
         if not args.dataloader_in_order:
-            raise ValueError("dataloader_in_order=False gives batches as they come: the place in the stream is not known.")
+            raise ValueError(
+                "dataloader_in_order=False gives batches as they come: the place in the stream is not known."
+                " [errors.md#streams]"
+            )
 
     def _setup(self, args: TrainingArguments) -> dict[str, Any]:
         stream = self._stream
@@ -139,7 +145,7 @@ class StreamCallback(TrainerCallback, ExportableState):
         if state.global_step == self._step:  # Trainer would begin epoch after epoch, for ever
             raise ValueError(
                 f"The stream ended after {self._batches} batches, before the {args.gradient_accumulation_steps} of one step: "
-                "lower gradient_accumulation_steps or the batch size, or don't stream so few rows."
+                "lower gradient_accumulation_steps or the batch size, or don't stream so few rows. [errors.md#streams]"
             )
         count, names = self._stream.left_out_after(self._batches)
         if count:

@@ -34,15 +34,18 @@ def _refuse(config: FrozenPrefixConfig) -> None:
     if what is not None:
         raise ValueError(
             f"This model {what}, and vLLM takes prefixes among the words of a decoder alone: serve it by `frozen-prefix "
-            "serve`, which runs the model itself."
+            "serve`, which runs the model itself. [errors.md#server]"
         )
     if config.vision_config is None:
-        raise ValueError("This model takes audio alone, and the plug-in for vLLM images: serve it by `frozen-prefix serve`.")
+        raise ValueError(
+            "This model takes audio alone, and the plug-in for vLLM images: serve it by `frozen-prefix serve`."
+            " [errors.md#server]"
+        )
     if gguf_file := (config.text_base_model or {}).get("gguf_file"):
         raise ValueError(
             f"The language model of this checkpoint lies in the GGUF file {gguf_file!r}, which vLLM "
             "does not read beside a checkpoint: read it by llama.cpp (`modeling_frozen.export.LlamaCppModel`), or join the "
-            "connector to the unquantised repository and serve that."
+            "connector to the unquantised repository and serve that. [errors.md#server]"
         )
 
 
