@@ -2,7 +2,7 @@
 
     python -m benchmarks.results                        # all, in hours; on a quiet machine, for many are timings
     python -m benchmarks.results --only quickstart vqa
-    python -m benchmarks.results --list                 # names, commands, and what each needs
+    python -m benchmarks.results --list                 # names, commands, what each needs, and how long it took
 
 A file holds what the command printed (or the table that it wrote), and a last line that says by which command, when, on which
 versions, on how many cores. A command that fails leaves its file as it is. Files whose last line says "earlier
@@ -235,13 +235,24 @@ def words_of(command: str, places: dict[str, str]) -> list[tuple[dict[str, str],
     return commands
 
 
+def seconds_before(result: Result, folder: Path = TABLES) -> str:
+    """How long the commands took when the file was written, in words; nothing where it doesn't say."""
+    path = folder / f"{result.name}.md"
+    found = (
+        re.search(r"^\*Taken on .* in (\d+) seconds;", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if path.exists()
+        else None
+    )
+    return f"  (took {found[1]} seconds)" if found else ""
+
+
 def run(result: Result, places: dict[str, str], folder: Path = TABLES) -> bool:
     """Runs a result's commands and writes its file; False where one of them fails."""
     start, stdout = time.monotonic(), ""
     (ROOT / OUT).mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.name}.md"
     for variables, words in words_of(result.command, places):
-        print(f"$ {shlex.join(words)}", flush=True)
+        print(f"$ {shlex.join(words)}{seconds_before(result, folder)}", flush=True)
         done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
         if done.returncode != 0:
             print(f"{result.name}: exit code {done.returncode}; {path} stays as it is.\n{done.stdout[-2000:]}", flush=True)
@@ -269,7 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         missing = [f"--{option}" for option in result.needs if PLACES[option] not in places]
         if args.list:
-            print(f"{result.name}: {result.command}" + (f"  (needs {', '.join(missing)})" if missing else ""))
+            needs = f"  (needs {', '.join(missing)})" if missing else ""
+            print(f"{result.name}: {result.command}{needs}{seconds_before(result)}")
         elif missing:
             print(f"{result.name} is left out: it needs {', '.join(missing)}.")
         elif not run(result, places):

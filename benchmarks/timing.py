@@ -13,10 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -68,20 +70,24 @@ def alternate(
     """
     now = CLOCKS[clock]
     timings = {name: Timing(name) for name in candidates}
-    for _ in range(warmup):
-        for call in candidates.values():
-            call()
-    names = list(candidates)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    with progress(candidates, rounds + warmup) as bar:
+        for turn, name in bar:
             gc.collect()
             _synchronize()
             start = now()
-            for _ in range(repeat):
+            for _ in range(repeat if turn >= warmup else 1):
                 candidates[name]()
             _synchronize()
-            timings[name].rounds.append((now() - start) / repeat)
+            if turn >= warmup:
+                timings[name].rounds.append((now() - start) / repeat)
     return timings
+
+
+def progress(candidates: Iterable[str], rounds: int) -> tqdm:
+    """Round and candidate, the order turning from round to round, behind a bar that says how long it will take."""
+    names = list(candidates)
+    turns = [(turn, name) for turn in range(rounds) for name in names[turn % len(names) :] + names[: turn % len(names)]]
+    return tqdm(turns, desc="timing " + ", ".join(names)[:50], unit="run", leave=False, file=sys.stderr)
 
 
 def alternate_processes(
@@ -97,11 +103,10 @@ def alternate_processes(
         return float(done.stdout.split()[-1])
 
     timings = {name: Timing(name) for name in candidates}
-    names = list(candidates)
-    for turn in range(-warmup, rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    with progress(candidates, rounds + warmup) as bar:
+        for turn, name in bar:
             value = number(candidates[name])
-            if turn >= 0:
+            if turn >= warmup:
                 timings[name].rounds.append(value)
     return timings
 

@@ -134,6 +134,7 @@ def test_what_lacks_its_place_is_left_out_and_said(capsys: pytest.CaptureFixture
     assert results.main(["--list", "--without_timings", "--assets", "a"]) == 0
     listed = capsys.readouterr().out
     assert "digits: python -m benchmarks.digits\n" in listed and "loading:" not in listed
+    assert re.search(r"^hub_bytes: .*\(took \d+ seconds\)$", listed, re.MULTILINE)  # as its file says
     assert "(needs --clipcap)" in listed and "needs --assets" not in listed
     ((variables, words),) = results.words_of("PLACE=assets python x.py assets/a --dir assets", {"assets": "/b"})
     assert words[1:] == ["x.py", "/b/a", "--dir", "/b"] and variables == {"PLACE": "/b"}
