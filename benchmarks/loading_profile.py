@@ -45,7 +45,7 @@ def time_steps(load: Callable[[], Any], clock: str) -> dict[str, float]:
     """Seconds of each step of `load()`, in order of their ends; changes functions in place, so it wants its own process."""
     from transformers import PreTrainedModel, modeling_utils
 
-    from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, backbones, checkpoints
+    from modeling_frozen import FrozenPrefixConfig, FrozenPrefixForConditionalGeneration, backbones
     from modeling_frozen import modeling_frozen_prefix_pretrained as pretrained
 
     now, spent, inside = CLOCKS[clock], {}, []
@@ -76,7 +76,7 @@ def time_steps(load: Callable[[], Any], clock: str) -> dict[str, float]:
     timed(FrozenPrefixConfig, "from_dict", lambda *_: "the config")
     timed(ours, "__init__", lambda *_: "building the connector")
     timed(backbones, "fingerprint", lambda *_: "the parents' fingerprints")
-    timed(checkpoints, "refill", lambda *_: "joining")
+    timed(pretrained, "refill", lambda *_: "joining")
     timed(_owner(ours, "_finish_loading"), "_finish_loading", lambda *_: "freezing, and what need not be saved")
     timed(pretrained, "align_weights", lambda *_: "copying weights that lie off 16 bytes in their files")
     start = now()

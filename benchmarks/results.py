@@ -238,11 +238,8 @@ def words_of(command: str, places: dict[str, str]) -> list[tuple[dict[str, str],
 def seconds_before(result: Result, folder: Path = TABLES) -> str:
     """How long the commands took when the file was written, in words; nothing where it doesn't say."""
     path = folder / f"{result.name}.md"
-    found = (
-        re.search(r"^\*Taken on .* in (\d+) seconds;", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if path.exists()
-        else None
-    )
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"^\*Taken on .* in (\d+) seconds;", text, re.MULTILINE)
     return f"  (took {found[1]} seconds)" if found else ""
 
 
