@@ -392,7 +392,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", help="tables, or candidates")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--blind_seeds", type=int, nargs="*", default=[0], help="of the blind twins")
+    parser.add_argument("--blind_seeds", type=int, nargs="*", default=[0, 1, 2], help="of the blind twins")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=4, help="images a step")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
