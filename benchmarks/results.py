@@ -177,11 +177,6 @@ RESULTS = (
     Result("stored_rows", f"python -m benchmarks.stored_rows --rounds 1 {' '.join(GROWING)}", timing=True),
     Result("main_job", f"python -m benchmarks.main_job {' '.join(GROWING[:3])}", timing=True),
     Result("loading", "python -m benchmarks.loading --clock cpu --profile", timing=True),
-    Result(
-        "loading_large",
-        "python -m benchmarks.loading --clock cpu --profile --rounds 3 --text-width 1024 --text-layers 16 --vocab-size 64000",
-        timing=True,
-    ),
     Result("llava", "python -m benchmarks.llava --rounds 1 --pictures 8", timing=True),
     Result(
         "llava_compiled",
