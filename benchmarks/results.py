@@ -188,7 +188,7 @@ RESULTS = (
         f"python -m benchmarks.assisted {OUT}/photos/eyes jxie/flickr8k --split test --assistant {STORY} --clock cpu",
         timing=True,
     ),
-    Result("peers", "python -m benchmarks.peers --nanovlm nanoVLM", timing=True),
+    Result("peers", "python -m benchmarks.peers --nanovlm nanoVLM --rounds 3", timing=True),
 )
 
 
