@@ -7,14 +7,15 @@ same pictures and texts. So they reach the same loss and gradients and write the
 differs is code:
 
 - nanoVLM, out of a checkout of github.com/huggingface/nanoVLM, run as it is: a linear map of each of the tower's positions.
-  Its pixel shuffle, for which ours has no like, is left at 1. Ours has a bias that its projection lacks.
+  Its pixel shuffle is left at 1. Ours has a bias that its projection lacks.
 - `Blip2ForConditionalGeneration`: a Q-Former of `--qformer-layers` layers, `--prefix-length` queries. Its tower is replaced by
   the common one.
 
 A step is forward, backward and AdamW of the connector alone, all else frozen: from the pictures, as both peers read them
 every time, and, ours only, from stored features. Each picture stands in one row: what ours shares among several captions of
 a picture is not in these figures. Theirs write the logits of every position, as they always do; ours those of the labels.
-`generate` goes from one picture and a question to `--new-tokens` words, greedy, each with its own cache. All in float32 and
+`generate` goes from one picture and a question, and from `--batch-size` of them at once, to `--new-tokens` words, greedy, each
+with its own cache. All in float32 and
 without autocast, which nanoVLM's `train.py` adds.
 """
 
@@ -232,24 +233,32 @@ def compare(
         report.figure(f"{peer}: how far apart the gradients, from {name}", apart.item(), "of theirs", bar=1e-3)
     del start, slopes
 
-    question, image = ids[:1], images[:1]
     length = args.new_tokens
     greedy = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
-    writers = {
-        "ours": lambda: ours.generate(question, pixel_values=image, **greedy)[:, -length:],
-        "theirs": lambda: calls["generate"](image, question),
-    }
     ours.eval(), theirs.eval()
-    with torch.inference_mode():
-        written = {name: write() for name, write in writers.items()}
-        assert all(row.shape == (1, length) for row in written.values()), {k: v.shape for k, v in written.items()}
-        report.figure(f"{peer}: words that differ", int((written["ours"] != written["theirs"]).sum()), f"of {length}", bar=0)
-        write = timing.alternate(writers, rounds=args.rounds, clock=args.clock)
+    writing = {}
+    for rows in (1, args.batch_size):
+        asked, shown = ids[:rows], images[:rows]
+        writers = {
+            "ours": lambda asked=asked, shown=shown: ours.generate(asked, pixel_values=shown, **greedy)[:, -length:],
+            "theirs": lambda asked=asked, shown=shown: calls["generate"](shown, asked),
+        }
+        with torch.inference_mode():
+            written = {name: write() for name, write in writers.items()}
+            assert all(one.shape == (rows, length) for one in written.values()), {k: v.shape for k, v in written.items()}
+            differ = int((written["ours"] != written["theirs"]).sum())
+            report.figure(f"{peer}: words that differ, {_pictures(rows)}", differ, f"of {rows * length}", bar=0)
+            writing[rows] = timing.alternate(writers, rounds=args.rounds, clock=args.clock)
     steps = {name: step_of(models[name], loss_of) for name, loss_of in losses.items()}
     step = timing.alternate(steps, rounds=args.rounds, clock=args.clock)
     report.compare(f"{peer}: step from pictures", step["pictures"], step["theirs"])
     report.compare(f"{peer}: step from stored features, to theirs from pictures", step["features"], step["theirs"])
-    report.compare(f"{peer}: {length} words from a picture", write["ours"], write["theirs"])
+    for rows, write in writing.items():
+        report.compare(f"{peer}: {length} words, {_pictures(rows)}", write["ours"], write["theirs"], bar=1.0)
+
+
+def _pictures(rows: int) -> str:
+    return "from a picture" if rows == 1 else f"from each of {rows} pictures"
 
 
 def compare_nanovlm(folder: str, sizes: parents.Sizes, report: timing.Report, args: argparse.Namespace) -> None:
