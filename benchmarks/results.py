@@ -175,6 +175,7 @@ RESULTS = (
     ),
     Result("rows", f"python -m benchmarks.rows --rounds 1 {' '.join(GROWING)}", timing=True),
     Result("stored_rows", f"python -m benchmarks.stored_rows --rounds 1 {' '.join(GROWING)}", timing=True),
+    Result("serving", "python -m benchmarks.serving", timing=True),  # where vLLM is installed
     Result("main_job", f"python -m benchmarks.main_job {' '.join(GROWING[:3])}", timing=True),
     Result("loading", "python -m benchmarks.loading --clock cpu --profile", timing=True),
     Result("llava", "python -m benchmarks.llava --rounds 1 --pictures 8", timing=True),

@@ -67,7 +67,6 @@ REASONS: dict[str, tuple[str, set[str]]] = {
         f"{PUBLISHED}; {COMPUTED}; of another page's table",
         {"0.26", "10", "37", "51.8", "60.3", "66.7", "67.3", "69.5", "165", "330", "658"},
     ),
-    "engines.md": ("of `benchmarks.serving`, one run", {"0.61", "0.62", "0.71", "0.74", "0.88", "1.15", "0.18", "0.25"}),
     "evaluation.md": (PUBLISHED, {"26.2", "29.5"}),
     "exactness.md": ("the addresses that the page is about", {"8", "16", "64"}),
     "fit.md": (PUBLISHED, {"51.8", "60.3", "66.7", "67.3", "69.5"}),
