@@ -189,7 +189,7 @@ RESULTS = (
         f"python -m benchmarks.assisted {OUT}/photos/eyes jxie/flickr8k --split test --assistant {STORY} --clock cpu",
         timing=True,
     ),
-    Result("peers", "python -m benchmarks.peers --nanovlm nanoVLM --rounds 3", timing=True),
+    Result("peers", "python -m benchmarks.peers --nanovlm nanoVLM --rounds 5", timing=True),
 )
 
 
