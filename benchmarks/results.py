@@ -256,6 +256,8 @@ def run(result: Result, places: dict[str, str], folder: Path = TABLES) -> bool:
             return False
         stdout = done.stdout
     body = path.read_text(encoding="utf-8").rstrip("\n") if result.table else printed(stdout)
+    for shown, place in places.items():  # what a machine calls its folders is nobody's business
+        body = body.replace(place, shown)
     path.write_text(body + footer(result.command, taken_now(time.monotonic() - start)), encoding="utf-8")
     print(body, flush=True)
     return True

@@ -121,6 +121,12 @@ def test_it_writes_what_a_command_printed(tmp_path: Path) -> None:
     )
 
 
+def test_a_place_is_called_as_commands_call_it(tmp_path: Path) -> None:
+    show = Result("one", "python -c \"import sys; print('0.5 of', sys.argv[1])\" assets/photos")
+    assert results.run(show, {"assets": "/somewhere/else"}, tmp_path)
+    assert (tmp_path / "one.md").read_text().startswith("```\n0.5 of assets/photos\n```\n")
+
+
 def test_a_command_that_fails_leaves_the_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "one.md").write_text("as it was")
     assert not results.run(Result("one", 'python -c "raise SystemExit(3)"'), {}, tmp_path)
