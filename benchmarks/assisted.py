@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 written = write()
             same = sum(torch.equal(a, b) for a, b in zip(alone, written, strict=True))
             report.figure(f"{name}: tokens a call", tokens / calls.count, "")
-            report.figure(f"{name}: captions that are the same", same, f"of {len(alone)}", bar=None)
+            report.figure(f"{name}: captions that are the same", same, f"of {len(alone)}")
         timings = timing.alternate(candidates, rounds=args.rounds, warmup=0, clock=args.clock)
     for name in list(candidates)[1:]:
         report.compare(f"{name}, to writing alone", timings[name], timings["alone"], unit="s", scale=1)

@@ -52,15 +52,18 @@ def train(rows):
 few = [{{"image": Image.new("RGB", (16, 16), (row, 9, 9)), "prompt": "What?", "answer": "It."}} for row in range(128)]
 train(store(load_image_text(few), "few"))
 figures = []
-for step in (
-    lambda: load_image_text({source!r}), lambda: store(rows, "store"), lambda: train(stored)
-):
+
+def measured(step, *arguments):
     with Peak() as peak:
         start = time.perf_counter()
-        result = step()
+        result = step(*arguments)
         seconds = time.perf_counter() - start
-    figures += [{rows} / seconds, peak.bytes / 2**20]
-    rows, stored = (result, None) if len(figures) == 2 else (rows, result)
+    figures.extend([{rows} / seconds, peak.bytes / 2**20])
+    return result
+
+rows = measured(load_image_text, {source!r})
+stored = measured(store, rows, "store")
+measured(train, stored)
 print(*figures)
 """
 
