@@ -409,6 +409,19 @@ def test_files_of_a_folder_are_of_the_splits_in_their_names(folder: Path, place:
         load_image_text(folder / "set")
 
 
+def test_a_table_beside_the_folder_of_data_is_no_part_of_the_set(folder: Path) -> None:
+    """As sets of the Hub have one of who took the photos."""
+    home = folder / "credited"
+    (home / "data").mkdir(parents=True)
+    (home / "CREDITS.csv").write_text("photo,by\n0,me\n", encoding="utf-8")
+    for split, text in (("train", "a red square ."), ("test", "a blue square .")):
+        rows = Dataset.from_list([{"image": Image.new("RGB", (8, 8)), "text": text}])
+        rows.to_parquet(home / "data" / f"{split}-00000-of-00001.parquet")
+    assert load_image_text(str(home), split="test")["text"] == ["a blue square ."]
+    with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\]: name one by `split=`"):
+        load_image_text(str(home))
+
+
 def test_karpathys_restval_is_train(folder: Path) -> None:
     options: dict[str, Any] = {"image_root": folder / "images"}
     assert load_image_text(folder / "karpathy.json", split="train", **options)["image_id"] == [7, 3]

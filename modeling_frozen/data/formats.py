@@ -152,8 +152,10 @@ def _of_folder(folder: Path, format: str, root: Path | None, split: str | None, 
         loaded = load_dataset("imagefolder", data_dir=str(folder), drop_labels=True)
         return _of_dataset(loaded, str(folder), "imagefolder", root or folder, split, streaming)
     for suffixes in (_TARS, tuple(_TABLES), _JSON):
-        places = (folder, folder / "data")  # where repositories of the Hub have them
-        files = sorted(str(one) for place in places if place.is_dir() for one in place.iterdir() if _ends(one, suffixes))
+        # Where repositories of the Hub have their rows; a table beside that folder is about them (licences, credits).
+        places = (place for place in (folder / "data", folder) if place.is_dir())
+        found = (sorted(str(one) for one in place.iterdir() if _ends(one, suffixes)) for place in places)
+        files = next(filter(None, found), [])
         if suffixes == _JSON:
             files = [one for one in files if Path(one).name != "dataset_info.json"]  # LLaMA-Factory's list of files
         if files and (splits := _by_split(files)):
