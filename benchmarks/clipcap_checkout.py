@@ -34,21 +34,32 @@ def decoding_functions(checkout: str) -> dict[str, Callable[..., Any]]:
 
 
 def training_code(
-    checkout: str, language_model: Callable[[], nn.Module], tokenizer: Any, device: str = "cpu"
+    checkout: str,
+    language_model: Callable[[], nn.Module],
+    tokenizer: Any,
+    device: str = "cpu",
+    after: Callable[[], None] = lambda: None,
 ) -> SimpleNamespace:
     """
     Everything in a checkout's `train.py`, with these names given to it:
 
     - `GPT2LMHeadModel.from_pretrained` gives what `language_model()` does, `GPT2Tokenizer.from_pretrained` gives `tokenizer`;
-    - `AdamW`, which transformers has no more, is torch's with the defaults of transformers': no weight decay, eps 1e-6;
+    - `AdamW`, which transformers has no more, is torch's with the defaults of transformers': no weight decay, eps 1e-6; it
+      calls `after` behind each of its steps;
     - the device `cuda:0` is `device`;
     - the bar of `tqdm` is off.
     """
     tree = _parse(checkout, "train.py")
+
+    def adamw(*args: Any, **options: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(*args, weight_decay=0.0, eps=1e-6, **options)
+        optimizer.register_step_post_hook(lambda *_: after())
+        return optimizer
+
     names = {
         "GPT2LMHeadModel": SimpleNamespace(from_pretrained=lambda *_: language_model()),
         "GPT2Tokenizer": SimpleNamespace(from_pretrained=lambda *_: tokenizer),
-        "AdamW": functools.partial(torch.optim.AdamW, weight_decay=0.0, eps=1e-6),
+        "AdamW": adamw,
         "get_linear_schedule_with_warmup": get_linear_schedule_with_warmup,
         "tqdm": functools.partial(tqdm, disable=True),
     }

@@ -102,13 +102,13 @@ RESULTS = (
     ),
     Result(
         "captioning_coco",
-        f"frozen-prefix evaluate --model {OUT}/captioning/0 --dataset assets/captions/coco_open --split test --no_chat --kinds sighted "
-        "--num_beams 5 --no_repeat_ngram_size 3",
+        f"frozen-prefix evaluate --model {OUT}/captioning/0 --dataset assets/captions/coco_open --split test --no_chat "
+        "--kinds sighted --num_beams 5 --no_repeat_ngram_size 3",
     ),
     Result(
         "photos_coco",
-        f"frozen-prefix evaluate --model {OUT}/photos/eyes --dataset assets/captions/coco_open --split test --kinds sighted blind "
-        f"--num_beams 3 --max_new_tokens 24 --batch_size 25 --output_dir {OUT}/photos_coco",
+        f"frozen-prefix evaluate --model {OUT}/photos/eyes --dataset assets/captions/coco_open --split test "
+        f"--kinds sighted blind --num_beams 3 --max_new_tokens 24 --batch_size 25 --output_dir {OUT}/photos_coco",
     ),
     Result("real_parents", f"python -m benchmarks.real_parents --output_dir {OUT}/parents"),
     Result(

@@ -1,0 +1,62 @@
+"""benchmarks/instructions.py: what it writes is read and trained on, and its answers are those that people gave."""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+
+from benchmarks import instructions
+from modeling_frozen import load_image_text
+from tests.helpers.tiny import rows
+
+
+DOG = ["A dog runs on the grass .", "A brown dog runs .", "Two dogs on grass .", "A dog .", "An animal on the lawn ."]
+TREE = ["A tree ."] * 5
+
+
+def lay_out(folder: Path) -> Path:
+    columns = {
+        "captions/flickr8k_1k": {"captions": [DOG, TREE]},
+        "captions/coco_open": {"captions": [DOG, TREE]},
+        "vqa/easy_vqa": {"questions": [["is it red?", "what shape?"]], "answers": [["yes", "square"]]},
+    }
+    for number, (place, texts) in enumerate(columns.items()):
+        (folder / place / "data").mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            images = [row["image"] for row in rows(4)]
+            for index, image in enumerate(images):
+                image.putpixel((0, 0), (index, number, 0))
+            found = {name: [values[index % len(values)] for index in range(4)] for name, values in texts.items()}
+            features = Features({"image": ImageFeature(), **{name: List(Value("string")) for name in texts}})
+            made = Dataset.from_dict({"image": images, **found}, features)
+            made.to_parquet(folder / place / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_things_are_in_a_photo_where_most_captions_name_them() -> None:
+    there, absent = instructions.present(DOG)
+    assert there == ["a dog", "grass"]  # four of five, and three
+    assert "a dog" not in absent and "a man" in absent and "grass" not in absent
+    assert instructions.present(TREE) == ([], list(instructions.THINGS))
+
+
+def test_instructions_are_written_and_read(tmp_path: Path) -> None:
+    assets, out = lay_out(tmp_path / "assets"), tmp_path / "out"
+    counts = instructions.main([str(assets), "--output_dir", str(out), "--pictures", "3", "--test_pictures", "4"])
+    assert counts == {"train": 4 + 4 + 3, "test_photos": 2 * 2, "test_shapes": 4}
+    chats = json.loads((out / "train.json").read_text())
+    for chat in chats:
+        assert (out / chat["image"]).is_file() and chat["conversations"][0]["value"].startswith("<image>")
+        said = [turn["value"] for turn in chat["conversations"]]
+        if chat["id"].startswith("shapes"):
+            assert sorted(said[1::2]) == ["square", "yes"]
+            continue
+        assert said[0] == "<image>Describe the photo." and said[1].endswith(".") and " ." not in said[1]
+        pairs = dict(zip(said[2::2], said[3::2], strict=True))
+        dog = any("dog" in one or "animal" in one for one in said[:2])
+        assert sorted(pairs.values()) == (["No.", "No.", "Yes.", "Yes."] if dog else [])
+        assert all(answer == ("Yes." if "dog" in asked or "grass" in asked else "No.") for asked, answer in pairs.items())
+    asked = load_image_text(str(out / "test_photos.json"))
+    assert sorted(row["messages"][-1]["content"][0]["text"] for row in asked) == ["No.", "No.", "Yes.", "Yes."]
+    assert asked[0]["messages"][0]["content"][1]["text"].startswith("Is there ")
