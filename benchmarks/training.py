@@ -3,9 +3,10 @@
 
     python -m benchmarks.training --output training.json
 
-Ours does the same and more: connector, merging, loss by the model, backward into the connector, optimizer. Two rows per
-vocabulary and prefix: each text with a picture of its own; and several captions a picture, where ours reads the picture once
-for all of them and the limit reads it with each. The connector is ClipCap's (an MLP from the pooled tower to the whole
+Ours does the same and more: connector, merging, loss by the model, backward into the connector, optimizer. Three rows per
+vocabulary and prefix: each text with a picture of its own; the same behind a system prompt, which ours reads once for all
+rows, without gradient; and several captions a picture, where ours reads the picture once for all of them and the limit reads
+it with each. The connector is ClipCap's (an MLP from the pooled tower to the whole
 prefix), and LLaVA's (an MLP per position) where the prefix is as long as the tower's positions.
 """
 
@@ -29,13 +30,16 @@ def join(folder: Path, sizes: parents.Sizes) -> Any:
     return parents.join(folder, sizes, connector_type="mlp", vision_feature_select_strategy="pooled")
 
 
-def batch_of(model: Any, sizes: parents.Sizes, rows: int, device: Any, captions: int = 1) -> dict[str, torch.Tensor]:
-    """A batch as the collator makes it from the store: one picture and one text a row, labels on the text, and each picture
-    in so many rows."""
+def batch_of(
+    model: Any, sizes: parents.Sizes, rows: int, device: Any, captions: int = 1, system: int = 0
+) -> dict[str, torch.Tensor]:
+    """A batch as the collator makes it from the store: one picture and one text a row, labels on the text, each picture in so
+    many rows, and so many words before all pictures, the same in all rows."""
     generator = torch.Generator().manual_seed(0)
     shape = (rows // captions, model.config.num_positions, model.config.vision_width)
     words = parents.words(sizes, rows=rows)
     ids = parents.prompt(model.cpu(), words)
+    ids = torch.cat([torch.arange(system).expand(rows, -1) + 4, ids], dim=1)
     labels = ids.clone()
     labels[:, : ids.shape[1] - words.shape[1]] = IGNORE_INDEX
     batch = {
@@ -44,7 +48,7 @@ def batch_of(model: Any, sizes: parents.Sizes, rows: int, device: Any, captions:
         "attention_mask": torch.ones_like(ids),
         "labels": labels,
     }
-    if captions > 1:
+    if captions > 1 or system:
         batch["image_index"] = torch.arange(rows) // captions
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -96,6 +100,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--prefix-lengths", type=int, nargs="+", default=[10, 32, 196])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--captions", type=int, default=5, help="of each of the two pictures of the second row")
+    parser.add_argument("--system", type=int, default=24, help="words of the system prompt (SmolLM2's has 24)")
     parser.add_argument("--bar", type=float, default=1.05)
     timing.add_arguments(parser, rounds=9)
     args = parser.parse_args(arguments)
@@ -106,13 +111,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for prefix_length in args.prefix_lengths:
                 sizes = dataclasses.replace(parents.sizes_of(args), vocab_size=vocab_size, prefix_length=prefix_length)
                 model = join(Path(folder), sizes)
-                for captions, rows in ((1, args.batch_size), (args.captions, 2 * args.captions)):
-                    batch = batch_of(model, sizes, rows, device, captions)
+                kinds = ((1, args.batch_size, 0), (1, args.batch_size, args.system), (args.captions, 2 * args.captions, 0))
+                for captions, rows, system in kinds:
+                    batch = batch_of(model, sizes, rows, device, captions, system)
                     model.to(device)
                     calls = {"ours": our_step(model, batch), "limit": limit_step(model, batch)}
                     timings = timing.alternate(calls, rounds=args.rounds)
                     name = f"vocabulary {vocab_size:,}, prefix {prefix_length}, text {sizes.text_length}, batch {rows}"
                     name += "" if captions == 1 else f" of {captions} captions a picture"
+                    name += f" behind {system} words" if system else ""
                     report.compare(name, timings["ours"], timings["limit"], bar=args.bar)
     report.print()
     report.save(args.output)

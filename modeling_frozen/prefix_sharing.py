@@ -10,6 +10,8 @@ state, dropout that draws for each row), each row is read by itself.
 """
 
 import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +44,14 @@ class SharedStart:
         length (`int`): its columns; of an encoder all of them.
         rows (`torch.LongTensor` of shape `(distinct starts,)`): a row that has each of them.
         groups (`torch.LongTensor` of shape `(batch,)`): for each row its start in `rows`.
+        lead (`int`): columns of words at the beginning that are the same in all starts, to be read by themselves.
     """
 
     reader: nn.Module
     length: int
     rows: torch.Tensor
     groups: torch.Tensor
+    lead: int = 0
 
 
 def mark_images(
@@ -110,6 +114,30 @@ def best_shared_start(marks: torch.Tensor, limit: int, whole: bool = False) -> t
     return length, *distinct_rows(marks[:, :length])
 
 
+def words_in_common(marks: torch.Tensor) -> int:
+    """How many columns at the beginning of rows are words, and the same ones in all of them."""
+    return int(((marks >= 0) & (marks == marks[:1])).all(0).int().cumprod(0).sum())
+
+
+def begin_alike(input_ids: torch.Tensor, attention_mask: torch.Tensor, placeholder_ids: Iterable[int]) -> bool:
+    """Whether the words that all rows of a batch begin with are worth reading once, whatever images follow; the collator then
+    says so by an `image_index`, also where no image occurs twice."""
+    marks = input_ids.masked_fill(attention_mask == 0, -1)
+    for placeholder in placeholder_ids:
+        marks = marks.masked_fill(input_ids == placeholder, -1)
+    return words_in_common(marks) * (len(marks) - 1) >= SMALLEST_SHARE * marks.numel()
+
+
+def words_before_starts(marks: torch.Tensor, length: int, num_starts: int) -> int:
+    """How many words at the beginning of all starts of this length are to be read by themselves: 0 where that spares too
+    little."""
+    words = words_in_common(marks[:, :length])
+    if num_starts == 1:
+        return words if words == length else 0  # nothing is spared but the gradient, which words alone have none of
+    read = num_starts * length + len(marks) * (marks.shape[1] - length)
+    return words if words * (num_starts - 1) >= SMALLEST_SHARE * read else 0
+
+
 def find_shared_start(
     model: Any,
     input_ids: torch.Tensor,
@@ -147,7 +175,11 @@ def find_shared_start(
         limit = int(first.min())
     marks = mark_images(input_ids, attention_mask, model.config.placeholder_ids, image_lengths, image_index)
     start = best_shared_start(marks, limit, whole=encodes)
-    return None if start is None else SharedStart(reader, *start)
+    if start is None:
+        return None
+    length, rows, groups = start
+    lead = 0 if encodes else words_before_starts(marks, length, len(rows))
+    return SharedStart(reader, length, rows, groups, lead)
 
 
 def read_shared_start(model: Any, start: SharedStart, inputs_embeds: torch.Tensor) -> DynamicCache:
@@ -171,8 +203,18 @@ def read_shared_start(model: Any, start: SharedStart, inputs_embeds: torch.Tenso
             " [errors.md#prefix-cache]"
         )
     embeds = inputs_embeds[start.rows.to(inputs_embeds.device), : start.length]
-    inputs = model.language_inputs(reader, None, embeds, None, None, cache, {"use_cache": True})
-    compiled_part(reader, **inputs, return_dict=True)
+    mask = None
+    if start.lead:
+        # No image stands in it: where nothing of the language model trains it has no gradient, and passes none on.
+        frozen = not any(parameter.requires_grad for parameter in model.language_model.parameters())
+        with torch.no_grad() if frozen else nullcontext():
+            inputs = model.language_inputs(reader, None, embeds[:1, : start.lead], None, None, cache, {"use_cache": True})
+            compiled_part(reader, **inputs, return_dict=True)
+        cache = copied_cache(cache, start.rows.new_zeros(len(start.rows)))
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    if start.lead < start.length:
+        inputs = model.language_inputs(reader, None, embeds[:, start.lead :], mask, None, cache, {"use_cache": True})
+        compiled_part(reader, **inputs, return_dict=True)
     return narrowed_cache(copied_cache(cache, start.groups))
 
 
@@ -205,7 +247,8 @@ def _try_parts(model: Any, reader: nn.Module) -> bool:
     encodes = model.config.is_encoder_decoder
     embeddings = model.get_input_embeddings()
     ids = torch.arange(8, device=embeddings.weight.device).repeat(3, 1)
-    ids[2] += 8
+    lead = 0 if encodes else 2
+    ids[2, lead:] += 8
     if not encodes:
         ids[1, 4:] += 4
     at, every, groups = 8 if encodes else 4, ids.new_tensor([0, 1, 2]), ids.new_tensor([0, 0, 1])
@@ -213,7 +256,7 @@ def _try_parts(model: Any, reader: nn.Module) -> bool:
         words = model.embed_words(ids % embeddings.weight.shape[0])
     ways = []
     with torch.enable_grad():
-        for start in (SharedStart(reader, at, every, every), SharedStart(reader, at, ids.new_tensor([0, 2]), groups)):
+        for start in (SharedStart(reader, at, every, every), SharedStart(reader, at, ids.new_tensor([0, 2]), groups, lead)):
             in_parts, leaf = len(start.rows) < 3, words.clone().requires_grad_()
             embeds = leaf * 1  # some models scale embeddings in place
             if encodes:
@@ -226,11 +269,19 @@ def _try_parts(model: Any, reader: nn.Module) -> bool:
                 states = reader(**inputs, return_dict=True)[0][:, -4:]
             weights = torch.arange(states.numel(), device=states.device).sin().view(states.shape)
             (gradient,) = torch.autograd.grad((states.float() * weights).sum(), leaf)
-            # What rows have in common gets its gradient in the first of them.
+            # What rows have in common gets its gradient in the first of them; the words before it may have none.
             shared = gradient.new_zeros(2, at, gradient.shape[-1]).index_add(0, groups, gradient[:, :at])
-            ways.append((states.detach(), shared, *([] if encodes else [gradient[:, at:]])))
+            ways.append((states.detach(), shared[:, lead:], *([] if encodes else [gradient[:, at:]])))
     # Wider than for logits: gradients gather rounding on their way through all layers.
     return all(nearly_equal(one, other, 1e-3, 5e-2) for one, other in zip(*ways, strict=True))
 
 
-__all__ = ["SharedStart", "best_shared_start", "encode_alike", "find_shared_start", "mark_images", "read_shared_start"]
+__all__ = [
+    "SharedStart",
+    "begin_alike",
+    "best_shared_start",
+    "encode_alike",
+    "find_shared_start",
+    "mark_images",
+    "read_shared_start",
+]

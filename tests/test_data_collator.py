@@ -166,6 +166,20 @@ def test_all_texts_of_a_row_are_samples_about_one_image():
     assert len(batch["pixel_values"]) == 2 and batch["image_index"].tolist() == [0, 0, 1, 1, 1, 1, 0]
 
 
+def test_a_system_prompt_that_rows_begin_with_is_told_to_the_model():
+    """`image_index` is what tells it that something can be read once; the rows are the same without it."""
+    rows = [{"image": picture(), "text": text, "prompt": None} for text in ("a dog", "one", "two")]
+    behind = [{"image": row["image"], "prompt": "it: it: it: <image>", "answer": row["text"]} for row in rows]
+    assert "image_index" not in collate(rows)[1]  # at most a first token in common
+    assert collate(behind)[1]["image_index"].tolist() == [0, 1, 2]
+    assert "image_index" not in collate(behind[:1])[1]
+    assert "image_index" not in collate(behind, share_images=False)[1]
+    other = {**behind[0], "image": picture(), "prompt": "one: it: it: <image>"}
+    assert "image_index" not in collate([*behind, other])[1]  # the first word differs
+    text = {"image": None, "prompt": "it: it: it:", "answer": "a dog"}
+    assert collate([*behind, text])[1]["image_index"].tolist() == [0, 1, 2]
+
+
 def test_prompts_that_do_not_fit_the_texts_are_refused():
     collator = DataCollatorForFrozenPrefix(make(), all_texts=True)
     with pytest.raises(ValueError, match="Row 0 has 1 in 'prompt' and 2 in 'answer'"):

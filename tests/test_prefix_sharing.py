@@ -25,12 +25,15 @@ def build(family: str = "llama", **options: Any) -> FrozenPrefixForConditionalGe
     return families_joined.build(family, connector_type="transformer", **{"prefix_length": LENGTH, **options})
 
 
-def batch(family: str = "llama", words: tuple[int, ...] = (3, 1, 2, 3, 2)) -> dict[str, Any]:
-    """Five captions of two pictures, of several lengths, padded on the right."""
+def batch(
+    family: str = "llama", words: tuple[int, ...] = (3, 1, 2, 3, 2), index: tuple[int, ...] = (0, 1, 0, 0, 1), before: int = 1
+) -> dict[str, Any]:
+    """Five captions of two pictures, of several lengths, padded on the right, with words before the picture."""
     generator = torch.Generator().manual_seed(2)
     texts = [torch.randint(3, VOCAB_SIZE - 8, (count,), generator=generator).tolist() for count in words]
     decodes = family in DECODERS
-    ids = [[5] + [IMAGE] * LENGTH + (text if decodes else []) for text in texts]
+    lead = list(range(5, 5 + before))
+    ids = [lead + [IMAGE] * LENGTH + (text if decodes else []) for text in texts]
     width = max(map(len, ids))
     padded = torch.tensor([one + [0] * (width - len(one)) for one in ids])
     mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in ids])
@@ -38,13 +41,14 @@ def batch(family: str = "llama", words: tuple[int, ...] = (3, 1, 2, 3, 2)) -> di
     written = torch.tensor([text + [-100] * (longest - len(text)) for text in texts])
     labels = torch.cat([torch.full((5, width - longest), -100), written], 1) if decodes else written
     if decodes:
-        labels = padded.masked_fill((mask == 0) | (padded == IMAGE) | (padded == 5), -100)
+        labels = padded.masked_fill((mask == 0) | (padded == IMAGE), -100)
+        labels[:, :before] = -100
     return {
         "input_ids": padded,
         "attention_mask": mask,
         "labels": labels,
-        "pixel_values": pictures(2),
-        "image_index": torch.tensor([0, 1, 0, 0, 1]),
+        "pixel_values": pictures(max(index) + 1),
+        "image_index": torch.tensor(index),
     }
 
 
@@ -75,7 +79,8 @@ def compare(model: FrozenPrefixForConditionalGeneration, inputs: dict[str, Any])
     ours = gradients(model)
     model.zero_grad()
     index = inputs["image_index"]
-    apart = {**inputs, "pixel_values": inputs["pixel_values"][index], "image_index": torch.arange(len(index))}
+    apart = {name: value for name, value in inputs.items() if name != "image_index"}  # without it no row shares anything
+    apart["pixel_values"] = inputs["pixel_values"][index]
     read_apart, plain = positions_read(model, apart)
     plain.loss.backward()
     torch.testing.assert_close(output.loss, plain.loss, rtol=1e-5, atol=1e-6)
@@ -94,6 +99,39 @@ def test_loss_and_gradients_are_those_of_reading_each_row(family: str) -> None:
     # Windows that forget are not kept: before transformers 5.18 recorded ones hand out more than their mask is made for.
     alone = family in ROW_BY_ROW or (windows and not windows_remember())
     assert share == 1 if alone else share < 0.8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_system_prompt_is_read_once_whatever_pictures_follow(family: str) -> None:
+    """Ten words in common: before two pictures that are read once each, and before five."""
+    if family not in DECODERS:
+        pytest.skip("an encoder reads rows whole")
+    model = build(family).train()
+    alone = compare(model, batch(family, before=10)) == 1
+    assert alone == (compare(model, batch(family)) == 1)
+    five = batch(family, index=(0, 1, 2, 3, 4), before=10)
+    share = compare(model, five)
+    assert share == 1 if alone else share < 0.7
+    if alone:
+        return
+    read, _ = positions_read(model, batch(family, before=10))
+    width = five["input_ids"].shape[1]
+    # The last vector of a picture says a caption's first word, so it is read with the captions.
+    assert read == 10 + 2 * (LENGTH - 1) + 5 * (width - 10 - LENGTH + 1)
+    assert positions_read(model, five)[0] == 10 + 5 * (width - 10)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_words_before_all_pictures_have_a_gradient_where_their_reader_trains(trains: bool) -> None:
+    model = build(trainable=("connector", "text") if trains else ("connector",)).train()
+    model(**batch())
+    recorded = []
+    layer = model.model.language_model.get_decoder().layers[0]
+    handle = layer.register_forward_hook(lambda _, args, output: recorded.append((output.shape[1], output.requires_grad)))
+    model(**batch(before=10))
+    handle.remove()
+    assert recorded[0] == (10, trains) and recorded[1] == (LENGTH - 1, True)
+    assert compare(model, batch(before=10)) < 0.8  # the same gradients either way
 
 
 def test_the_reader_may_train_too() -> None:

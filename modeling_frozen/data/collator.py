@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..prefix_sharing import begin_alike
 from ..processors import load_rgb_image, load_video, load_waveform
 from .columns import find_column, images_of, no_image_column, unread_image
 from .draws import EpochForWorkers, current_epoch, draw, seeded
@@ -104,7 +105,8 @@ class DataCollatorForFrozenPrefix:
     Returns: a dict of `input_ids`, `attention_mask` (batch, sequence), padded on the right; `labels` of the same
     shape, -100 where nothing is learnt (encoder-decoder: (batch, target), the decoder's ids); `pixel_values`
     (images, C, H, W) in reading order, with whatever else the image processor makes; none in a batch without images. Where
-    it saves something, `pixel_values` hold distinct images and `image_index` (images,) says which of them stands where. Of
+    it saves something, `pixel_values` hold distinct images and `image_index` (images,) says which of them stands where; it is
+    there too where rows begin with enough words in common (a system prompt), for with it the model reads those once. Of
     stored images `vision_features` (images, positions, vision_width) in their place, in the dtype of the store, with
     `vision_features_mask` (images, positions) where positions vary.
 
@@ -184,7 +186,18 @@ class DataCollatorForFrozenPrefix:
             if media:
                 batch.update(self.processor(**{OTHERS[modality]: [media]}, return_tensors="pt"))
         images = [image for example in examples for image in example.images]
-        return {**batch, **(self.process_images(images) if images else {})}
+        if images:
+            batch.update(self.process_images(images))
+            if "image_index" not in batch and self._begin_alike(batch):
+                batch["image_index"] = torch.arange(sum(self.processor.count_tiles(image) for image in images))
+        return batch
+
+    def _begin_alike(self, batch: dict[str, Any]) -> bool:
+        """Whether the model is told to read what rows have in common once, such as a system prompt."""
+        if self.is_encoder_decoder or not self.share_images or self.augment is not None:
+            return False
+        placeholders = [getattr(self.processor, f"{modality}_token_id") for modality in self.processor.tokens]
+        return begin_alike(batch["input_ids"], batch["attention_mask"], placeholders)
 
     def _length_of(self, examples: list[_Example]) -> int | None:
         lengths = getattr(self.processor, "prefix_lengths", None)
