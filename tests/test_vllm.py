@@ -3,10 +3,8 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from modeling_frozen.serving.prompt_embeds import chat_request
 from tests.helpers.audio_towers import save_audio_tower
 from tests.helpers.hub_fixtures import ROOT, Hub, hub  # noqa: F401
 from tests.helpers.tiny import NOT_READERS, join_not_a_reader
-from tests.helpers.vllm_server import ENV, vllm_server
+from tests.helpers.vllm_server import ENV, openai_server, vllm_server
 
 
 pytestmark = [
@@ -291,7 +289,7 @@ def test_openai_server_with_data_urls_two_images_and_streaming(tmp_path: Path) -
 
 
 def test_stock_server_of_the_bare_language_model_and_the_gateway(tmp_path: Path) -> None:
-    openai = pytest.importorskip("openai")
+    pytest.importorskip("openai")
     pairs = (LLAMA, engines.Pair("SigLIP", "Llama", {"connector_type": "resampler", "prefix_length": 4}))
     made = [engines.save_pair(tmp_path, pair) for pair in pairs]
     words = made[0][0].config.text_base_model["name_or_path"]
@@ -314,38 +312,14 @@ def test_stock_server_of_the_bare_language_model_and_the_gateway(tmp_path: Path)
         assert done.returncode == 0, done.stderr
         expected = said_by_generate(model, processor, *engines.images()[:2], "w3 w5", min_new_tokens=0)
         assert done.stdout.strip() == expected and expected
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
         named = [part for name, one in zip("ab", made, strict=True) for part in ("--connector", f"{name}={one[2]}")]
-        command = [
-            sys.executable,
-            "-m",
-            "modeling_frozen.serving.gateway",
-            "--upstream",
-            server.url,
-            "--port",
-            str(port),
-            *named,
-        ]
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENV})
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
-        try:
-            for _ in range(120):
-                try:
-                    client.models.list()
-                    break
-                except openai.APIConnectionError:
-                    time.sleep(1)
+        with openai_server("modeling_frozen.serving.gateway", "--upstream", server.url, *named) as gateway:
             for name, (model, processor, _) in zip("ab", made, strict=True):
                 for chat in CHATS:
                     options = {"model": name, "messages": [turn(*chat)], **GREEDY, "extra_body": FIXED}
                     expected = said_by_generate(model, processor, *chat)
-                    assert said(client.chat.completions.create(**options)) == expected
-                    assert said(client.chat.completions.create(**options, stream=True)) == expected
-        finally:
-            process.terminate()
-            process.wait(60)
+                    assert said(gateway.client.chat.completions.create(**options)) == expected
+                    assert said(gateway.client.chat.completions.create(**options, stream=True)) == expected
 
 
 def test_throughput_is_measured(tmp_path: Path) -> None:

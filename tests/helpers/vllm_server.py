@@ -19,17 +19,15 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(
 
 
 @contextmanager
-def vllm_server(*options: str, **variables: str) -> Iterator[SimpleNamespace]:
-    """vLLM's server of OpenAI's form, and OpenAI's client for it."""
+def openai_server(module: str, *options: str, **variables: str) -> Iterator[SimpleNamespace]:
+    """A server of OpenAI's form, a module that takes `--host` and `--port`, and OpenAI's client for it."""
     openai = pytest.importorskip("openai")
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
     process = subprocess.Popen(
-        [*command, *common, *options], cwd=ROOT, env={**os.environ, **ENV, **variables}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *options],
+        cwd=ROOT, env={**os.environ, **ENV, **variables}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
@@ -48,3 +46,11 @@ def vllm_server(*options: str, **variables: str) -> Iterator[SimpleNamespace]:
         client.close()
         process.terminate()
         process.wait(60)
+
+
+@contextmanager
+def vllm_server(*options: str, **variables: str) -> Iterator[SimpleNamespace]:
+    """vLLM's server of OpenAI's form, small and exact."""
+    common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
+    with openai_server("vllm.entrypoints.openai.api_server", *common, *options, **variables) as server:
+        yield server
