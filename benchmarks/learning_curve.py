@@ -584,7 +584,7 @@ def tables(results: dict[str, Any]) -> str:
             if candidate.table != title or not runs:
                 continue
             for points in zip(*(run["points"] for run in runs), strict=True):
-                seconds = f"{statistics.mean(point['seconds'] for point in points):.0f}"
+                seconds = f"{statistics.mean(point['seconds'] for point in points):.1f}"
                 names = ("nats", "nats_of_another") if losses else ()
                 cells = [cell([point[name] for point in points]) for name in ("cider", "gap", *names)]
                 captions = str(points[0]["step"] * CAPTIONS)

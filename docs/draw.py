@@ -6,6 +6,8 @@ A test draws them again and compares, so a picture is changed here and not by ha
 import html
 import itertools
 import math
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 
@@ -95,45 +97,107 @@ def rows_of(table: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+@dataclass
+class Line:
+    """A line of a chart: (x, y, deviation) of each point, which is left out where it is 0."""
+
+    label: str
+    colour: str
+    points: list[tuple[float, float, float]]
+    dashed: bool = False
+
+
+def chart(
+    heading: str, below: str, title: str, lines: list[Line], step: float, ticks: list[float], logarithmic: bool = False
+) -> str:
+    """Lines over an axis with these ticks; `step` is that of the other axis. Deviations are drawn as a band."""
+    values = [value + sign * off for line in lines for _, value, off in line.points for sign in (-1, 1)]
+    low, high = step * math.floor(min(values) / step), step * math.ceil(max(values) / step)
+    scale = math.log if logarithmic else float
+    left, right = scale(min(ticks)), scale(max(ticks))
+
+    def place(x: float, value: float) -> tuple[float, float]:
+        return 90 + 380 * (scale(x) - left) / (right - left), 50 + 200 * (high - value) / (high - low)
+
+    digits = max(1, -math.floor(math.log10(step)))
+    drawn = [text(300, 26, heading, 16, "bold"), text(280, 300, below, 14)]
+    for number in range(round((high - low) / step) + 1):
+        _, y = place(ticks[-1], low + step * number)
+        drawn.append(f'<path d="M80 {y:.1f} H500" stroke="#d7dde2" stroke-width="1"/>')
+        drawn.append(text(58, round(y + 5, 1), f"{low + step * number:.{digits}f}", 13))
+    drawn += [text(round(place(one, low)[0], 1), 276, f"{one:g}", 13) for one in ticks]
+    for number, line in enumerate(lines):
+        dashes = ' stroke-dasharray="6 5"' if line.dashed else ""
+        points = [place(x, value) for x, value, _ in line.points]
+        if any(off for _, _, off in line.points):
+            edge = [place(x, value + off) for x, value, off in line.points]
+            edge += [place(x, value - off) for x, value, off in reversed(line.points)]
+            around = " L".join(f"{x:.1f} {y:.1f}" for x, y in edge)
+            drawn.append(f'<path d="M{around} Z" fill="{line.colour}" fill-opacity="0.18"/>')
+        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        drawn.append(f'<path d="M{path}" stroke="{line.colour}" stroke-width="2.5" fill="none"{dashes}/>')
+        drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{line.colour}"/>' for x, y in points]
+        y = 90 + 34 * number
+        drawn.append(f'<path d="M524 {y} H560" stroke="{line.colour}" stroke-width="2.5"{dashes}/>')
+        drawn.append(f'<text x="570" y="{y + 5}" font-size="14" fill="{INK}">{html.escape(line.label)}</text>')
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 790 316" font-family="Helvetica, Arial, sans-serif" role="img">'
+        f"<title>{html.escape(title)}</title>"
+        '<rect width="790" height="316" rx="12" fill="#ffffff"/>' + "".join(drawn) + "</svg>\n"
+    )
+
+
+def figure_of(cell: str) -> tuple[float, float]:
+    """Mean and deviation of a cell, "0.123 ± 0.004"."""
+    mean, _, deviation = cell.partition(" ± ")
+    return float(mean), float(deviation or 0)
+
+
 def lengths() -> str:
     """Loss over the length of the prefix: one checkpoint at all of its lengths, and one trained at each."""
     found: dict[tuple[str, bool], dict[int, float]] = {}
     base = [row for row in rows_of("connectors", "connectors") if row[0] in ("resampler", "avg_pool")]
     for name, vectors, _, _, nats, *_ in base + rows_of("connectors", "lengths"):
         connector, _, kind = name.partition(", ")
-        found.setdefault((connector, kind == "one checkpoint"), {})[int(vectors)] = float(nats.split(" ")[0])
-    longest = max(length for line in found.values() for length in line)
-    values = [value for line in found.values() for value in line.values()]
-    low, high = math.floor(5 * min(values)) / 5, math.ceil(5 * max(values)) / 5
-
-    def place(length: int, value: float) -> tuple[float, float]:
-        return 90 + 380 * math.log(length) / math.log(longest), 50 + 200 * (high - value) / (high - low)
-
-    drawn = [text(300, 26, "nats a token of captions", 16, "bold"), text(280, 300, "vectors of an image", 14)]
-    for number in range(round((high - low) / 0.2) + 1):
-        _, y = place(1, low + 0.2 * number)
-        drawn.append(f'<path d="M80 {y:.1f} H500" stroke="#d7dde2" stroke-width="1"/>')
-        drawn.append(text(58, y + 5, f"{low + 0.2 * number:.1f}", 13))
-    drawn += [text(round(place(one, low)[0], 1), 276, str(one), 13) for one in sorted(set().union(*found.values()))]
-    for number, ((connector, one), line) in enumerate(sorted(found.items())):
-        colour = TRAINS_LINE if connector == "resampler" else FROZEN_LINE
-        dashes = "" if one else ' stroke-dasharray="6 5"'
-        points = [place(length, value) for length, value in sorted(line.items())]
-        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        drawn.append(f'<path d="M{path}" stroke="{colour}" stroke-width="2.5" fill="none"{dashes}/>')
-        drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in points]
-        y = 90 + 34 * number
-        drawn.append(f'<path d="M524 {y} H560" stroke="{colour}" stroke-width="2.5"{dashes}/>')
-        said = f"{connector}, {'one checkpoint' if one else 'one for each'}"
-        drawn.append(f'<text x="570" y="{y + 5}" font-size="14" fill="{INK}">{said}</text>')
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 790 316" font-family="Helvetica, Arial, sans-serif" role="img">'
-        "<title>Loss over the length of the prefix, of one checkpoint and of one for each length</title>"
-        '<rect width="790" height="316" rx="12" fill="#ffffff"/>' + "".join(drawn) + "</svg>\n"
-    )
+        found.setdefault((connector, kind == "one checkpoint"), {})[int(vectors)] = figure_of(nats)[0]
+    lines = [
+        Line(
+            f"{connector}, {'one checkpoint' if one else 'one for each'}",
+            TRAINS_LINE if connector == "resampler" else FROZEN_LINE,
+            [(length, value, 0) for length, value in sorted(line.items())],
+            dashed=not one,
+        )
+        for (connector, one), line in sorted(found.items())
+    ]
+    title = "Loss over the length of the prefix, of one checkpoint and of one for each length"
+    ticks: list[float] = sorted(set().union(*found.values()))
+    return chart("nats a token of captions", "vectors of an image", title, lines, 0.2, ticks, logarithmic=True)
 
 
-PICTURES = {"parts.svg": parts, "lengths.svg": lengths}
+def learning_curve(table: str, language_model: str) -> str:
+    """CIDEr, and the gap to another photo's captions, over the processor seconds of training: of each system at its better
+    rate."""
+    systems: dict[str, dict[str, list[list[str]]]] = {}
+    for name, *cells in rows_of(table, "peers"):
+        systems.setdefault(name.partition(", rate")[0], {}).setdefault(name, []).append(cells)
+    colours, lines = (TRAINS_LINE, FROZEN_LINE, "#6a8f3c"), []
+    for (system, rates), colour in zip(systems.items(), colours, strict=False):
+        best = max(rates.values(), key=lambda rows: figure_of(rows[-1][3])[0])
+        for column, what in ((3, "CIDEr"), (4, "gap")):
+            points = [(float(cells[2]), *figure_of(cells[column])) for cells in best]
+            lines.append(Line(f"{system}, {what}", colour, points, dashed=what == "gap"))
+    last = max(x for line in lines for x, _, _ in line.points)
+    every = next(one for one in (10, 20, 50, 100, 200, 500, 1000, 2000) if last / one <= 6)
+    ticks = [float(every * number) for number in range(math.ceil(last / every) + 1)]
+    title = f"CIDEr and its gap to another photo's captions over the seconds of training, {language_model}"
+    return chart(f"CIDEr of test photos, {language_model}", "processor seconds of training", title, lines, 0.05, ticks)
+
+
+PICTURES = {
+    "parts.svg": parts,
+    "lengths.svg": lengths,
+    "learning_curve_story.svg": partial(learning_curve, "learning_curve_story", "story model"),
+}
 
 
 if __name__ == "__main__":

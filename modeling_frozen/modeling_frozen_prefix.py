@@ -72,9 +72,13 @@ def _checked_index(index: torch.Tensor, count: int) -> torch.Tensor:
             "image in reading order its row in `pixel_values` or `vision_features`. [errors.md#stored-features]"
         )
     if not torch.compiler.is_compiling() and ((index < 0) | (index >= count)).any():
+        each_once = torch.arange(count, device=index.device)
+        if len(index) == count and torch.equal(index - index[0], each_once):
+            return each_once  # rows cut out of a batch in which each image occurs once
         raise ValueError(
             f"`image_index` runs from {index.min()} to {index.max()}, but {count} distinct images were passed: 0 to "
-            f"{count - 1}. [errors.md#shape]"
+            f"{count - 1}. Where something cuts batches up row by row (`dispatch_batches`, `nn.DataParallel`), give the "
+            "collator share_images=False. [errors.md#shape]"
         )
     return index
 

@@ -121,6 +121,21 @@ def test_a_system_prompt_is_read_once_whatever_pictures_follow(family: str) -> N
     assert positions_read(model, five)[0] == 10 + 5 * (width - 10)
 
 
+def test_rows_cut_out_of_a_batch_are_read_as_those_rows() -> None:
+    """`nn.DataParallel`, and accelerate's `dispatch_batches`, cut every tensor by its rows: an index too, which then no longer
+    begins at 0. Each image occurs once, so it can't mean anything else."""
+    model, whole = build().train(), batch(index=(0, 1, 2, 3, 4), before=10)
+    rows = {name: value[2:] for name, value in whole.items()}
+    plain = {name: value for name, value in rows.items() if name != "image_index"}
+    assert rows["image_index"].tolist() == [2, 3, 4]
+    model(**whole)  # tries once whether reading in parts is the same
+    read, output = positions_read(model, rows)
+    assert read < rows["input_ids"].numel()
+    torch.testing.assert_close(output.loss, model(**plain).loss)
+    with pytest.raises(ValueError, match=r"runs from 2 to 4, but 3 distinct images.*share_images=False"):
+        model(**{**rows, "image_index": torch.tensor([2, 4, 3])})
+
+
 @pytest.mark.parametrize("trains", [False, True])
 def test_words_before_all_pictures_have_a_gradient_where_their_reader_trains(trains: bool) -> None:
     model = build(trainable=("connector", "text") if trains else ("connector",)).train()
