@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from modeling_frozen import DataCollatorForFrozenPrefix
-from modeling_frozen.evaluation.evaluator import EvaluationCallback, bootstrap, evaluate, over_seeds, random_connectors
+from modeling_frozen.evaluation.evaluator import (
+    EvaluationCallback,
+    bootstrap,
+    evaluate,
+    over_seeds,
+    random_connectors,
+    table_over_seeds,
+)
 from modeling_frozen.metrics.scores import caption_metrics, exact_match, token_f1, vqa_accuracy
 from tests.helpers import fresh_python
 from tests.helpers.audio_towers import join_with_audio, save_parents_with_audio
@@ -256,6 +264,15 @@ def test_several_seeds_in_one_file(joined: tuple[Any, Any]) -> None:
     values = [one.scores["sighted"]["cider"] for one in results]
     assert result["mean"]["sighted"]["cider"] == pytest.approx(sum(values) / 2)
     assert result["std"]["sighted"]["cider"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    gains = [one.scores["sighted"]["rouge_l"] - one.scores["blind"]["rouge_l"] for one in results]
+    assert result["gain"]["mean"]["rouge_l"] == pytest.approx(sum(gains) / 2)
+    low, high = result["gain"]["interval"]["rouge_l"]
+    assert low <= sum(gains) / 2 <= high and "bleu_4" not in result["gain"]["interval"]
+    assert over_seeds(results[:1])["gain"]["interval"] == results[0].intervals["gain"]
+    lines = table_over_seeds(result, ["rouge_l"]).splitlines()
+    assert lines[-2].split()[:4] == ["sighted", "-", "blind", f"{sum(gains) / 2:.3f}"]
+    assert lines[-1].split(maxsplit=4)[4] == f"[{low:.3f}, {high:.3f}]"
+    assert "gain" not in over_seeds([replace(one, predictions={}) for one in results])
 
 
 def test_scores_while_training_choose_the_best_checkpoint(tmp_path: Path) -> None:

@@ -223,10 +223,7 @@ def evaluate(
         means = {name: statistics.fmean(values) for name, values in single[kind].items()}
         scores[kind] = means if over_all is None else over_all(texts, references)
     if "blind" in single:
-        single["gain"] = {
-            name: [a - b for a, b in zip(values, single["blind"][name], strict=True)]
-            for name, values in single["sighted"].items()
-        }
+        single["gain"] = _gains(single["sighted"], single["blind"])
     intervals = bootstrap(single, num_resamples, seed) if num_resamples else {}
     result = Evaluation(task, scores, intervals, predictions, references, [row["prompt"] for row in rows], settings)
     if folder is not None and processes.rank == 0:
@@ -234,9 +231,14 @@ def evaluate(
     return result
 
 
-def over_seeds(results: Sequence[Evaluation], seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """Evaluations of several trainings as one results file: `{"seeds": [{"seed", condition: scores}, …], "mean", "std"}`.
-    Standard deviations are the sample's (n - 1)."""
+def over_seeds(
+    results: Sequence[Evaluation], seeds: Sequence[int] | None = None, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """
+    Evaluations of several trainings as one results file: `{"seeds": [{"seed", condition: scores}, …], "mean", "std", "gain"}`.
+    Standard deviations are the sample's (n - 1). `gain` is sighted minus blind, where both were scored: its mean and deviation
+    over the trainings, and under `"interval"` its 95 % bootstrap interval over rows, of each row's mean over the trainings.
+    """
     runs = [{"seed": s, **one.scores} for s, one in zip(seeds or range(len(results)), results, strict=True)]
     summary: dict[str, Any] = {"task": results[0].task, "rows": len(results[0].references), "seeds": runs}
     for title, count in (("mean", statistics.fmean), ("std", lambda v: statistics.stdev(v) if len(v) > 1 else 0.0)):
@@ -244,12 +246,33 @@ def over_seeds(results: Sequence[Evaluation], seeds: Sequence[int] | None = None
             kind: {name: count([one.scores[kind][name] for one in results]) for name in scores}
             for kind, scores in results[0].scores.items()
         }
+    if all({"sighted", "blind"} <= one.predictions.keys() for one in results):
+        of_runs = [
+            {name: value - one.scores["blind"][name] for name, value in one.scores["sighted"].items()} for one in results
+        ]
+        _, by_row = TASKS[results[0].task]
+        of_rows = [
+            _gains(*(by_row(one.predictions[kind], one.references) for kind in ("sighted", "blind"))) for one in results
+        ]
+        means = {
+            name: [statistics.fmean(row) for row in zip(*(one[name] for one in of_rows), strict=True)] for name in of_rows[0]
+        }
+        summary["gain"] = {
+            "mean": {name: statistics.fmean(one[name] for one in of_runs) for name in of_runs[0]},
+            "std": {name: statistics.stdev(one[name] for one in of_runs) if len(of_runs) > 1 else 0.0 for name in of_runs[0]},
+            "interval": bootstrap({"gain": means}, num_resamples, seed)["gain"],
+        }
     return summary
+
+
+def _gains(sighted: Mapping[str, Sequence[float]], blind: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Sighted minus blind, row by row."""
+    return {name: [a - b for a, b in zip(values, blind[name], strict=True)] for name, values in sighted.items()}
 
 
 def table_over_seeds(summary: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
     """
-    One line per condition: mean, and the deviation where there are several seeds.
+    One line per condition: mean, and the deviation where there are several seeds; and of sighted minus blind the interval too.
 
     Args:
         summary: of [`over_seeds`].
@@ -261,6 +284,12 @@ def table_over_seeds(summary: Mapping[str, Any], names: Sequence[str] | None = N
     for kind, values in mean.items():
         cells = [f"{values[name]:.3f}" + (f" ± {std[kind][name]:.3f}" if count > 1 else "") for name in names]
         lines.append(kind.ljust(18) + "".join(f"{cell:>18}" for cell in cells))
+    if "gain" in summary:
+        gain, interval = summary["gain"], summary["gain"]["interval"]
+        cells = [f"{gain['mean'][name]:.3f}" + (f" ± {gain['std'][name]:.3f}" if count > 1 else "") for name in names]
+        lines.append("sighted - blind".ljust(18) + "".join(f"{cell:>18}" for cell in cells))
+        ends = [f"[{interval[name][0]:.3f}, {interval[name][1]:.3f}]" if name in interval else "" for name in names]
+        lines.append("  95 % over rows".ljust(18) + "".join(f"{cell:>18}" for cell in ends))
     return "\n".join(lines)
 
 
