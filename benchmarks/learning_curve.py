@@ -4,9 +4,9 @@
     python -m benchmarks.learning_curve --only changes --vision TOWER --text LM --dataset DATASET --no_chat
 
 All train a two-layer MLP between the same frozen parents, on the same stored features, captions and number of captions a
-step, each by its own code and recipe (`CANDIDATES`), and are stopped now and then to write the captions of the test photos,
-greedily; that time doesn't count. *The gap* is CIDEr less that of the same captions, each beside another photo's: what is had
-without seeing. The peers:
+step, each by its own code and recipe (`CANDIDATES`), for about as many seconds (`--our_epochs`: a step of ours takes less).
+They are stopped now and then to write the captions of the test photos, greedily; that time doesn't count. *The gap* is CIDEr
+less that of the same captions, each beside another photo's: what is had without seeing. The peers:
 
 - *ours* is what `examples/quickstart_real.py` trains: ten vectors of the pooled feature, all captions of a photo behind one
   reading of it;
@@ -38,6 +38,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -69,6 +70,7 @@ from modeling_frozen.training.starting import start_as_words
 
 
 CAPTIONS = 20  # of a step
+CLIPCAPS = -1  # a hidden layer as wide as ClipCap's MLP has it: half of the whole prefix
 OURS = {"weight_decay": 0.05, "adam_beta2": 0.98, "lr_scheduler_type": "cosine"}
 
 
@@ -86,6 +88,7 @@ class Candidate:
         views: of each photo in the store, the photo itself and random crops.
         layers: the share of the language model's layers that is trained through in the first half of the steps.
         epochs: a factor of `--epochs`.
+        longer: whether it takes `--our_epochs` in its place.
     """
 
     table: str
@@ -99,6 +102,7 @@ class Candidate:
     views: int = 1
     layers: float = 1.0
     epochs: float = 1.0
+    longer: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------- changes of ours
@@ -177,7 +181,7 @@ def far_too_large(model: Any, processor: Any, data: "Data") -> None:
 
 
 def _candidates() -> Iterator[Candidate]:
-    yield Candidate("peers", "ours")
+    yield Candidate("peers", "ours", longer=True)
     for rate in (1e-3, 2e-3):
         yield Candidate("peers", f"ClipCap's code, rate {rate:g}", "clipcap", rate)
     for rate in (1e-3, 3e-3):
@@ -185,10 +189,12 @@ def _candidates() -> Iterator[Candidate]:
     table = "changes"
     yield Candidate(table, "as it is")
     yield Candidate(table, "one caption of a photo in a step", texts=1)
+    yield Candidate(table, "one caption of a photo in a step, rate 1e-3", texts=1, rate=1e-3)
     yield Candidate(table, "rate 1e-3", rate=1e-3)
     yield Candidate(table, "rate 6e-3", rate=6e-3)
     yield Candidate(table, "no warm-up", warm_up=0.0)
     yield Candidate(table, "features not normalised", options={"input_norm": False})
+    yield Candidate(table, "a hidden layer of half the prefix's width, as ClipCap's", options={"hidden_size": CLIPCAPS})
     yield Candidate(table, "started at 20 times the words' norm", start=far_too_large)
     yield Candidate(table, "started as words", start=words)
     yield Candidate(table, "started by ridge regression", start=regression)
@@ -223,12 +229,16 @@ class Data:
             return self.captions[split]
         return [[one.strip().capitalize() for one in captions] for captions in self.captions[split]]
 
-    def build(self, strategy: str, **options: Any) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
+    def build(
+        self, strategy: str, hidden_size: int | None = None, **options: Any
+    ) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
+        if hidden_size == CLIPCAPS:
+            hidden_size = AutoConfig.from_pretrained(self.args.text).hidden_size * self.args.prefix_length // 2
         model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
             self.args.vision,
             self.args.text,
             connector_type="mlp",
-            connector_config=options,
+            connector_config={**options, "hidden_size": hidden_size},
             prefix_length=self.args.prefix_length if strategy == "pooled" else None,
             vision_feature_select_strategy=strategy,
         )
@@ -314,9 +324,11 @@ def first_layers(language_model: nn.Module, share: float) -> Iterator[None]:
     )
     setattr(holder, name, layers[: max(1, round(share * len(layers)))])
     number, language_model.config.num_hidden_layers = language_model.config.num_hidden_layers, len(getattr(holder, name))
-    yield
-    setattr(holder, name, layers)
-    language_model.config.num_hidden_layers = number
+    try:
+        yield
+    finally:
+        setattr(holder, name, layers)
+        language_model.config.num_hidden_layers = number
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -605,6 +617,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", help="tables, or candidates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=2.0, help="over all captions; LLaVA, which takes longer, half of it")
+    parser.add_argument("--our_epochs", type=float, help="of ours beside peers, whose steps take longer (default: --epochs)")
     parser.add_argument("--points", type=float, nargs="+", default=[0.125, 0.25, 0.5, 0.75, 1.0], help="shares of the steps")
     parser.add_argument("--prompt", default="Describe the photo.", help="of ours and LLaVA, in the chat template")
     parser.add_argument("--no_chat", action="store_true", help="captions alone, without a prompt")
@@ -634,7 +647,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             if str(seed) in known or not wanted or (candidate.code == "clipcap" and not args.clipcap):
                 continue
             print(f"{key}, seed {seed}", flush=True)
-            steps = max(1, round(args.epochs * candidate.epochs * captions / CAPTIONS))
+            epochs = (args.our_epochs if candidate.longer else None) or args.epochs * candidate.epochs
+            steps = max(1, round(epochs * captions / CAPTIONS))
             known[str(seed)] = {"rate": candidate.rate, "points": RUNS[candidate.code](candidate, seed, steps, data).points}
             args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.table is not None:

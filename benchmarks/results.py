@@ -72,6 +72,12 @@ OFFLINE = f"--vision {OUT}/shapes/tower --text {OUT}/shapes/language_model --dat
 MOBILENET, STORY = "assets/vision/mobilenet_v2_1.0_224", "assets/lm/tinystories_instruct_3m_chat"
 CAPTIONING = f"python examples/train_captioning.py --vision {MOBILENET} --text {STORY} --dataset assets/captions/flickr8k_1k"
 GROWING = [f"--rows {10**power}" for power in (3, 4, 5, 6)]
+EYES = " ".join(f"{OUT}/photos_long/{seed}/eyes" for seed in range(3))
+ASKED = "--kinds sighted blind --num_beams 3 --max_new_tokens 24 --batch_size 25"
+CURVE = (
+    f"python -m benchmarks.learning_curve --no_chat --points 0.25 0.5 1 --vision {MOBILENET} --text {STORY} "
+    f"--dataset assets/captions/flickr8k_1k --store {OUT}/learning_curve"
+)
 CAPTIONED = " ".join(f"{OUT}/captioning/{seed}" for seed in range(3))
 
 RESULTS = (
@@ -106,9 +112,24 @@ RESULTS = (
         "--kinds sighted --num_beams 5 --no_repeat_ngram_size 3",
     ),
     Result(
+        "photos_long",
+        " && ".join(
+            f"python examples/quickstart_real.py --steps 1100 --crops 3 --seed {seed} --output_dir {OUT}/photos_long/{seed}"
+            for seed in range(3)
+        )
+        + f" && frozen-prefix evaluate --model {EYES} --dataset jxie/flickr8k --split test --rows 125 {ASKED} "
+        f"--output_dir {OUT}/photos_long/scores",
+    ),
+    Result(
         "photos_coco",
-        f"frozen-prefix evaluate --model {OUT}/photos/eyes --dataset assets/captions/coco_open --split test "
-        f"--kinds sighted blind --num_beams 3 --max_new_tokens 24 --batch_size 25 --output_dir {OUT}/photos_coco",
+        f"frozen-prefix evaluate --model {EYES} --dataset assets/captions/coco_open/data/*.parquet {ASKED} "
+        f"--output_dir {OUT}/photos_coco",
+    ),
+    Result(
+        "learning_curve_story",
+        f"{CURVE} --only peers --our_epochs 6 --clipcap CLIP_prefix_caption --output {OUT}/learning_curve_story.json "
+        "--table docs/tables/learning_curve_story.md",
+        table=True,
     ),
     Result("real_parents", f"python -m benchmarks.real_parents --output_dir {OUT}/parents"),
     Result(

@@ -94,8 +94,8 @@ def photo_rows(writer: Writer, name: str, photos: Any, draw: random.Random) -> l
         count = min(2, len(there), len(absent))
         questions = [(asked_about(thing), "Yes.") for thing in draw.sample(there, count)]
         questions += [(asked_about(thing), "No.") for thing in draw.sample(absent, count)]
-        draw.shuffle(questions)
         pairs = [(DESCRIBE, tidy(draw.choice(photo[column]))), *questions]
+        draw.shuffle(pairs)  # else whatever is asked first is answered by a description
         image = writer.image(f"{name}_{number}", photo["image"])
         rows.append({"id": f"{name}_{number}", "image": image, "conversations": turns(pairs)})
     return rows
@@ -158,8 +158,8 @@ def train(args: argparse.Namespace) -> None:
     """The second stage, by the command that users have."""
     settings = {
         "--model": args.model, "--lora": args.lora, "--dataset": args.output_dir / "train.json", "--max_steps": args.steps,
-        "--per_device_train_batch_size": args.batch_size, "--learning_rate": args.learning_rate, "--seed": args.seed,
-        "--output_dir": args.output_dir / "assistant",
+        "--per_device_train_batch_size": args.batch_size, "--gradient_accumulation_steps": 1,
+        "--learning_rate": args.learning_rate, "--seed": args.seed, "--output_dir": args.output_dir / "assistant",
     }  # fmt: skip
     words = [str(word) for setting in settings.items() for word in setting]
     command = [sys.executable, "-m", "modeling_frozen.cli", "train", *words, "--cache_features", "--held_out", "0"]
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--test_pictures", type=int, default=250, help="of easy-VQA to ask about, one question each")
     parser.add_argument("--test_photos", type=int, default=125, help="to describe")
     parser.add_argument("--lora", type=int, default=8, help="its rank")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
