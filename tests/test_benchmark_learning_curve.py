@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from benchmarks import learning_curve
-from tests.helpers.tiny import save_parents
-from tests.test_examples_quickstart_real import captions_in
+from tests.helpers.tiny import captions_in, save_parents
 
 
 @pytest.fixture(scope="module")

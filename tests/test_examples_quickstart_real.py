@@ -3,25 +3,13 @@
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from transformers import AutoProcessor
 
 import modeling_frozen  # noqa: F401  (registers the model type)
 from benchmarks import real_parents
 from tests.helpers.scripts import run_example
-from tests.helpers.tiny import COLOURS, rows, save_parents
-
-
-def captions_in(folder: Path, count: int = 6) -> Path:
-    """Splits of photos of one colour, each told twice."""
-    (folder / "data").mkdir(parents=True)
-    for split in ("train", "validation", "test"):
-        data = rows(count)
-        for index, row in enumerate(data):
-            row["image"].putpixel((0, 0), (index, 0, 0))  # no two alike
-            row["caption_0"], row["caption_1"] = row.pop("text"), f"that is {list(COLOURS)[index % 4]} ."
-        Dataset.from_list(data).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return folder
+from tests.helpers.tiny import captions_in, save_parents
 
 
 def test_a_short_run_writes_everything(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -182,6 +183,18 @@ def captioned_rows(count: int = 8) -> list[dict[str, Any]]:
         }
         for i in range(count)
     ]
+
+
+def captions_in(folder: Path, count: int = 6) -> Path:
+    """Splits of photos of one colour, each told twice."""
+    (folder / "data").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        data = rows(count)
+        for index, row in enumerate(data):
+            row["image"].putpixel((0, 0), (index, 0, 0))  # no two alike
+            row["caption_0"], row["caption_1"] = row.pop("text"), f"that is {list(COLOURS)[index % 4]} ."
+        Dataset.from_list(data).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
 
 
 def image_inputs(model: FrozenPrefixForConditionalGeneration) -> dict[str, torch.Tensor]:
