@@ -286,10 +286,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     output, pieces = Path(args.output), ("mappers", "sides", "seeds", "output", "rate", "rates", "store")
     settings = {key: value for key, value in vars(args).items() if key not in pieces}
-    results = json.loads(output.read_text()) if output.exists() else {"settings": settings, "runs": {}}
-    if results["settings"] != settings:
-        raise ValueError(f"`{output}` holds figures of other settings ({results['settings']}): name another file.")
-    results["machine"] = timing.machine()
+    results = timing.kept_runs(output, settings)
     with tempfile.TemporaryDirectory() as folder:
         data = Data(args, Path(folder))
         for seed in args.seeds:

@@ -35,7 +35,7 @@ from PIL import ImageDraw, ImageFont
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, set_seed
 
-from benchmarks.timing import machine
+from benchmarks.timing import kept_runs
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
     FrozenPrefixForConditionalGeneration,
@@ -411,12 +411,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     said = ("only", "tasks", "seeds", "blind_seeds", "store", "output", "table")
     settings = {name: value for name, value in vars(args).items() if name not in said}
-    results: dict[str, Any] = {"settings": settings, "runs": {}}
-    if args.output.exists():
-        results = json.loads(args.output.read_text())
-    if results["settings"] != settings:
-        raise ValueError(f"`{args.output}` holds figures of other settings ({results['settings']}): name another file.")
-    results["machine"] = machine()
+    results = kept_runs(args.output, settings)
     data = Data(args)
     wanted = [
         (key, candidate, task, seed, twin)

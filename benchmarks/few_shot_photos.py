@@ -22,7 +22,6 @@ training split; the names asked about are in no training.
 import argparse
 import json
 import random
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
 from benchmarks.timing import machine
+from benchmarks.two_stages import THINGS, mentions
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
     FrozenPrefixForConditionalGeneration,
@@ -45,17 +45,13 @@ from modeling_frozen import (
 from modeling_frozen.processors import few_shot_messages
 
 
-CATEGORIES = {
-    "dog": r"\bdogs?\b",
-    "child": r"\b(boy|girl|child|children|kid|baby|toddler)s?\b",
-    "man": r"\b(man|men|guy)\b",
-}
+CATEGORIES = {name: THINGS[f"a {name}"] for name in ("dog", "child", "man")}
 FURTHER = {  # to train names on
     "water": r"\b(water|pool|ocean|lake|river|sea|surf\w*|swim\w*)\b",
-    "snow": r"\b(snow\w*|ski\w*|sled\w*)\b",
-    "bicycle": r"\b(bike|bicycle|biker|bicyclist|cyclist)s?\b",
-    "ball": r"\b(\w*ball|soccer|tennis)\b",
-    "grass": r"\b(grass\w*|field|lawn)\b",
+    "snow": THINGS["snow"],
+    "bicycle": THINGS["a bicycle"],
+    "ball": THINGS["a ball"],
+    "grass": THINGS["grass"],
     "street": r"\b(street|road|sidewalk|city)\b",
 }
 NAMES = ("dax", "blicket")
@@ -77,7 +73,7 @@ def members(captions: list[list[str]], categories: dict[str, str]) -> dict[str, 
     """Places of the photos that most captions put into a category, and no caption into another."""
     found: dict[str, list[int]] = {name: [] for name in categories}
     for place, several in enumerate(captions):
-        counts = {name: sum(bool(re.search(word, one.lower())) for one in several) for name, word in categories.items()}
+        counts = mentions(several, categories)
         best = max(counts, key=lambda name: counts[name])
         if counts[best] >= 0.8 * len(several) and sum(counts.values()) == counts[best]:
             found[best].append(place)
@@ -160,20 +156,15 @@ def share_right(
         bindings = [{first: NAMES[0], second: NAMES[1]}, {first: NAMES[1], second: NAMES[0]}]
         asked += [(episode, names) for names in ([{first: first, second: second}] if true_names else bindings)]
     model.eval()
-    for start in range(0, len(asked), args.batch_size):
-        some = asked[start : start + args.batch_size]
-        told = [tell(episode, names, photos, how, draw) for episode, names in some]
-        texts = [processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) for messages, _ in told]
-        rows = [
-            {"images": images or None, "prompt": text, "answer": "x"} for text, (_, images) in zip(texts, told, strict=True)
-        ]
-        for row, (episode, names) in zip(rows, some, strict=True):
-            batch = collator([row])
-            learnt = int((batch.pop("labels")[0] != -100).nonzero()[0, 0])
-            batch |= {name: batch[name][:, :learnt] for name in ("input_ids", "attention_mask")}
-            answers = [names[category] for category in episode.categories]
-            scores = model.score(answers, tokenizer=processor.tokenizer, **batch)[0]
-            right.append(episode.categories[int(scores.argmax())] == episode.query[1])
+    for episode, names in asked:
+        messages, images = tell(episode, names, photos, how, draw)
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        batch = collator([{"images": images or None, "prompt": text, "answer": "x"}])
+        learnt = int((batch.pop("labels")[0] != -100).nonzero()[0, 0])
+        batch |= {name: batch[name][:, :learnt] for name in ("input_ids", "attention_mask")}
+        answers = [names[category] for category in episode.categories]
+        scores = model.score(answers, tokenizer=processor.tokenizer, **batch)[0]
+        right.append(episode.categories[int(scores.argmax())] == episode.query[1])
     return sum(right) / len(right)
 
 
@@ -251,7 +242,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=150, help="of a further training, four chats each")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--prompt", default="Describe the photo.", help="that the checkpoint was trained with")
-    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", default="build/few_shot_photos", help="folder of features")
     parser.add_argument("--output", type=Path, default=Path("few_shot_photos.json"))

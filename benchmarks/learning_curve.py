@@ -55,7 +55,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from benchmarks.clipcap import tidy
 from benchmarks.clipcap_checkout import training_code
 from benchmarks.connectors import cell, shuffled
-from benchmarks.timing import machine
+from benchmarks.timing import kept_runs
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
     FrozenPrefixForConditionalGeneration,
@@ -632,12 +632,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     said = ("only", "seeds", "store", "output", "table", "clipcap")
     settings = {name: value for name, value in vars(args).items() if name not in said}
-    results: dict[str, Any] = {"settings": settings, "runs": {}}
-    if args.output.exists():
-        results = json.loads(args.output.read_text())
-    if results["settings"] != settings:
-        raise ValueError(f"`{args.output}` holds figures of other settings ({results['settings']}): name another file.")
-    results["machine"] = machine()
+    results = kept_runs(args.output, settings)
     data = Data(args)
     captions = sum(map(len, data.captions["train"]))
     for seed in args.seeds:

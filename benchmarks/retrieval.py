@@ -273,10 +273,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     output = Path(args.output)
     settings = {key: value for key, value in vars(args).items() if key not in ("candidates", "seeds", "output", "table")}
-    results = json.loads(output.read_text()) if output.exists() else {"settings": settings, "runs": {}}
-    if results["settings"] != settings:
-        raise ValueError(f"`{output}` holds figures of other settings ({results['settings']}): name another file.")
-    results |= {"gallery": len(rows["test"]), "chance": chance(parts["test"]), "machine": timing.machine()}
+    results = timing.kept_runs(output, settings)
+    results |= {"gallery": len(rows["test"]), "chance": chance(parts["test"])}
     for seed in args.seeds:
         for name in args.candidates:
             results["runs"].setdefault(name, {})[str(seed)] = run(name, seed, args, parts)

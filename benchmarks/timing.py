@@ -124,6 +124,15 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def kept_runs(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds of earlier calls, `{"settings", "runs", "machine"}`, to be added to; refused where those had other
+    settings."""
+    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"settings": settings, "runs": {}}
+    if results["settings"] != settings:
+        raise ValueError(f"`{output}` holds figures of other settings ({results['settings']}): name another file.")
+    return {**results, "machine": machine()}
+
+
 class Report:
     """Collects the rows of a benchmark, prints them as a table, and writes them as JSON."""
 

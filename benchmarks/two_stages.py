@@ -52,9 +52,14 @@ def asked_about(thing: str) -> str:
     return f"Is there {thing} in the photo?"
 
 
+def mentions(captions: list[str], words: dict[str, str]) -> dict[str, int]:
+    """How many captions of a photo name each of these things, told by a pattern each."""
+    return {thing: sum(bool(re.search(word, one.lower())) for one in captions) for thing, word in words.items()}
+
+
 def present(captions: list[str]) -> tuple[list[str], list[str]]:
     """Things that are in a photo, and things that are not, as far as its captions tell."""
-    counts = {thing: sum(bool(re.search(word, one.lower())) for one in captions) for thing, word in THINGS.items()}
+    counts = mentions(captions, THINGS)
     there = [thing for thing, count in counts.items() if count >= 0.6 * len(captions)]
     return there, [thing for thing, count in counts.items() if count == 0]
 
