@@ -8,8 +8,8 @@ step, each by its own code and recipe (`CANDIDATES`), for about as many seconds 
 They are stopped now and then to write the captions of the test photos, greedily; that time doesn't count. *The gap* is CIDEr
 less that of the same captions, each beside another photo's: what is had without seeing. The peers:
 
-- *ours* is what `examples/quickstart_real.py` trains: ten vectors of the pooled feature, all captions of a photo behind one
-  reading of it;
+- *ours* is what `examples/quickstart_real.py` trains: ten vectors of the pooled feature, one caption of each of twenty
+  photos a step;
 - *ClipCap's* `train.py` runs as it is, from a checkout ([`benchmarks.clipcap_checkout`]): ten vectors of the pooled feature,
   captions without a prompt, padded to the longest of all. A language model without `.transformer.wte` is given one by
   `AsGPT2`. Its captions are written from its prefixes by our `generate()`, to the first ".";
@@ -96,7 +96,7 @@ class Candidate:
     code: str = "ours"
     rate: float = 3e-3
     warm_up: float = 0.05
-    texts: int = 5
+    texts: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     start: Callable[..., Any] | None = None
     views: int = 1
@@ -185,11 +185,11 @@ def _candidates() -> Iterator[Candidate]:
     for rate in (1e-3, 2e-3):
         yield Candidate("peers", f"ClipCap's code, rate {rate:g}", "clipcap", rate)
     for rate in (1e-3, 3e-3):
-        yield Candidate("peers", f"transformers' LLaVA, rate {rate:g}", "llava", rate, warm_up=0.03, texts=1, epochs=0.5)
+        yield Candidate("peers", f"transformers' LLaVA, rate {rate:g}", "llava", rate, warm_up=0.03, epochs=0.5)
     table = "changes"
     yield Candidate(table, "as it is")
-    yield Candidate(table, "one caption of a photo in a step", texts=1)
-    yield Candidate(table, "one caption of a photo in a step, rate 1e-3", texts=1, rate=1e-3)
+    yield Candidate(table, "two captions of each of ten photos in a step", texts=2)
+    yield Candidate(table, "five captions of each of four photos in a step", texts=5)
     yield Candidate(table, "rate 1e-3", rate=1e-3)
     yield Candidate(table, "rate 6e-3", rate=6e-3)
     yield Candidate(table, "no warm-up", warm_up=0.0)

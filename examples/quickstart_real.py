@@ -4,7 +4,8 @@
     python examples/quickstart_real.py --vision ID_OR_FOLDER --text ID_OR_FOLDER --dataset ID_OR_FOLDER
 
 Both parents are frozen, and a connector learns from captioned photos what to write between "user" and "Describe the photo."
-The tower looks at each photo once; all captions of a photo are learnt behind one reading of it. Into `--output_dir` go the
+The tower looks at each photo once. A step learns one caption of each of twenty photos, drawn anew every epoch; with
+`--all_captions` all captions of a photo are learnt behind one reading of it, for which fewer photos do. Into `--output_dir` go the
 checkpoint (`eyes`), `results.json`, `predictions.jsonl`, `training.png` and `sheet.png`: photos with what is said of them. The
 data set is of any form that `load_image_text` reads, with the splits train, validation and test.
 """
@@ -28,8 +29,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--prefix_length", type=int, default=10)
     add("--connector_config", type=json.loads, default={}, metavar="JSON", help="options of the connector")
     add("--crops", type=int, default=0, help="random crops of each training photo, beside the photo itself")
-    add("--steps", type=int, default=480)
-    add("--photos_per_step", type=int, default=4)
+    add("--steps", type=int, default=300)
+    add("--photos_per_step", type=int, default=20)
+    add("--all_captions", action="store_true", help="all captions of a photo in one step, in place of one of them")
     add("--learning_rate", type=float, default=3e-3)
     add("--test_photos", type=int, default=125)
     add("--num_beams", type=int, default=3)
@@ -87,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
             seed=args.seed,
         ),
         train_dataset=seen["train"],
-        data_collator=frozen.DataCollatorForFrozenPrefix(processor, all_texts=True),
+        data_collator=frozen.DataCollatorForFrozenPrefix(processor, all_texts=args.all_captions),
         processing_class=processor,
         callbacks=[SightCallback(seen["validation"], frozen.DataCollatorForFrozenPrefix(processor))],
     )  # fmt: skip
