@@ -4,10 +4,10 @@
     python examples/quickstart_real.py --vision ID_OR_FOLDER --text ID_OR_FOLDER --dataset ID_OR_FOLDER
 
 Both parents are frozen, and a connector learns from captioned photos what to write between "user" and "Describe the photo."
-The tower looks at each photo once. A step learns one caption of each of twenty photos, drawn anew every epoch
-(`--all_captions` learns all of a photo's behind one reading of it; give it fewer photos). Into `--output_dir` go the checkpoint
-(`eyes`), `results.json`, `predictions.jsonl`, `training.png` and `sheet.png`: photos with what is said of them. The
-data set is of any form that `load_image_text` reads, with the splits train, validation and test.
+The tower looks at each photo once. A step learns one caption of each of twenty photos, drawn anew every epoch; with
+`--all_captions` all of a photo, behind one reading of it, for which fewer photos a step do. Into `--output_dir` go the
+checkpoint (`eyes`), `results.json`, `predictions.jsonl`, `training.png` and `sheet.png`: photos with what is said of them.
+The data set is of any form that `load_image_text` reads, with the splits train, validation and test.
 """
 
 import argparse
