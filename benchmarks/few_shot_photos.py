@@ -33,6 +33,7 @@ from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
+from benchmarks.connectors import unanswered
 from benchmarks.timing import machine
 from benchmarks.two_stages import THINGS, mentions
 from modeling_frozen import (
@@ -103,16 +104,11 @@ class Photos:
 
     def describe(self, model: Any, processor: Any, prompt: str) -> None:
         """Writes what the model itself says of each photo, greedily."""
-        collator = DataCollatorForFrozenPrefix(processor)
         text = processor.chat_prompt(prompt)
         for start in range(0, len(self.images), 25):
-            some = self.images[start : start + 25]
-            batch = collator([{"image": one, "prompt": text, "answer": "x"} for one in some])
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            learnt = int((batch["labels"][0] != -100).nonzero()[0, 0])
-            inputs |= {name: inputs[name][:, :learnt] for name in ("input_ids", "attention_mask")}
-            ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-            said = processor.batch_decode(ids[:, learnt:], skip_special_tokens=True)
+            batch = unanswered(processor, [{"image": one, "prompt": text} for one in self.images[start : start + 25]])
+            ids = model.generate(**batch, max_new_tokens=24, do_sample=False)
+            said = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             self.own[start : start + 25] = [one.strip() for one in said]
 
 
@@ -148,9 +144,7 @@ def share_right(
     model: Any, processor: Any, episodes: list[Episode], photos: Photos, how: str, true_names: bool, args: argparse.Namespace
 ) -> float:
     """Of all episodes, asked with either binding of the names."""
-    collator, right = DataCollatorForFrozenPrefix(processor), []
-    draw = random.Random(args.seed)
-    asked = []
+    draw, asked, right = random.Random(args.seed), [], []
     for episode in episodes:
         first, second = episode.categories
         bindings = [{first: NAMES[0], second: NAMES[1]}, {first: NAMES[1], second: NAMES[0]}]
@@ -159,9 +153,7 @@ def share_right(
     for episode, names in asked:
         messages, images = tell(episode, names, photos, how, draw)
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        batch = collator([{"images": images or None, "prompt": text, "answer": "x"}])
-        learnt = int((batch.pop("labels")[0] != -100).nonzero()[0, 0])
-        batch |= {name: batch[name][:, :learnt] for name in ("input_ids", "attention_mask")}
+        batch = unanswered(processor, [{"images": images or None, "prompt": text}])
         answers = [names[category] for category in episode.categories]
         scores = model.score(answers, tokenizer=processor.tokenizer, **batch)[0]
         right.append(episode.categories[int(scores.argmax())] == episode.query[1])

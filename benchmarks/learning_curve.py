@@ -54,7 +54,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from benchmarks.clipcap import tidy
 from benchmarks.clipcap_checkout import training_code
-from benchmarks.connectors import cell, shuffled
+from benchmarks.connectors import cell, shuffled, unanswered
 from benchmarks.timing import kept_runs
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
@@ -398,9 +398,7 @@ def write(model: Any, processor: Any, inputs: Callable[[slice], dict[str, Any]],
 def prompt_ids(processor: Any, data: Data, strategy: str) -> torch.Tensor:
     """What stands before a caption, with the image's placeholders: (1, tokens)."""
     image = data.stored(strategy, data.args.split)[0]["image"]
-    batch = DataCollatorForFrozenPrefix(processor)([{"image": image, "prompt": data.prompt(processor), "answer": "x"}])
-    learnt = (batch["labels"][0] != -100).nonzero()[0, 0]
-    return batch["input_ids"][:, :learnt]
+    return unanswered(processor, [{"image": image, "prompt": data.prompt(processor)}])["input_ids"]
 
 
 @torch.no_grad()

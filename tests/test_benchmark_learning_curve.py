@@ -43,7 +43,7 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 def test_candidates_are_stopped_at_their_points_and_kept(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only = ["--only", "ours", "transformers' LLaVA, rate 0.001", "one caption of a photo in a step"]
+    only = ["--only", "ours", "transformers' LLaVA, rate 0.001", "five captions of each of four photos in a step"]
     only += ["half the layers for half the steps", "three crops of each photo beside it"]
     found = learning_curve.main(arguments(places, tmp_path, *only, "--seeds", "0", "--table", str(tmp_path / "table.md")))
     assert json.loads((tmp_path / "runs.json").read_text())["runs"] == found["runs"]
@@ -51,7 +51,7 @@ def test_candidates_are_stopped_at_their_points_and_kept(
     assert points == {  # 80 captions, of which a step reads 20, five of them of one photo or all of others
         "peers: ours": [2, 4],
         "peers: transformers' LLaVA, rate 0.001": [1, 2],
-        "changes: one caption of a photo in a step": [2, 4],
+        "changes: five captions of each of four photos in a step": [2, 4],
         "changes: half the layers for half the steps": [4],  # no caption is written with half a language model
         "changes: three crops of each photo beside it": [2, 4],
     }
