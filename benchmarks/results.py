@@ -72,7 +72,7 @@ OFFLINE = f"--vision {OUT}/shapes/tower --text {OUT}/shapes/language_model --dat
 MOBILENET, STORY = "assets/vision/mobilenet_v2_1.0_224", "assets/lm/tinystories_instruct_3m_chat"
 CAPTIONING = f"python examples/train_captioning.py --vision {MOBILENET} --text {STORY} --dataset assets/captions/flickr8k_1k"
 GROWING = [f"--rows {10**power}" for power in (3, 4, 5, 6)]
-EYES = " ".join(f"{OUT}/photos_long/{seed}/eyes" for seed in range(3))
+EYES = " ".join(f"{OUT}/photos/{seed}/eyes" for seed in range(3))
 ASKED = "--kinds sighted blind --num_beams 3 --max_new_tokens 24 --batch_size 25"
 CURVE = (
     f"python -m benchmarks.learning_curve --no_chat --points 0.25 0.5 1 --vision {MOBILENET} --text {STORY} "
@@ -99,7 +99,13 @@ RESULTS = (
     Result("faithfulness", f"python -m benchmarks.shapes.faithfulness --seeds 0 1 2 --output_dir {OUT}/faithfulness"),
     Result("digits", "python -m benchmarks.digits"),
     # ----------------------------------------------------------------------------------------------------------- real data
-    Result("photos", f"python examples/quickstart_real.py --output_dir {OUT}/photos"),
+    Result(
+        "photos",
+        " && ".join(f"python examples/quickstart_real.py --seed {seed} --output_dir {OUT}/photos/{seed}" for seed in range(3))
+        + f" && frozen-prefix evaluate --model {EYES} --dataset jxie/flickr8k --split test --rows 125 {ASKED} "
+        f"--output_dir {OUT}/photos/scores",
+    ),
+    Result("photos_long", f"python examples/quickstart_real.py --steps 700 --crops 3 --output_dir {OUT}/photos_long"),
     Result(
         "captioning",
         " && ".join(f"{CAPTIONING} --seed {seed} --output_dir {OUT}/captioning/{seed}" for seed in range(3))
@@ -112,23 +118,25 @@ RESULTS = (
         "--kinds sighted --num_beams 5 --no_repeat_ngram_size 3",
     ),
     Result(
-        "photos_long",
-        " && ".join(
-            f"python examples/quickstart_real.py --steps 1100 --crops 3 --seed {seed} --output_dir {OUT}/photos_long/{seed}"
-            for seed in range(3)
-        )
-        + f" && frozen-prefix evaluate --model {EYES} --dataset jxie/flickr8k --split test --rows 125 {ASKED} "
-        f"--output_dir {OUT}/photos_long/scores",
-    ),
-    Result(
         "photos_coco",
         f"frozen-prefix evaluate --model {EYES} --dataset assets/captions/coco_open/data/*.parquet {ASKED} "
         f"--output_dir {OUT}/photos_coco",
     ),
     Result(
         "learning_curve_story",
-        f"{CURVE} --only peers --our_epochs 6 --clipcap CLIP_prefix_caption --output {OUT}/learning_curve_story.json "
+        f"{CURVE} --only peers --our_epochs 5 --clipcap CLIP_prefix_caption --output {OUT}/learning_curve_story.json "
         "--table docs/tables/learning_curve_story.md",
+        table=True,
+    ),
+    Result(
+        "learning_changes",
+        f"{CURVE} --only changes --points 0.5 1 --output {OUT}/learning_changes.json --table docs/tables/learning_changes.md",
+        table=True,
+    ),
+    Result(
+        "masked_words",
+        f"python -m benchmarks.masked_words assets --vision {MOBILENET} --output_dir {OUT}/masked_words "
+        "--table docs/tables/masked_words.md",
         table=True,
     ),
     Result("real_parents", f"python -m benchmarks.real_parents --output_dir {OUT}/parents"),
