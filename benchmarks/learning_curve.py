@@ -180,6 +180,50 @@ def far_too_large(model: Any, processor: Any, data: "Data") -> None:
         model.model.connector.output.weight.mul_(20)
 
 
+@torch.no_grad()
+def map_of_words(
+    first: torch.Tensor, second: torch.Tensor, common: list[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear map, with a constant, that takes embeddings of one language model nearest to those of another, by least
+    squares over words that both have: its weight (second width, first width) and constant."""
+    x, y = first[[one for one, _ in common]].float(), second[[other for _, other in common]].float()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    weight = torch.linalg.lstsq(x - mean_x, y - mean_y, driver="gelsd").solution.T
+    return weight, mean_y - weight @ mean_x
+
+
+def common_words(first: Any, second: Any) -> list[tuple[int, int]]:
+    """Ids of the tokens that two tokenizers write alike."""
+    places = {second.decode([number]): number for number in range(len(second))}
+    found = ((number, places.get(first.decode([number]))) for number in range(len(first)))
+    return [(number, other) for number, other in found if other is not None]
+
+
+def moved(model: Any, processor: Any, data: "Data") -> None:
+    """Starts as a connector that was trained for a smaller language model, its vectors taken over by [`map_of_words`] and
+    scaled to the norm of words."""
+    own, begin = model.model.connector, time.process_time()
+    small, its_processor = data.build("pooled", hidden_size=own.output.in_features, text=data.args.from_text)
+    captions = sum(map(len, data.captions["train"]))
+    steps = max(1, round(data.args.epochs * captions / CAPTIONS))
+    learn = Candidate("changes", "the smaller language model's")
+    run_trainer(small, Rows(data, "pooled", its_processor, 1), its_processor, steps, 0, learn, TrainerCallback())
+    print(f"  {time.process_time() - begin:.0f} seconds for the connector of {data.args.from_text}", flush=True)
+    words, its_words = (one.model.get_input_embeddings().weight for one in (model, small))
+    weight, constant = map_of_words(its_words, words, common_words(its_processor.tokenizer, processor.tokenizer))
+    with torch.no_grad():
+        learnt, features = small.model.connector, data.features("pooled", "train")
+        norm = own(features).norm(dim=-1).mean()
+        own.hidden.load_state_dict(learnt.hidden.state_dict())
+        own.input_norm.load_state_dict(learnt.input_norm.state_dict())
+        vectors = learnt.output.weight.unflatten(0, (-1, its_words.shape[1]))
+        own.output.weight.copy_((weight @ vectors).flatten(0, 1))
+        own.output.bias.copy_((learnt.output.bias.unflatten(0, (-1, its_words.shape[1])) @ weight.T + constant).flatten())
+        factor = norm / own(features).norm(dim=-1).mean()
+        own.output.weight.mul_(factor)
+        own.output.bias.mul_(factor)
+
+
 def _candidates() -> Iterator[Candidate]:
     yield Candidate("peers", "ours", longer=True)
     for rate in (1e-3, 2e-3):
@@ -199,6 +243,7 @@ def _candidates() -> Iterator[Candidate]:
     yield Candidate(table, "started as words", start=words)
     yield Candidate(table, "started by ridge regression", start=regression)
     yield Candidate(table, "started by ridge regression, at the words' norm", start=regression_to_norm)
+    yield Candidate(table, "moved from a smaller language model", start=moved)
     yield Candidate(table, "convex combinations of words", start=convex)
     yield Candidate(table, "input dropout 0.3", options={"input_dropout": 0.3})
     yield Candidate(table, "three crops of each photo beside it", views=4)
@@ -230,13 +275,13 @@ class Data:
         return [[one.strip().capitalize() for one in captions] for captions in self.captions[split]]
 
     def build(
-        self, strategy: str, hidden_size: int | None = None, **options: Any
+        self, strategy: str, hidden_size: int | None = None, text: str | None = None, **options: Any
     ) -> tuple[FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor]:
         if hidden_size == CLIPCAPS:
             hidden_size = AutoConfig.from_pretrained(self.args.text).hidden_size * self.args.prefix_length // 2
         model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
             self.args.vision,
-            self.args.text,
+            text or self.args.text,
             connector_type="mlp",
             connector_config={**options, "hidden_size": hidden_size},
             prefix_length=self.args.prefix_length if strategy == "pooled" else None,
@@ -612,6 +657,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--text", required=True, help="language model: Hub id or folder")
     parser.add_argument("--dataset", required=True, help="photos with captions, splits train and test")
     parser.add_argument("--clipcap", help="checkout of github.com/rmokady/CLIP_prefix_caption; without it that is left out")
+    parser.add_argument("--from_text", help="a smaller language model, whose connector is moved; without it that is left out")
     parser.add_argument("--only", nargs="+", help="tables, or candidates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=2.0, help="over all captions; LLaVA, which takes longer, half of it")
@@ -628,7 +674,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--table", type=Path, help="a Markdown file that gets the tables too")
     args = parser.parse_args(arguments)
 
-    said = ("only", "seeds", "store", "output", "table", "clipcap")
+    said = ("only", "seeds", "store", "output", "table", "clipcap", "from_text")
     settings = {name: value for name, value in vars(args).items() if name not in said}
     results = kept_runs(args.output, settings)
     data = Data(args)
@@ -637,7 +683,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for key, candidate in CANDIDATES.items():
             known = results["runs"].setdefault(key, {})
             wanted = not args.only or candidate.table in args.only or candidate.name in args.only
-            if str(seed) in known or not wanted or (candidate.code == "clipcap" and not args.clipcap):
+            lacks = (candidate.code == "clipcap" and not args.clipcap) or (candidate.start is moved and not args.from_text)
+            if str(seed) in known or not wanted or lacks:
                 continue
             print(f"{key}, seed {seed}", flush=True)
             epochs = (args.our_epochs if candidate.longer else None) or args.epochs * candidate.epochs

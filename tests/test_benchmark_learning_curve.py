@@ -40,6 +40,14 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     return [*(str(word) for pair in where.items() for word in pair), *small, *stored, *more]
 
 
+def data_of(folder: Path, store: Path) -> learning_curve.Data:
+    parents = {"vision": str(folder / "tower"), "text": str(folder / "words"), "from_text": str(folder / "words")}
+    rows = {"dataset": str(folder / "captions"), "photos": None, "split": "test", "test_photos": 4, "epochs": 1.0}
+    return learning_curve.Data(
+        argparse.Namespace(**parents, **rows, no_chat=True, prompt="", prefix_length=2, store=str(store))
+    )
+
+
 def test_candidates_are_stopped_at_their_points_and_kept(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,11 +81,7 @@ def test_candidates_are_stopped_at_their_points_and_kept(
 
 
 def test_a_start_in_closed_form_is_the_best_linear_map_at_the_norm_of_words(places: Path, tmp_path: Path) -> None:
-    parser = argparse.Namespace(
-        **{"vision": str(places / "tower"), "text": str(places / "words"), "dataset": str(places / "captions")},
-        **{"photos": None, "test_photos": 4, "split": "test", "no_chat": True, "prefix_length": 2, "store": str(tmp_path)},
-    )
-    data = learning_curve.Data(parser)
+    data = data_of(places, tmp_path)
     model, processor = data.build("pooled")
     targets, hidden = learning_curve._targets(model, processor, data)
     assert targets.shape == (40, 2 * model.config.embedding_dim)
@@ -108,11 +112,7 @@ def test_a_start_in_closed_form_is_the_best_linear_map_at_the_norm_of_words(plac
 
 
 def test_convex_combinations_lie_among_the_words(places: Path, tmp_path: Path) -> None:
-    parser = argparse.Namespace(
-        **{"vision": str(places / "tower"), "text": str(places / "words"), "dataset": str(places / "captions")},
-        **{"photos": None, "test_photos": 4, "split": "test", "no_chat": True, "prefix_length": 2, "store": str(tmp_path)},
-    )
-    data = learning_curve.Data(parser)
+    data = data_of(places, tmp_path)
     model, processor = data.build("pooled")
     learning_curve.convex(model, processor, data)
     features = data.features("pooled", "train")
@@ -122,6 +122,39 @@ def test_convex_combinations_lie_among_the_words(places: Path, tmp_path: Path) -
     assert (prefix <= words.max(0).values + 1e-5).all() and (prefix >= words.min(0).values - 1e-5).all()
     prefix.sum().backward()
     assert model.model.connector.output.inner.weight.grad.abs().max() > 0 and words.grad is None
+
+
+def test_a_connector_is_moved_by_the_words_that_two_language_models_share(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    first, turn = torch.randn(50, 8, generator=draw), torch.randn(8, 12, generator=draw)
+    second = (first @ turn + 3.0).flip(0)
+    common = [(number, 49 - number) for number in range(5, 45)]
+    weight, constant = learning_curve.map_of_words(first, second, common)
+    assert torch.allclose(weight, turn.T, atol=1e-4) and torch.allclose(constant, torch.full((12,), 3.0), atol=1e-4)
+
+    data, small, train = data_of(places, tmp_path), [], learning_curve.run_trainer
+
+    def trained(model: object, *args: object) -> None:
+        train(model, *args)
+        small.append(model)
+
+    monkeypatch.setattr(learning_curve, "run_trainer", trained)
+    model, processor = data.build("pooled")
+    ids = learning_curve.common_words(processor.tokenizer, processor.tokenizer)
+    assert len(ids) >= len(processor.tokenizer) - 2 and sum(one == other for one, other in ids) > 0.9 * len(ids)
+    features = data.features("pooled", "train")
+    norm = model.model.connector(features).norm(dim=-1).mean().item()
+    learning_curve.moved(model, processor, data)
+    with torch.no_grad():
+        prefix, its = model.model.connector(features), small[0].model.connector(features)
+        assert prefix.norm(dim=-1).mean().item() == pytest.approx(norm, rel=1e-4)
+        words = model.model.get_input_embeddings().weight
+        weight, constant = learning_curve.map_of_words(words, words, ids)
+        expected = its @ weight.T + constant
+        assert torch.allclose(prefix, expected * norm / expected.norm(dim=-1).mean(), atol=1e-5)
+        assert torch.nn.functional.cosine_similarity(prefix, its, dim=-1).min() > 0.5
 
 
 @pytest.mark.real_data
