@@ -46,7 +46,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks import timing
 from modeling_frozen import FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
 from modeling_frozen.backbones import load_base_model
-from modeling_frozen.data.augmentation import PhotoAugmentation
 from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import cache_vision_features
 from modeling_frozen.metrics import recall_at_k
@@ -118,12 +117,9 @@ class Data:
             pixels.append(processor(images=rows[start : start + 64]["image"], return_tensors="pt")["pixel_values"].half())
         self.pixels = torch.cat(pixels)
         self.features: torch.Tensor | None = None
-        self.crops: Any = None  # a store with random crops of each picture, of which each reading draws one
 
     def images(self, index: torch.Tensor, stored: str | None) -> dict[str, torch.Tensor]:
         """`stored`: the input that takes stored features; `None`: the pixels."""
-        if stored == "vision_features" and self.crops is not None:
-            return {stored: stack_features(list(self.crops[index.tolist()]["image"]))["vision_features"].float()}
         if stored is not None:
             features = self.features[index].float()
             return {stored: features if stored == "vision_features" else features.flatten(1)}
@@ -251,9 +247,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--parents-learning-rate", type=float, default=2e-4)
     parser.add_argument("--projection-dim", type=int, default=512)
     parser.add_argument("--projection-dropout", type=float, default=0.0, help="ours alone: transformers' has none")
-    parser.add_argument("--crops", type=int, default=0, help="of each picture beside it in the store, ours alone")
     parser.add_argument("--logit-scale", type=float, default=2.0, help="logarithm of the inverse temperature at the start")
-    parser.add_argument("--store", default="build/retrieval", help="folder of the features of crops")
     parser.add_argument("--output", default="retrieval.json")
     parser.add_argument("--table", type=Path, help="a Markdown file that gets the table too")
     args = parser.parse_args(arguments)
@@ -276,14 +270,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             stored = cache_vision_features(split, model, processor, cache_dir=folder, num_workers=0)
             parts[name].features = stack_features(list(stored["image"]))["vision_features"]
-    if args.crops:
-        crops = {"views": args.crops + 1, "augment": PhotoAugmentation(), "plain_view": True}
-        parts["train"].crops = cache_vision_features(rows["train"], model, processor, cache_dir=args.store, **crops)
 
     output = Path(args.output)
-    settings = {
-        key: value for key, value in vars(args).items() if key not in ("candidates", "seeds", "store", "output", "table")
-    }
+    settings = {key: value for key, value in vars(args).items() if key not in ("candidates", "seeds", "output", "table")}
     results = timing.kept_runs(output, settings)
     results |= {"gallery": len(rows["test"]), "chance": chance(parts["test"])}
     for seed in args.seeds:
