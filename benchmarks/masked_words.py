@@ -111,7 +111,7 @@ def train_translator(rows: list[dict[str, str]], folder: Path, args: argparse.Na
     tokenizer = T5Tokenizer().train_new_from_iterator([*texts, "German:", "English:"], args.vocab_size)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=args.width, d_kv=args.width // 4, d_ff=4 * args.width, num_heads=4,
-        num_layers=args.layers, dropout_rate=0.1, decoder_start_token_id=tokenizer.pad_token_id,
+        num_layers=args.layers, dropout_rate=0.0, decoder_start_token_id=tokenizer.pad_token_id,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
@@ -120,9 +120,9 @@ def train_translator(rows: list[dict[str, str]], folder: Path, args: argparse.Na
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            str(folder.parent / "training"), max_steps=args.translator_steps, per_device_train_batch_size=64,
+            str(folder.parent / "training"), max_steps=args.translator_steps, per_device_train_batch_size=32,
             learning_rate=args.translator_learning_rate, lr_scheduler_type="cosine", warmup_steps=args.translator_steps // 20,
-            logging_steps=100,
+            logging_steps=100, bf16=args.bf16,
             train_sampling_strategy="group_by_length", save_strategy="no", report_to="none", use_cpu=True, seed=args.seed,
         ),
         train_dataset=Dataset.from_dict({name: encoded[name] for name in ("input_ids", "attention_mask", "labels")}),
@@ -220,8 +220,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--vocab_size", type=int, default=6000, help="of the translator")
     parser.add_argument("--width", type=int, default=192, help="of the translator")
     parser.add_argument("--layers", type=int, default=3, help="of its encoder, and of its decoder")
-    parser.add_argument("--translator_steps", type=int, default=1500, help="of 64 sentences")
-    parser.add_argument("--translator_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--translator_steps", type=int, default=4000, help="of 32 sentences")
+    parser.add_argument("--translator_learning_rate", type=float, default=2e-3)
+    parser.add_argument("--bf16", action="store_true", help="in the translator's training: where the processor has it")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300, help="of a connector")
     parser.add_argument("--batch_size", type=int, default=32)
