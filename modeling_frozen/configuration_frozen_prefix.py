@@ -6,7 +6,6 @@ once, on the meta device, by `from_vision_text_configs`, and stored, so that bui
 """
 
 import copy
-import difflib
 import math
 from collections.abc import Collection, Sequence
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from packaging import version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from .choices import did_you_mean
 from .hub import AUTO_MAP
 from .parts import MODALITIES, PARTS, TRAINABLE, VISION_PARTS
 from .transformers_compat import CACHE_NAMES, CompositeConfig, SubConfigSpec
@@ -305,15 +305,14 @@ class FrozenPrefixConfig(CompositeConfig):
         for key in kwargs:
             if key not in allowed and not key.startswith("_"):
                 raise ValueError(
-                    f"`{key}` is not a key of {cls.__name__}. {cls._nearest_key(key)} Options of the connector itself go into "
+                    f"`{key}` is not a key of {cls.__name__}. {cls._nearest_key(key)}Options of the connector itself go into "
                     "`connector_config`. [errors.md#choices]"
                 )
 
     @classmethod
     def _nearest_key(cls, key: str) -> str:
         own = sorted(FrozenPrefixConfig.__annotations__)
-        nearest = difflib.get_close_matches(key, own, n=1)
-        return f"Did you mean `{nearest[0]}`?" if nearest else f"Valid keys are {own}."
+        return did_you_mean(key, own, f"Valid keys are {own}. ")
 
     def _keep_unknown_keys(self, kwargs: dict[str, Any]) -> None:
         """For files: a later frozen-prefix, or transformers, may know the key, so it is kept and written back."""
@@ -323,7 +322,7 @@ class FrozenPrefixConfig(CompositeConfig):
             if written_by is not None and version.parse(written_by) > version.parse(VERSION):
                 hint = f"The checkpoint was written by {written_by}: upgrade (`pip install -U frozen-prefix`) if it matters."
             else:
-                hint = self._nearest_key(key)
+                hint = self._nearest_key(key).rstrip()
             logger.warning(f"`{key}` in this config is unknown to frozen-prefix {VERSION}: it is kept, and not used. {hint}")
 
     @property

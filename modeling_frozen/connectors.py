@@ -11,7 +11,6 @@ kinds of middle: those that keep the positions (identity, linear, mlp); those th
 grid, row by row (avg_pool, pixel_shuffle, c_abstractor).
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .choices import did_you_mean
 from .vision_towers import VARIABLE
 from .weights import brought
 
@@ -1076,11 +1076,6 @@ def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _closest(name: Any, names: Any) -> str:
-    nearest = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"did you mean {nearest[0]!r}? " if nearest else ""
-
-
 def check_connector(
     connector_type: str,
     *,
@@ -1104,7 +1099,7 @@ def check_connector(
     """
     if connector_type not in CONNECTORS:
         raise ValueError(
-            f"connector_type={connector_type!r} is unknown; {_closest(connector_type, CONNECTORS)}"
+            f"connector_type={connector_type!r} is unknown. {did_you_mean(connector_type, CONNECTORS)}"
             f"The choices are {', '.join(map(repr, CONNECTORS))}. [errors.md#connector-fit]"
         )
     connector, options = CONNECTORS[connector_type], connector_config or {}
@@ -1123,8 +1118,8 @@ def check_connector(
         if name not in connector.options():
             choices = ", ".join(f"{option}={default!r}" for option, default in connector.options().items())
             raise ValueError(
-                f"connector_config holds {name!r}, which the connector {connector_type!r} does not know; "
-                f"{_closest(name, connector.options())}Its options are: {choices or 'none'}. [errors.md#choices]"
+                f"connector_config holds {name!r}, which the connector {connector_type!r} does not know. "
+                f"{did_you_mean(name, connector.options())}Its options are: {choices or 'none'}. [errors.md#choices]"
             )
     return connector.check(**geometry, **options)  # type: ignore[arg-type]  # the keys have types of their own
 

@@ -8,7 +8,6 @@ variable, so threads don't mix, and the language model called by itself, or by a
 always was. Generation goes on from a cache, which holds the images before its words.
 """
 
-import difflib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .backbones import fake_language_model
+from .choices import did_you_mean
 from .connectors import fill_layers, mark_filled
 from .losses import compiled_part
 from .transformers_compat import cache_of
@@ -173,12 +173,10 @@ def check_cross_attention(options: dict[str, Any], num_layers: int | None) -> li
     """
     for name in options:
         if name not in OPTIONS:
-            nearest = difflib.get_close_matches(name, OPTIONS, n=1)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
             choices = ", ".join(f"{option}={default!r}" for option, default in OPTIONS.items())
             raise ValueError(
-                f"cross_attention_config holds {name!r}, which is unknown; {hint}Its options are: {choices}."
-                " [errors.md#cross-attention]"
+                f"cross_attention_config holds {name!r}, which is unknown. {did_you_mean(name, OPTIONS)}"
+                f"Its options are: {choices}. [errors.md#cross-attention]"
             )
     values = {**OPTIONS, **options}
     for name in ("every_n_layers", "num_heads", "head_dim", "feedforward_multiple"):

@@ -12,7 +12,6 @@ cross-entropy does, arXiv 2410.10989, section 3.2). Where something in the head 
 Where Liger is installed, the head is on a GPU and is a linear layer and nothing else, Liger's kernels do it.
 """
 
-import difflib
 import functools
 import math
 import weakref
@@ -30,6 +29,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import logging
 
+from .choices import did_you_mean
 from .connectors import in_eval_mode
 from .transformers_compat import MASKS_KEEP_LOGITS, forward_parameters, slice_logits_to_keep
 
@@ -72,11 +72,9 @@ def check_loss_config(options: dict[str, Any]) -> dict[str, Any]:
     """
     for name in options:
         if name not in OPTIONS:
-            nearest = difflib.get_close_matches(name, OPTIONS, n=1)
-            hint = f"Did you mean `{nearest[0]}`?" if nearest else ""
             raise ValueError(
-                f"`{name}` is not an option of `loss_config`; valid ones are {sorted(OPTIONS)}. {hint}".strip()
-                + " [errors.md#choices]"
+                f"`{name}` is not an option of `loss_config`; valid ones are {sorted(OPTIONS)}. "
+                f"{did_you_mean(name, OPTIONS)}[errors.md#choices]"
             )
     options = {**OPTIONS, **options}
     if not 0 <= options["label_smoothing"] < 1:

@@ -71,7 +71,7 @@ def test_a_file_of_settings_and_flags_that_win(folder: Path, tmp_path: Path, cap
     assert config.connector_config["hidden_size"] == 24
     (tmp_path / "eyes.yaml").write_text("visoin: here\n")
     assert main(["train", "--config", str(tmp_path / "eyes.yaml")]) == 1
-    assert "eyes.yaml: 'visoin' is unknown: did you mean 'vision'?" in capsys.readouterr().err
+    assert "eyes.yaml: 'visoin' is unknown. Did you mean `vision`?" in capsys.readouterr().err
 
 
 def test_it_goes_on_where_it_stopped_and_from_a_checkpoint(
@@ -160,7 +160,7 @@ def test_streams_are_trained_on(folder: Path, tmp_path: Path, capsys: pytest.Cap
         (["--model", "m", "--dataset", "d", "--lora", "0"], "--lora 0 must be a rank"),
         (["--model", "m", "--dataset", "d", "--held_out", "1"], "--held_out 1.0 must be a share"),
         (["--model", "m", "--dataset", "d", "--streaming", "--cache_features"], "leave one out"),
-        (["--model", "m", "--dataset", "d", "--learning_rat", "1"], "'learning_rat' is unknown: did you mean 'learning_rate'"),
+        (["--model", "m", "--dataset", "d", "--learning_rat", "1"], "'learning_rat' is unknown. Did you mean `learning_rate`"),
         (["--model", "m", "--dataset", "gone.json"], "gone.json is not there"),
         (["--config", "gone.yaml"], "gone.yaml"),
     ],

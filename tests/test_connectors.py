@@ -391,12 +391,12 @@ def test_positions_are_a_set_without_position_embeddings(name):
     [
         (
             {"connector_type": "Resampler"},
-            r"'Resampler' is unknown; did you mean 'resampler'\? The choices are 'ident",
+            r"'Resampler' is unknown\. Did you mean `resampler`\? The choices are 'ident",
         ),
-        ({"connector_type": "zzz"}, r"'zzz' is unknown; The choices are 'identity', 'linear', 'mlp', 'transformer', "),
+        ({"connector_type": "zzz"}, r"'zzz' is unknown\. The choices are 'identity', 'linear', 'mlp', 'transformer', "),
         (
             {"connector_config": {"num_head": 2}},
-            r"'num_head', .*'resampler' .*did you mean 'num_heads'\? .*dropout=0.0",
+            r"'num_head', .*'resampler' .*Did you mean `num_heads`\? .*dropout=0.0",
         ),
         ({"connector_config": {"prefix_length": 2}}, r"'prefix_length', which goes beside connector_config, not into"),
         ({"connector_type": "identity", "connector_config": {"dropout": 0.1}}, r"Its options are: none"),

@@ -390,7 +390,7 @@ def test_the_decoder_layers_are_probed() -> None:
     "options, message",
     [
         ({"fusion": "cross_atention"}, "cross_attention"),
-        ({"cross_attention_config": {"every_n_layer": 2}}, "did you mean 'every_n_layers'"),
+        ({"cross_attention_config": {"every_n_layer": 2}}, "Did you mean `every_n_layers`"),
         (
             {"cross_attention_config": {"every_n_layers": 3}},
             "every_n_layers=3 leaves no block in a language model of 2",

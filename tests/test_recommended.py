@@ -107,7 +107,7 @@ def test_arguments_come_from_flags_then_from_the_script_then_from_the_sizes(tmp_
     assert (training.weight_decay, training.logging_steps, training.output_dir) == (0.1, 5, out)
     assert (training.learning_rate, training.gradient_accumulation_steps) == (3e-3, 8)  # 32 rows a step, by fours
     assert training_arguments(["--weight_decay", "0.2"], output_dir=out, weight_decay=0.1).weight_decay == 0.2
-    with pytest.raises(ValueError, match="argument 'learning_rat' is unknown: did you mean 'learning_rate'?"):
+    with pytest.raises(ValueError, match="argument 'learning_rat' is unknown. Did you mean `learning_rate`?"):
         training_arguments(["--learning_rat", "1"], output_dir=out)
-    with pytest.raises(ValueError, match="argument 'visoin' is unknown: did you mean 'vision'?"):
+    with pytest.raises(ValueError, match="argument 'visoin' is unknown. Did you mean `vision`?"):
         training_arguments(["--visoin", "a"], others=["vision"], output_dir=out)

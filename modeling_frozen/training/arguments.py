@@ -1,12 +1,13 @@
 """`TrainingArguments` from a command line: what flags say, then what a script chose, then what the sizes recommend."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from ..choices import did_you_mean
 
 
 def training_arguments(
@@ -75,8 +76,7 @@ def _parse(flags: Sequence[str], chosen: dict[str, Any], prog: str | None, other
 
 def _nearest(name: str, known: set[str]) -> str:
     """What is said of a name that nobody knows."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"{name!r} is unknown" + (f": did you mean {near[0]!r}?" if near else ".")
+    return f"{name!r} is unknown. {did_you_mean(name, known)}".rstrip()
 
 
 def _is_number(value: Any) -> bool:
