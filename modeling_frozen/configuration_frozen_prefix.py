@@ -16,7 +16,6 @@ from packaging import version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from .choices import did_you_mean
 from .hub import AUTO_MAP
 from .parts import MODALITIES, PARTS, TRAINABLE, VISION_PARTS
 from .transformers_compat import CACHE_NAMES, CompositeConfig, SubConfigSpec
@@ -311,6 +310,8 @@ class FrozenPrefixConfig(CompositeConfig):
 
     @classmethod
     def _nearest_key(cls, key: str) -> str:
+        from .connectors import did_you_mean
+
         own = sorted(FrozenPrefixConfig.__annotations__)
         return did_you_mean(key, own, f"Valid keys are {own}. ")
 

@@ -11,9 +11,10 @@ kinds of middle: those that keep the positions (identity, linear, mlp); those th
 grid, row by row (avg_pool, pixel_shuffle, c_abstractor).
 """
 
+import difflib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +23,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .choices import did_you_mean
 from .vision_towers import VARIABLE
 from .weights import brought
 
@@ -1074,6 +1074,12 @@ CONNECTORS: dict[str, type[Connector]] = {
 
 def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def did_you_mean(name: Any, known: Iterable[str], otherwise: str = "") -> str:
+    """A question with the known name that is most like an unknown one; `otherwise` where none is like it."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"Did you mean `{nearest[0]}`? " if nearest else otherwise
 
 
 def check_connector(

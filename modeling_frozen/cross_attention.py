@@ -22,8 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .backbones import fake_language_model
-from .choices import did_you_mean
-from .connectors import fill_layers, mark_filled
+from .connectors import did_you_mean, fill_layers, mark_filled
 from .losses import compiled_part
 from .transformers_compat import cache_of
 from .weights import to_weight

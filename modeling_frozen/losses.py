@@ -29,8 +29,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils import logging
 
-from .choices import did_you_mean
-from .connectors import in_eval_mode
+from .connectors import did_you_mean, in_eval_mode
 from .transformers_compat import MASKS_KEEP_LOGITS, forward_parameters, slice_logits_to_keep
 
 

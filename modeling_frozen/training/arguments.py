@@ -7,8 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..choices import did_you_mean
-
 
 def training_arguments(
     flags: Sequence[str],
@@ -76,6 +74,8 @@ def _parse(flags: Sequence[str], chosen: dict[str, Any], prog: str | None, other
 
 def _nearest(name: str, known: set[str]) -> str:
     """What is said of a name that nobody knows."""
+    from ..connectors import did_you_mean
+
     return f"{name!r} is unknown. {did_you_mean(name, known)}".rstrip()
 
 
