@@ -123,6 +123,12 @@ RESULTS = (
         f"--output_dir {OUT}/photos_coco",
     ),
     Result(
+        "two_stages",
+        f"python -m benchmarks.two_stages {OUT}/photos/0/eyes assets --output_dir {OUT}/two_stages "
+        "--table docs/tables/two_stages.md",
+        table=True,
+    ),
+    Result(
         "learning_curve_story",
         f"{CURVE} --only peers --our_epochs 5 --clipcap CLIP_prefix_caption --output {OUT}/learning_curve_story.json "
         "--table docs/tables/learning_curve_story.md",
