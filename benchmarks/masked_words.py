@@ -99,7 +99,8 @@ def train_language_model(texts: list[str], folder: Path, args: argparse.Namespac
     config = T5Config(
         vocab_size=len(tokenizer), d_model=args.width, d_kv=args.width // 4, d_ff=4 * args.width, num_heads=4,
         num_layers=args.layers, num_decoder_layers=min(2, args.layers), dropout_rate=0.0,
-        decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
     encoded = tokenizer([source for source, _ in pairs], text_target=[answer(hidden) for _, hidden in pairs])
