@@ -149,7 +149,8 @@ def ask(photos: Dataset, args: argparse.Namespace) -> list[dict[str, Any]]:
         set_seed(args.seed)
         model = FrozenPrefixForConditionalGeneration.from_vision_text_pretrained(
             args.vision, str(args.output_dir / "language_model"), connector_type="mlp",
-            connector_config={"input_dropout": args.input_dropout},
+            connector_config={"input_dropout": args.input_dropout}, vision_feature_select_strategy="pooled",
+            prefix_length=args.prefix_length,
         )  # fmt: skip
         processor = FrozenPrefixProcessor.from_model(model)
         stored = cache_vision_features(photos, model, processor, cache_dir=args.output_dir / "features")
@@ -195,9 +196,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--lm_steps", type=int, default=2500, help="of 64 sentences")
     parser.add_argument("--lm_learning_rate", type=float, default=1e-3)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300, help="of a connector")
+    parser.add_argument("--steps", type=int, default=400, help="of a connector")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--prefix_length", type=int, default=8, help="vectors, from the tower's pooled feature")
     parser.add_argument("--input_dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", type=Path, help="a Markdown file that gets the table too")
