@@ -226,6 +226,7 @@ def moved(model: Any, processor: Any, data: "Data") -> None:
 
 def _candidates() -> Iterator[Candidate]:
     yield Candidate("peers", "ours", longer=True)
+    yield Candidate("peers", "ours, five captions of each of four photos", texts=5, longer=True)
     for rate in (1e-3, 2e-3):
         yield Candidate("peers", f"ClipCap's code, rate {rate:g}", "clipcap", rate)
     for rate in (1e-3, 3e-3):

@@ -180,8 +180,8 @@ def learning_curve(table: str, language_model: str) -> str:
     systems: dict[str, dict[str, list[list[str]]]] = {}
     for name, *cells in rows_of(table, "peers"):
         systems.setdefault(name.partition(", rate")[0], {}).setdefault(name, []).append(cells)
-    colours, lines = (TRAINS_LINE, FROZEN_LINE, "#6a8f3c"), []
-    for (system, rates), colour in zip(systems.items(), colours, strict=False):
+    colours, lines = (TRAINS_LINE, FROZEN_LINE, "#6a8f3c", "#8a5aa8"), []
+    for (system, rates), colour in zip(systems.items(), colours[: len(systems)], strict=True):
         best = max(rates.values(), key=lambda rows: figure_of(rows[-1][3])[0])
         for column, what in ((3, "CIDEr"), (4, "gap")):
             points = [(float(cells[2]), *figure_of(cells[column])) for cells in best]
@@ -196,6 +196,7 @@ def learning_curve(table: str, language_model: str) -> str:
 PICTURES = {
     "parts.svg": parts,
     "lengths.svg": lengths,
+    "learning_curve.svg": partial(learning_curve, "learning_curve", "SmolLM2-135M-Instruct"),
     "learning_curve_story.svg": partial(learning_curve, "learning_curve_story", "story model"),
 }
 
