@@ -9,7 +9,7 @@ They are stopped now and then to write the captions of the test photos, greedily
 less that of the same captions, each beside another photo's: what is had without seeing. The peers:
 
 - *ours* is what `examples/quickstart_real.py` trains: ten vectors of the pooled feature, one caption of each of twenty
-  photos a step;
+  photos a step; or five captions of each of four, behind one reading of it;
 - *ClipCap's* `train.py` runs as it is, from a checkout ([`benchmarks.clipcap_checkout`]): ten vectors of the pooled feature,
   captions without a prompt, padded to the longest of all. A language model without `.transformer.wte` is given one by
   `AsGPT2`. Its captions are written from its prefixes by our `generate()`, to the first ".";
@@ -226,7 +226,7 @@ def moved(model: Any, processor: Any, data: "Data") -> None:
 
 def _candidates() -> Iterator[Candidate]:
     yield Candidate("peers", "ours", longer=True)
-    yield Candidate("peers", "ours, five captions of each of four photos", texts=5, longer=True)
+    yield Candidate("peers", "ours, five of a photo", texts=5, longer=True)
     for rate in (1e-3, 2e-3):
         yield Candidate("peers", f"ClipCap's code, rate {rate:g}", "clipcap", rate)
     for rate in (1e-3, 3e-3):

@@ -137,8 +137,8 @@ RESULTS = (
     Result(
         "learning_curve",
         "python -m benchmarks.learning_curve --vision google/mobilenet_v2_1.0_224 --text HuggingFaceTB/SmolLM2-135M-Instruct "
-        "--dataset assets/captions/flickr8k_1k --clipcap CLIP_prefix_caption --only ours \"ClipCap's code, rate 0.001\" "
-        f"\"transformers' LLaVA, rate 0.001\" --epochs 1 --points 0.25 0.5 1 --seeds 0 --store {OUT}/learning_curve "
+        '--dataset assets/captions/flickr8k_1k --clipcap CLIP_prefix_caption --only ours "ClipCap\'s code, rate 0.001" '
+        f'"transformers\' LLaVA, rate 0.001" --epochs 1 --points 0.25 0.5 1 --seeds 0 --store {OUT}/learning_curve '
         f"--output {OUT}/learning_curve.json --table docs/tables/learning_curve.md",
         table=True,
     ),

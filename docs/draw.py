@@ -180,8 +180,10 @@ def learning_curve(table: str, language_model: str) -> str:
     systems: dict[str, dict[str, list[list[str]]]] = {}
     for name, *cells in rows_of(table, "peers"):
         systems.setdefault(name.partition(", rate")[0], {}).setdefault(name, []).append(cells)
-    colours, lines = (TRAINS_LINE, FROZEN_LINE, "#6a8f3c", "#8a5aa8"), []
-    for (system, rates), colour in zip(systems.items(), colours[: len(systems)], strict=True):
+    colours = {"ours": TRAINS_LINE, "ours, five of a photo": "#8a5aa8", "ClipCap's code": FROZEN_LINE}
+    lines = []
+    for system, rates in systems.items():
+        colour = colours.get(system, "#6a8f3c")
         best = max(rates.values(), key=lambda rows: figure_of(rows[-1][3])[0])
         for column, what in ((3, "CIDEr"), (4, "gap")):
             points = [(float(cells[2]), *figure_of(cells[column])) for cells in best]
