@@ -5,9 +5,8 @@
 
 Both parents are frozen, and a connector learns from captioned photos what to write between "user" and "Describe the photo."
 The tower looks at each photo once. A step learns one caption of each of twenty photos, drawn anew every epoch; with
-`--all_captions` all of a photo, behind one reading of it, for which fewer photos a step do. Into `--output_dir` go the
-checkpoint (`eyes`), `results.json`, `predictions.jsonl`, `training.png` and `sheet.png`: photos with what is said of them.
-The data set is of any form that `load_image_text` reads, with the splits train, validation and test.
+`--all_captions` all of each, of fewer photos. Into `--output_dir` go the checkpoint (`eyes`), `results.json`,
+`predictions.jsonl`, `training.png` and `sheet.png`. The data set is of any form that `load_image_text` reads, in three splits.
 """
 
 import argparse
@@ -112,10 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
         print(f"{caption}  {args.question} {processor.decode(ids, skip_special_tokens=True)}")
     used = time.process_time() - processor_begin
-    print(
-        f"\n{time.time() - begin:.0f} seconds, {used:.0f} of processor time. See {out / 'sheet.png'}; drop a photo into the "
-        f"page of\n    frozen-prefix demo {out / 'eyes'}"
-    )
+    print(f"\n{time.time() - begin:.0f} seconds, {used:.0f} of processor time. See {out / 'sheet.png'}.")
+    print(f"Drop a photo into the page of\n    frozen-prefix demo {out / 'eyes'}")
 
 
 if __name__ == "__main__":
