@@ -204,10 +204,8 @@ def moved(model: Any, processor: Any, data: "Data") -> None:
     scaled to the norm of words."""
     own, begin = model.model.connector, time.process_time()
     small, its_processor = data.build("pooled", hidden_size=own.output.in_features, text=data.args.from_text)
-    captions = sum(map(len, data.captions["train"]))
-    steps = max(1, round(data.args.epochs * captions / CAPTIONS))
-    learn = Candidate("changes", "the smaller language model's")
-    run_trainer(small, Rows(data, "pooled", its_processor, 1), its_processor, steps, 0, learn, TrainerCallback())
+    learn, steps = Candidate("changes", "the smaller language model's"), data.steps(data.args.epochs)
+    run_trainer(small, Rows(data, "pooled", its_processor, learn.texts), its_processor, steps, 0, learn, TrainerCallback())
     print(f"  {time.process_time() - begin:.0f} seconds for the connector of {data.args.from_text}", flush=True)
     words, its_words = (one.model.get_input_embeddings().weight for one in (model, small))
     weight, constant = map_of_words(its_words, words, common_words(its_processor.tokenizer, processor.tokenizer))
@@ -268,6 +266,10 @@ class Data:
             self.photos[split] = rows.select_columns(["image"])
             said = [[one] if isinstance(one, str) else one for one in rows["text"]]
             self.captions[split] = [[tidy(one) for one in captions] for captions in said]
+
+    def steps(self, epochs: float) -> int:
+        """So many pass so often over all captions of training."""
+        return max(1, round(epochs * sum(map(len, self.captions["train"])) / CAPTIONS))
 
     def answers(self, split: str) -> list[list[str]]:
         """Captions as ours and LLaVA learn them: behind a chat's prompt as a sentence, else as ClipCap's."""
@@ -679,7 +681,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = {name: value for name, value in vars(args).items() if name not in said}
     results = kept_runs(args.output, settings)
     data = Data(args)
-    captions = sum(map(len, data.captions["train"]))
     for seed in args.seeds:
         for key, candidate in CANDIDATES.items():
             known = results["runs"].setdefault(key, {})
@@ -689,7 +690,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 continue
             print(f"{key}, seed {seed}", flush=True)
             epochs = (args.our_epochs if candidate.longer else None) or args.epochs * candidate.epochs
-            steps = max(1, round(epochs * captions / CAPTIONS))
+            steps = data.steps(epochs)
             known[str(seed)] = {"rate": candidate.rate, "points": RUNS[candidate.code](candidate, seed, steps, data).points}
             args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.table is not None:
