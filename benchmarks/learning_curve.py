@@ -185,7 +185,9 @@ def map_of_words(
     first: torch.Tensor, second: torch.Tensor, common: list[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The linear map, with a constant, that takes embeddings of one language model nearest to those of another, by least
-    squares over words that both have: its weight (second width, first width) and constant."""
+    squares over words that both have: its weight (second width, first width) and constant. A placeholder of images that a
+    processor added to its tokenizer has an id and no embedding."""
+    common = [(one, other) for one, other in common if one < len(first) and other < len(second)]
     x, y = first[[one for one, _ in common]].float(), second[[other for _, other in common]].float()
     mean_x, mean_y = x.mean(0), y.mean(0)
     weight = torch.linalg.lstsq(x - mean_x, y - mean_y, driver="gelsd").solution.T

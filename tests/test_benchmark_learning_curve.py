@@ -130,7 +130,7 @@ def test_a_connector_is_moved_by_the_words_that_two_language_models_share(
     draw = torch.Generator().manual_seed(0)
     first, turn = torch.randn(50, 8, generator=draw), torch.randn(8, 12, generator=draw)
     second = (first @ turn + 3.0).flip(0)
-    common = [(number, 49 - number) for number in range(5, 45)]
+    common = [(number, 49 - number) for number in range(5, 45)] + [(50, 3), (3, 51)]  # two without an embedding
     weight, constant = learning_curve.map_of_words(first, second, common)
     assert torch.allclose(weight, turn.T, atol=1e-4) and torch.allclose(constant, torch.full((12,), 3.0), atol=1e-4)
 
