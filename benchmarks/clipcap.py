@@ -47,8 +47,8 @@ from benchmarks import timing
 from benchmarks.clipcap_checkout import decoding_functions, training_code
 from benchmarks.digits import shuffled
 from modeling_frozen import DataCollatorForFrozenPrefix, FrozenPrefixForConditionalGeneration, FrozenPrefixProcessor
-from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import cache_vision_features
+from modeling_frozen.data.feature_store import StoredImage
 from modeling_frozen.metrics import caption_metrics
 
 
@@ -74,7 +74,7 @@ class Data:
             photos = rows.select_columns([args.image_column]).rename_columns({args.image_column: "image"})
             store = args.store or str(folder)
             self.rows[split] = cache_vision_features(photos, model, self.processor, cache_dir=store, dtype="float32")
-            self.features[split] = stack_features(list(self.rows[split]["image"]))["vision_features"]
+            self.features[split] = StoredImage.stack(list(self.rows[split]["image"]))["vision_features"]
         self.sentences = [
             {"image_id": photo, "clip_embedding": photo, "caption": tidy(one)}
             for photo, several in enumerate(self.captions["train"])

@@ -64,7 +64,7 @@ from modeling_frozen import (
     load_image_text,
 )
 from modeling_frozen.data.augmentation import PhotoAugmentation
-from modeling_frozen.data.collator import stack_features
+from modeling_frozen.data.feature_store import StoredImage
 from modeling_frozen.metrics import caption_metrics
 from modeling_frozen.training.starting import start_as_words
 
@@ -306,7 +306,7 @@ class Data:
 
     def features(self, strategy: str, split: str) -> torch.Tensor:
         """(photos, positions, width)."""
-        return stack_features(list(self.stored(strategy, split)["image"]))["vision_features"]
+        return StoredImage.stack(list(self.stored(strategy, split)["image"]))["vision_features"]
 
     def prompt(self, processor: Any) -> str:
         return "" if self.args.no_chat else processor.chat_prompt(self.args.prompt)

@@ -46,8 +46,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks import timing
 from modeling_frozen import FrozenPrefixForImageTextRetrieval, FrozenPrefixProcessor
 from modeling_frozen.backbones import load_base_model
-from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import cache_vision_features
+from modeling_frozen.data.feature_store import StoredImage
 from modeling_frozen.metrics import recall_at_k
 from modeling_frozen.text_reading import pool_text
 
@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parts[name] = Data(split, processor)
         with tempfile.TemporaryDirectory() as folder:
             stored = cache_vision_features(split, model, processor, cache_dir=folder, num_workers=0)
-            parts[name].features = stack_features(list(stored["image"]))["vision_features"]
+            parts[name].features = StoredImage.stack(list(stored["image"]))["vision_features"]
 
     output = Path(args.output)
     settings = {key: value for key, value in vars(args).items() if key not in ("candidates", "seeds", "output", "table")}

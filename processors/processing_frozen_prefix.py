@@ -59,6 +59,11 @@ _length_of_call: ContextVar[int | None] = ContextVar("length_of_call", default=N
 _UNKNOWN_LENGTH = int(1e20)
 
 
+def _is_stored(image: Any) -> bool:
+    """Whether it is the features of an image in a store, whose class these files can't import: on the Hub they lie alone."""
+    return hasattr(type(image), "tile_options")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processor
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +99,8 @@ class FrozenPrefixProcessor(ProcessorMixin):
     output. Images are a single one, a flat list in reading order, or nested, one list per text. A text without any
     `<image>` gets one per image at `image_position`. The tokenizer's BOS, where it has one, stays first: BOS, image,
     text. What it appends to a text, EOS or [SEP], is left out for decoders, which go on there. `text=None` gives
-    `pixel_values` alone; `text=""` gives a bare prompt with the image.
+    `pixel_values` alone; `text=""` gives a bare prompt with the image. Images in a store of features (rows of
+    `cache_vision_features`) give `vision_features` in the place of `pixel_values`.
 
     A processor with `num_frames` takes videos (see `load_video`), one with a feature extractor takes audio (see
     `load_waveform`), in the same ways: `videos=` gives `pixel_values_videos` (videos, frames, C, H, W), `audio=` gives
@@ -503,7 +509,7 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def count_tiles(self, image: Any, options: Mapping[str, Any] | None = None) -> int:
         """How many tiles an image has: open, encoded (path, bytes, …) or in a store; `options` as of [`tile_options`]."""
         options = self.tile_options() if options is None else options
-        if hasattr(type(image), "tile_options"):
+        if _is_stored(image):
             stored = image.tile_options or checked({})
             if stored != options and (stored["crop_to_patches"] or options["crop_to_patches"]):
                 raise ValueError(
@@ -578,6 +584,9 @@ class FrozenPrefixProcessor(ProcessorMixin):
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         options = self.tile_options(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in DEFAULTS}
+        if stored := [image for image in images if _is_stored(image)]:
+            made = {**stored[0].stack(images), "num_patches": [self.count_tiles(image, options) for image in images]}
+            return made, [self.replace_image_token(made, index) for index in range(len(images))]
         if not options["crop_to_patches"]:
             made, replacements = super()._process_images(images, **kwargs)
             for number, further in enumerate(self.image_processors[1:], 2):
@@ -761,11 +770,14 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return nested
 
     def _load_images(self, images: list[Any], rescale: bool | None, layout: Any) -> list[Any]:
-        """Open and convert; arrays that are not to be rescaled are in their final range and stay as they are."""
+        """Open and convert. Arrays that are not to be rescaled are in their final range and stay as they are, and so do images
+        in a store, which the tower has seen."""
         channels_first = None if layout is None else getattr(layout, "value", layout) == "channels_first"
         loaded = []
         for index, image in enumerate(images):
-            if self._rescales(rescale) or not hasattr(image, "dtype"):
+            if _is_stored(image):
+                pass
+            elif self._rescales(rescale) or not hasattr(image, "dtype"):
                 image = load_rgb_image(image, f"image {index}", channels_first=channels_first)
             elif 0 in image.shape:
                 raise ValueError(
@@ -938,9 +950,11 @@ class FrozenPrefixProcessor(ProcessorMixin):
         return [load_waveform(one, rate, f"audio {index}") for index, one in enumerate(audio)]
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
-        # transformers would stack each video's frames to count the videos.
-        counted = None if videos is None else [np.zeros((1, 1, 1, 3), dtype=np.uint8)] * len(videos)
-        super().validate_inputs(images=images, text=text, videos=counted, audio=audio, **kwargs)
+        # They are counted there: transformers would stack each video's frames for it, and knows no stored image.
+        pixel = np.zeros((1, 1, 3), dtype=np.uint8)
+        images = None if images is None else [pixel if _is_stored(image) else image for image in images]
+        videos = None if videos is None else [pixel[None]] * len(videos)
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         takes = getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", {})

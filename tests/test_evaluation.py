@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from modeling_frozen import DataCollatorForFrozenPrefix
+from modeling_frozen import DataCollatorForFrozenPrefix, cache_vision_features
 from modeling_frozen.evaluation.evaluator import (
     EvaluationCallback,
     bootstrap,
@@ -24,6 +25,7 @@ from modeling_frozen.evaluation.evaluator import (
 from modeling_frozen.metrics.scores import caption_metrics, exact_match, token_f1, vqa_accuracy
 from tests.helpers import fresh_python
 from tests.helpers.audio_towers import join_with_audio, save_parents_with_audio
+from tests.helpers.feature_stores import seen
 from tests.helpers.tiny import COLOURS, captioned_rows, join, rows
 
 
@@ -70,6 +72,26 @@ def test_each_condition_is_what_it_says(joined: tuple[Any, Any]) -> None:
     for kind, scores in result.scores.items():
         assert scores == pytest.approx(caption_metrics(result.predictions[kind], references))
     assert "sighted - blind" in result.table() and result.table().count("\n") == 5
+
+
+def test_stored_images_are_scored_as_the_images_are(joined: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = joined
+    data = captioned_rows()
+    dataset = datasets.Dataset.from_list(data)
+    rows = cache_vision_features(dataset, model, processor, cache_dir=tmp_path / "store", dtype="float32", num_workers=0)
+    expected = evaluate(model, processor, dataset, batch_size=3, output_dir=tmp_path, **GENERATE)
+    with seen(model) as images:
+        result = evaluate(model, processor, rows, batch_size=3, output_dir=tmp_path, **GENERATE)
+    assert not images and result.predictions == expected.predictions and result.intervals == expected.intervals
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    asked = [line for line in lines if line["kind"] == "sighted"]
+    assert len({line["run"] for line in lines}) == 1 and len({*sum([line["images"] for line in asked], [])}) == 4
+    assert all(line["images"] == [] for line in lines if line["kind"] == "language_model")
+    less = cache_vision_features(dataset, model, processor, cache_dir=tmp_path / "store", dtype="int8", num_workers=0)
+    evaluate(model, processor, less, output_dir=tmp_path, kinds=["sighted"], **GENERATE)
+    assert {json.loads(line)["run"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()}.isdisjoint(
+        {line["run"] for line in lines}  # features that were rounded may be answered otherwise
+    )
 
 
 def media_rows(folder: Path) -> list[dict[str, Any]]:

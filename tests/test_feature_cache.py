@@ -31,7 +31,6 @@ from modeling_frozen import (
     FrozenPrefixProcessor,
     cache_vision_features,
 )
-from modeling_frozen.data.collator import stack_features
 from modeling_frozen.data.feature_cache import StoredImage, VisionFeatures, store_key
 from modeling_frozen.data.feature_store import FeatureStore
 from tests.helpers import fresh_python
@@ -567,7 +566,7 @@ def test_masks_come_back_as_they_were(pair: tuple[Any, Any], tmp_path: Path) -> 
     assert torch.equal(shelf.read(b"d" * 16, 1)[0], features[1, :3])
     with pytest.raises(ValueError, match='too large for float16: .*"bfloat16"'):
         FeatureStore.for_key(tmp_path, {**key, "dtype": "float16"}).writer(1).add([b"e" * 16], features[:2] * 1e6, None)
-    batch = stack_features([StoredImage(str(shelf.folder), one * 16) for one in (b"d", b"a")])
+    batch = StoredImage.stack([StoredImage(str(shelf.folder), one * 16) for one in (b"d", b"a")])
     assert batch["vision_features"].shape == (2, 5, 32)
     assert batch["vision_features_mask"].tolist() == [[True] * 3 + [False] * 2] * 2
     assert torch.equal(batch["vision_features"][0, :3], features[0, :3])
@@ -657,6 +656,29 @@ def test_training_from_the_store_is_training_without_it(dropout: float, parents:
     torch.testing.assert_close(results[1][1], results[0][1], atol=1e-5, rtol=1e-4)
     again = Model.from_pretrained(tmp_path / "runTrue")
     assert again.model.vision_tower is not None
+
+
+def test_the_processor_takes_stored_images_where_it_takes_images(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = pair
+    out = [row["image"] for row in store(pair, captioned(captions=1), tmp_path)]
+    images = [noise(index) for index in range(4)]
+    for chosen, text in (
+        ([0, 1], ["a square", "the"]),
+        (2, "a square"),
+        ([[3, 0], []], ["a <image> the <image>", "a square"]),
+    ):
+        pick = lambda media, at: [pick(media, one) for one in at] if isinstance(at, list) else media[at]  # noqa: E731
+        made = processor(images=pick(out, chosen), text=text, padding=True, return_tensors="pt")
+        plain = processor(images=pick(images, chosen), text=text, padding=True, return_tensors="pt")
+        assert "pixel_values" not in made and torch.equal(made["input_ids"], plain["input_ids"])
+        options = {"do_sample": False, "max_new_tokens": 4}
+        assert torch.equal(model.generate(**made, **options), model.generate(**plain, **options))
+        torch.testing.assert_close(model(**made).logits, model(**plain).logits)
+    for both in ([out[0], images[1]], [images[0], out[1]]):
+        with pytest.raises(ValueError, match="1 of 2 images are stored features, the others images"):
+            processor(images=both, text=["a", "a"])
+        with pytest.raises(ValueError, match="1 of 2 images are stored features, the others images"):
+            DataCollatorForFrozenPrefix(processor)([{"image": one, "text": "a"} for one in both])
 
 
 # -------------------------------------------------------------------------------------- a model without its tower

@@ -272,6 +272,10 @@ def test_tiles_are_stored_and_read_as_the_tower_gives_them(tmp_path: Path, optio
     made, expected = model(**batch, skip_logits=False), model(**fresh, skip_logits=False)
     torch.testing.assert_close(made.logits, expected.logits, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(made.loss, expected.loss)
+    made = processor(images=[row["image"] for row in rows], text=["a square"] * 4, padding=True, return_tensors="pt")
+    fresh = processor(images=images, text=["a square"] * 4, padding=True, return_tensors="pt")
+    assert torch.equal(made["input_ids"], fresh["input_ids"]) and "num_patches" not in made
+    torch.testing.assert_close(model(**made).logits, model(**fresh).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_stores_of_other_tiles_are_others(tmp_path: Path) -> None:
@@ -285,6 +289,8 @@ def test_stores_of_other_tiles_are_others(tmp_path: Path) -> None:
     for number, one in ((0, processors[4]), (4, processors[0]), (0, processors[1])):
         with pytest.raises(ValueError, match="take the processor that they were stored with, or run cache_vision_features"):
             DataCollatorForFrozenPrefix(one)([made[number][0]])
+        with pytest.raises(ValueError, match="take the processor that they were stored with, or run cache_vision_features"):
+            one(images=made[number][0]["image"], text="a")
     plain = DataCollatorForFrozenPrefix(processors[4])([made[4][0]])
     assert len(plain["vision_features"]) == 1
 

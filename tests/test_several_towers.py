@@ -404,7 +404,7 @@ def test_a_pair_reads_the_stores_of_its_towers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\['vision_features_2'\] were passed, and this model has 1 vision tower"):
         one(**batch)
     mixed = [rows[0], stored(tmp_path, one, own, images)[1]]
-    with pytest.raises(ValueError, match="one vision tower and of several: train on rows of one kind"):
+    with pytest.raises(ValueError, match="one vision tower and of several: take rows of one kind"):
         collator(mixed)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..prefix_sharing import begin_alike
@@ -241,12 +240,7 @@ class DataCollatorForFrozenPrefix:
                 tiles = [self.processor.count_tiles(image) for image in images]
                 starts = [sum(tiles[:place]) for place in range(len(tiles))]
                 index = torch.tensor([starts[place] + tile for place in order for tile in range(tiles[place])])
-        stored = sum(isinstance(image, StoredImage) for image in images)
-        if stored not in (0, len(images)):
-            raise ValueError(
-                f"{stored} of the {len(images)} images of a batch are stored features, the others images: train on rows "
-                "of one kind, by `cache_vision_features` on all. [errors.md#collator]"
-            )
+        stored = any(isinstance(image, StoredImage) for image in images)
         if self.augment is not None:
             if stored:
                 raise ValueError(
@@ -254,7 +248,7 @@ class DataCollatorForFrozenPrefix:
                     "(`cache_vision_features(..., views=k, augment=…)`), or train from the images. [errors.md#collator]"
                 )
             images = [self._augmented(number, image) for number, image in enumerate(images)]
-        batch = stack_features(images) if stored else dict(self.processor(images=images, return_tensors="pt"))
+        batch = StoredImage.stack(images) if stored else dict(self.processor(images=images, return_tensors="pt"))
         return batch if index is None else {**batch, "image_index": index}
 
     def _augmented(self, number: int, image: Any) -> Any:
@@ -566,56 +560,6 @@ def image_identity(image: Any) -> Any:
         data, path = image.get("bytes"), image.get("path")
         return (type(data), data) if isinstance(data, bytes) else path if isinstance(path, str) else id(image)
     return id(image)
-
-
-def stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
-    """Stored images as `vision_features` (images, positions, vision_width), padded to the longest, and, where positions
-    vary, `vision_features_mask` (images, positions), and `spatial_shapes` (images, 2) of those that are grids. Of images in
-    tiles there is a row for each tile, as the tower reads them. Of several vision towers `vision_features_2` and
-    `vision_features_3` too.
-
-    Raises:
-        ValueError: if one can't be read, with its number among `images`; if they are of several stores.
-    """
-    if len({len(image.further) for image in images}) > 1:
-        raise ValueError(
-            "A batch holds features of one vision tower and of several: train on rows of one kind. [errors.md#collator]"
-        )
-    batch = _stack_features(images)
-    for number, further in enumerate(zip(*(image.further for image in images), strict=True), 2):
-        batch[f"vision_features_{number}"] = _stack_features(further)["vision_features"]
-    return batch
-
-
-def _stack_features(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
-    loaded, grids = [], []
-    for number, image in enumerate(images):
-        try:
-            loaded.append(image.load())
-            grids.append(None if loaded[-1][1] is None else image.grid())
-        except ValueError as error:
-            raise ValueError(f"Image {number} of the batch: {error}") from error
-    features = [one for one, _ in loaded]
-    kinds = {(one.shape[1], str(one.dtype), str(image.tile_options)) for one, image in zip(features, images, strict=True)}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"A batch holds features of several widths, dtypes or tiles, {sorted(kinds)}: of several stores."
-            " [errors.md#collator]"
-        )
-    if images[0].tile_options is not None:
-        real = [one if mask is None else one[mask] for one, mask in loaded]
-        tiles = [one.unflatten(0, (image.count_tiles(), -1)) for one, image in zip(real, images, strict=True)]
-        return {"vision_features": torch.cat(tiles)}
-    length = max(len(one) for one in features)
-    if all(mask is None and len(one) == length for one, mask in loaded):
-        return {"vision_features": torch.stack(features)}
-    masks = [torch.ones(len(one), dtype=torch.bool) if mask is None else mask for one, mask in loaded]
-    known = [grid for grid in grids if grid is not None]
-    return {
-        **({"spatial_shapes": torch.tensor(known)} if len(known) == len(images) else {}),
-        "vision_features": torch.stack([nn.functional.pad(one, (0, 0, 0, length - len(one))) for one in features]),
-        "vision_features_mask": torch.stack([nn.functional.pad(mask, (0, length - len(mask))) for mask in masks]),
-    }
 
 
 # -------------------------------------------------------------------------------------------------------------- chats

@@ -14,12 +14,14 @@ import json
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .image_index import ImageIndex
 from .whole_files import DISK, remove_leftovers, temporary_path, write_whole
@@ -75,6 +77,64 @@ class StoredImage:
         """How many tiles of it are stored; one where none were cut."""
         grid = None if self.tile_options is None else self.grid()
         return 1 if grid is None else grid[0]
+
+    @staticmethod
+    def stack(images: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Several of them as the model takes them: `vision_features` (images, positions, vision_width), padded to the longest,
+        and, where positions vary, `vision_features_mask` (images, positions), and `spatial_shapes` (images, 2) of those that
+        are grids. Of images in tiles there is a row for each tile, as the tower reads them. Of several vision towers
+        `vision_features_2` and `vision_features_3` too.
+
+        Raises:
+            ValueError: if one is no stored image, or can't be read, with its number among `images`; if they are of several
+                stores.
+        """
+        stored = [isinstance(image, StoredImage) for image in images]
+        if not all(stored):
+            raise ValueError(
+                f"{sum(stored)} of {len(images)} images are stored features, the others images: take rows of one kind, by "
+                "`cache_vision_features` on all. [errors.md#stored-features]"
+            )
+        if len({len(image.further) for image in images}) > 1:
+            raise ValueError(
+                "A batch holds features of one vision tower and of several: take rows of one kind. [errors.md#stored-features]"
+            )
+        batch = _stack(images)
+        for number, further in enumerate(zip(*(image.further for image in images), strict=True), 2):
+            batch[f"vision_features_{number}"] = _stack(further)["vision_features"]
+        return batch
+
+
+def _stack(images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
+    """Those of one vision tower."""
+    loaded, grids = [], []
+    for number, image in enumerate(images):
+        try:
+            loaded.append(image.load())
+            grids.append(None if loaded[-1][1] is None else image.grid())
+        except ValueError as error:
+            raise ValueError(f"Image {number} of the batch: {error}") from error
+    features = [one for one, _ in loaded]
+    kinds = {(one.shape[1], str(one.dtype), str(image.tile_options)) for one, image in zip(features, images, strict=True)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"A batch holds features of several widths, dtypes or tiles, {sorted(kinds)}: of several stores."
+            " [errors.md#stored-features]"
+        )
+    if images[0].tile_options is not None:
+        real = [one if mask is None else one[mask] for one, mask in loaded]
+        tiles = [one.unflatten(0, (image.count_tiles(), -1)) for one, image in zip(real, images, strict=True)]
+        return {"vision_features": torch.cat(tiles)}
+    length = max(len(one) for one in features)
+    if all(mask is None and len(one) == length for one, mask in loaded):
+        return {"vision_features": torch.stack(features)}
+    masks = [torch.ones(len(one), dtype=torch.bool) if mask is None else mask for one, mask in loaded]
+    known = [grid for grid in grids if grid is not None]
+    return {
+        **({"spatial_shapes": torch.tensor(known)} if len(known) == len(images) else {}),
+        "vision_features": torch.stack([nn.functional.pad(one, (0, 0, 0, length - len(one))) for one in features]),
+        "vision_features_mask": torch.stack([nn.functional.pad(mask, (0, length - len(mask))) for mask in masks]),
+    }
 
 
 @functools.lru_cache(maxsize=64)

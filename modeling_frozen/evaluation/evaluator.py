@@ -34,6 +34,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..connectors import in_eval_mode
 from ..data.collator import OTHERS, clean_messages, open_media, others_of, place_in_turns, place_media, plain_text
 from ..data.columns import images_of, no_image_column, unread_image
+from ..data.feature_store import StoredImage
 from ..data.image_reading import digest_of_image, digest_of_media
 from ..data.processes import Processes, refuse_parts
 from ..freezing import CONNECTING
@@ -140,7 +141,8 @@ def evaluate(
         processor: its `FrozenPrefixProcessor`.
         dataset: rows with an image (or a list of images; None for a row of text alone), a video or audio (columns as the
             collator reads them), maybe a prompt, and references. Rows of `messages` are prompted with what stands before
-            their last assistant turn, which is the reference.
+            their last assistant turn, which is the reference. For rows of `cache_vision_features` no tower is run; of an
+            image with several views the one is asked about that is drawn when the row is read.
         task (`str`): "captioning" (BLEU, ROUGE-L, CIDEr-D) or "vqa" (exact match, token F1, and
             VQA accuracy where every question has more than three answers).
         kinds: which of `KINDS`; "sighted" must be among them.
@@ -411,7 +413,7 @@ def _read(
                     f"per {'input' if modality == 'audio' else modality}, or none. [errors.md#evaluation]"
                 )
         keys = [
-            _digest(processor, modality, one, digests, f"{modality} of row {index}").hex()
+            _key(processor, modality, one, digests, f"{modality} of row {index}")
             for modality, own in media.items()
             for one in own
         ]
@@ -429,10 +431,13 @@ def _read(
     return rows
 
 
-def _digest(processor: Any, modality: str, one: Any, known: dict[str, bytes], name: str) -> bytes:
+def _key(processor: Any, modality: str, one: Any, known: dict[str, bytes], name: str) -> str:
+    """What is the same for the same input; of an image in a store, for the same features of it."""
+    if isinstance(one, StoredImage):
+        return "-".join([one.digest.hex(), str(one.view), *(Path(each.store).name for each in (one, *one.further))])
     if modality == "image":
-        return digest_of_image(one, known=known, name=name)
-    return digest_of_media(one, lambda media: open_media(processor, modality, media, name), known)
+        return digest_of_image(one, known=known, name=name).hex()
+    return digest_of_media(one, lambda media: open_media(processor, modality, media, name), known).hex()
 
 
 def _chat(index: int, messages: Any, columns: dict[str, list[Any]], processor: Any) -> tuple[str, str, dict[str, list[Any]]]:

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from ..connectors import in_eval_mode
-from ..data.collator import stack_features
-from ..data.feature_store import StoredImage
 from ..metrics.scores import recall_at_k
 
 
@@ -52,10 +50,7 @@ def embed_images(model: Any, processor: Any, images: Sequence[Any], *, batch_siz
     with torch.no_grad(), in_eval_mode(model):
         for start in range(0, len(images), batch_size):
             batch = list(images[start : start + batch_size])
-            if all(isinstance(image, StoredImage) for image in batch):
-                inputs = stack_features(batch)
-            else:
-                inputs = dict(processor(images=batch, return_tensors="pt"))
+            inputs = processor(images=batch, return_tensors="pt")
             inputs = {name: value.to(_device(model)) for name, value in inputs.items()}
             embeds.append(model.get_image_features(**inputs).pooler_output.float().cpu())
     return nn.functional.normalize(torch.cat(embeds), dim=-1)
