@@ -156,7 +156,7 @@ def ask(photos: Dataset, args: argparse.Namespace) -> list[dict[str, Any]]:
         stored = cache_vision_features(photos, model, processor, cache_dir=args.output_dir / "features")
         learnt = stored.select([place for at, place in enumerate(order) if at % args.folds != fold])
         train_eyes(model, processor, [question for row in learnt for question in questions(row)], args)
-        asked = [question for row in photos.select(order[fold :: args.folds]) for question in questions(row)]
+        asked = [question for row in stored.select(order[fold :: args.folds]) for question in questions(row)]
         options: dict[str, Any] = {"seed": args.seed, "num_resamples": 0, "batch_size": 64, "max_new_tokens": 32}
         found = evaluate(model, processor, asked, kinds=tuple(CONDITIONS), **options).predictions
         for at, row in enumerate(asked):

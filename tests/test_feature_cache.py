@@ -658,6 +658,10 @@ def test_training_from_the_store_is_training_without_it(dropout: float, parents:
     assert again.model.vision_tower is not None
 
 
+def _pick(media: list[Any], at: Any) -> Any:
+    return [_pick(media, one) for one in at] if isinstance(at, list) else media[at]
+
+
 def test_the_processor_takes_stored_images_where_it_takes_images(pair: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = pair
     out = [row["image"] for row in store(pair, captioned(captions=1), tmp_path)]
@@ -667,9 +671,8 @@ def test_the_processor_takes_stored_images_where_it_takes_images(pair: tuple[Any
         (2, "a square"),
         ([[3, 0], []], ["a <image> the <image>", "a square"]),
     ):
-        pick = lambda media, at: [pick(media, one) for one in at] if isinstance(at, list) else media[at]  # noqa: E731
-        made = processor(images=pick(out, chosen), text=text, padding=True, return_tensors="pt")
-        plain = processor(images=pick(images, chosen), text=text, padding=True, return_tensors="pt")
+        made = processor(images=_pick(out, chosen), text=text, padding=True, return_tensors="pt")
+        plain = processor(images=_pick(images, chosen), text=text, padding=True, return_tensors="pt")
         assert "pixel_values" not in made and torch.equal(made["input_ids"], plain["input_ids"])
         options = {"do_sample": False, "max_new_tokens": 4}
         assert torch.equal(model.generate(**made, **options), model.generate(**plain, **options))
