@@ -107,6 +107,10 @@ RESULTS = (
     ),
     Result("photos_long", f"python examples/quickstart_real.py --steps 700 --crops 3 --output_dir {OUT}/photos_long"),
     Result(
+        "photos_wide",
+        f"python examples/quickstart_real.py --connector_config '{{\"hidden_size\": 2880}}' --output_dir {OUT}/photos_wide",
+    ),
+    Result(
         "captioning",
         " && ".join(f"{CAPTIONING} --seed {seed} --output_dir {OUT}/captioning/{seed}" for seed in range(3))
         + f" && frozen-prefix evaluate --model {CAPTIONED} --dataset assets/captions/flickr8k_1k --split test --no_chat "
