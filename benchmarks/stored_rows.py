@@ -27,10 +27,7 @@ from benchmarks import parents
 from benchmarks.memory import Peak
 from modeling_frozen import FrozenPrefixProcessor, load_image_text, store_rows
 
-sizes = parents.Sizes(
-    vision_width=32, vision_layers=1, image_size=16, patch_size=8, text_width=32, text_layers=1, vocab_size=64, prefix_length=4
-)
-model = parents.join({folder!r} + "/parents", sizes)
+model = parents.join({folder!r} + "/parents", parents.TINY)
 processor = FrozenPrefixProcessor.from_model(model)
 rows = load_image_text({source!r}, streaming=True, buffer_size={buffer})
 options = dict(num_workers=0, rows_per_shard={rows_per_shard})
