@@ -2,7 +2,6 @@
 """The tower runs once per distinct image, what it made is kept and read again by all it depends on, and training from it is
 training without it."""
 
-import dataclasses
 import importlib
 import linecache
 import pickle
@@ -216,7 +215,7 @@ def test_views_are_drawn_once_and_read_at_random(pair: tuple[Any, Any], tmp_path
     assert random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]
 
     def views(row: Any) -> torch.Tensor:
-        return torch.stack([dataclasses.replace(row["image"], view=view).load()[0] for view in range(3)])
+        return torch.stack([StoredImage(row["image"].store, row["image"].digest, view).load()[0] for view in range(3)])
 
     three = views(out[1])
     assert min((three[a] - three[b]).abs().max() for a, b in ((0, 1), (0, 2), (1, 2))) > 1e-3
@@ -274,7 +273,7 @@ def test_other_refusals(pair: tuple[Any, Any], parents: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="The vision tower trains"):
         store(join(parents, trainable=("connector", "vision")), captioned(), tmp_path)
     stored, plain = store(pair, captioned(), tmp_path)[0], captioned()[1]
-    with pytest.raises(ValueError, match="1 of the 2 images of a batch are stored"):
+    with pytest.raises(ValueError, match="1 of 2 images are stored"):
         DataCollatorForFrozenPrefix(pair[1])([stored, plain])
     with pytest.raises(ValueError, match="`augment` can't change stored images.*views=k"):
         DataCollatorForFrozenPrefix(pair[1], augment=crop)([stored])
@@ -677,6 +676,14 @@ def test_the_processor_takes_stored_images_where_it_takes_images(pair: tuple[Any
         options = {"do_sample": False, "max_new_tokens": 4}
         assert torch.equal(model.generate(**made, **options), model.generate(**plain, **options))
         torch.testing.assert_close(model(**made).logits, model(**plain).logits)
+        if isinstance(chosen, int):
+            turns = [
+                {"role": "user", "content": [{"type": "image", "image": media[chosen]}, {"type": "text", "text": text}]}
+                for media in (out, images)
+            ]
+            made, plain = (processor.apply_chat_template([one], tokenize=True, return_dict=True) for one in turns)
+            assert "pixel_values" not in made and made["input_ids"] == plain["input_ids"]
+            assert torch.equal(made["vision_features"], out[chosen].load()[0][None])
     for both in ([out[0], images[1]], [images[0], out[1]]):
         with pytest.raises(ValueError, match="1 of 2 images are stored features, the others images"):
             processor(images=both, text=["a", "a"])

@@ -2,7 +2,6 @@
 """What a store of features gives is of the image that is asked for, whole, and of the tower that is at hand; or it is refused
 with the image, the row or the file, and the way out."""
 
-import dataclasses
 import resource
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from modeling_frozen import DataCollatorForFrozenPrefix, cache_vision_features
+from modeling_frozen.data.feature_store import StoredImage
 from tests.helpers import fresh_python
 from tests.helpers.feature_stores import noise, pair, parents, tower_features  # noqa: F401
 from tests.helpers.tiny import join
@@ -77,7 +77,7 @@ def test_an_image_that_is_no_longer_there_is_refused(pair: tuple[Any, Any], tmp_
         DataCollatorForFrozenPrefix(pair[1])([rows[0]])
     torch.testing.assert_close(loaded([rows[1]]), tower_features(pair, [noise(1)]))
     with pytest.raises(ValueError, match="View 1 of image|is not in the store"):
-        dataclasses.replace(rows[1]["image"], view=1).load()
+        StoredImage(rows[1]["image"].store, rows[1]["image"].digest, view=1).load()
 
 
 def test_rows_that_an_earlier_version_saved_are_refused(pair: tuple[Any, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -544,8 +544,9 @@ def _replace(dataset: Any, column: str, digests: list[Digests], wanted: Iterable
     def encode(digest: bytes | None) -> bytes | None:
         if digest is None:
             return None
-        first, *further = [StoredImage("", digest, index=own[digest]) for own in indices]
-        return feature.encode_example(replace(first, further=tuple(further)))
+        first, *further = [own[digest] for own in indices]
+        others = tuple(StoredImage("", digest, index=index) for index in further)
+        return feature.encode_example(StoredImage("", digest, index=first, further=others))
 
     values = [[encode(one) for one in own] if isinstance(own, list) else encode(own) for own in digests]
     column_type = [feature] if any(isinstance(own, list) for own in digests) else feature

@@ -15,7 +15,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,8 @@ _OPEN = 256  # shards that are held open, some 0.1 MB each
 _AGAIN = "Run `cache_vision_features` again, on the dataset with the images"
 
 
-@dataclass(frozen=True)
-class StoredImage:
-    """One image in a store, or one of its views; equal ones are the same.
+class StoredImage:  # no dataclass: in the turns of a chat transformers makes dicts of those
+    """One image in a store, or one of its views; equal ones are the same, wherever their rows were made.
 
     Args:
         store: folder of the [`FeatureStore`].
@@ -52,11 +50,24 @@ class StoredImage:
         further: the same view of the same image in the stores of further vision towers, in their order.
     """
 
-    store: str
-    digest: bytes
-    view: int = 0
-    index: int = field(default=-1, compare=False)
-    further: tuple["StoredImage", ...] = ()
+    __slots__ = ("digest", "further", "index", "store", "view")
+
+    def __init__(
+        self, store: str, digest: bytes, view: int = 0, index: int = -1, further: tuple["StoredImage", ...] = ()
+    ) -> None:
+        self.store, self.digest, self.view, self.index, self.further = store, digest, view, index, further
+
+    def _same(self) -> tuple[Any, ...]:
+        return self.store, self.digest, self.view, self.further
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredImage) and self._same() == other._same()
+
+    def __hash__(self) -> int:
+        return hash(self._same())
+
+    def __repr__(self) -> str:
+        return f"StoredImage({self.store!r}, {self.digest!r}, {self.view}, {self.index}, {self.further})"
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Reads `features` (positions, vision_width), in the dtype of the store, and `mask` (positions,), bool, or `None`
