@@ -207,13 +207,6 @@ def shuffled(count: int, seed: int) -> list[int]:
     return [other for _, other in sorted(zip(order, order[1:] + order[:1], strict=True))]
 
 
-def unanswered(processor: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stored images with prompts that are equally long, as a batch for `generate()` and `score()`."""
-    batch = dict(DataCollatorForFrozenPrefix(processor)([{**row, "answer": "x"} for row in rows]))
-    first = int((batch.pop("labels")[0] != -100).nonzero()[0, 0])
-    return batch | {name: batch[name][:, :first] for name in ("input_ids", "attention_mask")}
-
-
 class Rows:
     """Rows whose texts and stored images are read by number, so that images can be exchanged."""
 

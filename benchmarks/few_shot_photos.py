@@ -33,7 +33,6 @@ from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
-from benchmarks.connectors import unanswered
 from benchmarks.timing import machine
 from benchmarks.two_stages import THINGS, mentions
 from modeling_frozen import (
@@ -106,7 +105,8 @@ class Photos:
         """Writes what the model itself says of each photo, greedily."""
         text = processor.chat_prompt(prompt)
         for start in range(0, len(self.images), 25):
-            batch = unanswered(processor, [{"image": one, "prompt": text} for one in self.images[start : start + 25]])
+            some = self.images[start : start + 25]
+            batch = processor(images=some, text=[text] * len(some), return_tensors="pt")
             ids = model.generate(**batch, max_new_tokens=24, do_sample=False)
             said = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             self.own[start : start + 25] = [one.strip() for one in said]
@@ -153,7 +153,7 @@ def share_right(
     for episode, names in asked:
         messages, images = tell(episode, names, photos, how, draw)
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        batch = unanswered(processor, [{"images": images or None, "prompt": text}])
+        batch = processor(images=images or None, text=text, return_tensors="pt")
         answers = [names[category] for category in episode.categories]
         scores = model.score(answers, tokenizer=processor.tokenizer, **batch)[0]
         right.append(episode.categories[int(scores.argmax())] == episode.query[1])

@@ -54,7 +54,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from benchmarks.clipcap import tidy
 from benchmarks.clipcap_checkout import training_code
-from benchmarks.connectors import cell, shuffled, unanswered
+from benchmarks.connectors import cell, shuffled
 from benchmarks.timing import kept_runs
 from modeling_frozen import (
     DataCollatorForFrozenPrefix,
@@ -63,6 +63,7 @@ from modeling_frozen import (
     cache_vision_features,
     load_image_text,
 )
+from modeling_frozen.backbones import word_embedding_norm
 from modeling_frozen.data.augmentation import PhotoAugmentation
 from modeling_frozen.data.feature_store import StoredImage
 from modeling_frozen.metrics import caption_metrics
@@ -180,48 +181,52 @@ def far_too_large(model: Any, processor: Any, data: "Data") -> None:
         model.model.connector.output.weight.mul_(20)
 
 
+def ids_by_text(model: Any, tokenizer: Any) -> dict[str, int]:
+    """Of each ordinary token that has an embedding, by how it is written after another one, with its space."""
+    start = tokenizer("a", add_special_tokens=False).input_ids
+    before = tokenizer.decode(start, clean_up_tokenization_spaces=False)
+    special = set(tokenizer.all_special_ids)
+    ids = [one for one in range(min(len(tokenizer), len(model.get_input_embeddings().weight))) if one not in special]
+    texts = tokenizer.batch_decode([[*start, one] for one in ids], clean_up_tokenization_spaces=False)
+    return {
+        text.removeprefix(before): one
+        for text, one in zip(texts, ids, strict=True)
+        if text.startswith(before) and text != before and "\ufffd" not in text  # that is part of a letter
+    }
+
+
 @torch.no_grad()
-def map_of_words(
-    first: torch.Tensor, second: torch.Tensor, common: list[tuple[int, int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The linear map, with a constant, that takes embeddings of one language model nearest to those of another, by least
-    squares over words that both have: its weight (second width, first width) and constant. A placeholder of images that a
-    processor added to its tokenizer has an id and no embedding."""
-    common = [(one, other) for one, other in common if one < len(first) and other < len(second)]
-    x, y = first[[one for one, _ in common]].float(), second[[other for _, other in common]].float()
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    weight = torch.linalg.lstsq(x - mean_x, y - mean_y, driver="gelsd").solution.T
-    return weight, mean_y - weight @ mean_x
-
-
-def common_words(first: Any, second: Any) -> list[tuple[int, int]]:
-    """Ids of the tokens that two tokenizers write alike."""
-    places = {second.decode([number]): number for number in range(len(second))}
-    found = ((number, places.get(first.decode([number]))) for number in range(len(first)))
-    return [(number, other) for number, other in found if other is not None]
+def take_over(model: Any, processor: Any, source: Any, source_processor: Any) -> None:
+    """Starts an MLP on pooled features as one that was trained before another language model. The linear map, with a
+    constant, that takes word embeddings of the one nearest to those of the other, by least squares over the words that both
+    have (Mikolov et al. 2013, arXiv 1309.4168, between two languages and without the constant), goes behind its output, which
+    is scaled to the norm of words."""
+    own, learnt = model.model.connector, source.model.connector
+    places, ids = ids_by_text(model, processor.tokenizer), ids_by_text(source, source_processor.tokenizer)
+    shared = sorted(places.keys() & ids.keys())
+    x, y = (
+        one.model.embed_words(torch.tensor([[of[text] for text in shared]]))[0].double()
+        for one, of in ((source, ids), (model, places))
+    )
+    weight = torch.linalg.lstsq(x - x.mean(0), y - y.mean(0)).solution.T
+    constant = y.mean(0) - weight @ x.mean(0)
+    own.hidden.load_state_dict(learnt.hidden.state_dict())
+    own.input_norm.load_state_dict(learnt.input_norm.state_dict())
+    each = (-1, learnt.embedding_dim)
+    own.output.weight.copy_((weight @ learnt.output.weight.double().unflatten(0, each)).flatten(0, 1))
+    own.output.bias.copy_((learnt.output.bias.double().unflatten(0, each) @ weight.T + constant).flatten())
+    own.set_output_norm(word_embedding_norm(model.model.language_model) * model.model.embed_scale)
 
 
 def moved(model: Any, processor: Any, data: "Data") -> None:
-    """Starts as a connector that was trained for a smaller language model, its vectors taken over by [`map_of_words`] and
-    scaled to the norm of words."""
-    own, begin = model.model.connector, time.process_time()
-    small, its_processor = data.build("pooled", hidden_size=own.output.in_features, text=data.args.from_text)
+    """Starts as a connector that was trained before a smaller language model: [`take_over`]."""
+    begin = time.process_time()
+    hidden_size = model.model.connector.output.in_features
+    small, its_processor = data.build("pooled", hidden_size=hidden_size, text=data.args.from_text)
     learn, steps = Candidate("changes", "the smaller language model's"), data.steps(data.args.epochs)
     run_trainer(small, Rows(data, "pooled", its_processor, learn.texts), its_processor, steps, 0, learn, TrainerCallback())
+    take_over(model, processor, small, its_processor)
     print(f"  {time.process_time() - begin:.0f} seconds for the connector of {data.args.from_text}", flush=True)
-    words, its_words = (one.model.get_input_embeddings().weight for one in (model, small))
-    weight, constant = map_of_words(its_words, words, common_words(its_processor.tokenizer, processor.tokenizer))
-    with torch.no_grad():
-        learnt, features = small.model.connector, data.features("pooled", "train")
-        norm = own(features).norm(dim=-1).mean()
-        own.hidden.load_state_dict(learnt.hidden.state_dict())
-        own.input_norm.load_state_dict(learnt.input_norm.state_dict())
-        vectors = learnt.output.weight.unflatten(0, (-1, its_words.shape[1]))
-        own.output.weight.copy_((weight @ vectors).flatten(0, 1))
-        own.output.bias.copy_((learnt.output.bias.unflatten(0, (-1, its_words.shape[1])) @ weight.T + constant).flatten())
-        factor = norm / own(features).norm(dim=-1).mean()
-        own.output.weight.mul_(factor)
-        own.output.bias.mul_(factor)
 
 
 def _candidates() -> Iterator[Candidate]:
@@ -448,7 +453,7 @@ def write(model: Any, processor: Any, inputs: Callable[[slice], dict[str, Any]],
 def prompt_ids(processor: Any, data: Data, strategy: str) -> torch.Tensor:
     """What stands before a caption, with the image's placeholders: (1, tokens)."""
     image = data.stored(strategy, data.args.split)[0]["image"]
-    return unanswered(processor, [{"image": image, "prompt": data.prompt(processor)}])["input_ids"]
+    return processor(images=image, text=data.prompt(processor), return_tensors="pt")["input_ids"]
 
 
 @torch.no_grad()

@@ -142,13 +142,27 @@ RESULTS = (
         "learning_curve",
         "python -m benchmarks.learning_curve --vision google/mobilenet_v2_1.0_224 --text HuggingFaceTB/SmolLM2-135M-Instruct "
         '--dataset assets/captions/flickr8k_1k --clipcap CLIP_prefix_caption --only ours "ClipCap\'s code, rate 0.001" '
-        f'"transformers\' LLaVA, rate 0.001" --epochs 1 --points 0.25 0.5 1 --seeds 0 --store {OUT}/learning_curve '
+        f'"transformers\' LLaVA, rate 0.001" --epochs 1 --points 0.25 0.5 1 --store {OUT}/learning_curve '
         f"--output {OUT}/learning_curve.json --table docs/tables/learning_curve.md",
         table=True,
     ),
     Result(
         "learning_changes",
         f"{CURVE} --only changes --points 0.5 1 --output {OUT}/learning_changes.json --table docs/tables/learning_changes.md",
+        table=True,
+    ),
+    Result(
+        "learning_moved",
+        "python -m benchmarks.learning_curve --vision google/mobilenet_v2_1.0_224 --text HuggingFaceTB/SmolLM2-135M-Instruct "
+        f'--from_text {STORY} --dataset assets/captions/flickr8k_1k --only "as it is" "moved from a smaller language model" '
+        f"--epochs 1 --points 0 0.5 1 --store {OUT}/learning_curve --output {OUT}/learning_moved.json "
+        "--table docs/tables/learning_moved.md",
+        table=True,
+    ),
+    Result(
+        "few_shot_photos",
+        f"python -m benchmarks.few_shot_photos {OUT}/photos/0/eyes jxie/flickr8k --episodes 50 --shots 1 3 "
+        f"--store {OUT}/few_shot_photos/store --output {OUT}/few_shot_photos.json --table docs/tables/few_shot_photos.md",
         table=True,
     ),
     Result(
@@ -225,6 +239,11 @@ RESULTS = (
     Result("serving", "python -m benchmarks.serving", timing=True),  # where vLLM is installed
     Result("main_job", f"python -m benchmarks.main_job {' '.join(GROWING[:3])}", timing=True),
     Result("loading", "python -m benchmarks.loading --clock cpu --profile", timing=True),
+    Result(
+        "loading_large",
+        "python -m benchmarks.loading --clock cpu --profile --rounds 3 --text-width 1024 --text-layers 16 --vocab-size 64000",
+        timing=True,
+    ),
     Result("llava", "python -m benchmarks.llava --rounds 1 --pictures 8", timing=True),
     Result(
         "llava_compiled",

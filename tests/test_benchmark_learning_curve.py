@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from benchmarks import learning_curve
-from tests.helpers.tiny import captions_in, save_parents
+from modeling_frozen import FrozenPrefixProcessor
+from modeling_frozen.backbones import word_embedding_norm
+from tests.helpers.tiny import captions_in, join, save_parents, tokenizer
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("curve")
     save_parents(folder, text={"max_position_embeddings": 128, "num_hidden_layers": 4})
+    save_parents(folder / "smaller", text={"max_position_embeddings": 128, "hidden_size": 8})  # with more words than that
     captions_in(folder / "captions", 40)
     return folder
 
@@ -41,7 +44,7 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 
 
 def data_of(folder: Path, store: Path) -> learning_curve.Data:
-    parents = {"vision": str(folder / "tower"), "text": str(folder / "words"), "from_text": str(folder / "words")}
+    parents = {"vision": str(folder / "tower"), "text": str(folder / "words"), "from_text": str(folder / "smaller" / "words")}
     rows = {"dataset": str(folder / "captions"), "photos": None, "split": "test", "test_photos": 4, "epochs": 1.0}
     return learning_curve.Data(
         argparse.Namespace(**parents, **rows, no_chat=True, prompt="", prefix_length=2, store=str(store))
@@ -124,16 +127,37 @@ def test_convex_combinations_lie_among_the_words(places: Path, tmp_path: Path) -
     assert model.model.connector.output.inner.weight.grad.abs().max() > 0 and words.grad is None
 
 
-def test_a_connector_is_moved_by_the_words_that_two_language_models_share(
+@torch.no_grad()
+def test_a_connector_is_taken_over_by_the_words_that_both_language_models_have(tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(40)]
+    pairs = []
+    for width, known in ((16, [*words, "its", "own"]), (32, ["another", *words[::-1]])):
+        folder = tmp_path / str(width)
+        save_parents(folder, text={"hidden_size": width, "vocab_size": len(known) + 9})
+        tokenizer(["<pad>", "<s>", "</s>", "<unk>", *known]).save_pretrained(folder / "words")
+        options = {"connector_config": {"hidden_size": 24}, "prefix_length": 3, "vision_feature_select_strategy": "pooled"}
+        pairs.append(join(folder, **options))
+    (source, its_processor), (model, processor) = pairs
+    turn, shift = torch.randn(16, 32), torch.randn(32)
+    first, second = (one.get_input_embeddings().weight for one in (source, model))
+    for word in words:  # all others lie elsewhere
+        places = [one.tokenizer.convert_tokens_to_ids(word) for one in (its_processor, processor)]
+        second[places[1]] = first[places[0]] @ turn + shift
+    for parameter in source.model.connector.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))  # as if trained
+    learning_curve.take_over(model, processor, source, its_processor)
+    features = torch.randn(5, 1, source.config.vision_width)
+    its, made = (one.model.connector.eval()(features) for one in (source, model))
+    expected = its @ turn + shift
+    scale = (made * expected).sum() / expected.square().sum()
+    torch.testing.assert_close(made, scale * expected, atol=1e-3, rtol=1e-3)
+    norm = word_embedding_norm(model.model.language_model)
+    assert made.norm(dim=-1).mean().item() == pytest.approx(norm, rel=0.3)  # of these features, as of those it is scaled by
+
+
+def test_a_connector_is_moved_from_one_that_is_trained_first(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = torch.Generator().manual_seed(0)
-    first, turn = torch.randn(50, 8, generator=draw), torch.randn(8, 12, generator=draw)
-    second = (first @ turn + 3.0).flip(0)
-    common = [(number, 49 - number) for number in range(5, 45)] + [(50, 3), (3, 51)]  # two without an embedding
-    weight, constant = learning_curve.map_of_words(first, second, common)
-    assert torch.allclose(weight, turn.T, atol=1e-4) and torch.allclose(constant, torch.full((12,), 3.0), atol=1e-4)
-
     data, small, train = data_of(places, tmp_path), [], learning_curve.run_trainer
 
     def trained(model: object, *args: object) -> None:
@@ -142,19 +166,13 @@ def test_a_connector_is_moved_by_the_words_that_two_language_models_share(
 
     monkeypatch.setattr(learning_curve, "run_trainer", trained)
     model, processor = data.build("pooled")
-    ids = learning_curve.common_words(processor.tokenizer, processor.tokenizer)
-    assert len(ids) >= len(processor.tokenizer) - 2 and sum(one == other for one, other in ids) > 0.9 * len(ids)
-    features = data.features("pooled", "train")
-    norm = model.model.connector(features).norm(dim=-1).mean().item()
-    words = model.model.get_input_embeddings().weight.detach()
-    words.add_(0.5)  # not where the other's lie
+    fresh = [value.clone() for value in model.model.connector.state_dict().values()]
     learning_curve.moved(model, processor, data)
-    with torch.no_grad():
-        prefix, its = model.model.connector(features), small[0].model.connector(features)
-        assert prefix.norm(dim=-1).mean().item() == pytest.approx(norm, rel=1e-4)
-        weight, constant = learning_curve.map_of_words(words - 0.5, words, ids)
-        expected = its @ weight.T + constant
-        assert torch.allclose(prefix, expected * norm / expected.norm(dim=-1).mean(), atol=1e-5)
+    expected, _ = data.build("pooled")
+    learning_curve.take_over(expected, processor, small[0], FrozenPrefixProcessor.from_model(small[0]))
+    pairs = zip(model.model.connector.parameters(), expected.model.connector.parameters(), fresh, strict=True)
+    for value, wanted, before in pairs:
+        assert torch.equal(value, wanted) and not torch.equal(value, before)
 
 
 @pytest.mark.real_data
