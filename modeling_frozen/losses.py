@@ -598,7 +598,10 @@ class LossPlan:
         takes = "logits_to_keep" in forward_parameters(type(self.language_model))
         self.keeps = self.path is None and takes and (MASKS_KEEP_LOGITS or not self.skips)
         self.kwargs = {**kwargs, "decoder_input_ids": decoder_input_ids}
-        if self.keeps:
+        if self.keeps and isinstance(self.keep, int) and self.keep > 0:
+            # As places: rows of a slice lie apart, and torch makes a copy for each of them of a weight that doesn't train.
+            self.kwargs["logits_to_keep"] = torch.arange(-self.keep, 0, device=model._device_of_words)
+        elif self.keeps:
             self.kwargs["logits_to_keep"] = self.keep
 
     def callee(self, skipped: int = 0) -> nn.Module:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, cache_utils
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import ModelOutput
@@ -353,6 +354,21 @@ def test_scores_logits_and_states_come_back(family: str) -> None:
     assert len(states) == 3 and states[0] is not None
     if family in ENCODER_DECODERS:
         assert output.encoder_hidden_states is not None
+
+
+@every_decoder
+@torch.no_grad()
+def test_the_head_is_not_copied_for_each_row(family: str) -> None:
+    """A product of batches, which torch takes for rows that lie apart, has a frozen head copied for each, in bfloat16."""
+    model, ids = shared_model(family), prompt().expand(2, -1)
+    inputs = {"input_ids": ids, "pixel_values": pictures().repeat(2, 1, 1, 1)}
+    whole = model(**inputs).logits
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        output = model(**inputs, logits_to_keep=1).logits
+    torch.testing.assert_close(output, whole[:, -1:])
+    products = [event for event in seen.events() if event.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")]
+    by_the_head = {event.name for event in products if any(VOCAB_SIZE in shape for shape in event.input_shapes)}
+    assert by_the_head and by_the_head <= {"aten::mm", "aten::addmm"}, by_the_head
 
 
 @every_family
