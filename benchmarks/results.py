@@ -78,6 +78,9 @@ CURVE = (
     f"python -m benchmarks.learning_curve --no_chat --points 0.25 0.5 1 --vision {MOBILENET} --text {STORY} "
     f"--dataset assets/captions/flickr8k_1k --store {OUT}/learning_curve"
 )
+REAL_CURVE = (
+    "python -m benchmarks.learning_curve --vision google/mobilenet_v2_1.0_224 --text HuggingFaceTB/SmolLM2-135M-Instruct"
+)
 CAPTIONED = " ".join(f"{OUT}/captioning/{seed}" for seed in range(3))
 
 RESULTS = (
@@ -140,8 +143,8 @@ RESULTS = (
     ),
     Result(
         "learning_curve",
-        "python -m benchmarks.learning_curve --vision google/mobilenet_v2_1.0_224 --text HuggingFaceTB/SmolLM2-135M-Instruct "
-        '--dataset assets/captions/flickr8k_1k --clipcap CLIP_prefix_caption --only ours "ClipCap\'s code, rate 0.001" '
+        f"{REAL_CURVE} --dataset assets/captions/flickr8k_1k --clipcap CLIP_prefix_caption "
+        '--only ours "ClipCap\'s code, rate 0.001" '
         f'"transformers\' LLaVA, rate 0.001" --epochs 1 --points 0.25 0.5 1 --store {OUT}/learning_curve '
         f"--output {OUT}/learning_curve.json --table docs/tables/learning_curve.md",
         table=True,
@@ -153,8 +156,8 @@ RESULTS = (
     ),
     Result(
         "learning_moved",
-        "python -m benchmarks.learning_curve --vision google/mobilenet_v2_1.0_224 --text HuggingFaceTB/SmolLM2-135M-Instruct "
-        f'--from_text {STORY} --dataset assets/captions/flickr8k_1k --only "as it is" "moved from a smaller language model" '
+        f"{REAL_CURVE} --from_text {STORY} --dataset assets/captions/flickr8k_1k "
+        '--only "as it is" "moved from a smaller language model" '
         f"--epochs 1 --points 0 0.5 1 --store {OUT}/learning_curve --output {OUT}/learning_moved.json "
         "--table docs/tables/learning_moved.md",
         table=True,

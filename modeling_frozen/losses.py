@@ -598,11 +598,12 @@ class LossPlan:
         takes = "logits_to_keep" in forward_parameters(type(self.language_model))
         self.keeps = self.path is None and takes and (MASKS_KEEP_LOGITS or not self.skips)
         self.kwargs = {**kwargs, "decoder_input_ids": decoder_input_ids}
-        if self.keeps and isinstance(self.keep, int) and self.keep > 0:
-            # As places: rows of a slice lie apart, and torch makes a copy for each of them of a weight that doesn't train.
-            self.kwargs["logits_to_keep"] = torch.arange(-self.keep, 0, device=model._device_of_words)
-        elif self.keeps:
-            self.kwargs["logits_to_keep"] = self.keep
+        if self.keeps:
+            keep = self.keep
+            if isinstance(keep, int) and keep > 0:
+                # Places for a slice: its rows lie apart, and torch makes a copy for each of a weight that doesn't train.
+                keep = torch.arange(-keep, 0, device=model._device_of_words)
+            self.kwargs["logits_to_keep"] = keep
 
     def callee(self, skipped: int = 0) -> nn.Module:
         """What is to be called: the language model, or a copy of it whose head makes no logits. `skipped` columns at the

@@ -240,15 +240,14 @@ class DataCollatorForFrozenPrefix:
                 tiles = [self.processor.count_tiles(image) for image in images]
                 starts = [sum(tiles[:place]) for place in range(len(tiles))]
                 index = torch.tensor([starts[place] + tile for place in order for tile in range(tiles[place])])
-        stored = any(isinstance(image, StoredImage) for image in images)
         if self.augment is not None:
-            if stored:
+            if any(isinstance(image, StoredImage) for image in images):
                 raise ValueError(
                     "`augment` can't change stored images, which are the tower's features: store augmented views "
                     "(`cache_vision_features(..., views=k, augment=…)`), or train from the images. [errors.md#collator]"
                 )
             images = [self._augmented(number, image) for number, image in enumerate(images)]
-        batch = StoredImage.stack(images) if stored else dict(self.processor(images=images, return_tensors="pt"))
+        batch = dict(self.processor(images=images, return_tensors="pt"))
         return batch if index is None else {**batch, "image_index": index}
 
     def _augmented(self, number: int, image: Any) -> Any:
